@@ -1,0 +1,56 @@
+# Everything runs in .venv, which `demo`, `test` and the others make on first use.
+#
+#   PYTHON       the interpreter that makes .venv (3.10 or newer)
+#   TORCH_INDEX  where torch comes from, if not pip's own index: https://download.pytorch.org/whl/cpu has it without CUDA
+#   PYTEST_ARGS  for `make test`: -k pattern, -m "not slow", ...
+#   JOBS         test processes, each with one torch thread
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+JOBS ?= 2
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench docs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+demo: .venv/train.stamp ## train handwritten digits dense and at 2:4, compare them, write runs/demo
+	$(BIN)/openwork compare classification --out runs/demo
+
+test: .venv/dev.stamp ## run every test and every example of the documentation strings
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) $(PYTEST_ARGS)
+
+check: .venv/dev.stamp ## lint, formatting, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/test_layers.py
+
+bench: .venv/train.stamp ## time a sparse training step against the dense one, on this machine
+	$(BIN)/python benchmarks/training_step.py
+
+docs: .venv/docs.stamp ## build the documentation into build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+clean: ## remove what the targets made, but not runs/
+	rm -rf .venv build dist openwork.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per extra, written last: an interrupted installation is taken up again.
+.venv/%.stamp: .venv/torch.stamp pyproject.toml
+	$(PIP) --quiet --editable '.[$*]'
+	@touch $@
+
+# torch alone and first: what follows then finds it, and nothing that asks for torch can choose another one.
+.venv/torch.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: Openwork needs Python 3.10 or newer, but '$(PYTHON) --version' says: $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "       Name a newer one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@touch $@
