@@ -1,0 +1,165 @@
+"""Run a method's part of training inside `optimizer.step()`: the gradient term, counters, topology.
+
+The term is added once per step, outside autograd, after whatever the loop did to the gradients: unscaling, reducing,
+accumulating, clipping. Four cases need care, each tested:
+
+- `step(closure)`: the gradients do not exist before the closure ran, so the closure is wrapped;
+- a fused optimizer under GradScaler receives scaled gradients and unscales them itself: the term is scaled as well;
+- a step skipped for overflow counts nothing;
+- distributed checkpointing runs a step with zero gradients and learning rate 0 to create the optimizer state.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from openwork.parametrization import held_weights, masked_modules, unwrap
+from openwork.sparsify import masks, promises
+from openwork.topology import Topology
+
+
+class Handle:
+    """What `attach` returns. `steps` counts optimizer steps that were not skipped."""
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, topology: Topology | None):
+        self.steps = 0
+        self.topology = topology
+        self._optimizer, self._model = optimizer, model
+        self._before: dict[str, Tensor] = {}
+        self._warned = False
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_load_state_dict_pre_hook(_demand_fitting_state),
+        ]
+        if topology and not topology.snapshots:
+            topology.begin(masks(model))
+
+    def detach(self) -> None:
+        """Remove every hook from the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+        for _, _, promise in promises(self._model):
+            promise.optimizers.discard(self._optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and topology, for an exact resume."""
+        return {"steps": self.steps, "topology": self.topology.state_dict() if self.topology else None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps = state["steps"]
+        if self.topology and state["topology"]:
+            self.topology.load_state_dict(state["topology"])
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._warn_if_finalized()
+        self._before = masks(self._model) if self.topology and self.topology.due(self.steps + 1) else {}
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._with_term(kwargs["closure"])}
+        if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
+            return (args[0], self._with_term(args[1]), *args[2:]), kwargs
+        self._add_term()
+        return None
+
+    def _with_term(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        def closure_with_term(*args: Any, **kwargs: Any) -> Any:
+            loss = closure(*args, **kwargs)
+            self._add_term()
+            return loss
+
+        return closure_with_term
+
+    @torch.no_grad()
+    def _add_term(self) -> None:
+        if creates_state_only(self._optimizer):
+            return
+        scale = getattr(self._optimizer, "grad_scale", None)
+        for masked, weight in held_weights(self._optimizer, self._model):
+            if weight.grad is not None and hasattr(masked.method, "gradient_term"):
+                term = masked.method.gradient_term(weight, masked.keep(weight))
+                weight.grad.add_(term if scale is None else term.mul_(scale.to(term.device)))
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        overflow = getattr(optimizer, "found_inf", None)
+        if (overflow is not None and bool(overflow)) or creates_state_only(optimizer):
+            return
+        self.steps += 1
+        if self._before and self.topology:
+            self.topology.record(self.steps, self._before, masks(self._model))
+
+    def _warn_if_finalized(self) -> None:
+        if not self._warned and not any(masked_modules(self._model)):
+            self._warned = True
+            warnings.warn(
+                "the model was finalized, but its optimizer still steps: its weights become dense again; "
+                "call handle.detach() if that is meant, or train before ow.finalize",
+                stacklevel=2,
+            )
+
+
+def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None = None) -> Handle:
+    """Let `optimizer.step()` do the method's part for the weights of `model` that the optimizer holds.
+
+    Call it after `sparsify` and once per optimizer; the training loop stays as it is. `model` may be wrapped in DDP or
+    compiled, `optimizer` may be wrapped by Accelerate. Raises ValueError when the model is not sparsified, the
+    optimizer holds none of its sparse weights, is attached already, or is LBFGS with a line search (which evaluates
+    losses that lack the term).
+    """
+    model, optimizer = unwrap(model), _unwrapped(optimizer)
+    found = promises(model)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} is not sparsified: call ow.sparsify(model, pattern) before ow.attach; "
+            "to resume a sparse run, sparsify first and then load the checkpoint"
+        )
+    if any(optimizer in promise.optimizers for _, _, promise in found):
+        raise ValueError(f"this {type(optimizer).__name__} is attached already: the term would be added twice")
+    if not held_weights(optimizer, model):
+        raise ValueError(
+            f"this {type(optimizer).__name__} holds none of the sparse weights of {type(model).__name__}; "
+            "build it from model.parameters() of this very model"
+        )
+    if isinstance(optimizer, LBFGS) and any(group["line_search_fn"] for group in optimizer.param_groups):
+        raise ValueError("LBFGS with a line search evaluates losses that lack the method's term; use line_search_fn=None")
+    for _, _, promise in found:
+        promise.optimizers.add(optimizer)
+    return Handle(optimizer, model, topology)
+
+
+def creates_state_only(optimizer: Optimizer) -> bool:
+    """Whether this is torch.distributed.checkpoint's step that only creates optimizer state: every learning rate is 0
+    and every gradient zero."""
+    rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
+    if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0.0 for rate in rates):
+        return False  # what it sets is a number or a CPU tensor; asking a GPU would wait for it
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside Accelerate's and Lightning's wrappers."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"found {type(optimizer).__name__} for the optimizer; needed a torch.optim.Optimizer")
+    return optimizer
+
+
+def _demand_fitting_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Refuse a saved state whose tensors belong to other parameters: sparsify changes the parameters' order."""
+    saved = [index for group in state["param_groups"] for index in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, parameter in zip(saved, parameters, strict=False):
+        for key, value in state["state"].get(index, {}).items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                raise ValueError(
+                    f"optimizer state {key!r} of parameter {index} has shape {tuple(value.shape)}, the parameter "
+                    f"{tuple(parameter.shape)}: build the optimizer after ow.sparsify, in the run that saves and in "
+                    "the run that loads (sparsify changes the order of the parameters)"
+                )

@@ -1,0 +1,124 @@
+"""The command `openwork`: `train TASK`, `compare TASK`, `report RUN`. Imports what a subcommand needs only then."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+TASKS = ("classification",)
+
+USAGE = """\
+openwork: train N:M sparse networks from scratch
+
+  openwork train classification     one network with one method; --help shows every flag and its default
+  openwork compare classification   dense, ASP, STE and SR-STE from the same seeds: one table, one report.html
+  openwork report RUN               rebuild report.html of a run or a comparison
+
+Flags may stand in a YAML file: --config FILE; flags after it override it.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; returns the exit status. Errors of the user come as one line on stderr."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    try:
+        return _command(words[0])(words[1:])
+    except (ValueError, FileNotFoundError, FileExistsError, RuntimeError, ImportError) as error:
+        print(f"openwork: {_explain(error)}", file=sys.stderr)
+        return 2
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    commands = {"train": train, "compare": compare, "report": report}
+    if name not in commands:
+        raise ValueError(f"there is no command {name!r}; use one of {', '.join(commands)}, or --help")
+    return commands[name]
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("openwork"):
+        return f"{error.name} is not installed; training needs the extra: pip install 'openwork[train]'"
+    return str(error)
+
+
+def _task(words: list[str], verb: str) -> list[str]:
+    """The words after the task's name."""
+    if words and words[0] in TASKS:
+        return words[1:]
+    asked = f"there is no task {words[0]!r}" if words and not words[0].startswith("-") else "a task is missing"
+    raise ValueError(f"{asked}; write openwork {verb} {{{','.join(TASKS)}}}")
+
+
+def train(words: list[str]) -> int:
+    words = _task(words, "train")
+    quiet = "--quiet" in words  # a worker of compare: no report.html and no table of its own
+    from openwork.tasks.config import Config
+    from openwork.tasks.parser import parse
+
+    config = parse(Config, [w for w in words if w != "--quiet"], "openwork train classification", "Train one network.")
+    from openwork.tasks.classification import train as run
+
+    result = run(config)
+    if not quiet:
+        _show_result(result, Path(config.out))
+    return 0
+
+
+def _show_result(result: dict[str, Any], out: Path) -> None:
+    print(result["summary"])
+    print(
+        f"accuracy of the finalized network: {result['val_accuracy']:.2%}, density of its sparse layers {result['density']:.3f}"
+    )
+    print(f"report: {(out / 'report.html').resolve()}")
+
+
+def compare(words: list[str]) -> int:
+    words = _task(words, "compare")
+    from openwork.tasks.config import CompareConfig
+    from openwork.tasks.parser import parse
+
+    config = parse(
+        CompareConfig, words, "openwork compare classification", "Train several methods from the same seeds."
+    )
+    from openwork.tasks.compare import compare as run
+
+    _show_table(run(config, lambda line: print(line, flush=True)))
+    print(f"report: {(Path(config.out) / 'report.html').resolve()}")
+    return 0
+
+
+def _show_table(rows: Sequence[Any]) -> None:
+    from openwork.tasks.summary import HEADER, NOTES, cells, plain_table
+
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(plain_table(rows))
+    else:
+        table = Table(*HEADER)
+        for row in rows:
+            table.add_row(*cells(row))
+        console = Console()
+        wide = console.width if console.is_terminal else 160
+        Console(width=wide).print(table)
+    print("\n".join(NOTES))
+
+
+def report(words: list[str]) -> int:
+    if len(words) != 1 or words[0].startswith("-"):
+        print("usage: openwork report RUN\n\nRebuild report.html of a run directory or of a comparison's directory.")
+        return 0 if words and words[0] in ("-h", "--help") else 2
+    from openwork.tasks.report import write_report
+
+    print(f"report: {write_report(Path(words[0])).resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""ASP: prune a trained dense network once, by magnitude, then train it again with that mask (Mishra et al., 2021,
+arXiv:2104.08378; NVIDIA's apex README gives the recipe: the whole dense recipe once more).
+
+    mask           chosen once, from the weights that the model has when it is sparsified
+    forward        w~ = w where kept, else +0     pruned weights get no gradient
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from openwork.methods.gradients import masked_gradient
+
+
+@dataclass(frozen=True)
+class ASP:
+    """One-shot magnitude pruning with a fixed mask. Load the trained dense weights before `sparsify`."""
+
+    name: ClassVar[str] = "asp"
+    fixed: ClassVar[bool] = True
+    sparse: ClassVar[bool] = True
+
+    def score(self, weight: Tensor) -> Tensor:
+        return weight.abs()
+
+    def forward(self, weight: Tensor, keep: Tensor) -> Tensor:
+        return masked_gradient(weight, keep)

@@ -1,0 +1,53 @@
+"""The two ways a gradient passes a mask. They save nothing for autograd, so that a weight may be masked once
+and used in several checkpointed regions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openwork.masks import prune
+
+
+def straight_through(weight: Tensor, keep: Tensor) -> Tensor:
+    """The pruned weight; the gradient flows as if nothing had been pruned. Shapes: all equal."""
+    return _StraightThrough.apply(weight, keep)
+
+
+def masked_gradient(weight: Tensor, keep: Tensor) -> Tensor:
+    """The pruned weight; pruned positions get gradient zero. Shapes: all equal."""
+    return _MaskedGradient.apply(weight, keep)
+
+
+class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, keep: Tensor) -> Tensor:
+        return prune(weight, keep)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _MaskedGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, keep: Tensor) -> Tensor:
+        return prune(weight, keep)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.keep = inputs[1]  # a plain attribute: it is a stored mask, needing no version check
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return prune(grad, ctx.keep), None

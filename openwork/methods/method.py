@@ -1,0 +1,30 @@
+"""What a method is. To add one: copy `ste.py`, write its equation on top, change two lines, add a test."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A rule that turns a dense weight into the weight that the forward pass uses.
+
+    The weight, the mask `keep` (bool, True means kept), and all results have one shape.
+    A method whose update has a further term also defines
+    `gradient_term(weight, keep)`: what `attach` adds to the gradient, once per optimizer step.
+    """
+
+    name: ClassVar[str]
+    """The field's name for it: "sr-ste"."""
+    fixed: ClassVar[bool]
+    """True: the mask is chosen once, by `sparsify`, and stored. False: recomputed in every forward."""
+    sparse: ClassVar[bool]
+    """False for methods that only observe the mask and promise no zeros."""
+
+    def score(self, weight: Tensor) -> Tensor:
+        """What each weight of a group is ranked by, non-negative; the N highest are kept."""
+
+    def forward(self, weight: Tensor, keep: Tensor) -> Tensor:
+        """The weight that the layer multiplies with, differentiable in `weight`."""

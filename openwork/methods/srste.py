@@ -1,0 +1,42 @@
+"""SR-STE: the sparse-refined straight-through estimator (Zhou et al., ICLR 2021, arXiv:2102.04010).
+
+    forward        w~ = w where kept, else +0     gradient of the loss at w~ flows to all of w
+    before a step  g  = g + decay * w where pruned, once, after unscaling, reducing, accumulating, clipping
+
+The authors add the term inside autograd, where a loss scale divides it and accumulation or reuse of a weight
+multiplies it. Here `attach` adds it, outside autograd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from openwork.masks import prune
+from openwork.methods.gradients import straight_through
+
+
+@dataclass(frozen=True)
+class SRSTE:
+    """STE that shrinks the pruned weights, so that the mask settles. `decay` 0 is STE.
+
+    `decay` is per unit of learning rate: what counts is decay times the summed learning rate. The default is
+    the authors' for ImageNet; short runs want more (see the documentation's page on topology).
+    """
+
+    decay: float = 2e-4
+
+    name: ClassVar[str] = "sr-ste"
+    fixed: ClassVar[bool] = False
+    sparse: ClassVar[bool] = True
+
+    def score(self, weight: Tensor) -> Tensor:
+        return weight.abs()
+
+    def forward(self, weight: Tensor, keep: Tensor) -> Tensor:
+        return straight_through(weight, keep)
+
+    def gradient_term(self, weight: Tensor, keep: Tensor) -> Tensor:
+        return prune(weight, ~keep).mul_(self.decay)

@@ -1,0 +1,75 @@
+"""Topology metrics: how much a mask moves. Pure functions on masks (boolean, True means kept).
+
+SAD is the sparse architecture divergence of Zhou et al., ICLR 2021 (arXiv:2102.04010): the L1 distance of
+two masks. Masks are stored at one bit a weight by `pack`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openwork.pattern import Pattern
+
+
+def sad(a: Tensor, b: Tensor) -> int:
+    """Sparse architecture divergence ||a - b||_1: positions whose membership differs. Unit: weights.
+
+    Masks with equally many kept weights differ in pairs (one leaves, one enters), so SAD is even.
+
+    >>> sad(torch.tensor([True, False]), torch.tensor([False, True]))
+    2
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"masks of shapes {tuple(a.shape)} and {tuple(b.shape)}: they must be equal")
+    return int((a ^ b).sum())
+
+
+def churn(a: Tensor, b: Tensor) -> float:
+    """`sad` as a share of all weights, in [0, 1]: the flip rate when `a` and `b` are a step apart.
+
+    >>> churn(torch.tensor([True, False, False, True]), torch.tensor([True, False, True, False]))
+    0.5
+    """
+    return sad(a, b) / a.numel()
+
+
+def largest_churn(pattern: Pattern) -> float:
+    """The most that `churn` can be: every kept weight replaced, as far as there are others.
+
+    >>> largest_churn(Pattern(2, 4)), largest_churn(Pattern(1, 16))
+    (1.0, 0.125)
+    """
+    return 2 * min(pattern.n, pattern.m - pattern.n) / pattern.m
+
+
+def chance_churn(pattern: Pattern) -> float:
+    """What `churn` is on average between two unrelated masks.
+
+    >>> chance_churn(Pattern(2, 4)), chance_churn(Pattern(1, 4))
+    (0.5, 0.375)
+    """
+    return 2 * pattern.density * (1 - pattern.density)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A mask at one bit a weight: bool, any shape -> uint8 (ceil(weights / 8),), low bit first.
+
+    >>> pack(torch.tensor([True, False, False, True, True]))
+    tensor([25], dtype=torch.uint8)
+    """
+    flat = torch.nn.functional.pad(mask.reshape(-1).to(torch.uint8), (0, -mask.numel() % 8))
+    shift = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (flat.view(-1, 8) << shift).sum(-1, dtype=torch.uint8)
+
+
+def packed_sad(a: Tensor, b: Tensor) -> int:
+    """`sad` of two masks packed by `pack`: uint8 (B,) each -> weights.
+
+    >>> packed_sad(pack(torch.tensor([True, False])), pack(torch.tensor([False, True])))
+    2
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"packed masks of {a.numel()} and {b.numel()} bytes: they must be equal")
+    ones = torch.tensor([byte.bit_count() for byte in range(256)], device=a.device)
+    return int(ones[(a ^ b).long()].sum())

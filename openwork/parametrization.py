@@ -1,0 +1,280 @@
+"""How a weight of any module becomes sparse without the module knowing.
+
+`Masked` is a torch parametrization: reading `module.weight` gives the masked weight, also where a module reads the
+weight without calling `forward` (attention's out_proj, the encoder layer's fast path). Two state-dict hooks keep
+the dense names in checkpoints. Kept apart from `torch.nn.utils.parametrize`:
+
+- one shared class per (original class, tensor names): torch makes one class per instance, which makes regional
+  `torch.compile` recompile for each block;
+- our own removal: torch's deletes the property from the class, which breaks copies that share it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from openwork.axis import Axis
+from openwork.masks import keep_largest
+from openwork.methods import Method
+from openwork.pattern import Pattern
+
+
+_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
+
+
+class ForwardScope:
+    """Computes each masked weight once within one forward of the root module, per grad mode.
+
+    RAFT runs its update block 12 times in a forward, an encoder layer reads its weights 6 times. `enter` and
+    `leave` are forward hooks of the root. Outside a root forward, and under `torch.compile` (which merges equal
+    expressions itself), nothing is kept. Each thread has its own; copies start empty.
+    """
+
+    def __init__(self) -> None:
+        self._here = threading.local()
+
+    def __reduce__(self) -> tuple[type[ForwardScope], tuple[()]]:
+        return ForwardScope, ()
+
+    def enter(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._here.depth = getattr(self._here, "depth", 0) + 1
+            if self._here.depth == 1:
+                self._here.seen = {}
+
+    def leave(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._here.depth = max(0, getattr(self._here, "depth", 0) - 1)
+            if self._here.depth == 0:
+                self._here.seen = {}
+
+    def once(self, owner: object, weight: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """`compute(weight)`, or what it gave before in this forward for the very same weight."""
+        if torch.compiler.is_compiling() or not getattr(self._here, "depth", 0):
+            return compute(weight)
+        key = (id(owner), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        version = None if weight.is_inference() else weight._version
+        found = self._here.seen.get(key)
+        if found is None or found[0] is not weight or found[1] != version:
+            found = self._here.seen[key] = (weight, version, compute(weight))
+        return found[2]
+
+
+class Masked(nn.Module):
+    """The parametrization of one weight: dense weight in, weight of the forward pass out, same shape.
+
+    `seen_dtype` is the dtype in which the forward pass saw the weight (FSDP2 may hand it in bfloat16). The mask
+    is a function of the weight rounded to it, so that the optimizer hook and `verify` find the same mask.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self, pattern: Pattern, axis: Axis, method: Method, scope: ForwardScope, weight: Tensor):
+        super().__init__()
+        self.pattern, self.axis, self.method, self.scope = pattern, axis, method, scope
+        self.seen_dtype = weight.dtype
+        self.register_buffer("mask", None)
+        if method.fixed:
+            self.choose_mask(weight)
+
+    def choose_mask(self, weight: Tensor) -> None:
+        """Store the mask that `weight` has now (for methods with a fixed one)."""
+        self.mask = self.ranked(weight.detach()).contiguous()
+
+    def keep(self, weight: Tensor) -> Tensor:
+        """The mask: bool, the shape of `weight`."""
+        if self.mask is not None:
+            return self.mask
+        return self.ranked(weight.detach().to(self.seen_dtype))
+
+    def effective(self, weight: Tensor) -> Tensor:
+        """The weight that the layer multiplies with, computed afresh."""
+        if not self.method.sparse:
+            return weight
+        return self.method.forward(weight, self.keep(weight))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.seen_dtype != weight.dtype:
+            self.seen_dtype = weight.dtype
+        return self.scope.once(self, weight, self.effective)
+
+    def extra_repr(self) -> str:
+        return f"{self.pattern}, {self.method}, {self.axis}"
+
+    def ranked(self, weight: Tensor) -> Tensor:
+        """The mask that `weight` has by the method's score."""
+        return keep_largest(self.method.score(weight), self.pattern, self.axis)
+
+
+def mask_weights(module: nn.Module, masked: dict[str, Masked]) -> None:
+    """Register `masked[tensor name]` on tensors of one module, in place. It must carry no parametrization yet."""
+    order = tuple(module._parameters)
+    original_class = type(module)
+    for name, parametrization in masked.items():
+        parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+    module.__class__ = shared_class(original_class, tuple(masked))
+    module.__dict__.pop("_flat_weights", None)  # the shared class of an RNN has it as a property
+    hooks = (
+        module.register_state_dict_post_hook(_to_dense_names),
+        module.register_load_state_dict_pre_hook(_from_dense_names),
+        module.register_load_state_dict_post_hook(_report_dense_names),
+    )
+    module.__dict__["_openwork"] = (order, hooks)
+
+
+def unmask_weights(module: nn.Module) -> None:
+    """Undo `mask_weights`, in place: each weight keeps what the forward pass used, in the same Parameter."""
+    masked_ones = masked_weights(module)
+    order, hooks = module.__dict__.pop("_openwork")
+    for hook in hooks:
+        hook.remove()
+    for name, masked, weight in masked_ones:
+        with torch.no_grad():
+            weight.copy_(masked.effective(weight))
+        module._parameters[name] = weight
+    del module.parametrizations
+    module.__class__ = type(module).__base__
+    found = dict(module._parameters)
+    module._parameters.clear()
+    module._parameters.update({name: found.pop(name) for name in order if name in found} | found)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+
+
+def masked_weights(module: nn.Module) -> list[tuple[str, Masked, nn.Parameter]]:
+    """The (tensor name, Masked, dense weight) of one module; none for a module that `mask_weights` left alone."""
+    lists = module._modules.get("parametrizations")
+    if lists is None or "_openwork" not in module.__dict__:
+        return []
+    return [(name, each[0], each.original) for name, each in lists.items()]
+
+
+def masked_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The (name, module) of every module in `model` that holds masked weights."""
+    for name, module in model.named_modules():
+        if "_openwork" in module.__dict__:
+            yield plain_name(name), module
+
+
+def held_weights(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[Masked, nn.Parameter]]:
+    """The masked weights that `optimizer` updates. Looked up anew each time: wrappers replace parameters."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [
+        (masked, weight)
+        for _, module in masked_modules(model)
+        for _, masked, weight in masked_weights(module)
+        if id(weight) in held
+    ]
+
+
+def plain_name(name: str) -> str:
+    """A module's name without what activation checkpointing, `torch.compile` and FSDP put in.
+
+    >>> plain_name("layers.0._checkpoint_wrapped_module.fc")
+    'layers.0.fc'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def weight_name(name: str) -> str:
+    """A parameter's name in the plain model.
+
+    >>> weight_name("fc.parametrizations.weight.original")
+    'fc.weight'
+    """
+    return re.sub(r"(^|\.)parametrizations\.(\w+)\.original$", r"\1\2", plain_name(name))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's model inside DDP, `torch.compile`, `AveragedModel`: wrappers have it as their only child."""
+    while list(model._modules) in (["module"], ["_orig_mod"]):
+        model = next(iter(model._modules.values()))
+    return model
+
+
+@functools.cache
+def shared_class(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The one subclass of `original` whose tensors `names` are read through their parametrizations.
+
+    Being made on demand it cannot be found by name, so its instances say how they are rebuilt: pickle, deepcopy
+    and spawned processes work.
+    """
+
+    def reduce(self: nn.Module, _: int) -> tuple[Any, ...]:
+        state = original.__getstate__(self) if hasattr(original, "__getstate__") else self.__dict__
+        return _rebuild, (original, names), state
+
+    members: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": original.__module__}
+    members |= {name: _read_through(name) for name in names}
+    if issubclass(original, nn.RNNBase):
+        members |= {"_flat_weights": property(_fresh_weights, _ignore), "flatten_parameters": _ignore}
+    return type(f"Parametrized{original.__name__}", (original,), members)
+
+
+def _rebuild(original: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    made = shared_class(original, names)
+    return made.__new__(made)
+
+
+def _read_through(name: str) -> property:
+    def read(self: nn.Module) -> Tensor:
+        return self.parametrizations[name]()
+
+    def refuse(self: nn.Module, value: object) -> None:
+        raise RuntimeError(
+            f"assigning {name} of a sparsified {type(self).__base__.__name__}: it is computed from a dense weight; "
+            f"write `with torch.no_grad(): module.parametrizations.{name}.original.copy_(value)`, or finalize first"
+        )
+
+    return property(read, refuse)
+
+
+def _fresh_weights(self: nn.RNNBase) -> list[Tensor | None]:
+    """What an RNN hands its kernel. torch keeps this list between forwards, where it would go stale."""
+    return [getattr(self, name, None) for name in self._flat_weights_names]
+
+
+def _ignore(self: nn.Module, value: object = None) -> None:
+    pass
+
+
+def _renamed(module: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
+    """Pairs (name inside the parametrized module, name in a checkpoint)."""
+    for name, masked, _ in masked_weights(module):
+        yield f"{prefix}parametrizations.{name}.original", prefix + name
+        if masked.mask is not None:
+            yield f"{prefix}parametrizations.{name}.0.mask", f"{prefix}{name}_mask"
+
+
+def _to_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
+    for inside, outside in _renamed(module, prefix):
+        if inside in state:
+            state[outside] = state.pop(inside)
+    order = [prefix + name for name in module.__dict__["_openwork"][0]]
+    rest = [name for name in state if name.startswith(prefix) and name not in order]
+    for name in [name for name in order if name in state] + rest:
+        state[name] = state.pop(name)
+
+
+def _from_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    for name, masked, _weight in masked_weights(module):
+        if masked.mask is not None and prefix + name in state and f"{prefix}{name}_mask" not in state:
+            warnings.warn("the checkpoint is dense: fixed masks were chosen anew, from its weights", stacklevel=2)
+            state[f"{prefix}{name}_mask"] = masked.ranked(state[prefix + name])
+    for inside, outside in _renamed(module, prefix):
+        if outside in state:
+            state[inside] = state.pop(outside)
+
+
+def _report_dense_names(_: nn.Module, incompatible: Any) -> None:
+    for names in incompatible:
+        names[:] = [re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name) for name in names]

@@ -1,0 +1,59 @@
+"""The N:M pattern, a type that is parsed once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_FORM = "a pattern is written 'N:M', N weights kept of every M, with 1 <= N <= M <= 64, such as '2:4'"
+
+
+@dataclass(frozen=True, order=True)
+class Pattern:
+    """At most `n` non-zero weights in every `m` consecutive ones along the reduction axis.
+
+    `n` counts what is **kept**. `n == m` is dense and allowed.
+
+    >>> Pattern(2, 4).density
+    0.5
+    >>> Pattern(2, 4).index_bits, Pattern(1, 16).index_bits
+    (4, 4)
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if type(self.n) is not int or type(self.m) is not int:
+            raise TypeError(f"Pattern({self.n!r}, {self.m!r}): N and M must be integers; {_FORM}")
+        if not 1 <= self.n <= self.m <= 64:
+            raise ValueError(f"Pattern({self.n}, {self.m}): {_FORM}")
+
+    @classmethod
+    def parse(cls, text: str | Pattern) -> Pattern:
+        """The pattern that `text` names; a `Pattern` passes through.
+
+        >>> Pattern.parse("1:16")
+        Pattern(n=1, m=16)
+        """
+        if isinstance(text, Pattern):
+            return text
+        if not isinstance(text, str):
+            raise TypeError(f"found {text!r} of type {type(text).__name__} for a pattern; {_FORM}")
+        found = re.fullmatch(r"([0-9]{1,2}):([0-9]{1,2})", text.strip(), re.ASCII)
+        if not found:
+            raise ValueError(f"found {text!r} for a pattern; {_FORM}")
+        return cls(int(found[1]), int(found[2]))
+
+    @property
+    def density(self) -> float:
+        """Share of weights kept, in (0, 1]."""
+        return self.n / self.m
+
+    @property
+    def index_bits(self) -> int:
+        """Bits that say which weights of one group are kept: N indices, or a bitmask where smaller."""
+        return min(self.n * (self.m - 1).bit_length(), self.m)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"

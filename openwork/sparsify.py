@@ -1,0 +1,210 @@
+"""Make the weights of a model N:M sparse, in place, and make it a plain model again."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakSet, ref
+from weakref import finalize as finalize_with
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from openwork.axis import Axis, to_rows
+from openwork.candidates import AxisChoice, Candidate, PatternChoice, Remainder, decide
+from openwork.gemms import count_macs
+from openwork.masks import keep_largest, prune
+from openwork.methods import SRSTE, Method
+from openwork.parametrization import (
+    ForwardScope,
+    Masked,
+    held_weights,
+    mask_weights,
+    masked_modules,
+    masked_weights,
+    unmask_weights,
+    unwrap,
+)
+from openwork.pattern import Pattern
+from openwork.report import Report, Row
+
+
+@dataclass
+class Promise:
+    """What `sparsify` leaves on the model's root: what each weight was promised to be, and who trains it."""
+
+    weights: dict[str, tuple[Pattern, Axis]]
+    method: Method
+    scope: ForwardScope
+    hooks: tuple[Any, ...] = ()
+    optimizers: WeakSet[torch.optim.Optimizer] = field(default_factory=WeakSet)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # copies are trained by other optimizers
+        return Promise, (self.weights, self.method, self.scope, self.hooks)
+
+
+def sparsify(
+    model: nn.Module,
+    pattern: PatternChoice,
+    method: Method = SRSTE(),
+    *,
+    exclude: Sequence[str] = (),
+    axis: AxisChoice = "input",
+    remainder: Remainder = "skip",
+    example: Any = None,
+) -> Report:
+    """Make every weight that can be N:M sparse so, in place. Returns what became sparse, what did not, and why.
+
+    `pattern`: "2:4" for all, or a mapping from globs to patterns, the first match deciding; weights that none
+    matches stay dense. `exclude`: globs of weights or modules. `axis`: "input" groups along the reduction axis;
+    "kernel" is the flat grouping of the published results; a mapping from globs to dims names the axis of weights
+    that are not known. `remainder`: what to do where M does not divide the axis: "skip" the weight, "pad" the last
+    group, or "error". `example`: one input (a tensor, a tuple of arguments or a dict of keyword arguments), to count
+    multiply-adds with.
+
+    Nothing is excluded by default but what cannot be sparse. Call it after initialization and before `fully_shard`.
+    Raises ValueError when nothing can be sparse, a glob matches nothing, or the model is sparse already.
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    >>> sparsify(model, "2:4", exclude=["2"]).skipped
+    {'2.weight': "excluded by '2'"}
+    >>> int((model[0].weight != 0).sum())
+    64
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method={method!r}; needed a method object such as ow.SRSTE(), ow.STE() or ow.ASP()")
+    model = unwrap(model)
+    _demand_plain(model)
+    decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder)
+    macs = count_macs(model, example, {c.name: c.weight for c in decided}) if example is not None else None
+    scope = ForwardScope()
+    chosen: dict[nn.Module, dict[str, Masked]] = defaultdict(dict)
+    for each in decided:
+        if each.pattern:
+            chosen[each.module][each.tensor] = Masked(each.pattern, each.axis, method, scope, each.weight)
+    for module, masked in chosen.items():
+        mask_weights(module, masked)
+    weights = {each.name: (each.pattern, each.axis) for each in decided if each.pattern}
+    hooks = (
+        model.register_forward_pre_hook(scope.enter, prepend=True),
+        model.register_forward_hook(scope.leave, always_call=True),
+    )
+    model.__dict__["_openwork_promise"] = Promise(weights, method, scope, hooks)
+    if hasattr(method, "gradient_term"):
+        _watch_optimizers(model)
+    return _report(model, decided, macs, f"{type(model).__name__}, {method.name}", method.score)
+
+
+def finalize(model: nn.Module) -> nn.Module:
+    """Make a sparsified model plain again, in place, and return it: original classes, exact zeros, dense names.
+
+    Parameters keep their identity. A model trained with `ow.Dense` keeps all its weights. A model that FSDP2 has
+    sharded is finalized on its gathered state dict instead. Raises ValueError when nothing is sparsified.
+    """
+    inner = unwrap(model)
+    modules = [module for _, module in masked_modules(inner)]
+    if not modules:
+        raise ValueError(f"{type(inner).__name__} is not sparsified: nothing to finalize (ow.project zeroes a plain model)")
+    for module in modules:
+        unmask_weights(module)
+    for module in inner.modules():
+        promise = module.__dict__.pop("_openwork_promise", None)
+        for hook in promise.hooks if promise else ():
+            hook.remove()
+    return model
+
+
+def project(
+    model: nn.Module,
+    pattern: PatternChoice,
+    *,
+    exclude: Sequence[str] = (),
+    axis: AxisChoice = "input",
+    remainder: Remainder = "skip",
+) -> Report:
+    """Zero the smallest weights of a plain model until it is N:M, in place: after averaging, merging, editing.
+
+    Arguments, errors and report as in `sparsify`.
+    """
+    model = unwrap(model)
+    _demand_plain(model)
+    decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder)
+    report = _report(model, decided, None, f"{type(model).__name__}, projected", torch.abs)
+    with torch.no_grad():
+        for each in decided:
+            if each.pattern:
+                each.weight.copy_(prune(each.weight, keep_largest(each.weight.abs(), each.pattern, each.axis)))
+    return report
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    """The masks that a sparsified model has now, by weight: bool, the weight's shape, True means kept."""
+    return {
+        f"{name}.{tensor}".lstrip("."): masked.keep(weight)
+        for name, module in masked_modules(unwrap(model))
+        for tensor, masked, weight in masked_weights(module)
+    }
+
+
+def promises(model: nn.Module) -> list[tuple[str, nn.Module, Promise]]:
+    """The (name, module, promise) of every module in `model` that was handed to `sparsify`."""
+    found = [(name, each) for name, each in model.named_modules() if "_openwork_promise" in each.__dict__]
+    return [(name, each, each.__dict__["_openwork_promise"]) for name, each in found]
+
+
+def _watch_optimizers(model: nn.Module) -> None:
+    """Warn at the first step of an optimizer that trains the model but was never attached."""
+    seen: WeakSet[torch.optim.Optimizer] = WeakSet()
+    model_ref = ref(model)
+
+    def before_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        model = model_ref()
+        promise = model.__dict__.get("_openwork_promise") if model is not None else None
+        if promise is None or optimizer in seen:
+            return
+        seen.add(optimizer)
+        if optimizer not in promise.optimizers and held_weights(optimizer, model):
+            warnings.warn(
+                f"{type(optimizer).__name__} steps a model sparsified with {promise.method}, but nobody attached it: its "
+                "gradient term is missing; call ow.attach(optimizer, model) before training",
+                stacklevel=3,
+            )
+
+    finalize_with(model, register_optimizer_step_pre_hook(before_any_step).remove)
+
+
+def _demand_plain(model: nn.Module) -> None:
+    taken = [name or type(model).__name__ for name, _ in masked_modules(model)]
+    if taken:
+        raise ValueError(f"{', '.join(taken[:3])} sparsified already; call ow.finalize(model) first, or sparsify other modules")
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+            raise ValueError(f"{name} is sharded: call ow.sparsify before fully_shard (masks need whole groups)")
+
+
+def _report(
+    model: nn.Module, decided: list[Candidate], macs: dict[str, int] | None, title: str, score: Callable[[Tensor], Tensor]
+) -> Report:
+    rows = tuple(_row(each, macs.get(each.name, 0) if macs is not None else None, score) for each in decided)
+    seen = {id(each.weight) for each in decided}
+    others = sum(p.numel() for p in model.parameters() if id(p) not in seen)
+    return Report(rows, title, others, macs.get("", 0) if macs else 0)
+
+
+def _row(each: Candidate, macs: int | None, score: Callable[[Tensor], Tensor]) -> Row:
+    weight = each.weight.detach()
+    bits = weight.element_size() * 8
+    shape = tuple(weight.shape)
+    if not each.pattern or weight.is_meta:
+        kept = weight.numel() if not each.pattern else round(weight.numel() * each.pattern.density)
+        return Row(each.name, shape, each.pattern, each.reason, kept, 1.0, 0, bits, macs)
+    keep = keep_largest(score(weight), each.pattern, each.axis)
+    energy = weight.double().square()
+    share = float(energy[keep].sum() / energy.sum()) if energy.any() else 1.0
+    rows = to_rows(weight, each.axis)
+    groups = rows[..., 0].numel() * -(-rows.shape[-1] // each.pattern.m)
+    return Row(each.name, shape, each.pattern, "", int(keep.sum()), share, groups, bits, macs)

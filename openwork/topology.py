@@ -1,0 +1,90 @@
+"""Watch the topology of a network settle: a recorder of SAD during training, at one bit a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from openwork.metrics import pack, packed_sad
+
+_SPANS = ("start", "last", "step")
+
+
+class Topology:
+    """Records SAD every `every` optimizer steps: since the start, since the last record, and over the one step.
+
+    Hand it to `attach`. `records` holds one JSON-ready dict a record:
+
+        {"step": 200, "weights": W, "sad_start": s, "sad_last": s, "sad_step": s,
+         "layers": {name: {"weights": w, "sad_start": s, "sad_last": s, "sad_step": s}}}
+
+    SAD is in weights (see `openwork.metrics.sad`); divided by "weights" it is the churn, and `sad_step` / "weights"
+    the flip rate. Steps count from 1, and skipped steps (overflow under a loss scale) do not count. With `keep=True`
+    the masks of every record are kept, at one bit a weight, and `between` compares any two of them.
+    """
+
+    def __init__(self, every: int = 100, *, keep: bool = False):
+        if every < 1:
+            raise ValueError(f"every={every}; needed the number of steps between records, 1 or more")
+        self.every = every
+        self.records: list[dict[str, Any]] = []
+        self.snapshots: dict[int, dict[str, Tensor]] = {}
+        self._keep = keep
+        self._weights: dict[str, int] = {}
+
+    def begin(self, masks: Mapping[str, Tensor]) -> None:
+        """The masks before the first step."""
+        self._weights = {name: mask.numel() for name, mask in masks.items()}
+        self.snapshots = {0: _packed(masks)}
+
+    def due(self, step: int) -> bool:
+        """Whether a record is made after step `step`."""
+        return step % self.every == 0
+
+    def record(self, step: int, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Add a record of the masks before and after step `step`, and return it."""
+        now = _packed(after)
+        others = dict(zip(_SPANS, (self.snapshots[0], self.snapshots[max(self.snapshots)], _packed(before)), strict=True))
+        layers = {
+            name: {"weights": self._weights[name]}
+            | {f"sad_{span}": packed_sad(bits[name], now[name]) for span, bits in others.items()}
+            for name in now
+        }
+        totals = {key: sum(layer[key] for layer in layers.values()) for key in ("weights", *map("sad_{}".format, _SPANS))}
+        if not self._keep and len(self.snapshots) > 1:
+            del self.snapshots[max(self.snapshots)]
+        self.snapshots[step] = now
+        self.records.append({"step": step, **totals, "layers": layers})
+        return self.records[-1]
+
+    def between(self, a: int, b: int) -> dict[str, int]:
+        """SAD of each weight between the records of two steps (0 is the start), and in total under ""."""
+        missing = [step for step in (a, b) if step not in self.snapshots]
+        if missing:
+            raise ValueError(f"no masks of steps {missing}; there are {sorted(self.snapshots)} (all, with keep=True)")
+        found = {name: packed_sad(bits, self.snapshots[b][name]) for name, bits in self.snapshots[a].items()}
+        return found | {"": sum(found.values())}
+
+    def scalars(self) -> dict[str, float]:
+        """The last record in total, for a logger: SAD in weights and churn as a share, by span."""
+        if not self.records:
+            return {}
+        last = self.records[-1]
+        sads = {f"sad/{span}": float(last[f"sad_{span}"]) for span in _SPANS}
+        return sads | {f"churn/{span}": last[f"sad_{span}"] / last["weights"] for span in _SPANS}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that an exact resume needs."""
+        return {"records": list(self.records), "snapshots": dict(self.snapshots), "weights": dict(self._weights)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()` of a run of the same model."""
+        self.records = list(state["records"])
+        self.snapshots = dict(state["snapshots"])
+        self._weights = dict(state["weights"])
+
+
+def _packed(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: pack(mask).cpu() for name, mask in masks.items()}
