@@ -87,7 +87,8 @@ def prune(weight: Tensor, keep: Tensor) -> Tensor:
     tensor([ 0., -2.])
     """
     kind = _BITS.get(weight.dtype)
-    if kind is None or weight.device.type != "cpu" or torch.compiler.is_compiling():
+    differentiable = weight.requires_grad and torch.is_grad_enabled()
+    if kind is None or weight.device.type != "cpu" or differentiable or torch.compiler.is_compiling():
         return torch.where(keep, weight, 0.0)
     # Eager `where` branches on each weight on a CPU; ANDing the bits with 0 or -1 does not (2 to 3 times faster).
     return (weight.view(kind) & keep.to(kind).neg_()).view(weight.dtype)
