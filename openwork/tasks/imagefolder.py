@@ -1,0 +1,135 @@
+"""Images in class folders, ImageNet's layout: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from openwork.tasks.augment import crop_box
+from openwork.tasks.draws import uniform
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for pixels in [0, 1]
+_DRAWS = 22 + 1  # ten attempts at a crop, its place, the mirror
+
+
+def _pixels(image: Any) -> Tensor:
+    array = torch.from_numpy(np.asarray(image, np.uint8).copy()).permute(2, 0, 1).float() / 255
+    return (array - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
+
+
+def train_image(path: Path, size: int, draws: np.ndarray) -> Tensor:
+    """One augmented training image: random resized crop and mirror, drawn from `draws` (23,)."""
+    from PIL import Image
+
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=crop_box(*image.size, draws[:-1]))
+    return _pixels(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws[-1] < 0.5 else image)
+
+
+def val_image(path: Path, size: int) -> Tensor:
+    """One validation image: shorter side to 8/7 of `size` (256 for 224), centre crop."""
+    from PIL import Image
+
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    scale = round(size * 256 / 224) / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return _pixels(image.crop((left, top, left + size, top + size)))
+
+
+@dataclass(frozen=True)
+class _Reader(Dataset[tuple[Tensor, int]]):
+    files: Sequence[tuple[Path, int]]
+    size: int
+    seed: int = 0
+    epoch: int | None = None  # None: validation
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.files[index]
+        if self.epoch is None:
+            return val_image(path, self.size), label
+        return train_image(path, self.size, uniform(self.seed, self.epoch, np.array([index]), _DRAWS)[0]), label
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Training and validation files with their class numbers; decoded in `workers` processes when used."""
+
+    name: str
+    train_files: Sequence[tuple[Path, int]]
+    val_files: Sequence[tuple[Path, int]]
+    classes: int
+    size: int
+    workers: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return 3, self.size, self.size
+
+    @property
+    def train_count(self) -> int:
+        return len(self.train_files)
+
+    @property
+    def val_count(self) -> int:
+        return len(self.val_files)
+
+    def limited(self, count: int) -> ImageFolder:
+        """The same data with only `count` training images, evenly spaced (0: all)."""
+        step = max(1, len(self.train_files) // count) if count else 1
+        return replace(self, train_files=self.train_files[::step][: count or None])
+
+    def _load(self, reader: _Reader, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        # Its own generator: a DataLoader otherwise takes a number from torch's global one.
+        lists = [batch.tolist() for batch in batches]
+        yield from DataLoader(reader, batch_sampler=lists, num_workers=self.workers, generator=torch.Generator())
+
+    def train_batches(self, batches: Sequence[np.ndarray], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._load(_Reader(self.train_files, self.size, seed, epoch), batches)
+
+    def val_batches(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._load(_Reader(self.val_files, self.size), batches)
+
+
+def _files(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
+    numbers = {name: number for number, name in enumerate(names)}
+    found = [
+        (path, numbers[name])
+        for name in names
+        for path in sorted((folder / name).rglob("*"))
+        if path.suffix.lower() in _SUFFIXES
+    ]
+    if not found:
+        raise FileNotFoundError(f"imagefolder: no images ({', '.join(sorted(_SUFFIXES))}) in {folder}/CLASS/")
+    return found
+
+
+def imagefolder(folder: Path, size: int, workers: int) -> ImageFolder:
+    """Reads DIR/train/CLASS/* and DIR/val/CLASS/*; the classes are the sorted folder names of train."""
+    for part in ("train", "val"):
+        if not (folder / part).is_dir():
+            raise FileNotFoundError(
+                f"imagefolder: {folder}/{part} is missing; needed are {folder}/train/CLASS/*.jpg "
+                f"and {folder}/val/CLASS/*.jpg"
+            )
+    names = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
+    strange = sorted({p.name for p in (folder / "val").iterdir() if p.is_dir()} - set(names))
+    if strange:
+        raise ValueError(
+            f"imagefolder: {folder}/val has classes that train lacks: {', '.join(strange[:5])}; "
+            "remove them or add them to train"
+        )
+    return ImageFolder(
+        "imagefolder", _files(folder / "train", names), _files(folder / "val", names), len(names), size, workers
+    )
