@@ -1,0 +1,69 @@
+"""ResNets for small images (He et al., CVPR 2016, arXiv:1512.03385, section 4.2): 3 stages of n blocks, 6n+2 layers.
+
+Shortcuts are 1x1 convolutions where the shape changes (the paper's option B), and there is no pooling before the end.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+
+
+class Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = _conv(outputs, outputs, 3), nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+def _stage(count: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    rest = [Block(outputs, outputs, 1) for _ in range(count - 1)]
+    return nn.Sequential(Block(inputs, outputs, stride), *rest)
+
+
+class ResNet(nn.Module):
+    """(B, channels, H, W) -> (B, classes) logits."""
+
+    def __init__(self, depth: int, classes: int, channels: int, width: int = 16, dropout: float = 0.0) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"resnet{depth}: the depth must be 6n+2 (8, 14, 20, 26, 32, 44, 56, 110)")
+        self.conv1, self.bn1 = _conv(channels, width, 3), nn.BatchNorm2d(width)
+        count = (depth - 2) // 6
+        self.layer1 = _stage(count, width, width, 1)
+        self.layer2 = _stage(count, width, 2 * width, 2)
+        self.layer3 = _stage(count, 2 * width, 4 * width, 2)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(4 * width, classes)
+        self.apply(_initialise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(self.dropout(x.mean((2, 3))))
+
+
+def _initialise(module: nn.Module) -> None:
+    """Normal with std sqrt(2 / (k*k*outputs)), as in the SR-STE authors' code."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def depth_of(name: str) -> int | None:
+    """20 for "resnet20"; None for names that are not of this family (resnet18 and resnet50 are torchvision's)."""
+    match = re.fullmatch(r"resnet(\d+)", name)
+    depth = int(match[1]) if match else 0
+    return depth if depth in (8, 14, 20, 26, 32, 44, 56, 110) else None
