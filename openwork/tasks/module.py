@@ -1,0 +1,244 @@
+"""The Lightning module of a recipe: optimizer, schedule, log lines, and checkpoints that resume exactly.
+
+Lightning alone does not resume in the middle of an epoch exactly. So the position of a run is one number, the
+optimizer steps done; every process starts Lightning's loops afresh from there, with a loader for the rest of the epoch.
+Checkpoints are written before a step begins, where nothing is half done.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import openwork as ow
+from openwork.tasks.config import Config
+from openwork.tasks.draws import batch_indices, seed_step
+from openwork.tasks.rundir import RunDir
+
+
+def lr_factor(step: int, warmup: int, total: int) -> float:
+    """Linear warm-up over `warmup` steps, then half a cosine that reaches 0 at `total`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+class Batches:
+    """A sized loader over given sample indices."""
+
+    def __init__(self, indices: Sequence[np.ndarray], load: Any) -> None:
+        self._indices, self._load = indices, load
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._load(self._indices)
+
+
+class Stopwatch:
+    """Seconds from one step's end to the next, with the loading of data and without validation and checkpoints."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self.seconds: list[float] = []
+
+    def skip(self) -> None:
+        self._last = None
+
+    def tick(self) -> None:
+        now = time.perf_counter()
+        if self._last is not None:
+            self.seconds.append(round(now - self._last, 6))
+        self._last = now
+
+
+class ClassificationModule(pl.LightningModule):
+    def __init__(self, net: nn.Module, config: Config, data: Any, run: RunDir) -> None:
+        super().__init__()
+        self.net, self.config, self.data, self.run = net, config, data, run
+        self.step = 0
+        self.steps_per_epoch = data.train_count // config.batch_size
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"batch_size {config.batch_size} exceeds the {data.train_count} training images; make it smaller"
+            )
+        self._watch = Stopwatch()
+        self._losses: list[Tensor] = []
+        self._restored: dict[str, Any] = {}
+
+    @property
+    def epoch(self) -> int:
+        return self.step // self.steps_per_epoch
+
+    # data
+
+    def train_dataloader(self) -> Batches:
+        c, world, rank = self.config, self.trainer.world_size, self.trainer.global_rank
+        epoch, start = divmod(self.step, self.steps_per_epoch)
+        take = [micro * world + rank for micro in range(c.accumulate)]
+        indices = batch_indices(
+            c.seed, epoch, self.data.train_count, c.batch_size, start=start, split=c.accumulate * world, take=take
+        )
+        return Batches(indices, lambda chosen: self.data.train_batches(chosen, c.seed, epoch))
+
+    def val_dataloader(self) -> Batches:
+        mine = np.arange(self.trainer.global_rank, self.data.val_count, self.trainer.world_size)
+        return Batches(np.array_split(mine, math.ceil(len(mine) / 256)), self.data.val_batches)
+
+    # optimisation
+
+    def configure_optimizers(self) -> Any:
+        c = self.config
+        optimizer = torch.optim.SGD(self.net.parameters(), lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
+        self.topology = ow.Topology(every=c.topology_every)
+        self.handle = ow.attach(optimizer, self.net, topology=self.topology)
+        warmup, total = round(c.warmup * self.steps_per_epoch), c.epochs * self.steps_per_epoch
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, warmup, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(self.net(images), labels)
+
+    def on_train_start(self) -> None:
+        if self._restored:
+            self.handle.load_state_dict(self._restored["handle"])
+        self._recorded = len(self.topology.records)
+
+    def on_train_epoch_start(self) -> None:
+        self._watch.skip()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        micro = batch_idx % self.config.accumulate
+        if micro == 0:
+            self._checkpoint_if_due()
+        seed_step(self.config.seed, self.step, micro, self.trainer.global_rank)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._losses.append(outputs["loss"].detach())
+        if (batch_idx + 1) % self.config.accumulate:
+            return
+        self.step += 1
+        self._watch.tick()
+        if self.step % self.config.log_every == 0:
+            self._log_step()
+        self._losses.clear()
+        self._log_topology()
+
+    def _log_step(self) -> None:
+        # Lightning divides each micro-batch's loss by their number, so the sum is the step's mean.
+        loss = self.trainer.strategy.reduce(torch.stack(self._losses).sum(), reduce_op="mean")
+        record = {
+            "step": self.step,
+            "epoch": (self.step - 1) // self.steps_per_epoch,
+            "train_loss": float(loss),
+            "lr": self._last_lr,
+        }
+        self._write("metrics.jsonl", record)
+        self._write("times.jsonl", {"step": self.step, "seconds": list(self._watch.seconds)})
+        self._watch.seconds.clear()
+        self._tensorboard({"train/loss": record["train_loss"], "train/lr": record["lr"]})
+        self.log("loss", record["train_loss"], prog_bar=True, logger=False)
+
+    @property
+    def _last_lr(self) -> float:
+        """The rate that the step just done used: the schedule has moved on already."""
+        c = self.config
+        warmup, total = round(c.warmup * self.steps_per_epoch), c.epochs * self.steps_per_epoch
+        return c.lr * lr_factor(self.step - 1, warmup, total)
+
+    def _log_topology(self) -> None:
+        for record in self.topology.records[self._recorded :]:
+            self._write("topology.jsonl", record)
+            self._tensorboard({f"topology/{key}": record[key] / record["weights"] for key in ("sad_start", "sad_step")})
+        self._recorded = len(self.topology.records)
+
+    # validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._watch.skip()
+        self._totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, images
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        logits = self.net(images)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        correct = (logits.argmax(1) == labels).sum()
+        self._totals += torch.stack(
+            [loss.double(), correct.double(), torch.tensor(float(len(labels)), device=self.device).double()]
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        loss, correct, images = self.trainer.strategy.reduce(self._totals, reduce_op="sum").tolist()
+        self.score = {"val_loss": loss / images, "val_accuracy": correct / images}
+        self.log("val_accuracy", self.score["val_accuracy"], prog_bar=True, logger=False)
+        if self.trainer.state.fn == "fit":
+            self._write(
+                "metrics.jsonl", {"step": self.step, "epoch": (self.step - 1) // self.steps_per_epoch, **self.score}
+            )
+            self._tensorboard({"val/loss": self.score["val_loss"], "val/accuracy": self.score["val_accuracy"]})
+
+    # log lines and checkpoints
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        if self.trainer.is_global_zero:
+            self.run.append(name, record)
+
+    def _tensorboard(self, values: dict[str, float]) -> None:
+        if self.logger:
+            self.logger.log_metrics(values, step=self.step)
+
+    def _checkpoint_if_due(self) -> None:
+        if self.step in (0, self._restored.get("step", 0)):
+            return
+        if self.step % self.config.checkpoint_every == 0 or self.step % self.steps_per_epoch == 0:
+            draft = self.run.checkpoint.with_suffix(".part")
+            self.trainer.save_checkpoint(draft, weights_only=False)
+            if self.trainer.is_global_zero:
+                os.replace(draft, self.run.checkpoint)
+            self._watch.skip()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["openwork"] = {"step": self.step, "handle": self.handle.state_dict(), "offsets": self.run.offsets()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._restored = checkpoint["openwork"]
+        self.step = self._restored["step"]
+        if self.trainer.is_global_zero:
+            self.run.rewind(self._restored["offsets"])
+        checkpoint.pop("loops")  # Lightning's loops start afresh, at the right epoch
+        self.trainer.fit_loop.epoch_progress.increment_by(self.epoch)
+
+
+def build_trainer(config: Config, out: Path, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
+    """Lightning's trainer; checkpoints and validation places are the module's."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    return pl.Trainer(
+        max_epochs=config.epochs,
+        precision=config.precision,  # type: ignore[arg-type]
+        accumulate_grad_batches=config.accumulate,
+        devices=config.devices,
+        strategy=config.strategy,
+        accelerator=config.accelerator,
+        logger=TensorBoardLogger(out, name="tensorboard", version=""),
+        callbacks=list(callbacks),
+        default_root_dir=out,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=config.progress,
+        reload_dataloaders_every_n_epochs=1,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )

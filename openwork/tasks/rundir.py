@@ -1,0 +1,92 @@
+"""A run directory: JSON lines that a resumed run cuts back to its checkpoint, and files that appear whole or never."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LINES = ("metrics.jsonl", "topology.jsonl", "times.jsonl")  # times differ from run to run, the others may not
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside the file and renames: a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+def write_yaml(path: Path, values: dict[str, Any]) -> None:
+    write_text(path, yaml.safe_dump(values, sort_keys=False))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; none if it is missing. A last line cut by a kill is left out."""
+    if not path.exists():
+        return []
+    return [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]
+
+
+class RunDir:
+    """Paths and appended lines of one run. Offsets go into its checkpoints."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files: dict[str, Any] = {}
+
+    config = property(lambda self: self.path / "config.yaml")
+    checkpoint = property(lambda self: self.path / "checkpoints" / "last.ckpt")
+    model = property(lambda self: self.path / "model.safetensors")
+    result = property(lambda self: self.path / "result.json")
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        if name not in self._files:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._files[name] = (self.path / name).open("a", encoding="utf-8")
+        self._files[name].write(json.dumps(record) + "\n")
+        self._files[name].flush()
+
+    def offsets(self) -> dict[str, int]:
+        """Bytes written so far, per file, safely on disk."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        return {name: self._size(name) for name in LINES}
+
+    def _size(self, name: str) -> int:
+        return (self.path / name).stat().st_size if (self.path / name).exists() else 0
+
+    def rewind(self, offsets: dict[str, int]) -> None:
+        """Cuts the files back to a checkpoint's offsets."""
+        self.close()
+        for name in LINES:
+            wanted = offsets.get(name, 0)
+            if self._size(name) < wanted:
+                raise ValueError(
+                    f"{self.path / name} is shorter than its checkpoint says; it was edited, so the run "
+                    "cannot be resumed: start anew in another --out"
+                )
+            if (self.path / name).exists():
+                os.truncate(self.path / name, wanted)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def write_config(self, values: dict[str, Any]) -> None:
+        write_yaml(self.config, values)
+
+    def read_config(self) -> dict[str, Any]:
+        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        write_text(self.result, json.dumps(result, indent=1))
+
+    def read_result(self) -> dict[str, Any] | None:
+        return json.loads(self.result.read_text(encoding="utf-8")) if self.result.exists() else None

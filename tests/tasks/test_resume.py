@@ -1,0 +1,56 @@
+"""A run killed at any batch and resumed ends exactly as one that was not: weights, metrics, topology."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from openwork.tasks.classification import train
+from openwork.tasks.config import Config
+
+# 4 optimizer steps an epoch, of two micro-batches; dropout draws from torch's generator.
+RECIPE = {
+    "limit": 140,
+    "batch_size": 32,
+    "accumulate": 2,
+    "epochs": 3,
+    "dropout": 0.3,
+    "checkpoint_every": 3,
+    "topology_every": 1,
+    "log_every": 1,
+    "progress": False,
+    "threads": 1,
+}
+
+
+def run(out, kill_after=0, resume=False):
+    config = {**RECIPE, "out": str(out), "resume": resume}
+    script = Path(__file__).with_name("run_and_kill.py")
+    return subprocess.run([sys.executable, script, json.dumps(config), str(kill_after)], check=False).returncode
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    train(Config(**RECIPE, out=str(out / "run")))
+    return out / "run"
+
+
+# Batches 1 to 24, two a step. Checkpoints lie before steps 3, 4, 6, 8, 9. After batch 1 there is none yet; 11 is in
+# the middle of a step, 16 the last of an epoch (before its validation).
+@pytest.mark.parametrize("batch", [1, 11, 16])
+def test_a_killed_run_resumes_bit_for_bit(uninterrupted, tmp_path, batch):
+    out = tmp_path / "run"
+    assert run(out, kill_after=batch) == -signal.SIGKILL
+    assert not (out / "result.json").exists()
+    assert run(out, resume=True) == 0
+    for name in ("metrics.jsonl", "topology.jsonl"):
+        assert (out / name).read_text() == (uninterrupted / name).read_text()
+    a, b = load_file(out / "model.safetensors"), load_file(uninterrupted / "model.safetensors")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
