@@ -72,7 +72,8 @@ def train(words: list[str]) -> int:
 def _show_result(result: dict[str, Any], out: Path) -> None:
     print(result["summary"])
     print(
-        f"accuracy of the finalized network: {result['val_accuracy']:.2%}, density of its sparse layers {result['density']:.3f}"
+        f"accuracy of the finalized network: {result['val_accuracy']:.2%}, "
+        f"density of its sparse layers {result['density']:.3f}"
     )
     print(f"report: {(out / 'report.html').resolve()}")
 
