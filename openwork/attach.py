@@ -82,7 +82,7 @@ class Handle:
         scale = getattr(self._optimizer, "grad_scale", None)
         for masked, weight in held_weights(self._optimizer, self._model):
             if weight.grad is not None and hasattr(masked.method, "gradient_term"):
-                term = masked.method.gradient_term(weight, masked.keep(weight))
+                term = masked.gradient_term(weight)
                 weight.grad.add_(term if scale is None else term.mul_(scale.to(term.device)))
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -123,10 +123,15 @@ def _lost_pairs_at_once(key_GM: Tensor) -> Tensor:
 
 
 def _lost_pairs_one_by_one(key_MG: Tensor) -> Tensor:
-    """The same, group axis first, without the M x M intermediate: what eager mode on a CPU likes."""
-    lost_MG = torch.zeros(key_MG.shape, dtype=torch.uint8, device=key_MG.device)
-    for i in range(key_MG.shape[0] - 1):
-        later_wins = key_MG[i + 1 :] > key_MG[i]
+    """The same, group axis first, without the M x M intermediate: what eager mode on a CPU likes.
+
+    Every weight starts as beaten by all before it in its group, and takes back those that it beats.
+    """
+    M = key_MG.shape[0]
+    before = torch.arange(M, dtype=torch.uint8).view(-1, *[1] * (key_MG.ndim - 1))
+    lost_MG = before.expand(key_MG.shape).clone(memory_format=torch.contiguous_format)
+    for i in range(M - 1):
+        later_wins = (key_MG[i + 1 :] > key_MG[i]).view(torch.uint8)
         lost_MG[i].add_(later_wins.sum(0, dtype=torch.uint8))
-        lost_MG[i + 1 :].add_(~later_wins)
+        lost_MG[i + 1 :].sub_(later_wins)
     return lost_MG

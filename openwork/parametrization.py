@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,21 @@ class ForwardScope:
 
     def __reduce__(self) -> tuple[type[ForwardScope], tuple[()]]:
         return ForwardScope, ()
+
+    def remember(self, owner: object, weight: Tensor, keep: Tensor) -> None:
+        """Hold the mask that a forward used until the optimizer step asks for it."""
+        if not torch.compiler.is_compiling() and weight.requires_grad and torch.is_grad_enabled():
+            self._masks()[id(owner)] = (ref(weight), weight._version, keep)
+
+    def recall(self, owner: object, weight: Tensor) -> Tensor | None:
+        """The mask of the forward since which this very weight has not changed, once; None if there is none."""
+        found = self._masks().pop(id(owner), None)
+        return found[2] if found and found[0]() is weight and found[1] == weight._version else None
+
+    def _masks(self) -> dict[int, tuple[ref[Tensor], int, Tensor]]:
+        if not hasattr(self._here, "masks"):
+            self._here.masks = {}
+        return self._here.masks
 
     def enter(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -100,7 +116,15 @@ class Masked(nn.Module):
         """The weight that the layer multiplies with, computed afresh."""
         if not self.method.sparse:
             return weight
-        return self.method.forward(weight, self.keep(weight))
+        keep = self.keep(weight)
+        if hasattr(self.method, "gradient_term"):
+            self.scope.remember(self, weight, keep)
+        return self.method.forward(weight, keep)
+
+    def gradient_term(self, weight: Tensor) -> Tensor:
+        """What the method adds to the gradient, for the mask that the forward pass used."""
+        keep = self.scope.recall(self, weight)
+        return self.method.gradient_term(weight, self.keep(weight) if keep is None else keep)
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.seen_dtype != weight.dtype:
