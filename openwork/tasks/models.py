@@ -7,7 +7,7 @@ import importlib.util
 
 from torch import Tensor, nn
 
-from openwork.tasks.resnet_cifar import ResNet, depth_of
+from openwork.tasks.resnet_cifar import ResNet, depth_and_stem
 from openwork.tasks.torchvision_compat import ensure_torchvision
 
 _OWN = tuple(f"resnet{depth}" for depth in (8, 14, 20, 26, 32, 44, 56, 110))
@@ -23,8 +23,9 @@ def build_model(name: str, *, classes: int, channels: int, dropout: float = 0.0)
     Plain names are looked up here (resnet8, resnet20, ...), in torchvision (resnet18, ...), then in timm; `timm/NAME`
     only in timm.
     """
-    if (depth := depth_of(name)) is not None:
-        return ResNet(depth, classes, channels, dropout=dropout)
+    if (found := depth_and_stem(name)) is not None:
+        depth, stem_stride = found
+        return ResNet(depth, classes, channels, dropout=dropout, stem_stride=stem_stride)
     if dropout:
         raise ValueError(f"model {name!r} takes no dropout; it is an option of {', '.join(_OWN)}")
     if not name.startswith("timm/") and (net := _torchvision(name, classes)) is not None:
@@ -77,7 +78,7 @@ def _timm_names() -> list[str]:
 
 
 def _suggestion(name: str) -> str:
-    known = [*_OWN, *_torchvision_names(), *_timm_names()]
+    known = list(dict.fromkeys([*_OWN, *_torchvision_names(), *_timm_names()]))
     close = difflib.get_close_matches(name.removeprefix("timm/"), known, n=5)
     missing = [package for package in ("torchvision", "timm") if importlib.util.find_spec(package) is None]
     hint = f"; close names: {', '.join(close)}" if close else f"; this package has {', '.join(_OWN)}"
