@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import pickle
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,9 +122,13 @@ def fashion_mnist(folder: Path) -> Images:
 class _PlainUnpickler(pickle.Unpickler):
     """Loads CIFAR's dicts of numpy arrays and nothing else: a pickle can otherwise run any code."""
 
+    _core = "numpy._core" if np.__version__.split(".")[0] != "1" else "numpy.core"
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
         if module.split(".")[0] == "numpy" and name in {"_reconstruct", "ndarray", "dtype", "_frombuffer"}:
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+            return super().find_class(re.sub(r"^numpy\._?core", self._core, module), name)
         raise pickle.UnpicklingError(f"a CIFAR batch needs no {module}.{name}; this file is not one")
 
 

@@ -1,6 +1,7 @@
 """ResNets for small images (He et al., CVPR 2016, arXiv:1512.03385, section 4.2): 3 stages of n blocks, 6n+2 layers.
 
-A name that ends in "-s2" has a stem of stride 2: a quarter of the work, for slow machines. Shortcuts are 1x1 convolutions where the shape changes (the paper's option B), and there is no pooling before the end.
+Shortcuts are 1x1 convolutions where the shape changes (the paper's option B), and there is no pooling before the end.
+A name that ends in "-s2" has a stem of stride 2: a quarter of the work, for slow machines.
 """
 
 from __future__ import annotations
