@@ -62,9 +62,10 @@ def train(words: list[str]) -> int:
 
     config = parse(Config, [w for w in words if w != "--quiet"], "openwork train classification", "Train one network.")
     from openwork.tasks.classification import train as run
+    from openwork.tasks.rundir import first_process
 
     result = run(config)
-    if not quiet:
+    if not quiet and first_process():
         _show_result(result, Path(config.out))
     return 0
 

@@ -20,8 +20,8 @@ import openwork as ow
 from openwork.tasks import datasets
 from openwork.tasks.config import Config, build_method, data_folder, differences
 from openwork.tasks.imagefolder import imagefolder
-from openwork.tasks.models import allow_torchvision, build_model
-from openwork.tasks.rundir import RunDir, read_lines
+from openwork.tasks.models import build_model
+from openwork.tasks.rundir import RunDir, first_process, read_lines
 
 _PICTURE = 48, 144  # rows and columns of the mask picture
 
@@ -67,6 +67,8 @@ def prepare(config: Config) -> tuple[Any, nn.Module, ow.Report]:
 def open_run(config: Config) -> RunDir:
     """The run directory, new or to be resumed; refuses to mix two runs."""
     run = RunDir(Path(config.out))
+    if not first_process():  # the first one has checked
+        return run
     if not run.config.exists():
         run.write_config(asdict(config))
         return run
@@ -107,7 +109,6 @@ def train(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
 
 def fit(config: Config, data: Any, net: nn.Module, run: RunDir, callbacks: Sequence[Any]) -> tuple[Any, Any]:
     """Runs Lightning's loops from the start or from the last checkpoint."""
-    allow_torchvision()
     from openwork.tasks.module import ClassificationModule, build_trainer
 
     hush()
@@ -191,9 +192,14 @@ def _cpu_name() -> str:
 
 
 def pictured_layer(report: ow.Report) -> str:
-    """The sparse layer in the middle: early ones are small, late ones hardly move."""
-    names = list(report.sparse)
-    return names[len(names) // 2]
+    """The sparse weight that fills the mask picture best; of several, the one in the middle."""
+    filled = {
+        row.name: min(row.shape[0], _PICTURE[0]) * min(row.weights // row.shape[0], _PICTURE[1])
+        for row in report.rows
+        if row.pattern
+    }
+    best = [name for name, squares in filled.items() if squares == max(filled.values())]
+    return best[len(best) // 2]
 
 
 def mask_rows(net: nn.Module, name: str) -> list[str]:

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,11 @@ from torch import Tensor, nn
 import openwork as ow
 from openwork.tasks.config import Config
 from openwork.tasks.draws import batch_indices, seed_step
+from openwork.tasks.models import allow_torchvision
 from openwork.tasks.rundir import RunDir
+
+allow_torchvision()  # lightning imports it through torchmetrics
+import lightning.pytorch as pl  # noqa: E402
 
 
 def lr_factor(step: int, warmup: int, total: int) -> float:
@@ -182,7 +185,7 @@ class ClassificationModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         loss, correct, images = self.trainer.strategy.reduce(self._totals, reduce_op="sum").tolist()
         self.score = {"val_loss": loss / images, "val_accuracy": correct / images}
-        self.log("val_accuracy", self.score["val_accuracy"], prog_bar=True, logger=False)
+        self.log("val_accuracy", self.score["val_accuracy"], prog_bar=True, logger=False, sync_dist=True)
         if self.trainer.state.fn == "fit":
             self._write(
                 "metrics.jsonl", {"step": self.step, "epoch": (self.step - 1) // self.steps_per_epoch, **self.score}

@@ -12,6 +12,11 @@ import yaml
 LINES = ("metrics.jsonl", "topology.jsonl", "times.jsonl")  # times differ from run to run, the others may not
 
 
+def first_process() -> bool:
+    """Whether this is the only process, or the one of several (DDP's) that reads and writes for all."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes beside the file and renames: a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

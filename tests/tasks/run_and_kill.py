@@ -7,13 +7,10 @@ import sys
 
 from openwork.tasks.classification import train
 from openwork.tasks.config import Config
-from openwork.tasks.models import allow_torchvision
-
-allow_torchvision()
-from lightning.pytorch import Callback  # noqa: E402
+from openwork.tasks.module import pl
 
 
-class Kill(Callback):
+class Kill(pl.Callback):
     def __init__(self, batch):
         self.left = batch
 
