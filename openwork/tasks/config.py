@@ -55,7 +55,7 @@ class Common:
     data: str = flag("digits", f"one of {', '.join(DATASETS)}")
     model: str = flag("resnet8", "resnet8, resnet20, ... (small images), any torchvision name, timm/NAME")
     exclude: list[str] = flag([], "globs of layers to leave dense; nothing is excluded by default")
-    epochs: int = flag(30, "passes over the training data")
+    epochs: int = flag(15, "passes over the training data")
     batch_size: int = flag(64, "samples per optimizer step, over all devices and micro-batches")
     lr: float = flag(0.1, "peak learning rate")
     momentum: float = flag(0.9, "of SGD")
@@ -109,7 +109,7 @@ class CompareConfig(Common):
     methods: list[str] = flag(["dense", "asp", "ste", "sr-ste"], "which methods to train")
     patterns: list[str] = flag(["2:4"], "one or several N:M")
     decays: list[float] = flag([2e-4], "SR-STE's decay; one row per value")
-    seeds: list[int] = flag([0], "one run per seed")
+    seeds: list[int] = flag([0, 1, 2], "one run per seed")
     jobs: int = flag(0, "runs at a time, each with threads/jobs threads (0: one per core; with a GPU, one)")
     out: str = flag("runs/compare", "directory of the comparison, one subdirectory per run")
 

@@ -49,11 +49,12 @@ h2 { font-size: 18px; margin: 40px 0 12px; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 16px; }
+td:last-child { white-space: normal; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 16px; }
 figure { margin: 0; padding: 12px; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; }
 figcaption { font-weight: 600; font-size: 14px; margin-bottom: 6px; }
 svg { display: block; width: 100%; height: auto; }
-.axis { fill: var(--soft); font-size: 11px; }
+.axis { fill: var(--soft); font-size: 12px; }
 .grid { stroke: var(--rule); }
 .line { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 .line.c0 { stroke: var(--c0); }
@@ -89,7 +90,7 @@ svg { display: block; width: 100%; height: auto; }
 .key.c5 { background: var(--c5); }
 .key.c6 { background: var(--c6); }
 .key.c7 { background: var(--c7); }
-.masks { display: grid; gap: 16px; }
+.masks { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 16px; }
 path.k { fill: var(--c0); }
 path.p { fill: var(--rule); }
 path.g { fill: var(--c2); }

@@ -1,0 +1,57 @@
+import subprocess
+import sys
+
+import pytest
+
+from openwork.cli import main
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_usage(words, capsys):
+    assert main(words) == 0
+    assert "openwork compare classification" in capsys.readouterr().out
+
+
+def test_help_needs_nothing_of_the_training_extra():
+    code = "import sys; from openwork.cli import main; main(['--help']); print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for module in ("lightning", "jsonargparse", "sklearn", "torchvision", "rich"):
+        assert f"'{module}'" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "there is no command 'trian'; use one of train, compare, report"),
+        (["train"], "a task is missing; write openwork train {classification}"),
+        (["compare", "clasification"], "there is no task 'clasification'"),
+        (["train", "classification", "--model", "resnet19"], "close names: "),
+        (["train", "classification", "--data", "cifar10=/no/such"], "data_batch_1"),
+        (["report", "/no/such"], "no finished run"),
+    ],
+)
+def test_mistakes_get_one_line_and_status_two(words, message, capsys):
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("openwork: ")
+    assert error.count("\n") == 1
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    monkeypatch.delitem(sys.modules, "openwork.tasks.parser", raising=False)
+    assert main(["train", "classification"]) == 2
+    assert (
+        "jsonargparse is not installed; training needs the extra: pip install 'openwork[train]'"
+        in capsys.readouterr().err
+    )
+
+
+def test_every_field_has_a_flag_with_its_default_in_the_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "classification", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--weight_decay" in text
+    assert "5e-05" in text
