@@ -22,6 +22,8 @@ def sad(a: Tensor, b: Tensor) -> int:
     """
     if a.shape != b.shape:
         raise ValueError(f"masks of shapes {tuple(a.shape)} and {tuple(b.shape)}: they must be equal")
+    if a.dtype != torch.bool or b.dtype != torch.bool:
+        raise TypeError(f"masks of {a.dtype} and {b.dtype}; needed torch.bool (`packed_sad` takes packed ones)")
     return int((a ^ b).sum())
 
 
@@ -71,5 +73,7 @@ def packed_sad(a: Tensor, b: Tensor) -> int:
     """
     if a.shape != b.shape:
         raise ValueError(f"packed masks of {a.numel()} and {b.numel()} bytes: they must be equal")
+    if a.dtype != torch.uint8 or b.dtype != torch.uint8:
+        raise TypeError(f"packed masks of {a.dtype} and {b.dtype}; needed torch.uint8, as `pack` makes them")
     ones = torch.tensor([byte.bit_count() for byte in range(256)], device=a.device)
     return int(ones[(a ^ b).long()].sum())

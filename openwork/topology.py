@@ -45,16 +45,19 @@ class Topology:
 
     def record(self, step: int, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Any]:
         """Add a record of the masks before and after step `step`, and return it."""
+        self._demand_begun(after)
         now = _packed(after)
-        others = dict(zip(_SPANS, (self.snapshots[0], self.snapshots[max(self.snapshots)], _packed(before)), strict=True))
+        last = self.snapshots[max(self.snapshots)]
+        others = {"start": self.snapshots[0], "last": last, "step": _packed(before)}
         layers = {
             name: {"weights": self._weights[name]}
             | {f"sad_{span}": packed_sad(bits[name], now[name]) for span, bits in others.items()}
             for name in now
         }
-        totals = {key: sum(layer[key] for layer in layers.values()) for key in ("weights", *map("sad_{}".format, _SPANS))}
-        if not self._keep and len(self.snapshots) > 1:
-            del self.snapshots[max(self.snapshots)]
+        keys = ("weights", *(f"sad_{span}" for span in others))
+        totals = {key: sum(layer[key] for layer in layers.values()) for key in keys}
+        if not self._keep:
+            self.snapshots = {0: self.snapshots[0]}
         self.snapshots[step] = now
         self.records.append({"step": step, **totals, "layers": layers})
         return self.records[-1]
@@ -82,8 +85,18 @@ class Topology:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()` of a run of the same model."""
         self.records = list(state["records"])
-        self.snapshots = dict(state["snapshots"])
+        self.snapshots = {
+            step: {name: bits.cpu() for name, bits in masks.items()}  # a checkpoint may have been loaded to a GPU
+            for step, masks in state["snapshots"].items()
+        }
         self._weights = dict(state["weights"])
+
+    def _demand_begun(self, masks: Mapping[str, Tensor]) -> None:
+        if not self.snapshots:
+            raise ValueError("record before begin(masks): `attach` calls it, so hand the recorder to attach")
+        changed = sorted(self._weights.keys() ^ masks.keys())
+        if changed:
+            raise ValueError(f"other weights than at the start, in {changed[:3]}; use one recorder for each model")
 
 
 def _packed(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Dense training that only watches the mask it *would* have: the reference curve for topology metrics.
 
-    forward        w~ = w
+forward        w~ = w
 """
 
 from __future__ import annotations
