@@ -12,8 +12,10 @@ accumulating, clipping. Four cases need care, each tested:
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ class Handle:
     def __init__(self, optimizer: Optimizer, model: nn.Module, topology: Topology | None):
         self.steps = 0
         self.topology = topology
-        self._optimizer, self._model = optimizer, model
+        self._optimizer, self._model = ref(optimizer), model  # the optimizer's hooks hold the handle: no circle
         self._before: dict[str, Tensor] = {}
         self._warned = False
         self._hooks = [
@@ -45,8 +47,10 @@ class Handle:
         """Remove every hook from the optimizer."""
         for hook in self._hooks:
             hook.remove()
-        for _, _, promise in promises(self._model):
-            promise.optimizers.discard(self._optimizer)
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            for _, _, promise in promises(self._model):
+                promise.optimizers[optimizer] = False
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and topology, for an exact resume."""
@@ -61,26 +65,26 @@ class Handle:
         self._warn_if_finalized()
         self._before = masks(self._model) if self.topology and self.topology.due(self.steps + 1) else {}
         if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": self._with_term(kwargs["closure"])}
+            return args, {**kwargs, "closure": self._with_term(optimizer, kwargs["closure"])}
         if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
-            return (args[0], self._with_term(args[1]), *args[2:]), kwargs
-        self._add_term()
+            return (args[0], self._with_term(optimizer, args[1]), *args[2:]), kwargs
+        self._add_term(optimizer)
         return None
 
-    def _with_term(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+    def _with_term(self, optimizer: Optimizer, closure: Callable[..., Any]) -> Callable[..., Any]:
         def closure_with_term(*args: Any, **kwargs: Any) -> Any:
             loss = closure(*args, **kwargs)
-            self._add_term()
+            self._add_term(optimizer)
             return loss
 
         return closure_with_term
 
     @torch.no_grad()
-    def _add_term(self) -> None:
-        if creates_state_only(self._optimizer):
+    def _add_term(self, optimizer: Optimizer) -> None:
+        if creates_state_only(optimizer):
             return
-        scale = getattr(self._optimizer, "grad_scale", None)
-        for masked, weight in held_weights(self._optimizer, self._model):
+        scale = getattr(optimizer, "grad_scale", None)
+        for masked, weight in held_weights(optimizer, self._model):
             if weight.grad is not None and hasattr(masked.method, "gradient_term"):
                 term = masked.gradient_term(weight)
                 weight.grad.add_(term if scale is None else term.mul_(scale.to(term.device)))
@@ -99,7 +103,7 @@ class Handle:
             warnings.warn(
                 "the model was finalized, but its optimizer still steps: its weights become dense again; "
                 "call handle.detach() if that is meant, or train before ow.finalize",
-                stacklevel=2,
+                stacklevel=4,
             )
 
 
@@ -113,12 +117,16 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
     """
     model, optimizer = unwrap(model), _unwrapped(optimizer)
     found = promises(model)
+    if not found and any(masked_modules(model)):
+        raise ValueError(
+            f"{type(model).__name__} is only part of a sparsified model: hand ow.attach the model that ow.sparsify got"
+        )
     if not found:
         raise ValueError(
             f"{type(model).__name__} is not sparsified: call ow.sparsify(model, pattern) before ow.attach; "
             "to resume a sparse run, sparsify first and then load the checkpoint"
         )
-    if any(optimizer in promise.optimizers for _, _, promise in found):
+    if any(promise.optimizers.get(optimizer) for _, _, promise in found):
         raise ValueError(f"this {type(optimizer).__name__} is attached already: the term would be added twice")
     if not held_weights(optimizer, model):
         raise ValueError(
@@ -126,9 +134,11 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
             "build it from model.parameters() of this very model"
         )
     if isinstance(optimizer, LBFGS) and any(group["line_search_fn"] for group in optimizer.param_groups):
-        raise ValueError("LBFGS with a line search evaluates losses that lack the method's term; use line_search_fn=None")
+        raise ValueError(
+            "LBFGS with a line search evaluates losses that lack the method's term; use line_search_fn=None"
+        )
     for _, _, promise in found:
-        promise.optimizers.add(optimizer)
+        promise.optimizers[optimizer] = True
     return Handle(optimizer, model, topology)
 
 
@@ -144,22 +154,27 @@ def creates_state_only(optimizer: Optimizer) -> bool:
 
 def _unwrapped(optimizer: Any) -> Optimizer:
     """The torch optimizer inside Accelerate's and Lightning's wrappers."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"found {type(optimizer).__name__} for the optimizer; needed a torch.optim.Optimizer")
     return optimizer
 
 
 def _demand_fitting_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Refuse a saved state whose tensors belong to other parameters: sparsify changes the parameters' order."""
-    saved = [index for group in state["param_groups"] for index in group["params"]]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, parameter in zip(saved, parameters, strict=False):
-        for key, value in state["state"].get(index, {}).items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
-                raise ValueError(
-                    f"optimizer state {key!r} of parameter {index} has shape {tuple(value.shape)}, the parameter "
-                    f"{tuple(parameter.shape)}: build the optimizer after ow.sparsify, in the run that saves and in "
-                    "the run that loads (sparsify changes the order of the parameters)"
-                )
+    """Refuse a saved state that fits the parameters in another order: sparsify changes their order.
+
+    Tensors of other shapes (LBFGS flattens, Adafactor factors, 8-bit optimizers cut into blocks) are left to torch.
+    """
+    shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
+    saved = [state["state"].get(index, {}) for group in state["param_groups"] for index in group["params"]]
+    for key in {key: None for values in saved for key in values}:
+        tensors = {i: values[key] for i, values in enumerate(saved) if isinstance(values.get(key), Tensor)}
+        found = {i: tuple(tensor.shape) for i, tensor in tensors.items() if tensor.ndim and i < len(shapes)}
+        wrong = [i for i, shape in found.items() if shape != shapes[i]]
+        if wrong and Counter(found.values()) <= Counter(shapes):
+            raise ValueError(
+                f"optimizer state {key!r} of parameter {wrong[0]} has shape {found[wrong[0]]}, the parameter "
+                f"{shapes[wrong[0]]}: build the optimizer after ow.sparsify, in the run that saves and in "
+                "the run that loads (sparsify changes the order of the parameters)"
+            )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet, ref
+from weakref import WeakKeyDictionary, ref
 from weakref import finalize as finalize_with
 
 import torch
@@ -41,10 +42,17 @@ class Promise:
     method: Method
     scope: ForwardScope
     hooks: tuple[Any, ...] = ()
-    optimizers: WeakSet[torch.optim.Optimizer] = field(default_factory=WeakSet)
+    optimizers: WeakKeyDictionary[torch.optim.Optimizer, bool] = field(default_factory=WeakKeyDictionary)
+    """False once detached."""
+    watch: finalize_with | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:  # copies are trained by other optimizers
-        return Promise, (self.weights, self.method, self.scope, self.hooks)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies are trained by other optimizers, and watched like the original."""
+        watched = self.watch.peek() if self.watch else None
+        return Promise, (self.weights, self.method, self.scope, self.hooks), watched and watched[0]
+
+    def __setstate__(self, model: nn.Module) -> None:
+        self.watch = _watch_optimizers(model)
 
 
 def sparsify(
@@ -93,9 +101,8 @@ def sparsify(
         model.register_forward_pre_hook(scope.enter, prepend=True),
         model.register_forward_hook(scope.leave, always_call=True),
     )
-    model.__dict__["_openwork_promise"] = Promise(weights, method, scope, hooks)
-    if hasattr(method, "gradient_term"):
-        _watch_optimizers(model)
+    watch = _watch_optimizers(model) if hasattr(method, "gradient_term") else None
+    model.__dict__["_openwork_promise"] = Promise(weights, method, scope, hooks, watch=watch)
     return _report(model, decided, macs, f"{type(model).__name__}, {method.name}", method.score)
 
 
@@ -108,13 +115,17 @@ def finalize(model: nn.Module) -> nn.Module:
     inner = unwrap(model)
     modules = [module for _, module in masked_modules(inner)]
     if not modules:
-        raise ValueError(f"{type(inner).__name__} is not sparsified: nothing to finalize (ow.project zeroes a plain model)")
+        raise ValueError(
+            f"{type(inner).__name__} is not sparsified: nothing to finalize (ow.project zeroes a plain model)"
+        )
     for module in modules:
         unmask_weights(module)
     for module in inner.modules():
         promise = module.__dict__.pop("_openwork_promise", None)
         for hook in promise.hooks if promise else ():
             hook.remove()
+        if promise and promise.watch:
+            promise.watch()
     return model
 
 
@@ -156,38 +167,56 @@ def promises(model: nn.Module) -> list[tuple[str, nn.Module, Promise]]:
     return [(name, each, each.__dict__["_openwork_promise"]) for name, each in found]
 
 
-def _watch_optimizers(model: nn.Module) -> None:
-    """Warn at the first step of an optimizer that trains the model but was never attached."""
-    seen: WeakSet[torch.optim.Optimizer] = WeakSet()
+def _watch_optimizers(model: nn.Module) -> finalize_with:
+    """Warn at the first step of an optimizer that trains the model but was never attached.
+
+    Returns what ends the watch when called; the end of the model's life ends it too.
+    """
+    groups_seen: WeakKeyDictionary[torch.optim.Optimizer, float] = WeakKeyDictionary()
     model_ref = ref(model)
 
     def before_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         model = model_ref()
         promise = model.__dict__.get("_openwork_promise") if model is not None else None
-        if promise is None or optimizer in seen:
+        groups = len(optimizer.param_groups)
+        if model is None or promise is None or groups_seen.get(optimizer, -1) >= groups:
             return
-        seen.add(optimizer)
-        if optimizer not in promise.optimizers and held_weights(optimizer, model):
+        groups_seen[optimizer] = groups
+        if held_weights(optimizer, model) and not any(_same(optimizer, known) for known in promise.optimizers):
+            groups_seen[optimizer] = math.inf
             warnings.warn(
-                f"{type(optimizer).__name__} steps a model sparsified with {promise.method}, but nobody attached it: its "
-                "gradient term is missing; call ow.attach(optimizer, model) before training",
+                f"{type(optimizer).__name__} steps a model sparsified with {promise.method}, but nobody attached it: "
+                "the gradient term is missing; call ow.attach(optimizer, model) before training",
                 stacklevel=3,
             )
 
-    finalize_with(model, register_optimizer_step_pre_hook(before_any_step).remove)
+    watch = finalize_with(model, register_optimizer_step_pre_hook(before_any_step).remove)
+    watch.atexit = False
+    return watch
+
+
+def _same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
+    """Whether they are one optimizer, or one wraps the other, as ZeroRedundancyOptimizer and Lookahead do."""
+    return a is b or any(each is a for each in vars(b).values()) or any(each is b for each in vars(a).values())
 
 
 def _demand_plain(model: nn.Module) -> None:
     taken = [name or type(model).__name__ for name, _ in masked_modules(model)]
     if taken:
-        raise ValueError(f"{', '.join(taken[:3])} sparsified already; call ow.finalize(model) first, or sparsify other modules")
+        raise ValueError(
+            f"{', '.join(taken[:3])} sparsified already; call ow.finalize(model) first, or sparsify other modules"
+        )
     for name, parameter in model.named_parameters():
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             raise ValueError(f"{name} is sharded: call ow.sparsify before fully_shard (masks need whole groups)")
 
 
 def _report(
-    model: nn.Module, decided: list[Candidate], macs: dict[str, int] | None, title: str, score: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    decided: list[Candidate],
+    macs: dict[str, int] | None,
+    title: str,
+    score: Callable[[Tensor], Tensor],
 ) -> Report:
     rows = tuple(_row(each, macs.get(each.name, 0) if macs is not None else None, score) for each in decided)
     seen = {id(each.weight) for each in decided}
