@@ -22,14 +22,32 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.swa_utils import AveragedModel
 
 from openwork.axis import Axis
 from openwork.masks import keep_largest
 from openwork.methods import Method
 from openwork.pattern import Pattern
 
+_WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
+_ORIGINAL = re.compile(r"\bparametrizations\.([^.]+)\.original$")
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
-_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
+
+class _StepClock:
+    """Counts the optimizer steps of the process. Fused optimizers write weights without raising their version."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def tick(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.steps += 1
+
+
+_clock = _StepClock()
+register_optimizer_step_post_hook(_clock.tick)
 
 
 class ForwardScope:
@@ -37,7 +55,8 @@ class ForwardScope:
 
     RAFT runs its update block 12 times in a forward, an encoder layer reads its weights 6 times. `enter` and
     `leave` are forward hooks of the root. Outside a root forward, and under `torch.compile` (which merges equal
-    expressions itself), nothing is kept. Each thread has its own; copies start empty.
+    expressions itself), nothing is kept. Each thread has its own; copies start empty. A weight that is changed
+    between two reads is computed again, but for changes through `.data`, of which torch keeps no count.
     """
 
     def __init__(self) -> None:
@@ -64,8 +83,7 @@ class ForwardScope:
     def enter(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
             self._here.depth = getattr(self._here, "depth", 0) + 1
-            if self._here.depth == 1:
-                self._here.seen = {}
+            self._here.seen = {}  # in a nested call too: what looks like a call around it may have been interrupted
 
     def leave(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -78,7 +96,7 @@ class ForwardScope:
         if torch.compiler.is_compiling() or not getattr(self._here, "depth", 0):
             return compute(weight)
         key = (id(owner), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        version = None if weight.is_inference() else weight._version
+        version = (None if weight.is_inference() else weight._version, _clock.steps)
         found = self._here.seen.get(key)
         if found is None or found[0] is not weight or found[1] != version:
             found = self._here.seen[key] = (weight, version, compute(weight))
@@ -124,7 +142,8 @@ class Masked(nn.Module):
     def gradient_term(self, weight: Tensor) -> Tensor:
         """What the method adds to the gradient, for the mask that the forward pass used."""
         keep = self.scope.recall(self, weight)
-        return self.method.gradient_term(weight, self.keep(weight) if keep is None else keep)
+        term: Tensor = self.method.gradient_term(weight, self.keep(weight) if keep is None else keep)  # type: ignore[attr-defined]
+        return term
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.seen_dtype != weight.dtype:
@@ -142,7 +161,7 @@ class Masked(nn.Module):
 def mask_weights(module: nn.Module, masked: dict[str, Masked]) -> None:
     """Register `masked[tensor name]` on tensors of one module, in place. It must carry no parametrization yet."""
     order = tuple(module._parameters)
-    original_class = type(module)
+    original_class: Any = type(module)
     for name, parametrization in masked.items():
         parametrize.register_parametrization(module, name, parametrization, unsafe=True)
     module.__class__ = shared_class(original_class, tuple(masked))
@@ -157,26 +176,29 @@ def mask_weights(module: nn.Module, masked: dict[str, Masked]) -> None:
 
 def unmask_weights(module: nn.Module) -> None:
     """Undo `mask_weights`, in place: each weight keeps what the forward pass used, in the same Parameter."""
-    masked_ones = masked_weights(module)
+    parametrizations: Any = module.parametrizations
+    with torch.no_grad():
+        for name, masked, weight in masked_weights(module):
+            used = masked.effective(weight)
+            for later in list(parametrizations[name])[1:]:  # what others registered on top of it
+                used = later(used)
+            weight.copy_(used)
+            module._parameters[name] = weight
     order, hooks = module.__dict__.pop("_openwork")
     for hook in hooks:
         hook.remove()
-    for name, masked, weight in masked_ones:
-        with torch.no_grad():
-            weight.copy_(masked.effective(weight))
-        module._parameters[name] = weight
     del module.parametrizations
-    module.__class__ = type(module).__base__
-    found = dict(module._parameters)
-    module._parameters.clear()
-    module._parameters.update({name: found.pop(name) for name in order if name in found} | found)
+    module.__class__ = plain_class(module)
+    rest = [name for name in module._parameters if name not in order]
+    for name in [name for name in order if name in module._parameters] + rest:
+        module._parameters[name] = module._parameters.pop(name)
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
 
 
 def masked_weights(module: nn.Module) -> list[tuple[str, Masked, nn.Parameter]]:
     """The (tensor name, Masked, dense weight) of one module; none for a module that `mask_weights` left alone."""
-    lists = module._modules.get("parametrizations")
+    lists: Any = module._modules.get("parametrizations")
     if lists is None or "_openwork" not in module.__dict__:
         return []
     return [(name, each[0], each.original) for name, each in lists.items()]
@@ -206,7 +228,7 @@ def plain_name(name: str) -> str:
     >>> plain_name("layers.0._checkpoint_wrapped_module.fc")
     'layers.0.fc'
     """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def weight_name(name: str) -> str:
@@ -215,18 +237,23 @@ def weight_name(name: str) -> str:
     >>> weight_name("fc.parametrizations.weight.original")
     'fc.weight'
     """
-    return re.sub(r"(^|\.)parametrizations\.(\w+)\.original$", r"\1\2", plain_name(name))
+    return _ORIGINAL.sub(r"\1", plain_name(name))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's model inside DDP, `torch.compile`, `AveragedModel`: wrappers have it as their only child."""
-    while list(model._modules) in (["module"], ["_orig_mod"]):
-        model = next(iter(model._modules.values()))
+    while isinstance(model, _WRAPPERS) or "_orig_mod" in model._modules:
+        model = next(model.children())
     return model
 
 
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has without masked weights."""
+    return getattr(module, "_openwork_class", type(module))
+
+
 @functools.cache
-def shared_class(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def shared_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
     """The one subclass of `original` whose tensors `names` are read through their parametrizations.
 
     Being made on demand it cannot be found by name, so its instances say how they are rebuilt: pickle, deepcopy
@@ -237,29 +264,51 @@ def shared_class(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.M
         state = original.__getstate__(self) if hasattr(original, "__getstate__") else self.__dict__
         return _rebuild, (original, names), state
 
-    members: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": original.__module__}
+    members: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": original.__module__, "_openwork_class": original}
     members |= {name: _read_through(name) for name in names}
+    members |= {"register_parameter": _register_parameter, "__delattr__": _refuse_to_remove}
     if issubclass(original, nn.RNNBase):
         members |= {"_flat_weights": property(_fresh_weights, _ignore), "flatten_parameters": _ignore}
     return type(f"Parametrized{original.__name__}", (original,), members)
 
 
-def _rebuild(original: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _rebuild(original: Any, names: tuple[str, ...]) -> nn.Module:
     made = shared_class(original, names)
     return made.__new__(made)
 
 
 def _read_through(name: str) -> property:
-    def read(self: nn.Module) -> Tensor:
+    def read(self: Any) -> Tensor:
         return self.parametrizations[name]()
 
     def refuse(self: nn.Module, value: object) -> None:
-        raise RuntimeError(
-            f"assigning {name} of a sparsified {type(self).__base__.__name__}: it is computed from a dense weight; "
-            f"write `with torch.no_grad(): module.parametrizations.{name}.original.copy_(value)`, or finalize first"
-        )
+        raise _assigned(self, name)
 
     return property(read, refuse)
+
+
+def _register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
+    """Where `module.weight = nn.Parameter(...)` leads; torch's own error is only that the name is taken."""
+    if name in self.parametrizations:
+        raise _assigned(self, name)
+    plain_class(self).register_parameter(self, name, param)
+
+
+def _assigned(module: nn.Module, name: str) -> RuntimeError:
+    return RuntimeError(
+        f"assigning {name} of a sparsified {plain_class(module).__name__}: it is computed from a dense weight; "
+        f"write `with torch.no_grad(): module.parametrizations.{name}.original.copy_(value)`, or finalize first"
+    )
+
+
+def _refuse_to_remove(self: Any, name: str) -> None:
+    """torch removes a tensor before it registers a parametrization, and then changes the class, which others share."""
+    if name in self._parameters or name in self.parametrizations:
+        raise RuntimeError(
+            f"removing or parametrizing {name} of a sparsified {plain_class(self).__name__}: call ow.finalize first, "
+            "or register other parametrizations before ow.sparsify, which then leaves the module alone"
+        )
+    plain_class(self).__delattr__(self, name)
 
 
 def _fresh_weights(self: nn.RNNBase) -> list[Tensor | None]:
@@ -301,4 +350,4 @@ def _from_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, *_:
 
 def _report_dense_names(_: nn.Module, incompatible: Any) -> None:
     for names in incompatible:
-        names[:] = [re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name) for name in names]
+        names[:] = [_ORIGINAL.sub(r"\1", name) for name in names]
