@@ -8,43 +8,52 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from openwork.axis import Axis, reduction_size
+from openwork.parametrization import plain_name
 from openwork.pattern import Pattern
 
 AxisChoice = Literal["input", "kernel"] | Mapping[str, int]
 PatternChoice = str | Pattern | Mapping[str, str | Pattern]
 Remainder = Literal["skip", "pad", "error"]
 
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # float8 has no arithmetic
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """One weight and what was decided for it: `pattern` and `axis`, or the `reason` why not."""
+    """One weight and what was decided for it: `pattern` and `axis`, or the `reason` why not.
+
+    `aliases` are the further names of the weight. Where they are names of one module that has several, the weight can
+    be sparse; where other modules hold it (`tied`), it is left alone.
+    """
 
     module_name: str
     module: nn.Module
     tensor: str
     weight: nn.Parameter
-    axis: Axis | None = None
     pattern: Pattern | None = None
+    axis: Axis = field(default_factory=Axis)
     reason: str = ""
     aliases: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Its name and those of the modules it is tied to."""
-        return (self.name, *self.aliases)
+    tied: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.module_name}.{self.tensor}".lstrip(".")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
 
 
 def decide(
@@ -61,22 +70,28 @@ def decide(
         raise ValueError(f"remainder={remainder!r}; needed 'skip', 'pad' or 'error'")
     if isinstance(exclude, str):
         raise TypeError(f"exclude={exclude!r} is one string; needed a list of globs, such as [{exclude!r}]")
+    if axis not in ("input", "kernel") and not isinstance(axis, Mapping):
+        raise ValueError(f"axis={axis!r}; needed 'input', 'kernel' or a mapping from globs to dims")
     found = _found(model)
-    patterns = {key: Pattern.parse(value) for key, value in pattern.items()} if isinstance(pattern, Mapping) else None
-    rules = _Rules(patterns or {"*": Pattern.parse(pattern)}, tuple(exclude), axis, remainder)
-    rules.check_globs(found)
+    patterns = pattern if isinstance(pattern, Mapping) else {"*": pattern}
+    parsed = {glob: Pattern.parse(each) for glob, each in patterns.items()}
+    rules = _Rules(parsed, tuple(exclude), axis, remainder)
+    if found:
+        rules.check_globs([each.names for each in found])
     decided = [rules.decide(each) for each in found]
     if not any(each.pattern for each in decided):
-        listed = "\n".join(f"  {each.name}: {each.reason}" for each in decided) or "  it has no parameter of two dims or more"
-        raise ValueError(f"{type(model).__name__} has no weight that can be sparse:\n{listed}")
+        listed = [f"  {each.name}: {each.reason}" for each in decided] or ["  it has no parameter of two dims or more"]
+        raise ValueError("\n".join([f"{type(model).__name__} has no weight that can be sparse:", *listed]))
     return decided
 
 
 def matches(glob: str, name: str) -> bool:
     """Whether a glob names the weight, its module, or any module around it.
 
-    >>> matches("layer4", "layer4.0.conv1.weight"), matches("*.conv1", "layer4.0.conv1.weight"), matches("fc", "fc2.weight")
-    (True, True, False)
+    >>> matches("layer4", "layer4.0.conv1.weight"), matches("*.conv1", "layer4.0.conv1.weight")
+    (True, True)
+    >>> matches("fc", "fc2.weight")
+    False
     """
     parts = name.split(".")
     return any(fnmatchcase(".".join(parts[:i]), glob) for i in range(1, len(parts) + 1))
@@ -89,51 +104,53 @@ class _Rules:
     axis: AxisChoice
     remainder: Remainder
 
-    def check_globs(self, found: list[Candidate]) -> None:
-        names = [name for each in found for name in each.names]
+    def check_globs(self, found: list[tuple[str, ...]]) -> None:
+        names = [name for each in found for name in each]
         _demand_matches("exclude", self.exclude, names)
-        if self.axis not in ("input", "kernel"):
-            if not isinstance(self.axis, Mapping):
-                raise ValueError(f"axis={self.axis!r}; needed 'input', 'kernel' or a mapping from globs to dims")
-            _demand_matches("axis", self.axis, names)
-        chosen = {self._glob(name) for name in names}
+        _demand_matches("axis", self.axis if isinstance(self.axis, Mapping) else (), names)
+        _demand_matches("pattern", self.patterns, names)
+        deciding = {self._pattern_glob(each) for each in found}
         for glob in self.patterns:
-            _demand_matches("pattern", [glob], names) if names else None
-            if names and glob not in chosen:
-                raise ValueError(f"pattern glob {glob!r} decides nothing: globs before it match all its weights; move it up")
+            if glob not in deciding:
+                raise ValueError(
+                    f"pattern glob {glob!r} decides nothing: globs before it match all it names; move it up"
+                )
 
     def decide(self, found: Candidate) -> Candidate:
-        axis, reason = self._axis(found)
-        glob = self._glob(found.name)
-        excluded = next((glob for glob in self.exclude for name in found.names if matches(glob, name)), None)
+        excluded = next((glob for glob in self.exclude if _any_matches(glob, found.names)), None)
         if excluded is not None:
-            reason = f"excluded by {excluded!r}"
-        elif glob is None:
-            reason = "no pattern given for it"
-        if reason:
-            return _with(found, axis, None, reason)
+            return dataclasses.replace(found, reason=f"excluded by {excluded!r}")
+        axis, reason = self._axis(found)
+        if axis is None:
+            return dataclasses.replace(found, reason=reason)
+        glob = self._pattern_glob(found.names)
+        if glob is None:
+            return dataclasses.replace(found, reason="no pattern given for it")
         return self._divided(found, axis, self.patterns[glob])
 
     def _divided(self, found: Candidate, axis: Axis, pattern: Pattern) -> Candidate:
-        K = reduction_size(tuple(found.weight.shape), axis)
+        shape = tuple(found.weight.shape)
+        K = reduction_size(shape, axis)
         if K % pattern.m == 0 or (self.remainder == "pad" and K > 1):
-            return _with(found, axis, pattern, "")
+            return dataclasses.replace(found, pattern=pattern, axis=axis)
         what = f"reduction axis has {K} weights, not a multiple of {pattern.m}"
         if self.remainder == "error":
-            raise ValueError(f"{found.name} {tuple(found.weight.shape)}: {what}; exclude it, or use remainder='skip' or 'pad'")
-        return _with(found, axis, None, what)
+            raise ValueError(f"{found.name} {shape}: {what}; exclude it, or use remainder='skip' or 'pad'")
+        return dataclasses.replace(found, reason=what)
 
-    def _glob(self, name: str) -> str | None:
-        return next((glob for glob in self.patterns if matches(glob, name)), None)
+    def _pattern_glob(self, names: Sequence[str]) -> str | None:
+        return next((glob for glob in self.patterns if _any_matches(glob, names)), None)
 
     def _axis(self, found: Candidate) -> tuple[Axis | None, str]:
-        if found.aliases:
+        if found.tied:
             return None, f"tied to {', '.join(found.aliases)}"
-        if parametrize.is_parametrized(found.module) or found.tensor.startswith("parametrizations."):
+        if isinstance(found.module, parametrize.ParametrizationList) or parametrize.is_parametrized(found.module):
             return None, "its module is already parametrized"
+        if found.weight.dtype not in _DTYPES:
+            return None, f"dtype {found.weight.dtype}: needed float64, float32, float16 or bfloat16"
         if isinstance(self.axis, Mapping):
             for glob, dim in self.axis.items():
-                if matches(glob, found.name):
+                if _any_matches(glob, found.names):
                     return _named_axis(found, dim), ""
         axis, reason = known_axis(found.module, found.tensor)
         return (Axis(flat=True), "") if axis and self.axis == "kernel" else (axis, reason)
@@ -170,33 +187,27 @@ def _is_hf_conv1d(module: nn.Module) -> bool:
 def _found(model: nn.Module) -> list[Candidate]:
     """Every candidate once, under its first name; the others are its aliases."""
     found: dict[int, Candidate] = {}
-    for module_name, module in model.named_modules():
-        if type(module) is parametrize.ParametrizationList:
-            continue
-        for tensor, weight in _own_parameters(module):
-            new = Candidate(module_name, module, tensor, weight)
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for tensor, weight in module._parameters.items():
+            if weight is None:
+                continue
+            new = Candidate(plain_name(module_name), module, tensor, weight)
             _demand_initialized(new)
-            first = found.get(id(weight))
-            if first is not None:
-                found[id(weight)] = dataclasses.replace(first, aliases=(*first.aliases, new.name))
+            if id(weight) in found:
+                found[id(weight)] = _also_named(found[id(weight)], new)
             elif weight.is_floating_point() and weight.ndim >= 2 and weight.numel():
                 found[id(weight)] = new
     return list(found.values())
 
 
+def _also_named(first: Candidate, new: Candidate) -> Candidate:
+    same_place = new.module is first.module and new.tensor == first.tensor
+    return dataclasses.replace(first, aliases=(*first.aliases, new.name), tied=first.tied or not same_place)
+
+
 def _demand_initialized(found: Candidate) -> None:
-    if isinstance(found.weight, nn.parameter.UninitializedTensorMixin):
+    if is_lazy(found.weight):
         raise ValueError(f"{found.name} is not initialized yet: run one forward before sparsify")
-
-
-def _own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    yield from ((name, each) for name, each in module._parameters.items() if each is not None)
-    for name, each in (module._modules.get("parametrizations") or nn.ModuleDict()).items():
-        yield from ((f"{name}.{inner}", weight) for inner, weight in each._parameters.items())
-
-
-def _with(found: Candidate, axis: Axis | None, pattern: Pattern | None, reason: str) -> Candidate:
-    return dataclasses.replace(found, axis=axis, pattern=pattern, reason=reason)
 
 
 def _named_axis(found: Candidate, dim: int) -> Axis:
@@ -206,9 +217,18 @@ def _named_axis(found: Candidate, dim: int) -> Axis:
     return Axis(dim % ndim)
 
 
+def _any_matches(glob: str, names: Iterable[str]) -> bool:
+    return any(matches(glob, name) for name in names)
+
+
 def _demand_matches(argument: str, globs: Iterable[str], names: list[str]) -> None:
     for glob in globs:
-        if not any(matches(glob, name) for name in names):
-            close = difflib.get_close_matches(glob, names, n=3, cutoff=0.3)
+        if not _any_matches(glob, names):
+            close = difflib.get_close_matches(glob, _with_modules(names), n=3, cutoff=0.3)
             hint = f"; close to it: {', '.join(close)}" if close else ""
             raise ValueError(f"{argument} glob {glob!r} matches no weight of two dims or more{hint}")
+
+
+def _with_modules(names: list[str]) -> list[str]:
+    """The names and those of the modules around them, each once."""
+    return list(dict.fromkeys(name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)))
