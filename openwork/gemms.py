@@ -9,144 +9,150 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdRef
 
 from openwork.parametrization import Masked, masked_modules, masked_weights, plain_name, weight_name
 
-# The products, each with the positions of its weights among the arguments. Weights that are recognized count anywhere.
-_PRODUCTS: dict[str, tuple[int, ...]] = {
-    "mm": (1,),
-    "addmm": (2,),
-    "_addmm_activation": (2,),
-    "convolution": (1,),
-    "linear": (1,),
-    "mkldnn_linear": (1,),
-    "bmm": (),
-    "baddbmm": (),
-    "mv": (),
-    "addmv": (),
-    "_int_mm": (),
-    "_scaled_mm": (),
-    "_grouped_mm": (),
-    "mkldnn_rnn_layer": (1, 2),
-    "_cudnn_rnn": (),
-    "_native_multi_head_attention": (5, 7),
-    "_transformer_encoder_layer_fwd": (3, 5, 14, 16),
+# Operators that multiply matrices, under the names that reach a dispatch mode.
+_PRODUCTS = {
+    "mm",
+    "addmm",
+    "_addmm_activation",
+    "bmm",
+    "baddbmm",
+    "mv",
+    "addmv",
+    "convolution",
+    "linear",
+    "mkldnn_linear",
+    "mkldnn_rnn_layer",
+    "_cudnn_rnn",
+    "_int_mm",
+    "_scaled_mm",
+    "_grouped_mm",
+    "_native_multi_head_attention",
+    "_transformer_encoder_layer_fwd",
 }
+_LOOKUPS = {"embedding", "gather", "index", "index_select"}  # their first tensor is a table of whole rows
 
 
 @dataclass(frozen=True)
 class Use:
     """One weight-like operand of one product. `names`: the parameters it comes from; none if it is unknown.
 
-    `inside` is the innermost module that ran then; `whole` says that `operand` shares the storage of the one
-    parameter or masked weight it comes from, which is then `operand`.
+    `inside` is the innermost module that ran then. An operand that shares the storage of a parameter or of a masked
+    weight is given as that whole tensor.
     """
 
     names: frozenset[str]
     operand: Tensor
     inside: str
-    whole: bool
 
 
 def watch(model: nn.Module, example: Any, visit: Callable[[Use], None]) -> None:
     """Run `model` on `example` in eval mode without gradients, and show `visit` each weight that is multiplied."""
     weights = {weight_name(name): each for name, each in model.named_parameters()}
-    watcher = _Watcher(weights, visit)
+    watcher = _Watcher(weights, example, visit)
     with _quiet(model), watcher.hooks(model), watcher:
         run(model, example)
 
 
 def count_macs(model: nn.Module, example: Any, weights: Mapping[str, Tensor]) -> dict[str, int]:
     """Multiply-adds of one forward pass by the name of the weight, and under "" those of no weight in `weights`."""
-    counter = _Watcher(weights, None)
+    counter = _Watcher(weights, example, None)
     with _quiet(model), _without_fused_kernels(), counter:
         run(model, example)
     return dict(counter.macs)
 
 
 def run(model: nn.Module, example: Any) -> Any:
-    """Call the model: a tuple is its arguments, a dict its keyword arguments, anything else its one argument."""
-    if isinstance(example, dict):
+    """Call the model: a tuple is its arguments, a mapping its keyword arguments, anything else its one argument."""
+    if isinstance(example, Mapping):
         return model(**example)
     return model(*example) if isinstance(example, tuple) else model(example)
 
 
 @dataclass(frozen=True)
-class _Origin:
-    names: frozenset[str]
-    whole: Tensor | None
+class _Trace:
+    """What is known of the tensors in one storage: the parameters they come from, the parameter or masked weight
+    that they are, and whether the example or a matrix product had a part in them."""
+
+    names: frozenset[str] = frozenset()
+    whole: Tensor | None = None
+    from_example: bool = False
+    from_product: bool = False
+
+
+_UNKNOWN = _Trace()
 
 
 class _Watcher(TorchDispatchMode):
-    def __init__(self, weights: Mapping[str, Tensor], visit: Callable[[Use], None] | None):
+    def __init__(self, weights: Mapping[str, Tensor], example: Any, visit: Callable[[Use], None] | None):
         super().__init__()
         self.visit = visit
         self.macs: Counter[str] = Counter()
-        self.origins: dict[int, _Origin] = {}
-        self.alive: list[Tensor] = []  # a freed storage could give its address to another
+        self.traces: dict[Hashable, _Trace] = {}
         self.stack: list[str] = [""]
         self.masking = 0
+        for each in _tensors(dict(example) if isinstance(example, Mapping) else example):
+            self.traces[_storage(each)] = _Trace(from_example=True)
         for name, weight in weights.items():
-            self.tag(weight, _Origin(frozenset([name]), weight))
-
-    def tag(self, tensor: Tensor, origin: _Origin) -> None:
-        self.origins[_storage(tensor)] = origin
-        self.alive.append(tensor)
+            self.traces[_storage(weight)] = _Trace(frozenset([name]), weight)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.masking:
             return func(*args, **kwargs)
         name = func._overloadpacket.__name__
-        if name not in _PRODUCTS and func._overloadpacket not in flop_registry:
-            decomposed = func.decompose(*args, **kwargs) if func is not torch.ops.prim.device.default else NotImplemented
+        known = name in _PRODUCTS or func._overloadpacket in flop_registry
+        if not known and func is not torch.ops.prim.device.default:
+            decomposed = func.decompose(*args, **kwargs)
             if decomposed is not NotImplemented:
                 return decomposed
         out = func(*args, **kwargs)
-        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        if name in _PRODUCTS:
-            self._product(name, args, tensors)
-        if func._overloadpacket in flop_registry:
-            self._count(func._overloadpacket, args, kwargs, out, tensors)
-        self._follow(tensors, out, name in _PRODUCTS)
+        operands = [(each, self.traces.get(_storage(each), _UNKNOWN)) for each in _tensors((args, kwargs))]
+        if name in _PRODUCTS and self.visit:
+            self._show(operands)
+        self._count(func._overloadpacket, args, kwargs, out, operands)
+        self._follow(name, operands, out)
         return out
 
-    def _product(self, name: str, args: Any, tensors: list[Tensor]) -> None:
-        if self.visit is None:
-            return
-        weights = [args[i] for i in _PRODUCTS[name]]
-        for tensor in tensors:
-            origin = self.origins.get(_storage(tensor))
-            if origin and tensor.ndim >= 2:
-                whole = origin.whole is not None
-                self.visit(Use(origin.names, origin.whole if whole else tensor, self.stack[-1], whole))
-            elif not origin and any(tensor is each for each in weights):
-                self.visit(Use(frozenset(), tensor, self.stack[-1], False))
+    def _show(self, operands: list[tuple[Tensor, _Trace]]) -> None:
+        assert self.visit
+        for tensor, trace in operands:
+            if tensor.ndim >= 2 and (trace.names or not (trace.from_example or trace.from_product)):
+                operand = tensor if trace.whole is None else trace.whole
+                self.visit(Use(trace.names, operand, self.stack[-1]))
 
-    def _count(self, packet: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor]) -> None:
-        macs = flop_registry[packet](*args, **kwargs, out_val=out) // 2
-        origins = [self.origins.get(_storage(each)) for each in tensors if each.ndim >= 2]
-        names = [next(iter(each.names)) for each in origins if each and len(each.names) == 1]
-        self.macs[names[0] if len(names) == 1 else ""] += macs
+    def _count(self, packet: Any, args: Any, kwargs: Any, out: Any, operands: list[tuple[Tensor, _Trace]]) -> None:
+        macs = _macs(packet, args, kwargs, out)
+        if macs:
+            weights = [trace.names for each, trace in operands if each.ndim >= 2 and not trace.from_example]
+            single = [name for names in weights if len(names) == 1 for name in names]
+            self.macs[single[-1] if single else ""] += macs  # the last: the data may be a parameter too
 
-    def _follow(self, tensors: list[Tensor], out: Any, product: bool) -> None:
-        """Tag what is computed from weights alone: casts, sums and products of weights."""
-        if not isinstance(out, Tensor) or out.layout != torch.strided or _storage(out) in self.origins:
-            return
-        known = [(each, self.origins[_storage(each)]) for each in tensors if _storage(each) in self.origins]
-        of_weights = known and len(known) == len(tensors)
-        like_a_weight = not product and any(each.shape == out.shape and each.ndim >= 2 for each, _ in known)
-        if of_weights or like_a_weight:
-            self.tag(out, _Origin(frozenset().union(*(origin.names for _, origin in known)), None))
+    def _follow(self, name: str, operands: list[tuple[Tensor, _Trace]], out: Any) -> None:
+        """Trace what is computed. Casts, sums and selections of weights are traced to their names; what a product
+        made, or the example had a part in, is data."""
+        traces = [trace for _, trace in operands]
+        from_example = any(trace.from_example for trace in traces)
+        from_product = name in _PRODUCTS or any(trace.from_product for trace in traces)
+        for each in _tensors(out):
+            key = _storage(each)
+            if not self.traces.get(key, _UNKNOWN).names:
+                names = _names_after(name, operands, each, from_example)
+                self.traces[key] = _Trace(names, None, from_example, from_product)
 
     @contextlib.contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
@@ -170,9 +176,32 @@ class _Watcher(TorchDispatchMode):
 
         def after(_: nn.Module, __: Any, out: Tensor) -> None:
             self.masking -= 1
-            self.tag(out, _Origin(frozenset([name]), out))
+            self.traces[_storage(out)] = _Trace(frozenset([name]), out)
 
         return [masked.register_forward_pre_hook(before), masked.register_forward_hook(after)]
+
+
+def _names_after(name: str, operands: list[tuple[Tensor, _Trace]], out: Tensor, from_example: bool) -> frozenset[str]:
+    """The parameters whose values an operator's result holds; none where it is data."""
+    known = [(each, trace.names) for each, trace in operands if trace.names]
+    if not known or name in _PRODUCTS:
+        return frozenset()
+    if name in _LOOKUPS:
+        return operands[0][1].names
+    of_weights = len(known) == len(operands)
+    like_a_weight = any(each.shape == out.shape and each.ndim >= 2 for each, _ in known)
+    if len(operands) > 1 and (from_example or not (of_weights or like_a_weight)):
+        return frozenset()
+    return frozenset().union(*(names for _, names in known))
+
+
+def _macs(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
+    if packet in flop_registry:
+        return flop_registry[packet](*args, **kwargs, out_val=out) // 2
+    aten = torch.ops.aten  # what torch's counter leaves out
+    if packet in (aten.mv, aten.addmv):
+        return args[-2].numel()
+    return out.numel() * args[0].shape[-1] if packet is aten._grouped_mm else 0
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Callable[..., None]:
@@ -182,10 +211,15 @@ def _call(function: Callable[..., Any], *args: Any) -> Callable[..., None]:
     return hook
 
 
-def _storage(tensor: Tensor) -> int:
+def _tensors(tree: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(tree) if isinstance(each, Tensor)]
+
+
+def _storage(tensor: Tensor) -> Hashable:
+    """What equals for tensors of one memory, and never for those of a memory that was freed and taken again."""
     if tensor.layout != torch.strided or tensor.is_mkldnn:
-        return id(tensor)
-    return tensor.untyped_storage()._cdata
+        return WeakIdRef(tensor)
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 @contextlib.contextmanager
@@ -207,8 +241,8 @@ def _without_fused_kernels() -> Iterator[None]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with warnings.catch_warnings():  # the flags also set TF32, which warns without an Intel GPU
-            warnings.simplefilter("ignore", UserWarning)
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+            warnings.simplefilter("ignore", UserWarning)  # the flags also set TF32, which warns without an Intel GPU
             with torch.backends.mkldnn.flags(enabled=False):
                 yield
     finally:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from openwork.axis import Axis, reduction_size
-from openwork.candidates import AxisChoice, PatternChoice, decide
+from openwork.candidates import AxisChoice, Candidate, PatternChoice, decide
 from openwork.gemms import Use, watch
 from openwork.masks import kept_per_group
-from openwork.parametrization import plain_name, unwrap
+from openwork.parametrization import plain_class, plain_name, unwrap
 from openwork.pattern import Pattern
 from openwork.report import Report, Row
 from openwork.sparsify import Promise, promises
 
 _GUESSES = tuple(2**i for i in range(1, 7))  # group sizes tried when no pattern is given
+_Promises = dict[str, tuple[Pattern, Axis]]
 
 
 class NotSparse(ValueError):
@@ -44,39 +45,42 @@ def verify(
 
     A sparsified model is held to what `sparsify` promised. A plain one is held to `pattern`, on every candidate weight
     that `exclude` does not name; without `pattern` the tightest N:M of each weight is found, and a warning says that
-    it was inferred. `example` (a tensor, a tuple of arguments or a dict of keyword arguments) is run as well, in eval
-    mode, watching every weight that reaches a matrix product or convolution.
+    it was inferred. `example` (a tensor, a tuple of arguments or a mapping of keyword arguments) is run as well, in
+    eval mode, watching every weight that reaches a matrix product or convolution.
 
+    >>> import torch
     >>> model = nn.Linear(4, 1)
     >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.0, 0.0, 2.0]]))
     >>> verify(model, pattern="2:4").sparse
     {'weight': Pattern(n=2, m=4)}
     """
     model = unwrap(model)
-    found = promises(model)
-    if found and pattern is not None:
-        raise ValueError("the model is sparsified and held to what sparsify promised; pattern= is for plain models")
-    promised = _promised(found) if found else _asked(model, pattern, exclude, axis)
+    sparsified = promises(model)
+    if sparsified and (pattern is not None or exclude or axis != "input"):
+        raise ValueError(
+            "the model is held to what sparsify promised; pattern=, exclude= and axis= are for plain models"
+        )
+    promised, skipped = (_promised(sparsified), ()) if sparsified else _asked(model, pattern, exclude, axis)
     weights = _readable(model, promised)
     broken = {name: "the weight is gone: its module was replaced" for name in promised if name not in weights}
     broken |= {name: problem for name, each in weights.items() if (problem := _denser(each, *promised[name]))}
-    notes: tuple[str, ...] = ()
+    products = _Products(promised, weights)
     if example is not None:
-        products = _Products({name: promised[name] for name in weights}, weights)
         watch(model, example, products.visit)
-        broken |= {name: problem for name, problem in products.problems.items() if name not in broken}
-        unseen = sorted(weights.keys() - products.reached)
-        notes = (f"not reached by the example: {', '.join(unseen)}",) if unseen else ()
+        broken = products.problems | broken
     if broken:
         raise NotSparse(broken)
-    rows = tuple(_row(name, weights[name].detach(), *promised[name]) for name in promised)
-    return Report(rows, f"{type(model).__name__}: every promise holds", notes=notes)
+    rows = tuple(_row(name, weights[name], *promised[name]) for name in promised)
+    rows += skipped
+    others = sum(each.numel() for each in model.parameters()) - sum(row.weights for row in rows)
+    title = f"{plain_class(model).__name__}: every promise holds"
+    return Report(rows, title, others, notes=products.notes() if example is not None else ())
 
 
-def _promised(found: list[tuple[str, nn.Module, Promise]]) -> dict[str, tuple[Pattern, Axis]]:
+def _promised(sparsified: list[tuple[str, nn.Module, Promise]]) -> _Promises:
     held = {
         f"{plain_name(prefix)}.{name}".lstrip("."): each
-        for prefix, _, promise in found
+        for prefix, _, promise in sparsified
         if promise.method.sparse
         for name, each in promise.weights.items()
     }
@@ -87,22 +91,36 @@ def _promised(found: list[tuple[str, nn.Module, Promise]]) -> dict[str, tuple[Pa
 
 def _asked(
     model: nn.Module, pattern: PatternChoice | None, exclude: Sequence[str], axis: AxisChoice
-) -> dict[str, tuple[Pattern, Axis]]:
+) -> tuple[_Promises, tuple[Row, ...]]:
+    """What a plain model is held to, and the weights that are not, with the reasons."""
     decided = decide(model, pattern or Pattern(1, 1), exclude=exclude, axis=axis)
-    if pattern is not None:
-        return {each.name: (each.pattern, each.axis) for each in decided if each.pattern}
-    tight = {each.name: (tightest(each.weight, each.axis), each.axis) for each in decided if each.pattern}
-    sparse = {name: each for name, each in tight.items() if each[0].n < each[0].m}
-    if not sparse:
-        raise NotSparse({name: "no N:M pattern with N < M holds" for name in tight})
-    listed = ", ".join(f"{pattern} for {n}" for pattern, n in Counter(str(each) for each, _ in sparse.values()).items())
-    warnings.warn(f"no pattern was given: inferred from the weights ({listed} weights)", stacklevel=3)
-    return sparse
+    if pattern is None:
+        decided = [_inferred(each) if each.pattern else each for each in decided]
+        _warn_of_inferred(decided)
+    skipped = tuple(_skipped(each) for each in decided if not each.pattern)
+    return {each.name: (each.pattern, each.axis) for each in decided if each.pattern}, skipped
+
+
+def _inferred(found: Candidate) -> Candidate:
+    """The candidate with its tightest pattern, or none where that is dense."""
+    pattern = tightest(found.weight, found.axis)
+    if pattern.n < pattern.m:
+        return dataclasses.replace(found, pattern=pattern)
+    return dataclasses.replace(found, pattern=None, reason="no N:M pattern with N < M holds")
+
+
+def _warn_of_inferred(decided: list[Candidate]) -> None:
+    patterns = [str(each.pattern) for each in decided if each.pattern]
+    if not patterns:
+        raise NotSparse({each.name: each.reason for each in decided})
+    listed = ", ".join(f"{pattern} for {n}" for pattern, n in Counter(patterns).items())
+    warnings.warn(f"no pattern was given: inferred from the weights ({listed} weights)", stacklevel=4)
 
 
 def tightest(weight: Tensor, axis: Axis) -> Pattern:
     """The pattern of lowest density that a weight satisfies, M a power of two that divides the axis; then of lowest M.
 
+    >>> import torch
     >>> tightest(torch.tensor([[1.0, 0.0, 0.0, 2.0]]), Axis(1))
     Pattern(n=1, m=2)
     """
@@ -114,7 +132,7 @@ def tightest(weight: Tensor, axis: Axis) -> Pattern:
 
 def _denser(weight: Tensor, pattern: Pattern, axis: Axis) -> str:
     """What is wrong with a weight, or nothing."""
-    kept = kept_per_group(weight.detach(), pattern, axis)
+    kept = kept_per_group(weight, pattern, axis)
     wrong = int((kept > pattern.n).sum())
     if not wrong:
         return ""
@@ -130,50 +148,68 @@ def _readable(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
         owner, _, tensor = name.rpartition(".")
         weight = getattr(modules.get(owner), tensor, None)
         if isinstance(weight, Tensor):
-            found[name] = weight
+            found[name] = weight.detach()
     return found
 
 
 class _Products:
     """Compares what reaches the products with what was promised."""
 
-    def __init__(self, promised: dict[str, tuple[Pattern, Axis]], weights: dict[str, Tensor]):
-        self.promised, self.weights = promised, weights
+    def __init__(self, promised: _Promises, weights: dict[str, Tensor]):
+        self.promised = {name: promised[name] for name in weights}
+        self.shapes = {name: each.shape for name, each in weights.items()}
         self.problems: dict[str, str] = {}
         self.reached: set[str] = set()
+        self.misshapen: set[str] = set()
 
     def visit(self, use: Use) -> None:
-        for name in use.names & self.promised.keys():
-            if use.whole and name in self.reached:
-                continue
-            self.reached.add(name)
-            self._hold(name, self._found(use.operand, name), "")
+        """Hold an operand to the promises of the parameters it comes from. One that comes from none is held to those
+        of its shape in the module that runs."""
         if not use.names:
             self._visit_unknown(use)
+        for name in use.names & self.promised.keys():
+            self.reached.add(name)
+            ways = self._ways(use.operand, name)
+            if not ways:
+                self.misshapen.add(name)
+            self._hold(name, use.operand, ways, "")
+
+    def notes(self) -> tuple[str, ...]:
+        lists = {
+            "not reached by the example": self.promised.keys() - self.reached,
+            "multiplied in another shape, which was not checked": self.misshapen,
+        }
+        return tuple(f"{what}: {', '.join(sorted(names))}" for what, names in lists.items() if names)
 
     def _visit_unknown(self, use: Use) -> None:
-        """A weight that no parameter gave: hold it to the promises of its shape in the module that runs."""
         around = f"{use.inside}." if use.inside else ""
         for name in self.promised:
-            if name.startswith(around) and sorted(use.operand.shape) == sorted(self.weights[name].shape):
-                self._hold(name, self._found(use.operand, name), " in a tensor that is none of the model's parameters")
+            if name.startswith(around) and sorted(use.operand.shape) == sorted(self.shapes[name]):
+                where = " in a tensor that is none of the model's parameters"
+                self._hold(name, use.operand, self._ways(use.operand, name), where)
 
-    def _hold(self, name: str, problems: list[str], where: str) -> None:
+    def _hold(self, name: str, operand: Tensor, ways: list[Axis], where: str) -> None:
+        problems = [_denser(operand, self.promised[name][0], way) for way in ways]
         if problems and all(problems):
-            self.problems[name] = f"reached a matrix product{where} with {problems[0]}"
+            self.problems[name] = f"multiplied{where} while {problems[0]}"
 
-    def _found(self, operand: Tensor, name: str) -> list[str]:
-        """What is wrong with the operand as it lies, for each way it may lie; none if it has another shape."""
-        pattern, axis = self.promised[name]
-        shape = self.weights[name].shape
-        if operand.shape == shape and (operand.ndim != 2 or shape[0] != shape[1]):
-            return [_denser(operand, pattern, axis)]
-        if operand.ndim != 2 or len(shape) != 2 or axis.flat:
+    def _ways(self, operand: Tensor, name: str) -> list[Axis]:
+        """The axes that may be the reduction axis, in an operand that may be transposed, cut or joined."""
+        axis, shape = self.promised[name][1], self.shapes[name]
+        if operand.shape == shape and (axis.flat or operand.ndim > 3):  # kernels of a convolution lie one way only
+            return [axis]
+        if axis.flat:
             return []
-        return [_denser(operand, pattern, Axis(dim)) for dim in (0, 1) if operand.shape[dim] == shape[axis.dim]]
+        return [Axis(dim, axis.blocks) for dim, length in enumerate(operand.shape) if length == shape[axis.dim]]
 
 
 def _row(name: str, weight: Tensor, pattern: Pattern, axis: Axis) -> Row:
     groups = kept_per_group(weight, pattern, axis).numel()
     kept = int((weight != 0).sum())
     return Row(name, tuple(weight.shape), pattern, "", kept, 1.0, groups, weight.element_size() * 8)
+
+
+def _skipped(found: Candidate) -> Row:
+    weight = found.weight
+    bits = weight.element_size() * 8
+    return Row(found.name, tuple(weight.shape), None, found.reason, weight.numel(), 1.0, weight_bits=bits)
