@@ -60,7 +60,7 @@ class Report:
     """What `sparsify`, `project` and `verify` found, weight by weight. `str()` is a table in plain text.
 
     `other_parameters` counts what is no candidate (biases, norms); `other_macs` the multiply-adds that no
-    candidate weight takes part in (attention products, excluded custom operators).
+    candidate weight takes part in, such as attention's.
     """
 
     rows: tuple[Row, ...]
@@ -91,15 +91,15 @@ class Report:
     @property
     def macs_dense(self) -> int | None:
         """Multiply-adds of the example's forward pass; None when no example was given."""
-        return self._macs("macs_dense")
+        return self._total([row.macs_dense for row in self.rows])
 
     @property
     def macs_sparse(self) -> int | None:
-        return self._macs("macs_sparse")
+        return self._total([row.macs_sparse for row in self.rows])
 
-    def _macs(self, which: str) -> int | None:
-        counts = [getattr(row, which) for row in self.rows]
-        return None if None in counts else sum(counts) + self.other_macs
+    def _total(self, macs: Sequence[int | None]) -> int | None:
+        known = [each for each in macs if each is not None]
+        return sum(known) + self.other_macs if len(known) == len(macs) else None
 
     @property
     def summary(self) -> str:
@@ -110,7 +110,7 @@ class Report:
             f"parameters {count(before)} -> {count(after)} ({after / before:.1%})",
             f"candidate bytes with index bits {self._share_of_bytes():.1%} of dense",
         ]
-        if self.macs_dense:
+        if self.macs_dense and self.macs_sparse is not None:
             share = self.macs_sparse / self.macs_dense
             parts.append(f"MACs {count(self.macs_dense)} -> {count(self.macs_sparse)} ({share:.1%})")
         return "; ".join(parts)
@@ -156,7 +156,7 @@ def _cells(row: Row, has_macs: bool) -> list[str]:
 
     cells = [row.name, "x".join(map(str, row.shape)), str(row.pattern or "dense"), f"{row.density:.3f}"]
     cells += [f"{row.kept_energy:.3f}", change(row.weights, row.kept), change(row.bytes_dense, row.bytes_sparse)]
-    return cells + ([change(row.macs_dense, row.macs_sparse)] if has_macs else []) + [row.reason]
+    return cells + [change(row.macs_dense or 0, row.macs_sparse or 0)] * has_macs + [row.reason]
 
 
 def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections import defaultdict
@@ -27,11 +28,15 @@ from openwork.parametrization import (
     mask_weights,
     masked_modules,
     masked_weights,
+    plain_class,
     unmask_weights,
     unwrap,
+    weight_name,
 )
 from openwork.pattern import Pattern
 from openwork.report import Report, Row
+
+_ONLY_WATCHED = "ow.Dense masks nothing: the table says what its mask would keep"
 
 
 @dataclass
@@ -89,13 +94,9 @@ def sparsify(
     _demand_plain(model)
     decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder)
     macs = count_macs(model, example, {c.name: c.weight for c in decided}) if example is not None else None
+    report = _report(model, decided, macs, f"{type(model).__name__}, {method.name}", method.score)
     scope = ForwardScope()
-    chosen: dict[nn.Module, dict[str, Masked]] = defaultdict(dict)
-    for each in decided:
-        if each.pattern:
-            chosen[each.module][each.tensor] = Masked(each.pattern, each.axis, method, scope, each.weight)
-    for module, masked in chosen.items():
-        mask_weights(module, masked)
+    _mask(decided, method, scope)
     weights = {each.name: (each.pattern, each.axis) for each in decided if each.pattern}
     hooks = (
         model.register_forward_pre_hook(scope.enter, prepend=True),
@@ -103,7 +104,7 @@ def sparsify(
     )
     watch = _watch_optimizers(model) if hasattr(method, "gradient_term") else None
     model.__dict__["_openwork_promise"] = Promise(weights, method, scope, hooks, watch=watch)
-    return _report(model, decided, macs, f"{type(model).__name__}, {method.name}", method.score)
+    return report if method.sparse else dataclasses.replace(report, notes=(_ONLY_WATCHED,))
 
 
 def finalize(model: nn.Module) -> nn.Module:
@@ -114,17 +115,18 @@ def finalize(model: nn.Module) -> nn.Module:
     """
     inner = unwrap(model)
     modules = [module for _, module in masked_modules(inner)]
-    if not modules:
+    if not modules and not promises(inner):
         raise ValueError(
             f"{type(inner).__name__} is not sparsified: nothing to finalize (ow.project zeroes a plain model)"
         )
+    _demand_whole(inner, "load its full state dict into a model sparsified alike, and call ow.finalize there")
     for module in modules:
         unmask_weights(module)
-    for module in inner.modules():
-        promise = module.__dict__.pop("_openwork_promise", None)
-        for hook in promise.hooks if promise else ():
+    for _, module, promise in promises(inner):
+        del module.__dict__["_openwork_promise"]
+        for hook in promise.hooks:
             hook.remove()
-        if promise and promise.watch:
+        if promise.watch:
             promise.watch()
     return model
 
@@ -200,15 +202,28 @@ def _same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
     return a is b or any(each is a for each in vars(b).values()) or any(each is b for each in vars(a).values())
 
 
+def _mask(decided: list[Candidate], method: Method, scope: ForwardScope) -> None:
+    chosen: dict[nn.Module, dict[str, Masked]] = defaultdict(dict)
+    for each in decided:
+        if each.pattern:
+            chosen[each.module][each.tensor] = Masked(each.pattern, each.axis, method, scope, each.weight)
+    for module, masked in chosen.items():
+        mask_weights(module, masked)
+
+
 def _demand_plain(model: nn.Module) -> None:
-    taken = [name or type(model).__name__ for name, _ in masked_modules(model)]
+    taken = [name or plain_class(module).__name__ for name, module in masked_modules(model)]
     if taken:
         raise ValueError(
             f"{', '.join(taken[:3])} sparsified already; call ow.finalize(model) first, or sparsify other modules"
         )
+    _demand_whole(model, "call ow.sparsify before fully_shard (masks need whole groups)")
+
+
+def _demand_whole(model: nn.Module, remedy: str) -> None:
     for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
-            raise ValueError(f"{name} is sharded: call ow.sparsify before fully_shard (masks need whole groups)")
+        if type(parameter).__name__ == "DTensor":  # importing it would take as long as all of openwork
+            raise ValueError(f"{weight_name(name)} is sharded: {remedy}")
 
 
 def _report(
@@ -225,15 +240,20 @@ def _report(
 
 
 def _row(each: Candidate, macs: int | None, score: Callable[[Tensor], Tensor]) -> Row:
-    weight = each.weight.detach()
-    bits = weight.element_size() * 8
-    shape = tuple(weight.shape)
-    if not each.pattern or weight.is_meta:
-        kept = weight.numel() if not each.pattern else round(weight.numel() * each.pattern.density)
-        return Row(each.name, shape, each.pattern, each.reason, kept, 1.0, 0, bits, macs)
-    keep = keep_largest(score(weight), each.pattern, each.axis)
-    energy = weight.double().square()
-    share = float(energy[keep].sum() / energy.sum()) if energy.any() else 1.0
+    weight, pattern = each.weight.detach(), each.pattern
+    shape, bits = tuple(weight.shape), weight.element_size() * 8
+    if not pattern:
+        return Row(each.name, shape, None, each.reason, weight.numel(), 1.0, 0, bits, macs)
     rows = to_rows(weight, each.axis)
-    groups = rows[..., 0].numel() * -(-rows.shape[-1] // each.pattern.m)
-    return Row(each.name, shape, each.pattern, "", int(keep.sum()), share, groups, bits, macs)
+    K, lines = rows.shape[-1], rows[..., 0].numel()
+    kept = lines * (K // pattern.m * pattern.n + min(K % pattern.m, pattern.n))
+    energy = _kept_energy(weight, keep_largest(score(weight), pattern, each.axis))
+    return Row(each.name, shape, pattern, "", kept, energy, lines * math.ceil(K / pattern.m), bits, macs)
+
+
+def _kept_energy(weight: Tensor, keep: Tensor) -> float:
+    """The kept share of the sum of squared weights; NaN on the meta device."""
+    if weight.is_meta:
+        return math.nan
+    energy = weight.double().square()
+    return float(energy[keep].sum() / energy.sum()) if energy.any() else 1.0
