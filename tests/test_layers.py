@@ -31,7 +31,7 @@ LAYERS = (
         "gemms",
         "plan",
     },
-    {"checkpoint", "export"},
+    {"checkpoint", "export", "migrate"},
     {"integrations"},
     {"tasks", "cli"},
 )
