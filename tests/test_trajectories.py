@@ -86,6 +86,22 @@ def with_clipping_closure(model, optimizer, data):
         optimizer.step(closure)
 
 
+def last_of_four_in_a_closure(model, optimizer, data):
+    """What Lightning does when it accumulates: the earlier micro-batches' gradients are there before the step."""
+    for x, y in data:
+        parts = list(zip(x.chunk(4), y.chunk(4), strict=True))
+        optimizer.zero_grad()
+        for part in parts[:3]:
+            (loss_of(model, *part) / 4).backward()
+
+        def closure(part=parts[3]):
+            loss = loss_of(model, *part) / 4
+            loss.backward()
+            return loss
+
+        optimizer.step(closure=closure)
+
+
 def loss_scaled_by_hand(model, optimizer, data):
     for x, y in data:
         optimizer.zero_grad()
@@ -139,6 +155,7 @@ WAYS = {
     "clipped": Way(clipped, clip=CLIP),
     "closure": Way(with_closure),
     "closure=": Way(partial(with_closure, by_keyword=True)),
+    "closure, micro-batches": Way(last_of_four_in_a_closure),
     "closure that clips": Way(with_clipping_closure, clip=CLIP),
     "fused": Way(plainly, fused=True),
     "fused, scaler": Way(under_scaler, fused=True),
