@@ -53,7 +53,7 @@ def _frame(lines: Sequence[Line], floor: float | None) -> _Frame:
     xs, ys = zip(*(point for line in lines for point in line.points), strict=True)
     low, high = (min(ys) if floor is None else floor), max(ys)
     margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    return _Frame(min(xs), max(xs), low - margin if floor is None else floor, high + margin)
+    return _Frame(0, max(xs), low - margin if floor is None else floor, high + margin)
 
 
 def line_chart(title: str, lines: Sequence[Line], *, percent: bool = False, floor: float | None = None) -> str:
@@ -88,16 +88,19 @@ def _tick_x(value: float, x: float) -> str:
     return f'<text class="axis" x="{x:.1f}" y="{_H - _BOTTOM + 16}" text-anchor="middle">{value:g}</text>'
 
 
+KINDS = "kpsgl"
+
+
 def mask_picture(title: str, rows: Sequence[Sequence[str]], group: int) -> str:
     """Squares by class name, one row per output; a gap every `group` squares.
 
-    "k" kept, "p" pruned, "g" gained, "l" lost.
+    "k" kept, "p" pruned; where two masks are compared "s" kept in both, "p" in none, "g" gained, "l" lost.
     """
     size, gap = 4, 1
     width = max((len(row) for row in rows), default=0)
     parts = [
         f'<path class="{kind}" d="{_squares(rows, kind, size, gap, group)}"/>'
-        for kind in "kpgl"
+        for kind in KINDS
         if any(kind in row for row in rows)
     ]
     w = width * size + (width // group) * gap

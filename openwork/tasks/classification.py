@@ -23,7 +23,7 @@ from openwork.tasks.imagefolder import imagefolder
 from openwork.tasks.models import build_model
 from openwork.tasks.rundir import RunDir, first_process, read_lines
 
-_PICTURE = 48, 144  # rows and columns of the mask picture
+_PICTURE = 32, 96  # rows and columns of the mask picture
 
 
 def load_data(config: Config) -> Any:

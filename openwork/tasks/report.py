@@ -102,8 +102,8 @@ def _layer(row: dict[str, Any]) -> list[str]:
     return [row["name"], " x ".join(map(str, row["shape"])), row["pattern"] or "dense", *shares, *counts, row["reason"]]
 
 
-_KINDS = (("k", "kept"), ("p", "pruned"), ("g", "pruned at the start, kept at the end"), ("l", "kept, then pruned"))
-_CHANGE = {"11": "k", "00": "p", "01": "g", "10": "l"}
+_KINDS = (("k", "kept"), ("p", "pruned"), ("s", "kept in both"), ("g", "only at the end"), ("l", "only at the start"))
+_CHANGE = {"11": "s", "00": "p", "01": "g", "10": "l"}
 
 
 def mask(result: Result) -> str:

@@ -8,6 +8,7 @@ STYLE = """\
   --rule: #dfe1e5;
   --page: #fcfcfd;
   --card: #ffffff;
+  --both: #b9c9ea;
   --c0: #3b6fd4;
   --c1: #d9730d;
   --c2: #1f9d6b;
@@ -24,6 +25,7 @@ STYLE = """\
     --rule: #34373c;
     --page: #141518;
     --card: #1b1d21;
+    --both: #3d4f78;
     --c0: #7ba6ff;
     --c1: #ff9f45;
     --c2: #4cc38a;
@@ -92,10 +94,12 @@ svg { display: block; width: 100%; height: auto; }
 .key.c7 { background: var(--c7); }
 .masks { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 16px; }
 path.k { fill: var(--c0); }
+path.s { fill: var(--both); }
 path.p { fill: var(--rule); }
 path.g { fill: var(--c2); }
 path.l { fill: var(--c6); }
 .key.k { background: var(--c0); }
+.key.s { background: var(--both); }
 .key.p { background: var(--rule); }
 .key.g { background: var(--c2); }
 .key.l { background: var(--c6); }
