@@ -137,8 +137,9 @@ def _lost_pairs_one_by_one(key_MG: Tensor) -> Tensor:
     Every weight starts as beaten by all before it in its group, and takes back those that it beats.
     """
     M = key_MG.shape[0]
-    before = torch.arange(M, dtype=torch.uint8).view(-1, *[1] * (key_MG.ndim - 1))
-    lost_MG = before.expand(key_MG.shape).clone(memory_format=torch.contiguous_format)
+    lost_MG = torch.empty_like(key_MG, dtype=torch.uint8)
+    for i in range(M):
+        lost_MG[i].fill_(i)
     for i in range(M - 1):
         later_wins = (key_MG[i + 1 :] > key_MG[i]).view(torch.uint8)
         lost_MG[i].add_(later_wins.sum(0, dtype=torch.uint8))

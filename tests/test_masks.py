@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor, init_device_mesh
 
 from openwork.axis import Axis, to_rows
 from openwork.masks import keep_largest, kept_per_group, prune, sortable, topn, topn_by_count
@@ -173,6 +174,7 @@ def test_counting_compiles_in_one_graph(pattern: Pattern) -> None:
     assert torch.equal(compiled(score, pattern), topn(score, pattern))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="no C++ compiler for torch.compile")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_masking_compiles_to_native_code(dtype: torch.dtype) -> None:
@@ -187,6 +189,29 @@ def test_masking_compiles_to_native_code(dtype: torch.dtype) -> None:
 def test_masks_exist_on_the_meta_device() -> None:
     with torch.device("meta"):
         assert keep_largest(torch.zeros(4, 6), Pattern(2, 4), Axis(1)).shape == (4, 6)
+
+
+def test_masks_stay_on_the_device_of_their_score() -> None:
+    score = with_ties((4, 8), torch.float32)
+    with torch.device("meta"):  # stands for any default device but the score's own
+        keep = keep_largest(score, Pattern(2, 4), Axis(1))
+    assert torch.equal(keep, topn(score, Pattern(2, 4)))
+
+
+@pytest.mark.parametrize("axis", [Axis(1), Axis(2)], ids=str)
+def test_weights_sharded_by_rows_are_masked_and_pruned(axis: Axis, one_process: DeviceMesh) -> None:
+    weight = odd_weights((6, 8, 4), torch.float32)
+    sharded = distribute_tensor(weight, one_process, [Shard(0)])
+    keep = keep_largest(sharded.abs(), Pattern(2, 4), axis)
+    assert torch.equal(keep.full_tensor(), keep_largest(weight.abs(), Pattern(2, 4), axis))
+    assert torch.equal(bits(prune(sharded, keep).full_tensor()), bits(prune(weight, keep.full_tensor())))
+
+
+@pytest.fixture
+def one_process() -> Iterator[DeviceMesh]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
