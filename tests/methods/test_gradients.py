@@ -1,0 +1,177 @@
+"""What goes forward and what comes back through a mask, by every way in which torch differentiates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from openwork.masks import prune
+from openwork.methods.gradients import masked_gradient, straight_through
+
+torch.set_num_threads(1)
+
+Pass = Callable[[Tensor, Tensor], Tensor]
+BOTH = pytest.mark.parametrize("through", [straight_through, masked_gradient])
+
+KEEP = torch.tensor([[True, False, True, False], [False, True, True, False], [True, True, False, False]])
+
+
+def weights(dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(KEEP.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def passed(through: Pass, gradient: Tensor) -> Tensor:
+    """What reaches the weight of a gradient at the pruned weight: the definition."""
+    return gradient if through is straight_through else gradient * KEEP
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_forward_prunes_and_backward_passes(through: Pass, dtype: torch.dtype) -> None:
+    weight, gradient = weights(dtype).requires_grad_(), weights(dtype, seed=1)
+    output = through(weight, KEEP)
+    output.backward(gradient)
+    assert torch.equal(output, prune(weight.detach(), KEEP))
+    assert torch.equal(weight.grad, passed(through, gradient))
+
+
+@BOTH
+def test_pruned_infinities_reach_neither_output_nor_gradient(through: Pass) -> None:
+    weight = torch.where(KEEP, weights(), torch.inf).requires_grad_()
+    (through(weight, KEEP) ** 2).sum().backward()
+    assert torch.equal(weight.grad, passed(through, 2 * prune(weight.detach(), KEEP)))
+
+
+def test_masked_gradient_is_the_derivative_of_prune() -> None:
+    weight = weights(torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: masked_gradient(w, KEEP), weight)
+    assert torch.autograd.gradgradcheck(lambda w: masked_gradient(w, KEEP) ** 3, weight)
+
+
+def test_straight_through_is_the_derivative_of_the_identity() -> None:
+    weight, factor = weights(torch.float64).requires_grad_(), weights(torch.float64, seed=1)
+    (found,) = torch.autograd.grad((straight_through(weight, KEEP) * factor).sum(), weight)
+    (identity,) = torch.autograd.grad((weight * factor).sum(), weight)
+    assert torch.equal(found, identity)
+
+
+@BOTH
+def test_gradients_of_two_uses_add_up(through: Pass) -> None:
+    weight, a, b = weights().requires_grad_(), weights(seed=1), weights(seed=2)
+    output = through(weight, KEEP)
+    ((output * a).sum() + (output * b).sum()).backward()
+    assert torch.equal(weight.grad, passed(through, a + b))
+
+
+@BOTH
+def test_gradients_of_two_backwards_add_up(through: Pass) -> None:
+    weight, a = weights().requires_grad_(), weights(seed=1)
+    loss = (through(weight, KEEP) * a).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert torch.equal(weight.grad, passed(through, 2 * a))
+
+
+@BOTH
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_one_masked_weight_serves_several_checkpointed_regions(through: Pass, use_reentrant: bool) -> None:
+    weight, x = weights().requires_grad_(), weights(seed=1).requires_grad_()
+    masked = through(weight, KEEP)
+    (
+        checkpoint(torch.mul, masked, x, use_reentrant=use_reentrant)
+        + checkpoint(torch.mul, masked, x, use_reentrant=use_reentrant)
+    ).sum().backward()
+    assert torch.equal(weight.grad, passed(through, 2 * x.detach()))
+
+
+@BOTH
+def test_nothing_is_saved_for_backward(through: Pass) -> None:
+    packed: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x):
+        through(weights().requires_grad_(), KEEP)
+    assert packed == []
+
+
+@BOTH
+def test_the_weight_may_change_between_forward_and_backward(through: Pass) -> None:
+    weight = weights().requires_grad_()
+    output = through(weight, KEEP)
+    with torch.no_grad():
+        weight.zero_()
+    output.backward(torch.ones_like(output))
+    assert torch.equal(weight.grad, passed(through, torch.ones_like(output)))
+
+
+@BOTH
+def test_second_derivatives(through: Pass) -> None:
+    weight = weights().requires_grad_()
+    (first,) = torch.autograd.grad((through(weight, KEEP) ** 3).sum(), weight, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), weight)
+    assert torch.equal(second, 6 * prune(weight.detach(), KEEP))  # the first is 3 w~**2, zero at pruned weights
+
+
+@BOTH
+def test_no_gradient_is_tracked_where_none_is_asked_for(through: Pass) -> None:
+    assert not through(weights(), KEEP).requires_grad
+    with torch.no_grad():
+        assert not through(weights().requires_grad_(), KEEP).requires_grad
+
+
+@BOTH
+def test_strides_stay(through: Pass) -> None:
+    strided = weights().t().contiguous().t().requires_grad_()
+    output = through(strided, KEEP.t().contiguous().t())
+    assert output.stride() == strided.stride()
+    assert torch.equal(output, through(weights(), KEEP))
+
+
+# --- function transforms and compilation ------------------------------------------------------------------------
+
+
+def loss(through: Pass, weight: Tensor, keep: Tensor) -> Tensor:
+    return (through(weight, keep) * torch.arange(1.0, 5.0)).sum()
+
+
+@BOTH
+def test_functional_gradient(through: Pass) -> None:
+    found = torch.func.grad(lambda w: loss(through, w, KEEP))(weights())
+    assert torch.equal(found, passed(through, torch.arange(1.0, 5.0).expand(3, 4)))
+
+
+@BOTH
+def test_vmap_masks_each_row_as_alone(through: Pass) -> None:
+    assert torch.equal(torch.vmap(through)(weights(), KEEP), prune(weights(), KEEP))
+    shared = torch.vmap(through, in_dims=(0, None))(weights(), KEEP[0])
+    assert torch.equal(shared, prune(weights(), KEEP[0].expand(3, 4)))
+
+
+@BOTH
+def test_gradients_per_sample(through: Pass) -> None:
+    found = torch.vmap(torch.func.grad(lambda w, k: loss(through, w, k)))(weights(), KEEP)
+    assert torch.equal(found, passed(through, torch.arange(1.0, 5.0).expand(3, 4)))
+
+
+@BOTH
+def test_gradient_through_vmap(through: Pass) -> None:
+    found = torch.func.grad(lambda w: (torch.vmap(through)(w, KEEP) * torch.arange(1.0, 5.0)).sum())(weights())
+    assert torch.equal(found, passed(through, torch.arange(1.0, 5.0).expand(3, 4)))
+
+
+@BOTH
+def test_forward_mode_is_refused_rather_than_wrong(through: Pass) -> None:
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(lambda w: through(w, KEEP), (weights(),), (torch.ones(3, 4),))
+
+
+@BOTH
+def test_compiles_in_one_graph(through: Pass) -> None:
+    def step(weight: Tensor, keep: Tensor) -> Tensor:
+        return loss(through, weight, keep)
+
+    weight = weights().requires_grad_()
+    torch.compile(step, fullgraph=True, backend="aot_eager")(weight, KEEP).backward()
+    assert torch.equal(weight.grad, passed(through, torch.arange(1.0, 5.0).expand(3, 4)))
