@@ -6,6 +6,8 @@ This list is the API.
 from openwork.attach import Handle as Handle
 from openwork.attach import attach as attach
 from openwork.axis import Axis as Axis
+from openwork.checkpoint import load as load
+from openwork.checkpoint import save as save
 from openwork.masks import topn as topn
 from openwork.methods import ASP as ASP
 from openwork.methods import SRSTE as SRSTE

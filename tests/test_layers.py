@@ -31,7 +31,7 @@ LAYERS = (
         "gemms",
         "plan",
     },
-    {"checkpoint", "export", "migrate"},
+    {"checkpoint", "modelstate", "fileformat", "container", "export", "migrate"},
     {"integrations"},
     {"tasks", "cli"},
 )

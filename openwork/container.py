@@ -1,0 +1,174 @@
+"""The safetensors container: its header read strictly, its tensors one by one, and a file written whole or not at all.
+
+The reader stands next to safetensors' own because it reports what lies in a file without mapping it (a mapped file
+that someone shortens kills the process), and refuses what that one lets pass: names given twice, fields that nobody
+defined. A test holds that it accepts nothing that safetensors refuses.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+_MOST_DIMS = 64  # numpy's limit; torch has none, and becomes slow
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as it lies in the file, at bytes `start` to `stop`."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, Stored]]:
+    """The metadata and the tensors of a safetensors file, from its header alone. Raises ValueError for any flaw."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+        raise ValueError(f"{size} bytes, a header of {length}: cut short, or not a safetensors file")
+    text = file.read(length)
+    if not text.startswith(b"{"):
+        raise ValueError("the header does not begin with '{': not a safetensors file")
+    header = strict_json(text.decode("utf-8"))
+    metadata = header.pop("__metadata__", {})
+    if not is_text_mapping(metadata):
+        raise ValueError("__metadata__ is not a mapping of text to text")
+    stored = {demand_unicode(name): _stored(name, entry, 8 + length) for name, entry in header.items()}
+    _demand_no_holes(stored, 8 + length, size)
+    return metadata, stored
+
+
+def read_tensor(file: BinaryIO, stored: Stored) -> Tensor:
+    """One tensor, in memory of its own on the CPU."""
+    if stored.start == stored.stop:
+        return torch.empty(stored.shape, dtype=stored.dtype)
+    buffer = bytearray(stored.stop - stored.start)
+    file.seek(stored.start)
+    if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+        raise ValueError("the file became shorter while it was read")
+    if stored.dtype == torch.bool and max(buffer) > 1:
+        raise ValueError("a boolean is neither 0 nor 1: the file is damaged")
+    return torch.frombuffer(buffer, dtype=stored.dtype).reshape(stored.shape)
+
+
+def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically: whatever happens at whatever moment, `path` is the old file or the new one.
+
+    A process that is killed leaves a hidden file that ends in `.part` next to it, which may be deleted.
+    """
+    target = Path(os.path.realpath(path))
+    part = target.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        save_file(tensors, part, metadata=metadata)
+        with open(part, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
+
+
+def strict_json(text: str) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a name given twice, NaN, infinity, depth, and what is not an object."""
+    try:
+        found = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("JSON is nested too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"found a JSON {type(found).__name__}; needed an object")
+    return found
+
+
+def is_text_mapping(found: object) -> bool:
+    """Whether a piece of JSON maps text to text."""
+    return isinstance(found, dict) and all(isinstance(each, str) for pair in found.items() for each in pair)
+
+
+def is_shape(found: object) -> bool:
+    """Whether a piece of JSON is the shape of a tensor that torch can count."""
+    if not isinstance(found, list) or len(found) > _MOST_DIMS or any(type(each) is not int for each in found):
+        return False
+    return all(each >= 0 for each in found) and 8 * math.prod(each for each in found if each) < 2**63
+
+
+def demand_unicode(name: str) -> str:
+    """The name, if UTF-8 can write it; else ValueError. (JSON can name halves of surrogate pairs.)"""
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise ValueError(f"the name {name!r} is not valid Unicode")
+    return name
+
+
+def _stored(name: str, entry: Any, base: int) -> Stored:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name!r}: needed exactly dtype, shape and data_offsets")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise ValueError(f"tensor {name!r}: unknown dtype {str(code)[:20]!r}; known are {', '.join(DTYPES)}")
+    if not is_shape(shape):
+        raise ValueError(f"tensor {name!r}: its shape is not a short list of lengths")
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(each) is not int or each < 0 for each in offsets):
+        raise ValueError(f"tensor {name!r}: its data_offsets are not two positions")
+    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[code].itemsize:
+        raise ValueError(f"tensor {name!r}: shape {shape} in {code} does not fill {offsets[1] - offsets[0]} bytes")
+    return Stored(DTYPES[code], tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def _demand_no_holes(stored: dict[str, Stored], start: int, size: int) -> None:
+    for name, each in sorted(stored.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if each.start != start:
+            raise ValueError(f"tensor {name!r} begins at byte {each.start}, the one before it ends at {start}")
+        start = each.stop
+    if start != size:
+        raise ValueError(f"the tensors end at byte {start}, the file at {size}: cut short, or something was added")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the name {name!r} is given twice")
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")

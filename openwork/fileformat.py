@@ -1,0 +1,207 @@
+"""The compressed file: what `docs/format.md` says about metadata and names, executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from openwork.axis import Axis
+from openwork.container import (
+    CODES,
+    DTYPES,
+    Stored,
+    demand_unicode,
+    is_shape,
+    is_text_mapping,
+    read_header,
+    read_tensor,
+    strict_json,
+)
+from openwork.packing import PACKABLE, packed_shape, unpack_weight, uses_bitmask
+from openwork.pattern import Pattern
+
+VERSION = 1
+KEY = "openwork"  # in the safetensors metadata; other keys are others' business
+VALUES, INDICES = ".values", ".indices"
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """How one compressed weight is to be read."""
+
+    pattern: Pattern
+    axis: Axis
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An open file: its tensors by name, those of `sparse` compressed, and `aliases` (another name -> the first)."""
+
+    file: BinaryIO
+    stored: Mapping[str, Stored]
+    sparse: Mapping[str, Sparse]
+    aliases: Mapping[str, str]
+
+    @property
+    def tensors(self) -> dict[str, Stored | Sparse]:
+        """Every tensor of the model that lies in the file, aliases left out."""
+        parts = {name + end for name in self.sparse for end in (VALUES, INDICES)}
+        return {name: each for name, each in self.stored.items() if name not in parts} | dict(self.sparse)
+
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """A tensor's name and its aliases."""
+        return (name, *(alias for alias, first in self.aliases.items() if first == name))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor of the model, dense, on the CPU. Raises ValueError where the file is damaged."""
+        name = self.aliases.get(name, name)
+        if name not in self.sparse:
+            return read_tensor(self.file, self.stored[name])
+        each = self.sparse[name]
+        values, indices = (read_tensor(self.file, self.stored[name + end]) for end in (VALUES, INDICES))
+        try:
+            return unpack_weight(values, indices, each.pattern, each.axis, each.shape)
+        except ValueError as error:
+            raise ValueError(f"weight {name!r}: {error}") from error
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[Contents]:
+    """Open a compressed file; its header is checked, its tensors are not yet. Errors name the file."""
+    demand_little_endian()
+    with open(path, "rb") as file:
+        try:
+            yield _contents(file)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+def demand_little_endian(byteorder: str = sys.byteorder) -> None:
+    """Raise ValueError on a big-endian machine."""
+    if byteorder != "little":
+        raise ValueError("compressed files are little-endian, this machine is not: convert the file on one that is")
+
+
+def metadata(sparse: Mapping[str, Sparse], aliases: Mapping[str, str]) -> dict[str, str]:
+    """The safetensors metadata of a file."""
+    found = {
+        "version": VERSION,
+        "sparse": {name: _described(each) for name, each in sparse.items()},
+        "aliases": dict(aliases),
+    }
+    return {KEY: json.dumps(found, sort_keys=True, separators=(",", ":"))}
+
+
+def demand_free_names(names: Sequence[str], sparse: Iterable[str]) -> None:
+    """Raise ValueError where a tensor of the model has a name that the format needs for itself."""
+    needed = {name + end for name in sparse for end in (VALUES, INDICES)} | {"__metadata__"}
+    for name in needed.intersection(names):
+        raise ValueError(f"{name} is the name of a tensor and needed by the format: rename it, or exclude the weight")
+
+
+def _described(each: Sparse) -> dict[str, Any]:
+    return {
+        "pattern": str(each.pattern),
+        "axis": "kernel" if each.axis.flat else {"dim": each.axis.dim, "blocks": each.axis.blocks},
+        "shape": list(each.shape),
+        "dtype": CODES[each.dtype],
+        "packing": _packing(each.pattern),
+    }
+
+
+def _packing(pattern: Pattern) -> str:
+    return "bitmask" if uses_bitmask(pattern) else "indices"
+
+
+def _contents(file: BinaryIO) -> Contents:
+    texts, stored = read_header(file)
+    if KEY not in texts:
+        raise ValueError("not written by ow.save; safetensors.torch.load_file reads ordinary safetensors files")
+    found = strict_json(texts[KEY])
+    if type(found.get("version")) is not int or found["version"] != VERSION:
+        version = str(found.get("version"))[:20]
+        raise ValueError(f"format version {version}; this Openwork reads {VERSION}: install a newer one")
+    _demand_fields("the metadata", found, {"version", "sparse", "aliases"})
+    if not isinstance(found["sparse"], dict) or not is_text_mapping(found["aliases"]):
+        raise ValueError("the metadata's sparse or aliases are no mapping")
+    sparse = {name: _sparse(name, each, stored) for name, each in found["sparse"].items()}
+    contents = Contents(file, stored, sparse, found["aliases"])
+    _demand_distinct(contents)
+    return contents
+
+
+def _sparse(name: str, found: Any, stored: Mapping[str, Stored]) -> Sparse:
+    """One entry of the metadata, held against the tensors that are really there."""
+    where = f"weight {name!r}"
+    _demand_fields(where, found, {"pattern", "axis", "shape", "dtype", "packing"})
+    if not is_shape(found["shape"]):
+        raise ValueError(f"{where}: its shape is not a short list of lengths")
+    shape, pattern = tuple(found["shape"]), _pattern(where, found["pattern"])
+    dtype = DTYPES.get(_text(where, found["dtype"]))
+    if dtype not in PACKABLE:
+        raise ValueError(f"{where}: dtype {found['dtype'][:20]!r} cannot be compressed")
+    if found["packing"] != _packing(pattern):
+        raise ValueError(f"{where}: needed packing {_packing(pattern)!r}, the smaller one at {pattern}")
+    each = Sparse(pattern, _axis(where, found["axis"]), shape, dtype)
+    try:
+        values_shape, index_bytes = packed_shape(shape, pattern, each.axis)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    for end, kind, needed in ((VALUES, dtype, values_shape), (INDICES, torch.uint8, (index_bytes,))):
+        part = stored.get(name + end)
+        if part is None or part.dtype != kind or part.shape != needed:
+            there = "missing" if part is None else f"{part.dtype} {part.shape}"
+            raise ValueError(f"{where}: {name + end!r} is {there}; needed {kind} {needed}")
+    return each
+
+
+def _pattern(where: str, found: Any) -> Pattern:
+    try:
+        pattern = Pattern.parse(_text(where, found)[:20])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if str(pattern) != found:
+        raise ValueError(f"{where}: found pattern {found[:20]!r}; it is written '{pattern}'")
+    return pattern
+
+
+def _axis(where: str, found: Any) -> Axis:
+    if found == "kernel":
+        return Axis(flat=True)
+    _demand_fields(f"{where}: its axis", found, {"dim", "blocks"})
+    if type(found["dim"]) is not int or type(found["blocks"]) is not int:
+        raise ValueError(f"{where}: its axis is not made of integers")
+    return Axis(found["dim"], found["blocks"])
+
+
+def _demand_distinct(contents: Contents) -> None:
+    """No name may mean two things."""
+    tensors, aliases = contents.tensors, contents.aliases
+    twice = contents.sparse.keys() & contents.stored.keys() | aliases.keys() & (tensors.keys() | contents.stored.keys())
+    for name in twice:
+        raise ValueError(f"the name {name!r} is given to two tensors")
+    for name, first in aliases.items():
+        demand_unicode(name)
+        if first not in tensors:
+            raise ValueError(f"{name!r} is an alias of {first!r}, which is not in the file")
+
+
+def _demand_fields(where: str, found: Any, needed: set[str]) -> None:
+    if not isinstance(found, dict) or found.keys() != needed:
+        raise ValueError(f"{where}: needed exactly the fields {', '.join(sorted(needed))}")
+
+
+def _text(where: str, found: Any) -> str:
+    if not isinstance(found, str):
+        raise ValueError(f"{where}: found {type(found).__name__} where text is needed")
+    return found
