@@ -1,0 +1,60 @@
+"""What the trainers' objects share: the file beside a checkpoint, the scalars of a new record, the end of training."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import openwork as ow
+from openwork.sparsify import promises
+
+FILE = "model.openwork.safetensors"
+
+
+def save_beside(model: nn.Module, folder: str | Path) -> None:
+    """Write the weights that the forward pass uses, compressed, as `folder`/model.openwork.safetensors; `ow.load`
+    reads it. Nothing is written for `ow.Dense`, which has no zeros."""
+    if promises_sparsity(model):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        ow.save(model, Path(folder) / FILE)
+
+
+def verify(model: nn.Module) -> None:
+    """`ow.verify`, where something was promised: `ow.Dense` only watches."""
+    if promises_sparsity(model):
+        ow.verify(model)
+
+
+def promises_sparsity(model: nn.Module) -> bool:
+    return any(promise.method.sparse for _, _, promise in promises(model))
+
+
+class Scalars:
+    """Hands out the scalars of each topology record once."""
+
+    def __init__(self, topology: ow.Topology):
+        self.topology, self._seen = topology, len(topology.records)
+
+    def new(self) -> dict[str, float]:
+        """Those of the last record if it is new, else nothing."""
+        seen, self._seen = self._seen, len(self.topology.records)
+        return self.topology.scalars() if self._seen > seen else {}
+
+
+def to_text(state: dict[str, Any]) -> str:
+    """A state dict for a JSON file, exactly.
+
+    >>> from_text(to_text({"mask": torch.tensor([True])}))
+    {'mask': tensor([True])}
+    """
+    torch.save(state, buffer := io.BytesIO())
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def from_text(text: str) -> dict[str, Any]:
+    return torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True)

@@ -1,0 +1,68 @@
+"""Hugging Face's `Trainer`: one callback.
+
+ow.sparsify(model, "2:4", ow.SRSTE())
+trainer = Trainer(model, args, train_dataset=data)
+trainer.add_callback(SparseCallback(trainer))
+trainer.train()                      # trainer.train(resume_from_checkpoint=True) continues exactly
+trainer.save_model("out")            # exact zeros, dense names: any from_pretrained loads it
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+import openwork as ow
+from openwork.integrations.shared import Scalars, from_text, save_beside, to_text, verify
+
+
+class SparseCallback(TrainerCallback, ExportableState):
+    """Attaches the trainer's optimizer, sends topology to `trainer.log`, puts a compressed file with projected weights
+    into every checkpoint folder, and at the end verifies the model, saves it and finalizes it.
+
+    Sparsify the model before the `Trainer` gets it. The state of `handle` travels in trainer_state.json. Inside a
+    checkpoint folder `model.safetensors` holds the dense latent weights, for resuming; after `train()` the model is
+    plain, and what `trainer.save_model` writes is sparse.
+    """
+
+    def __init__(self, trainer: Trainer | None, topology: ow.Topology | None = None):
+        self.trainer: Any = trainer
+        self.topology = topology or ow.Topology()
+        self.handle: ow.Handle | None = None
+
+    def state(self) -> dict[str, Any]:
+        saved = to_text(self.handle.state_dict()) if self.handle else ""
+        return {"args": {"trainer": None}, "attributes": {"saved": saved}}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        if self.trainer is None:
+            raise ValueError(
+                "SparseCallback was rebuilt without its trainer: set restore_callback_states_from_checkpoint=False, "
+                "it finds its own state in the checkpoint"
+            )
+        if self.handle:  # of an earlier train(), which failed
+            self.handle.detach()
+        self.handle = ow.attach(self.trainer.optimizer, self.trainer.model, topology=self.topology)
+        kept: Any = state.stateful_callbacks  # what trainer_state.json holds
+        if found := kept.setdefault(type(self).__name__, self.state())["attributes"]["saved"]:
+            self.handle.load_state_dict(from_text(found))
+        self._scalars = Scalars(self.topology)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if scalars := self._scalars.new():
+            self.trainer.log(scalars)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        if args.should_save:
+            save_beside(self.trainer.model, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        verify(self.trainer.model)
+        if args.should_save:
+            save_beside(self.trainer.model, str(args.output_dir))
+        if self.handle:
+            self.handle.detach()
+        ow.finalize(self.trainer.model)

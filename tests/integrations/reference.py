@@ -1,0 +1,67 @@
+"""SR-STE training of any model, written out from its equations, in one process in fp32: what trainers are held to.
+
+Nothing of openwork is used. `dims` names the sparse weights, each with the dim that its product sums over.
+"""
+
+import torch
+from plain_loop import DECAY, M, N, keep_by_sorting
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+STEPS = 20
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "linear", "_addmm_activation")
+
+
+def keep_along(weight, dim):
+    """The 2:4 mask along `dim`: bool, True is kept."""
+    return keep_by_sorting(weight.transpose(1, dim)).transpose(1, dim)
+
+
+def plain_steps(model, batches, loss_of, dims, update, *, clip=None, decay=DECAY):
+    """The parameters of `model` after one step on each batch. `loss_of(call, batch)`: the loss of a whole batch."""
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    states = {name: {} for name in weights}
+    for t, batch in enumerate(batches, 1):
+        keep = {name: keep_along(weights[name], dim) for name, dim in dims.items()}
+        used = {name: w.where(keep[name], 0 * w) if name in keep else w.clone() for name, w in weights.items()}
+        leaves = [w.requires_grad_() for w in used.values()]
+        loss = loss_of(lambda *args, used=used, **kwargs: functional_call(model, used, args, kwargs), batch)
+        gradients = dict(zip(used, torch.autograd.grad(loss, leaves), strict=True))
+        if clip:
+            norm = sum(g.square().sum() for g in gradients.values()).sqrt()
+            gradients = {name: g * min(1.0, clip / (float(norm) + 1e-6)) for name, g in gradients.items()}
+        for name in dims:
+            gradients[name] = gradients[name] + decay * weights[name].where(~keep[name], 0 * weights[name])
+        weights = {name: update(w, gradients[name], states[name], t) for name, w in weights.items()}
+    return weights
+
+
+class Gemms(TorchDispatchMode):
+    """Counts the operands of every product that have the shape of a sparse weight, and those that are not 2:4.
+
+    Sizes must be such that no activation has such a shape. An operand may lie transposed.
+    """
+
+    def __init__(self, shapes):
+        super().__init__()
+        self.shapes = {torch.Size(shape): dim for shape, dim in shapes}
+        self.seen, self.dense = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in PRODUCTS:
+            for operand in args:
+                if isinstance(operand, torch.Tensor):
+                    self._look(operand)
+        return func(*args, **(kwargs or {}))
+
+    def _look(self, operand):
+        lies = (operand, operand.t()) if operand.ndim == 2 else (operand,)
+        known = [(each, self.shapes[each.shape]) for each in lies if each.shape in self.shapes]
+        self.seen += bool(known)
+        if known and not any(is_sparse(each, dim) for each, dim in known):
+            self.dense.append(tuple(operand.shape))
+
+
+def is_sparse(weight, dim):
+    """Whether it is 2:4 along `dim`."""
+    return int((weight.movedim(dim, -1) != 0).unflatten(-1, (-1, M)).sum(-1).max()) <= N
