@@ -40,7 +40,7 @@ class Pattern:
             return text
         if not isinstance(text, str):
             raise TypeError(f"found {text!r} of type {type(text).__name__} for a pattern; {_FORM}")
-        found = re.fullmatch(r"([0-9]{1,2}):([0-9]{1,2})", text.strip(), re.ASCII)
+        found = re.fullmatch(r"([0-9]{1,2}):([0-9]{1,2})", text.strip())
         if not found:
             raise ValueError(f"found {text!r} for a pattern; {_FORM}")
         return cls(int(found[1]), int(found[2]))

@@ -133,8 +133,9 @@ def test_counting_equals_sorting_for_every_m(m: int, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_counting_equals_sorting_of_every_16_bit_float(dtype: torch.dtype) -> None:
-    bits = torch.arange(0x8000, dtype=torch.int16)  # every non-negative 16-bit float, NaNs included
+@pytest.mark.parametrize("first", [0, 0x7C00], ids=["all", "NaN and its neighbours"])
+def test_counting_equals_sorting_of_every_16_bit_float(dtype: torch.dtype, first: int) -> None:
+    bits = torch.arange(first, 0x8000, dtype=torch.int16)  # the non-negative ones, NaN of every payload included
     score = bits.view(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16).to(dtype)
     score = score[torch.randperm(len(score), generator=torch.Generator().manual_seed(0))]
     assert torch.equal(topn_by_count(score, Pattern(3, 8)), topn(score, Pattern(3, 8)))
