@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 import openwork as ow
 from openwork.tasks.classification import load_data, prepare, train
 from openwork.tasks.config import Config
-from openwork.tasks.module import lr_factor
 from openwork.tasks.rundir import read_lines
+from openwork.tasks.stepping import lr_factor
 
 SMALL = {
     "limit": 320,
