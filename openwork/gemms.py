@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -156,29 +157,31 @@ class _Watcher(TorchDispatchMode):
 
     @contextlib.contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
-        """Keep track of the module that runs, and recognize what the masked weights hand out."""
-        handles = []
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(_call(self.stack.append, plain_name(name)), prepend=True))
-            handles.append(module.register_forward_hook(_call(self.stack.pop), always_call=True))
-        for name, module in masked_modules(model):
-            for tensor, masked, _ in masked_weights(module):
-                handles += self._masked_hooks(f"{name}.{tensor}".lstrip("."), masked)
-        try:
+        """Keep track of the module that runs, and recognize what the masked weights hand out.
+
+        The hooks are global ones: hooks on its modules keep an encoder layer from its fast path.
+        """
+        names = {module: plain_name(name) for name, module in model.named_modules()}
+        masked = {each: f"{owner}.{name}".lstrip(".") for owner, name, each in _all_masked(model)}
+
+        def before(module: nn.Module, _: Any) -> None:
+            self.stack.append(names.get(module, self.stack[-1]))
+            self.masking += module in masked
+
+        def after(module: nn.Module, _: Any, out: Any) -> None:
+            self.stack.pop()
+            self.masking -= module in masked
+            if module in masked and isinstance(out, Tensor):  # it is not where the forward failed
+                self.traces[_storage(out)] = _Trace(frozenset([masked[module]]), out)
+
+        with register_module_forward_pre_hook(before), register_module_forward_hook(after, always_call=True):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _masked_hooks(self, name: str, masked: Masked) -> list[Any]:
-        def before(*_: Any) -> None:
-            self.masking += 1
 
-        def after(_: nn.Module, __: Any, out: Tensor) -> None:
-            self.masking -= 1
-            self.traces[_storage(out)] = _Trace(frozenset([name]), out)
-
-        return [masked.register_forward_pre_hook(before), masked.register_forward_hook(after)]
+def _all_masked(model: nn.Module) -> Iterator[tuple[str, str, Masked]]:
+    """The (module name, tensor name, Masked) of every masked weight."""
+    for name, module in masked_modules(model):
+        yield from ((name, tensor, each) for tensor, each, _ in masked_weights(module))
 
 
 def _names_after(name: str, operands: list[tuple[Tensor, _Trace]], out: Tensor, from_example: bool) -> frozenset[str]:
@@ -202,13 +205,6 @@ def _macs(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
     if packet in (aten.mv, aten.addmv):
         return args[-2].numel()
     return out.numel() * args[0].shape[-1] if packet is aten._grouped_mm else 0
-
-
-def _call(function: Callable[..., Any], *args: Any) -> Callable[..., None]:
-    def hook(*_: Any) -> None:
-        function(*args)
-
-    return hook
 
 
 def _tensors(tree: Any) -> list[Tensor]:
