@@ -88,7 +88,7 @@ def sparsify(
     >>> int((model[0].weight != 0).sum())
     64
     """
-    if not isinstance(method, Method):
+    if isinstance(method, type) or not isinstance(method, Method):
         raise TypeError(f"method={method!r}; needed a method object such as ow.SRSTE(), ow.STE() or ow.ASP()")
     model = unwrap(model)
     _demand_plain(model)
