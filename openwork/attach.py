@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from openwork.parametrization import held_weights, masked_modules, unwrap
-from openwork.sparsify import masks, promises
+from openwork.promise import promises
+from openwork.sparsify import masks
 from openwork.topology import Topology
 
 

@@ -17,7 +17,7 @@ from openwork.fileformat import Contents
 from openwork.masks import kept_per_group
 from openwork.parametrization import Masked, masked_modules, masked_weights, plain_name, weight_name
 from openwork.pattern import Pattern
-from openwork.sparsify import promises
+from openwork.promise import promises
 from openwork.verify import tightest
 
 Placed = tuple[Pattern, Axis]

@@ -16,8 +16,8 @@ from openwork.gemms import Use, watch
 from openwork.masks import kept_per_group
 from openwork.parametrization import plain_class, plain_name, unwrap
 from openwork.pattern import Pattern
+from openwork.promise import Promise, promises
 from openwork.report import Report, Row
-from openwork.sparsify import Promise, promises
 
 _GUESSES = tuple(2**i for i in range(1, 7))  # group sizes tried when no pattern is given
 _Promises = dict[str, tuple[Pattern, Axis]]

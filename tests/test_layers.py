@@ -26,6 +26,7 @@ LAYERS = (
         "verify",
         "deploy",
         "parametrization",
+        "promise",
         "candidates",
         "report",
         "gemms",

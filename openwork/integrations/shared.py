@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import openwork as ow
-from openwork.sparsify import promises
+from openwork.promise import promises
 
 FILE = "model.openwork.safetensors"
 
