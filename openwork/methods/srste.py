@@ -22,8 +22,8 @@ from openwork.methods.gradients import straight_through
 class SRSTE:
     """STE that shrinks the pruned weights, so that the mask settles. `decay` 0 is STE.
 
-    `decay` is per unit of learning rate: what counts is decay times the summed learning rate. The default is
-    the authors' for ImageNet; short runs want more (see the documentation's page on topology).
+    The default is the authors' for 600,000 steps of ImageNet. Where decay times the summed learning rate is far
+    below 1 it has no effect, so short runs want more: 0.02 suited a thousand steps (docs/topology.md).
     """
 
     decay: float = 2e-4
