@@ -83,6 +83,16 @@ def test_what_leaves_training_is_sparse(tmp_path):
         assert torch.equal(ow.load(tmp_path / folder / FILE, into=nets.made(KIND).eval())(x), used)
 
 
+def test_a_broken_promise_is_found_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("openwork.integrations.accelerate.save_beside", lambda *_: None)  # which verifies as well
+    accelerate = loop.accelerator()
+    model, optimizer, _ = loop.prepared(accelerate, nets.sparse(KIND), 1)
+    sparse = SparseRun(accelerate, model, optimizer)
+    model.layers[1].linear2 = torch.nn.Linear(32, 16)  # and its mask is gone
+    with pytest.raises(ow.NotSparse, match=r"layers\.1\.linear2"):
+        sparse.finish(tmp_path)
+
+
 def test_topology_goes_to_the_trackers(tmp_path):
     accelerate = loop.accelerator(log_with="tensorboard", project_dir=tmp_path)
     accelerate.init_trackers("run")
