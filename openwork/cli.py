@@ -1,4 +1,4 @@
-"""The command `openwork`: `train TASK`, `compare TASK`, `report RUN`. Imports what a subcommand needs only then."""
+"""The command `openwork`: train, compare, report, inspect, verify. Imports what a subcommand needs only then."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ openwork: train N:M sparse networks from scratch
   openwork train classification     one network with one method; --help shows every flag and its default
   openwork compare classification   dense, ASP, STE and SR-STE from the same seeds: one table, one report.html
   openwork report RUN               rebuild report.html of a run or a comparison
+  openwork inspect FILE             what a compressed file holds, from its header alone
+  openwork verify FILE              the same after reading all of it; fails if any weight is not as it says
 
 Flags may stand in a YAML file: --config FILE; flags after it override it.
 """
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    commands = {"train": train, "compare": compare, "report": report}
+    commands = {"train": train, "compare": compare, "report": report, "inspect": inspect, "verify": verify}
     if name not in commands:
         raise ValueError(f"there is no command {name!r}; use one of {', '.join(commands)}, or --help")
     return commands[name]
@@ -120,6 +122,41 @@ def report(words: list[str]) -> int:
 
     print(f"report: {write_report(Path(words[0])).resolve()}")
     return 0
+
+
+def inspect(words: list[str]) -> int:
+    from openwork.checkpoint import describe
+
+    return _show_file(words, "inspect", "What a file of ow.save holds, from its header alone.", describe)
+
+
+def verify(words: list[str]) -> int:
+    from openwork.checkpoint import check
+
+    return _show_file(words, "verify", "Read all of a file of ow.save and check every group of every weight.", check)
+
+
+def _show_file(words: list[str], verb: str, what: str, read: Callable[[str], Sequence[Any]]) -> int:
+    if len(words) != 1 or words[0].startswith("-"):
+        print(f"usage: openwork {verb} FILE\n\n{what}")
+        return 0 if words and words[0] in ("-h", "--help") else 2
+    from openwork.report import aligned
+
+    entries = read(words[0])
+    header = ("tensor", "shape", "dtype", "pattern", "density", "bytes")
+    print("\n".join(aligned(header, [_file_cells(each) for each in entries])))
+    sparse = sum(each.pattern is not None for each in entries)
+    print(f"{sparse} of {len(entries)} tensors compressed, {sum(each.bytes for each in entries):,} bytes of tensors")
+    if verb == "verify":
+        print("verified: every group holds what its pattern says")
+    return 0
+
+
+def _file_cells(entry: Any) -> tuple[str, ...]:
+    shape = "x".join(map(str, entry.shape)) or "scalar"
+    pattern = f"= {entry.alias_of}" if entry.alias_of else str(entry.pattern or "dense")
+    dtype = str(entry.dtype).removeprefix("torch.")
+    return entry.name, shape, dtype, pattern, f"{entry.density:.3f}", f"{entry.bytes:,}"
 
 
 if __name__ == "__main__":

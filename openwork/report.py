@@ -125,7 +125,7 @@ class Report:
         return header + ["MACs"] * has_macs + ["reason"], [_cells(row, has_macs) for row in self.rows]
 
     def __str__(self) -> str:
-        return "\n".join([self.title, *_aligned(*self.table()), self.summary, *self.notes])
+        return "\n".join([self.title, *aligned(*self.table()), self.summary, *self.notes])
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -159,6 +159,11 @@ def _cells(row: Row, has_macs: bool) -> list[str]:
     return cells + [change(row.macs_dense or 0, row.macs_sparse or 0)] * has_macs + [row.reason]
 
 
-def _aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+def aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """A table in plain text, line by line.
+
+    >>> aligned(["a", "b"], [["long", "x"]])
+    ['a     b', 'long  x']
+    """
     widths = [max(len(cells[i]) for cells in (header, *lines)) for i in range(len(header))]
     return ["  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip() for cells in (header, *lines)]
