@@ -86,7 +86,7 @@ def with_clipping_closure(model, optimizer, data):
         optimizer.step(closure)
 
 
-def last_of_four_in_a_closure(model, optimizer, data):
+def last_of_four_in_a_closure(model, optimizer, data, by_keyword=False):
     """What Lightning does when it accumulates: the earlier micro-batches' gradients are there before the step."""
     for x, y in data:
         parts = list(zip(x.chunk(4), y.chunk(4), strict=True))
@@ -99,7 +99,7 @@ def last_of_four_in_a_closure(model, optimizer, data):
             loss.backward()
             return loss
 
-        optimizer.step(closure=closure)
+        optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)
 
 
 def loss_scaled_by_hand(model, optimizer, data):
@@ -156,6 +156,7 @@ WAYS = {
     "closure": Way(with_closure),
     "closure=": Way(partial(with_closure, by_keyword=True)),
     "closure, micro-batches": Way(last_of_four_in_a_closure),
+    "closure=, micro-batches": Way(partial(last_of_four_in_a_closure, by_keyword=True)),
     "closure that clips": Way(with_clipping_closure, clip=CLIP),
     "fused": Way(plainly, fused=True),
     "fused, scaler": Way(under_scaler, fused=True),

@@ -17,7 +17,7 @@ from openwork.integrations.shared import FILE
 
 KIND = nets.Transformer
 HALVES, BF16 = {"gradient_accumulation_steps": 2}, {"mixed_precision": "bf16"}
-# Accelerate's arguments, the clip, and the tolerance: measured 1.2e-7 for fp32, 9e-4 for bf16. Without the term the
+# Accelerate's arguments, the clip, and the tolerance. Without the term the
 # net ends 0.3 away.
 WAYS = {
     "plain": ({}, None, 1e-6),
