@@ -86,9 +86,9 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Contents]:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
-def demand_little_endian(byteorder: str = sys.byteorder) -> None:
+def demand_little_endian() -> None:
     """Raise ValueError on a big-endian machine."""
-    if byteorder != "little":
+    if sys.byteorder != "little":
         raise ValueError("compressed files are little-endian, this machine is not: convert the file on one that is")
 
 
