@@ -26,8 +26,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.optim.swa_utils import AveragedModel
 
 from openwork.axis import Axis
-from openwork.masks import keep_largest
 from openwork.methods import Method
+from openwork.ops import keep_largest
 from openwork.pattern import Pattern
 
 _WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
