@@ -2,10 +2,11 @@
 
     python benchmarks/topology.py [--seeds 0 1 2] [--json FILE]
 
-A 64-128-128-10 network on scikit-learn's digits, 2:4 on its two hidden layers, SGD with momentum, cosine learning rate.
-Runs of different length and learning rate are given decays with the same *dose*, decay times the sum of the learning rate
-over all steps: what shrinks a weight that is pruned throughout to exp(-dose) of itself, were there no gradient. Printed for
-each: SAD since the start and churn per step (mean of the last quarter of the run), as shares of the weights, and accuracy.
+A 64-128-128-10 network on scikit-learn's digits, 2:4 on its two hidden layers, SGD with momentum, cosine learning
+rate. Runs of different length and learning rate are given decays with the same *dose*, decay times the sum of the
+learning rate over all steps: what shrinks a weight that is pruned throughout to exp(-dose) of itself, were there no
+gradient. Printed for each: SAD since the start and churn per step (mean of the last quarter of the run), as shares of
+the weights, and accuracy.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/training_step.py [--sizes 32 64] [--rounds 10] [--no-compile] [--json FILE]
 
-Variants take turns within each round, so that a ratio compares neighbours in time; the median over rounds is printed with
-the quartiles. `published` is the form of the authors' release, written out here from its description: argsort and scatter in
-the forward of an autograd function, the decay in its backward. Memory is the peak of what torch allocates in one step,
-from the profiler's allocation events, in units of one copy of the sparse weights over the dense step.
+Variants take turns within each round, so that a ratio compares neighbours in time; the median over rounds is printed
+with the quartiles. `published` is the form of the authors' release, written out here from its description: argsort and
+scatter in the forward of an autograd function, the decay in its backward. Memory is the peak of what torch allocates
+in one step, from the profiler's allocation events, in units of one copy of the sparse weights over the dense step.
 """
 
 from __future__ import annotations
