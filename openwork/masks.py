@@ -22,6 +22,7 @@ _BITS = {
     torch.float16: (torch.int16, 0x7C00),
     torch.bfloat16: (torch.int16, 0x7F80),
 }
+_PART = 2**19  # weights: their temporary tensors stay in the cache
 _COUNT_LIMIT = 32  # above this M, sorting is faster than comparing all pairs (measured, CPU)
 
 
@@ -74,6 +75,9 @@ def keep_largest(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
     >>> keep_largest(torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.5, 0.4]]), Pattern(1, 4), Axis(1))
     tensor([[ True, False, False, False,  True, False]])
     """
+    in_parts = score.numel() > 2 * _PART and axis.dim > 0 and not axis.flat
+    if in_parts and score.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _keep_by_parts(score, pattern, axis)
     rows = to_rows(score, axis)
     K = rows.shape[-1]
     short = -K % pattern.m
@@ -81,6 +85,15 @@ def keep_largest(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
         rows = torch.nn.functional.pad(rows, (0, short))  # ties keep the lower index, so never the padding
     keep = from_rows(topn_by_count(rows, pattern)[..., :K], axis, tuple(score.shape))
     return torch.empty_like(score, dtype=torch.bool).copy_(keep)
+
+
+def _keep_by_parts(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
+    """`keep_largest` of a large weight, some rows at a time: fresh memory costs more than the comparisons do."""
+    keep = torch.empty_like(score, dtype=torch.bool)
+    rows = max(1, _PART * score.shape[0] // score.numel())
+    for part, kept in zip(score.split(rows), keep.split(rows), strict=True):
+        kept.copy_(keep_largest(part, pattern, axis))
+    return keep
 
 
 def prune(weight: Tensor, keep: Tensor) -> Tensor:

@@ -403,3 +403,10 @@ def test_prune_does_without_autograd_where_none_is_asked_for() -> None:
     with torch.no_grad():
         assert not prune(weight, keep).requires_grad
     assert not prune(weight.detach(), keep).requires_grad
+
+
+@pytest.mark.parametrize("shape", [(130, 96, 10, 10), (3, 2**19), (2**19 + 5, 4)])
+def test_a_large_weight_is_ranked_in_parts_like_the_whole(shape):
+    score = torch.rand(shape).round(decimals=1)  # with ties
+    whole = topn(score.movedim(1, -1), Pattern(2, 4)).movedim(-1, 1)
+    assert torch.equal(keep_largest(score, Pattern(2, 4), Axis(1)), whole)
