@@ -1,7 +1,7 @@
 """The mask of a weight as one operator, which a compiler calls instead of tracing into it.
 
-On a CPU this is faster than letting the compiler fuse the comparisons: along the input channels of a convolution they
-read memory in strides, which the fused loop does not vectorize (measured in docs/results.md).
+On a CPU the eager code is meant to be faster than comparisons that the compiler fuses: along the input channels of a
+convolution these read memory in strides, which the fused loop does not vectorize.
 """
 
 from __future__ import annotations
