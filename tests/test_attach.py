@@ -272,7 +272,7 @@ def test_a_step_skipped_for_overflow_changes_and_counts_nothing(make, fused):
     assert [scale and scale.item() for scale in scales] == ([65536.0, 65536.0, 32768.0] if fused else [None, None])
 
 
-@pytest.mark.parametrize("make", [SGD, Adam], ids=["sgd", "adam"])
+@pytest.mark.parametrize("make", [SGD, Adam, partial(SGD, lr=torch.tensor(0.1))], ids=["sgd", "adam", "tensor rate"])
 def test_the_step_that_only_creates_state_adds_and_counts_nothing(make):
     """torch.distributed.checkpoint runs one, with learning rate 0 and zero gradients."""
     model = sparse_net()
