@@ -75,8 +75,7 @@ def keep_largest(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
     >>> keep_largest(torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.5, 0.4]]), Pattern(1, 4), Axis(1))
     tensor([[ True, False, False, False,  True, False]])
     """
-    in_parts = score.numel() > 2 * _PART and axis.dim > 0 and not axis.flat
-    if in_parts and score.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _worth_parts(score, axis):
         return _keep_by_parts(score, pattern, axis)
     rows = to_rows(score, axis)
     K = rows.shape[-1]
@@ -85,6 +84,13 @@ def keep_largest(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
         rows = torch.nn.functional.pad(rows, (0, short))  # ties keep the lower index, so never the padding
     keep = from_rows(topn_by_count(rows, pattern)[..., :K], axis, tuple(score.shape))
     return torch.empty_like(score, dtype=torch.bool).copy_(keep)
+
+
+def _worth_parts(score: Tensor, axis: Axis) -> bool:
+    whole_rows = axis.dim > 0 and not axis.flat and score.shape[0] > 1
+    # Not for subclasses: what `split` makes of a DTensor are copies, which take no mask.
+    plain = type(score) is Tensor and score.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and whole_rows and score.numel() > 2 * _PART
 
 
 def _keep_by_parts(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:

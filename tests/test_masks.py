@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor, init_device_mesh
 
-from openwork.axis import Axis, to_rows
+from openwork.axis import Axis, from_rows, to_rows
 from openwork.masks import keep_largest, kept_per_group, prune, sortable, topn, topn_by_count
 from openwork.pattern import Pattern
 
@@ -208,9 +208,12 @@ def test_masks_stay_on_the_device_of_their_score() -> None:
     assert torch.equal(keep, topn(score, Pattern(2, 4)))
 
 
+@pytest.mark.parametrize("shape", [(6, 8, 4), (512, 512, 8)], ids=["small", "large"])
 @pytest.mark.parametrize("axis", [Axis(1), Axis(2)], ids=str)
-def test_weights_sharded_by_rows_are_masked_and_pruned(axis: Axis, one_process: DeviceMesh) -> None:
-    weight = odd_weights((6, 8, 4), torch.float32)
+def test_weights_sharded_by_rows_are_masked_and_pruned(
+    axis: Axis, shape: tuple[int, ...], one_process: DeviceMesh
+) -> None:
+    weight = odd_weights(shape, torch.float32)
     sharded = distribute_tensor(weight, one_process, [Shard(0)])
     keep = keep_largest(sharded.abs(), Pattern(2, 4), axis)
     assert torch.equal(keep.full_tensor(), keep_largest(weight.abs(), Pattern(2, 4), axis))
@@ -272,6 +275,23 @@ def test_a_short_last_group_keeps_its_n_highest(K: int, kept: list[int]) -> None
 def test_padding_never_takes_the_place_of_a_weight() -> None:
     zeros = torch.tensor([[5.0, 4.0, 3.0, 2.0, 0.0, -0.0]])
     assert keep_largest(zeros, Pattern(2, 4), Axis(1)).tolist() == [[True, True, False, False, True, True]]
+
+
+@pytest.mark.parametrize("layout", [torch.clone, lambda s: s.transpose(0, 1).contiguous().transpose(0, 1)])
+@pytest.mark.parametrize("shape", [(130, 96, 10, 10), (3, 2**19), (2**19 + 5, 4), (1, 2**21), (2, 2**21)])
+def test_a_large_weight_is_ranked_in_parts_like_the_whole(shape: tuple[int, ...], layout: Callable) -> None:
+    score = layout(torch.rand(shape).mul_(10).round_())  # with ties
+    whole = topn(score.movedim(1, -1), Pattern(2, 4)).movedim(-1, 1)
+    keep = keep_largest(score, Pattern(2, 4), Axis(1))
+    assert keep.stride() == score.stride()
+    assert torch.equal(keep, whole)
+
+
+@pytest.mark.parametrize("axis", [Axis(0), Axis(0, blocks=2), Axis(1), Axis(flat=True)], ids=str)
+def test_a_large_weight_is_ranked_along_its_axis(axis: Axis) -> None:
+    score = torch.rand(2**11, 2**10)
+    expected = from_rows(topn(to_rows(score, axis), Pattern(2, 4)), axis, tuple(score.shape))
+    assert torch.equal(keep_largest(score, Pattern(2, 4), axis), expected)
 
 
 CONV_LAYOUTS = {
@@ -403,10 +423,3 @@ def test_prune_does_without_autograd_where_none_is_asked_for() -> None:
     with torch.no_grad():
         assert not prune(weight, keep).requires_grad
     assert not prune(weight.detach(), keep).requires_grad
-
-
-@pytest.mark.parametrize("shape", [(130, 96, 10, 10), (3, 2**19), (2**19 + 5, 4)])
-def test_a_large_weight_is_ranked_in_parts_like_the_whole(shape):
-    score = torch.rand(shape).round(decimals=1)  # with ties
-    whole = topn(score.movedim(1, -1), Pattern(2, 4)).movedim(-1, 1)
-    assert torch.equal(keep_largest(score, Pattern(2, 4), Axis(1)), whole)
