@@ -185,6 +185,22 @@ def test_an_encoder_layer_masks_each_weight_once(training):
     assert modes == [training] * 4
 
 
+@pytest.mark.parametrize("first", [torch.no_grad, torch.inference_mode])
+def test_a_weight_read_without_gradients_has_them_later_in_the_same_forward(first):
+    """As in self-distillation, where one forward makes its own targets."""
+    model = Repeated(1)
+
+    def region(block, x):
+        with first():
+            target = block(x)
+        return block(x) - target.clone()
+
+    model.region = region
+    ow.sparsify(model, "2:4")
+    model(torch.ones(1, 8)).sum().backward()
+    assert torch.equal(dense(model.block).grad, torch.ones(8, 8))
+
+
 def test_nothing_is_kept_between_forwards():
     model = Repeated(2)
     modes = counted(model)
@@ -478,6 +494,15 @@ def test_functional_gradients_are_the_usual_ones():
     model(x).sum().backward()
     for name, each in model.named_parameters():
         torch.testing.assert_close(grads[name], each.grad)
+
+
+def test_an_ensemble_is_run_at_once_by_vmap():
+    models, x = [mlp() for _ in range(3)], torch.randn(2, 8)
+    for each in models:
+        ow.sparsify(each, "2:4")
+    state = torch.func.stack_module_state(models)
+    out = torch.vmap(lambda *state: torch.func.functional_call(models[0], state, (x,)))(*state)
+    torch.testing.assert_close(out, torch.stack([each(x) for each in models]))
 
 
 # Names and wrappers
