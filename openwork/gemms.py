@@ -63,8 +63,8 @@ class Use:
 
 def watch(model: nn.Module, example: Any, visit: Callable[[Use], None]) -> None:
     """Run `model` on `example` in eval mode without gradients, and show `visit` each weight that is multiplied."""
-    weights = {weight_name(name): each for name, each in model.named_parameters()}
-    watcher = _Watcher(weights, example, visit)
+    known = {weight_name(name): each for name, each in (*model.named_parameters(), *model.named_buffers())}
+    watcher = _Watcher(known, example, visit)
     with _quiet(model), watcher.hooks(model), watcher:
         run(model, example)
 
@@ -105,7 +105,6 @@ class _Watcher(TorchDispatchMode):
         self.macs: Counter[str] = Counter()
         self.traces: dict[Hashable, _Trace] = {}
         self.stack: list[str] = [""]
-        self.masking = 0
         for each in _tensors(dict(example) if isinstance(example, Mapping) else example):
             self.traces[_storage(each)] = _Trace(from_example=True)
         for name, weight in weights.items():
@@ -113,8 +112,6 @@ class _Watcher(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.masking:
-            return func(*args, **kwargs)
         name = func._overloadpacket.__name__
         known = name in _PRODUCTS or func._overloadpacket in flop_registry
         if not known and func is not torch.ops.prim.device.default:
@@ -166,11 +163,9 @@ class _Watcher(TorchDispatchMode):
 
         def before(module: nn.Module, _: Any) -> None:
             self.stack.append(names.get(module, self.stack[-1]))
-            self.masking += module in masked
 
         def after(module: nn.Module, _: Any, out: Any) -> None:
             self.stack.pop()
-            self.masking -= module in masked
             if module in masked and isinstance(out, Tensor):  # it is not where the forward failed
                 self.traces[_storage(out)] = _Trace(frozenset([masked[module]]), out)
 

@@ -214,6 +214,14 @@ def test_the_other_methods_train_them_too(make, method):
     assert torch.equal(output(ow.finalize(model), example), before)
 
 
+def test_the_transposed_linear_layers_of_gpt2_are_grouped_along_their_inputs():
+    model, _ = gpt2()
+    ow.sparsify(model, "2:4")
+    weight = model.transformer.h[0].attn.c_attn.weight
+    assert weight.shape == (16, 48)  # inputs first
+    assert ((weight != 0).unflatten(0, (4, 4)).sum(1) == 2).all()
+
+
 def test_save_pretrained_of_a_finalized_model_gives_the_same_logits(tmp_path):
     model, example = gpt2()
     ow.sparsify(model, "2:4")

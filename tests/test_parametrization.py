@@ -244,6 +244,16 @@ def test_an_optimizer_step_inside_a_forward_is_seen(optimizer, kind):
     ow.verify(model)
 
 
+def test_other_parameters_in_one_forward_are_told_apart():
+    """As an inner loop of meta-learning does it: the same module, called with one set of parameters after another."""
+    model, weights = Repeated(1), [torch.randn(8, 8) for _ in range(2)]
+    name = "parametrizations.weight.original"
+    model.region = lambda block, x: [torch.func.functional_call(block, {name: each}, (x,)) for each in weights]
+    ow.sparsify(model, "2:4")
+    first, second = model(torch.ones(1, 8))
+    assert not torch.equal(first, second)
+
+
 def test_an_exception_inside_a_forward_leaves_nothing_behind():
     model = Repeated(2)
     modes = counted(model)

@@ -36,6 +36,10 @@ def test_index_bits_are_indices_or_a_bitmask_where_smaller(pattern, bits):
     assert row.bytes_sparse == row.kept * 4 + math.ceil(128 / ow.Pattern.parse(pattern).m * bits / 8)
 
 
+def test_bytes_are_rounded_up():
+    assert ow.sparsify(nn.Linear(4, 1), "2:4").rows[0].bytes_sparse == 2 * 4 + 1
+
+
 def test_kept_energy_is_the_kept_share_of_the_squares():
     model = nn.Linear(4, 1, bias=False)
     model.weight.data = torch.tensor([[1.0, -2.0, 3.0, 0.0]])
@@ -142,6 +146,8 @@ def test_attention_is_counted_and_belongs_to_no_weight(batch, placed):
     assert macs["qkv.weight"] == batch * 5 * 16 * 48
     assert macs["out.weight"] == batch * 5 * 16 * 16
     assert report.other_macs == batch * 2 * 2 * 5 * 5 * 8  # two products of two heads
+    assert report.macs_dense == sum(macs.values()) + report.other_macs
+    assert report.macs_sparse == sum(macs.values()) // 2 + report.other_macs
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -198,6 +204,18 @@ def test_learned_queries_leave_the_macs_to_the_weight():
             return self.fc(self.queries) + x
 
     assert by_name(report_of(Queries(), torch.ones(4))) == {"queries": 0, "fc.weight": 160}
+
+
+def test_data_on_the_right_of_a_weight_leaves_it_the_macs():
+    class Readout(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.fc = nn.Embedding(10, 8), nn.Linear(8, 4)
+
+        def forward(self, ids):
+            return (self.fc.weight @ self.embed(ids).T).T + self.fc.weight.mv(self.embed(ids[0]))
+
+    assert by_name(report_of(Readout(), torch.arange(3))) == {"embed.weight": 0, "fc.weight": 4 * 32}
 
 
 def test_experts_are_counted_by_the_tokens_they_get():

@@ -1,5 +1,6 @@
 """`verify` finds each layer that is denser than promised, by name, and only those."""
 
+import contextlib
 import copy
 import re
 
@@ -158,6 +159,16 @@ def test_the_healthy_twin_passes(x):
     assert not problems(ow.finalize(model), x, pattern="2:4")
 
 
+def test_noise_that_the_model_draws_is_drawn_from_nowhere():
+    model = Scope(lambda self, x: self.fc(x + torch.randn(8)), fc=nn.Linear(8, 8))
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    ow.sparsify(model, "2:4", example=torch.ones(1, 8))
+    ow.verify(model, torch.ones(1, 8))
+    assert torch.equal(torch.rand(3), expected)
+
+
 @pytest.mark.parametrize("damage", [stale_lstm_copy, dense_in_proj, live_adapter], ids=lambda each: each.__name__)
 def test_only_an_example_shows_what_the_weights_do_not(damage):
     model = net()
@@ -232,6 +243,15 @@ def test_activations_of_a_weights_shape_are_not_taken_for_it():
     assert not problems(model, torch.randn(16, 8))
 
 
+def test_fixed_matrices_are_not_taken_for_weights():
+    model = Scope(lambda self, x: self.inner(self.fc(x @ self.hadamard)), fc=nn.Linear(8, 8))
+    model.register_buffer("hadamard", torch.randn(8, 8))
+    other = torch.randn(8, 8)
+    model.inner = Scope(lambda self, x: x @ other)  # of the shape of a weight that lies elsewhere
+    ow.sparsify(model, "2:4")
+    assert not problems(model, torch.randn(3, 8))
+
+
 def test_learned_queries_are_not_taken_for_weights():
     def forward(self, x):
         return self.second(self.first(self.queries).relu() + self.queries) @ x.T
@@ -290,6 +310,33 @@ def test_copies_may_lie_transposed(transposed):
     assert not problems(model, torch.randn(3, 8))
     model.compute = lambda self, x: x @ transposed(dense(self.fc))
     assert list(problems(model, torch.randn(3, 8))) == ["fc.weight"]
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_views_are_checked_as_the_whole_weight(healthy):
+    def forward(self, x):
+        read = self.conv.weight if healthy else dense(self.conv)
+        return functional.linear(x.flatten(1), read.flatten(1))
+
+    model = Scope(forward, conv=nn.Conv2d(8, 4, 3))
+    ow.sparsify(model, "2:4")
+    if healthy:
+        assert ow.verify(model, torch.randn(2, 8, 3, 3)).notes == ()
+    else:
+        assert list(problems(model, torch.randn(2, 8, 3, 3))) == ["conv.weight"]
+
+
+def test_an_error_that_the_model_handles_does_not_confuse_the_watch():
+    stale = torch.randn(16, 8)
+
+    def forward(self, x):
+        with contextlib.suppress(RuntimeError):
+            self.fc(x[:, :3])
+        return functional.linear(x, stale)
+
+    model = Scope(forward, fc=nn.Linear(8, 16), last=nn.Linear(16, 8))
+    ow.sparsify(model, "2:4")
+    assert set(problems(model, torch.randn(2, 8))) == {"fc.weight", "last.weight"}
 
 
 def test_what_the_example_does_not_show_is_noted():
@@ -362,6 +409,14 @@ def test_the_tightest_pattern_is_the_one_that_was_used(pattern):
     model = nn.Linear(128, 8)
     ow.project(model, pattern)
     assert str(tightest(model.weight, Axis(1))) == pattern
+
+
+def test_one_weight_too_many_is_found():
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8))
+    ow.project(model, "2:4")
+    with torch.no_grad():
+        model[1].weight[3, 4:8] = torch.tensor([0.0, 1.0, 1.0, 1.0])
+    assert problems(model, pattern="2:4") == {"1.weight": "1 of 16 groups hold more than 2 of 4 (the worst 3)"}
 
 
 def test_a_dense_model_has_no_pattern():
