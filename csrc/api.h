@@ -11,14 +11,15 @@ extern const Kernels* kernels;  // of the instruction set in use
 
 // How the weight of a product lies in memory for the panel kernel: tiles of inputs, in each of them all outputs.
 // `tile` inputs (channels) make a tile and the last tile is what is left; `taps` = kernel positions of a convolution.
-// A tile holds, for each output, tile / m * n * taps values, rounded up to even for int8, and as many offsets in bytes.
+// A tile holds, for each output, tile / m * n * taps values, rounded up to even for int8 (with a zero), and as many offsets:
+// bytes in the packed input of a linear layer, positions channel * taps + tap of a convolution.
 struct PanelWeight {
   const void* values;   // float32, bfloat16; int16 for int8
-  const void* offsets;  // uint16, or int32 where wide; one more than there are values
+  const void* offsets;  // uint16, one more than there are values
   const float* scales;  // int8: (O) else null
   const float* bias;    // (O) or null
   Dtype dtype;
-  int32_t wide, n, m, tile, taps;
+  int32_t n, m, tile, taps;
   int64_t K, O;         // inputs (channels of one group), outputs
 };
 

@@ -3,7 +3,7 @@
 // compared as integers, which order as the floats do.
 //
 // A column is the members of one group, `inner` weights apart in memory. A vector holds one member of several columns.
-// Three ways to fill it, all followed by the same counting, then written as bytes, 1 where kept:
+// Three ways to fill it, all followed by the same counting; a sink then says what is written:
 //   neighbours   inner >= lanes: columns that lie side by side (kernels of a convolution)
 //   interleaved  inner == 1: groups that lie end to end, separated by shuffles (linear layers)
 //   scattered    what is left over is collected column by column until there is a vector of it
@@ -27,19 +27,38 @@ inline int32_t nan_key(int32_t dtype) {
 template <int M, class T, class V>
 inline void count(const V* weight, V* keep, T nan, int n, int m) {
   if (M) m = M;
-  V key[M ? M : kLargestGroup], lost[M ? M : kLargestGroup];
+  V key[M ? M : kLargestGroup];
   for (int i = 0; i < m; i++) {
-    V magnitude = weight[i] & (V{} + kMagnitude<T>);
-    key[i] = magnitude > nan ? V{} + nan : magnitude;
-    lost[i] = V{} + T(i);  // beaten by all before it, until it beats them
+    const V magnitude = weight[i] & (V{} + kMagnitude<T>);
+    key[i] = magnitude < V{} + nan ? magnitude : V{} + nan;  // the minimum
   }
-  for (int i = 0; i < m; i++)
-    for (int j = i + 1; j < m; j++) {
-      V later_wins = V(key[j] > key[i]);  // -1 where true
-      lost[i] -= later_wins;
-      lost[j] += later_wins;
+  if (n == 1) {  // the first that equals the largest
+    V largest = key[0], taken{};
+    for (int i = 1; i < m; i++) largest = largest > key[i] ? largest : key[i];
+    for (int i = 0; i < m; i++) {
+      keep[i] = V(key[i] == largest) & ~taken;
+      taken |= keep[i];
     }
-  for (int i = 0; i < m; i++) keep[i] = V(lost[i] < V{} + T(n));
+    return;
+  }
+  if (M == 2 || M == 4) {  // each pair compared once
+    V lost[M ? M : 1];
+    for (int i = 0; i < m; i++) lost[i] = V{} + T(i);  // beaten by all before it, until it beats them
+    for (int i = 0; i < m; i++)
+      for (int j = i + 1; j < m; j++) {
+        const V later_wins = V(key[j] > key[i]);  // -1 where true
+        lost[i] -= later_wins;
+        lost[j] += later_wins;
+      }
+    for (int i = 0; i < m; i++) keep[i] = V(lost[i] < V{} + T(n));
+    return;
+  }
+  for (int i = 0; i < m; i++) {  // twice as many comparisons, but one sum in a register
+    V lost = V{} + T(i);
+    for (int j = 0; j < i; j++) lost += V(key[i] > key[j]);
+    for (int j = i + 1; j < m; j++) lost -= V(key[j] > key[i]);
+    keep[i] = V(lost < V{} + T(n));
+  }
 }
 
 // A vector from pieces of 16 bytes, `stride` weights apart, and back.
@@ -117,45 +136,86 @@ inline void interleave(typename Vector<T, BYTES>::type* v, int m) {
   }
 }
 
-// One byte a weight, 1 where kept, of a vector whose pieces are `stride` weights apart.
-template <int BYTES, class T>
-inline void store_bytes(uint8_t* to, int64_t stride, typename Vector<T, BYTES>::type kept) {
-  typedef Vector<T, BYTES> W;
-  typedef uint8_t Bytes __attribute__((vector_size(W::lanes)));
-  const Bytes bytes = __builtin_convertvector(kept, Bytes) & (Bytes{} + uint8_t(1));
-  for (int p = 0; p < W::pieces; p++) __builtin_memcpy(to + p * stride, (char*)&bytes + p * W::piece, W::piece);
-}
-
-// Columns [0, columns) of one block of `members` rows, `inner` weights apart; the mask's rows are `wide` apart.
+// Sinks: what is written for a weight and whether it is kept, one by one or a vector whose pieces are `stride` apart.
 template <class T>
+struct Bytes {  // the mask, one byte a weight, 1 where kept
+  typedef T Weight;
+  typedef uint8_t Out;
+  static constexpr bool once = false;
+  void one(Out* to, T, bool kept) const { *to = kept; }
+  template <int BYTES>
+  void vector(Out* to, int64_t stride, typename Vector<T, BYTES>::type, typename Vector<T, BYTES>::type kept) const {
+    typedef Vector<T, BYTES> W;
+    typedef uint8_t Narrow __attribute__((vector_size(W::lanes)));
+    const Narrow bytes = __builtin_convertvector(kept, Narrow) & (Narrow{} + uint8_t(1));
+    for (int p = 0; p < W::pieces; p++) __builtin_memcpy(to + p * stride, (char*)&bytes + p * W::piece, W::piece);
+  }
+};
+
+template <class T>
+struct Pruned {  // the weight where kept, else +0.0
+  typedef T Weight;
+  typedef T Out;
+  static constexpr bool once = false;
+  void one(Out* to, T weight, bool kept) const { *to = kept ? weight : T(0); }
+  template <int BYTES>
+  void vector(Out* to, int64_t stride, typename Vector<T, BYTES>::type weight,
+              typename Vector<T, BYTES>::type kept) const {
+    store<BYTES>(to, stride, weight & kept);
+  }
+};
+
+struct Decayed {  // float32: what was there plus rate * weight where pruned, each operation rounded
+  typedef int32_t Weight;
+  typedef int32_t Out;
+  static constexpr bool once = true;
+  float rate;
+  void one(Out* to, int32_t weight, bool kept) const {
+    const float term = kept ? 0.0f : float_of(uint32_t(weight)) * rate;
+    *to = int32_t(bits_of(float_of(uint32_t(*to)) + term));
+  }
+  template <int BYTES>
+  void vector(Out* to, int64_t stride, typename Vector<int32_t, BYTES>::type weight,
+              typename Vector<int32_t, BYTES>::type kept) const {
+    typedef typename Vector<int32_t, BYTES>::type V;
+    typedef typename Vector<float, BYTES>::type Floats;
+    const Floats term = (Floats)((V)((Floats)weight * rate) & ~kept);
+    store<BYTES>(to, stride, (V)((Floats)load<BYTES>(to, stride) + term));
+  }
+};
+
+// Columns [0, columns) of one block of `members` rows: `inner` apart in the weight, `wide` apart in what is written.
+template <class Sink>
 struct Block {
-  const T* weight;
+  const typename Sink::Weight* weight;
   int64_t inner;
   int members;
   int64_t columns;
-  uint8_t* keep;
+  typename Sink::Out* to;
   int64_t wide;
 };
 
 // Collects columns from anywhere until there is a vector of them.
-template <class T>
+template <class Sink>
 struct Scattered {
+  typedef typename Sink::Weight T;
   typedef typename Vector<T, VECTOR_BYTES>::type V;
   static constexpr int lanes = Vector<T, VECTOR_BYTES>::lanes;
+  const Sink& sink;
   T nan;
   int n;
   int members, waiting;
   int64_t inner, wide;
   const T* weight[lanes];
-  uint8_t* keep[lanes];
+  typename Sink::Out* to[lanes];
 
-  Scattered(T nan, int n) : nan(nan), n(n), members(0), waiting(0), inner(0), wide(0) {}
+  Scattered(const Sink& sink, T nan, int n) : sink(sink), nan(nan), n(n), members(0), waiting(0), inner(0), wide(0) {}
 
-  void add(const Block<T>& b, int64_t column) {
+  void add(const Block<Sink>& b, int64_t column) {
     if (b.members != members || b.inner != inner || b.wide != wide) finish();
     members = b.members, inner = b.inner, wide = b.wide;
     weight[waiting] = b.weight + column;
-    keep[waiting++] = b.keep + column;
+    to[waiting++] = b.to + column;
     if (waiting == lanes) finish();
   }
 
@@ -166,47 +226,53 @@ struct Scattered {
     if (waiting && members == 4) count<4>(values, kept, nan, n, members);
     else if (waiting) count<0>(values, kept, nan, n, members);
     for (int l = 0; l < waiting; l++)
-      for (int i = 0; i < members; i++) keep[l][i * wide] = kept[i][l] != 0;
+      for (int i = 0; i < members; i++) sink.one(to[l] + i * wide, values[i][l], kept[i][l] != 0);
     waiting = 0;
   }
 };
 
-// From column r as many as fit BYTES; returns the first one left over.
-template <int M, int BYTES, class T>
-inline int64_t neighbours(const Block<T>& b, T nan, int n, int64_t r) {
-  typedef Vector<T, BYTES> W;
-  typename W::type values[M ? M : kLargestGroup], kept[M ? M : kLargestGroup];
+// All columns of a block that is at least one vector of BYTES wide. The last vector ends with the last column, so some
+// columns are seen twice: a sink that may not see them twice is told that they are kept.
+template <int M, int BYTES, class Sink>
+void neighbours(const Block<Sink>& b, const Scattered<Sink>& rest) {
+  typedef Vector<typename Sink::Weight, BYTES> W;
+  typename W::type values[M ? M : kLargestGroup], kept[M ? M : kLargestGroup], lane;
   const int m = M ? M : b.members;
-  for (; r + W::lanes <= b.columns; r += W::lanes) {
+  for (int l = 0; l < W::lanes; l++) lane[l] = l;
+  for (int64_t next = 0; next < b.columns; next += W::lanes) {
+    const int64_t r = next + W::lanes <= b.columns ? next : b.columns - W::lanes;
     for (int i = 0; i < m; i++) values[i] = load<BYTES>(b.weight + r + i * b.inner, W::piece);
-    count<M>(values, kept, nan, n, m);
-    for (int i = 0; i < m; i++) store_bytes<BYTES, T>(b.keep + r + i * b.wide, W::piece, kept[i]);
+    count<M>(values, kept, rest.nan, rest.n, m);
+    for (int i = 0; i < m; i++) {
+      if (Sink::once) kept[i] |= lane < (typename W::type{} + typename Sink::Weight(next - r));
+      rest.sink.template vector<BYTES>(b.to + r + i * b.wide, W::piece, values[i], kept[i]);
+    }
   }
-  return r;
 }
 
-template <int M, class T>
-inline int64_t neighbours_of_any_width(const Block<T>& b, T nan, int n) {
-  int64_t r = neighbours<M, VECTOR_BYTES>(b, nan, n, 0);
-  if (VECTOR_BYTES > 32) r = neighbours<M, 32>(b, nan, n, r);
-  if (VECTOR_BYTES > 16) r = neighbours<M, 16>(b, nan, n, r);
-  return r;
+template <int M, class Sink>
+void whole_block_of(const Block<Sink>& b, Scattered<Sink>& rest) {
+  constexpr int size = sizeof(typename Sink::Weight);
+  if (b.columns * size >= VECTOR_BYTES) return neighbours<M, VECTOR_BYTES>(b, rest);
+  if (VECTOR_BYTES > 32 && b.columns * size >= 32) return neighbours<M, 32>(b, rest);
+  if (VECTOR_BYTES > 16 && b.columns * size >= 16) return neighbours<M, 16>(b, rest);
+  for (int64_t r = 0; r < b.columns; r++) rest.add(b, r);
 }
 
-template <class T>
-void keep_block(const Block<T>& b, Scattered<T>& rest) {
-  int64_t r = 0;
+template <class Sink>
+void whole_block(const Block<Sink>& b, Scattered<Sink>& rest) {
   switch (b.members) {
-    case 4: r = neighbours_of_any_width<4>(b, rest.nan, rest.n); break;
-    case 8: r = neighbours_of_any_width<8>(b, rest.nan, rest.n); break;
-    default: r = neighbours_of_any_width<0>(b, rest.nan, rest.n);
+    case 4: return whole_block_of<4>(b, rest);
+    case 8: return whole_block_of<8>(b, rest);
+    default: return whole_block_of<0>(b, rest);
   }
-  for (; r < b.columns; r++) rest.add(b, r);
 }
 
-// As many whole vectors of groups that lie end to end as there are in `count` weights; returns where the rest begins.
-template <int M, class T>
-int64_t interleaved(const T* weight, int64_t weights, uint8_t* keep, int m, T nan, int n) {
+// As many whole vectors of groups that lie end to end as there are in `weights`; returns where the rest begins.
+template <int M, class Sink>
+int64_t interleaved(const typename Sink::Weight* weight, int64_t weights, typename Sink::Out* to, int m,
+                    const Scattered<Sink>& rest) {
+  typedef typename Sink::Weight T;
   typedef Vector<T, VECTOR_BYTES> W;
   if (M) m = M;
   const bool whole = m <= W::piece;  // a group is within a piece of 16 bytes: vectors may be loaded as they lie
@@ -216,103 +282,95 @@ int64_t interleaved(const T* weight, int64_t weights, uint8_t* keep, int m, T na
   for (; at + int64_t(m) * W::lanes <= weights; at += int64_t(m) * W::lanes) {
     for (int i = 0; i < m; i++) v[i] = load<VECTOR_BYTES>(weight + at + i * next, stride);
     separate<M, T, VECTOR_BYTES>(v, m);
-    count<M>(v, kept, nan, n, m);
+    count<M>(v, kept, rest.nan, rest.n, m);
     interleave<M, T, VECTOR_BYTES>(kept, m);
-    for (int i = 0; i < m; i++) store_bytes<VECTOR_BYTES, T>(keep + at + i * next, stride, kept[i]);
+    for (int i = 0; i < m; i++) {
+      const int64_t piece = at + i * next;
+      rest.sink.template vector<VECTOR_BYTES>(to + piece, stride, load<VECTOR_BYTES>(weight + piece, stride), kept[i]);
+    }
   }
   return at;
 }
 
-template <class T>
-int64_t interleaved_of_any_size(const T* weight, int64_t weights, uint8_t* keep, int m, T nan, int n) {
+template <class Sink>
+int64_t interleaved_of_any_size(const typename Sink::Weight* weight, int64_t weights, typename Sink::Out* to, int m,
+                                const Scattered<Sink>& rest) {
   switch (m) {
-    case 2: return interleaved<2>(weight, weights, keep, m, nan, n);
-    case 4: return interleaved<4>(weight, weights, keep, m, nan, n);
-    case 8: return interleaved<8>(weight, weights, keep, m, nan, n);
-    case 16: return interleaved<16>(weight, weights, keep, m, nan, n);
-    default: return interleaved<0>(weight, weights, keep, m, nan, n);
+    case 2: return interleaved<2>(weight, weights, to, m, rest);
+    case 4: return interleaved<4>(weight, weights, to, m, rest);
+    case 8: return interleaved<8>(weight, weights, to, m, rest);
+    case 16: return interleaved<16>(weight, weights, to, m, rest);
+    default: return interleaved<0>(weight, weights, to, m, rest);
   }
 }
 
-// The mask of groups [first, last), which are one stretch of memory, written to one stretch of bytes.
-template <class T>
-void keep_groups(const Groups& g, const T* weight, uint8_t* keep, T nan, int64_t first, int64_t last) {
-  Scattered<T> rest(nan, g.n);
+// Groups [first, last), which are one stretch of memory, to one stretch that begins at `to`.
+template <class Sink>
+void each_group(const Groups& g, const void* all, typename Sink::Out* to, int32_t dtype, const Sink& sink, int64_t first,
+                int64_t last) {
+  typedef typename Sink::Weight T;
   const int64_t groups = groups_of(g), start = start_of(g, first);
+  const T* weight = (const T*)all + start;
+  Scattered<Sink> rest(sink, T(nan_key(dtype)), g.n);
   if (g.inner == 1 && (g.m & (g.m - 1)) == 0 && g.m > 1 && g.length % g.m == 0) {
     const int64_t weights = (last - first) * g.m;
-    int64_t at = interleaved_of_any_size(weight + start, weights, keep, g.m, nan, g.n);
-    for (; at < weights; at += g.m) rest.add({weight + start + at, 1, g.m, 1, keep + at, 1}, 0);
+    int64_t at = interleaved_of_any_size(weight, weights, to, g.m, rest);
+    for (; at < weights; at += g.m) rest.add({weight + at, 1, g.m, 1, to + at, 1}, 0);
     return rest.finish();
   }
   for (int64_t group = first; group < last; group++) {
-    const int64_t at = start_of(g, group), left = g.length - group % groups * g.m;
-    keep_block<T>({weight + at, g.inner, int(left < g.m ? left : g.m), g.inner, keep + (at - start), g.inner}, rest);
+    const int64_t at = start_of(g, group) - start, left = g.length - group % groups * g.m;
+    whole_block<Sink>({weight + at, g.inner, int(left < g.m ? left : g.m), g.inner, to + at, g.inner}, rest);
   }
   rest.finish();
 }
 
 void keep(const Groups& g, int32_t dtype, const void* weight, uint8_t* out, int64_t first, int64_t last) {
   uint8_t* to = out + start_of(g, first);
-  if (dtype == kFloat32) keep_groups(g, (const int32_t*)weight, to, nan_key(dtype), first, last);
-  else keep_groups(g, (const int16_t*)weight, to, int16_t(nan_key(dtype)), first, last);
+  if (dtype == kFloat32) each_group(g, weight, to, dtype, Bytes<int32_t>{}, first, last);
+  else each_group(g, weight, to, dtype, Bytes<int16_t>{}, first, last);
 }
 
-// Calls use(first weight, mask, weights) for stretches of the groups [first, last), with masks that stay in the cache.
-constexpr int64_t kStretch = 8192;
+void prune(const Groups& g, int32_t dtype, const void* weight, void* out, int64_t first, int64_t last) {
+  const int64_t start = start_of(g, first);
+  if (dtype == kFloat32) each_group(g, weight, (int32_t*)out + start, dtype, Pruned<int32_t>{}, first, last);
+  else each_group(g, weight, (int16_t*)out + start, dtype, Pruned<int16_t>{}, first, last);
+}
 
-template <class T, class Use>
-void each_stretch(const Groups& g, const T* weight, T nan, int64_t first, int64_t last, const Use& use) {
-  uint8_t mask[kStretch];
-  const int64_t block = int64_t(g.m) * g.inner;
-  const int64_t together = kStretch / block;  // groups; 0 where one alone is larger: then some columns at a time
+// bfloat16 goes by way of a mask of bytes, some groups at a time: its arithmetic is float32's.
+void decay_half(const Groups& g, const uint16_t* weight, uint16_t* gradient, float rate, int64_t first, int64_t last) {
+  constexpr int64_t kSome = 8192;
+  uint8_t mask[kSome];
+  const int64_t columns = g.inner < kSome / g.m ? g.inner : kSome / g.m, together = kSome / (g.m * g.inner);
+  const Bytes<int16_t> bytes;
+  const auto add = [=, &mask](int64_t at, int64_t from, int64_t weights) {
+    for (int64_t i = 0; i < weights; i++) {
+      const uint16_t decayed = to_bfloat16(from_bfloat16(weight[at + i]) * rate), term = decayed & (mask[from + i] - 1);
+      gradient[at + i] = to_bfloat16(from_bfloat16(gradient[at + i]) + from_bfloat16(term));
+    }
+  };
   for (int64_t group = first; together && group < last; group += together) {
     const int64_t end = group + together < last ? group + together : last, at = start_of(g, group);
-    keep_groups(g, weight, mask, nan, group, end);
-    use(at, mask, start_of(g, end) - at);
+    each_group(g, weight, mask, kBFloat16, bytes, group, end);
+    add(at, 0, start_of(g, end) - at);
   }
-  const int64_t columns = kStretch / g.m;
   for (int64_t group = first; !together && group < last; group++) {
     const int64_t at = start_of(g, group);
     const int members = int((start_of(g, group + 1) - at) / g.inner);
     for (int64_t r = 0; r < g.inner; r += columns) {
       const int64_t some = r + columns < g.inner ? columns : g.inner - r;
-      Scattered<T> rest(nan, g.n);
-      keep_block<T>({weight + at + r, g.inner, members, some, mask, some}, rest);
+      Scattered<Bytes<int16_t>> rest(bytes, int16_t(nan_key(kBFloat16)), g.n);
+      whole_block<Bytes<int16_t>>({(const int16_t*)weight + at + r, g.inner, members, some, mask, some}, rest);
       rest.finish();
-      for (int i = 0; i < members; i++) use(at + i * g.inner + r, mask + i * some, some);
+      for (int i = 0; i < members; i++) add(at + i * g.inner + r, i * some, some);
     }
   }
 }
 
-template <class T>
-void prune_as(const Groups& g, const T* weight, T* out, T nan, int64_t first, int64_t last) {
-  each_stretch(g, weight, nan, first, last, [=](int64_t at, const uint8_t* mask, int64_t weights) {
-    for (int64_t i = 0; i < weights; i++) out[at + i] = T(weight[at + i] & -T(mask[i]));
-  });
-}
-
-void prune(const Groups& g, int32_t dtype, const void* weight, void* out, int64_t first, int64_t last) {
-  if (dtype == kFloat32) prune_as(g, (const int32_t*)weight, (int32_t*)out, nan_key(dtype), first, last);
-  else prune_as(g, (const int16_t*)weight, (int16_t*)out, int16_t(nan_key(dtype)), first, last);
-}
-
-// gradient += rate * weight where pruned, each operation rounded to the dtype, as torch does it.
-template <int DTYPE, class T>
-void decay_as(const Groups& g, const T* weight, T* gradient, float rate, int64_t first, int64_t last) {
-  each_stretch(g, weight, T(nan_key(DTYPE)), first, last, [=](int64_t at, const uint8_t* mask, int64_t weights) {
-    for (int64_t i = at; i < at + weights; i++) {
-      const T decayed = to_bits<DTYPE>(to_float<DTYPE>(weight[i]) * rate), term = T(decayed & (T(mask[i - at]) - 1));
-      gradient[i] = to_bits<DTYPE>(to_float<DTYPE>(gradient[i]) + to_float<DTYPE>(term));
-    }
-  });
-}
-
+// float32 and bfloat16.
 void decay(const Groups& g, int32_t dtype, const void* weight, void* gradient, float rate, int64_t first, int64_t last) {
-  const int16_t* half = (const int16_t*)weight;
-  if (dtype == kFloat32) decay_as<kFloat32>(g, (const int32_t*)weight, (int32_t*)gradient, rate, first, last);
-  else if (dtype == kBFloat16) decay_as<kBFloat16>(g, half, (int16_t*)gradient, rate, first, last);
-  else decay_as<kFloat16>(g, half, (int16_t*)gradient, rate, first, last);
+  if (dtype == kBFloat16) return decay_half(g, (const uint16_t*)weight, (uint16_t*)gradient, rate, first, last);
+  each_group(g, weight, (int32_t*)gradient + start_of(g, first), dtype, Decayed{rate}, first, last);
 }
 
 int64_t differ(const uint8_t* a, const uint8_t* b, int64_t bytes) {

@@ -8,7 +8,7 @@
 constexpr int kPanelVectors = 8;
 
 inline float value_at(const float* values, int64_t j) { return values[j]; }
-inline float value_at(const uint16_t* values, int64_t j) { return float_of(uint32_t(values[j]) << 16); }  // bfloat16
+inline float value_at(const uint16_t* values, int64_t j) { return from_bfloat16(values[j]); }
 
 inline Float activated(Float v, Activation activation) {
   if (activation == kRelu) return v > Float{} || v != v ? v : Float{};
@@ -38,27 +38,36 @@ void panel_of(const Panel& p) {
   }
 }
 
-// int8: inputs are int16, weights pairs of int16. Unpacking two rows of inputs makes pairs; the lanes of a row are
-// ordered by `pack_columns` so that the sums come out in order.
+// int8: inputs are int16, weights pairs of int16. Unpacking two rows of inputs makes pairs, within pieces of 16 bytes, so
+// the sums of one vector of inputs are in two vectors, whose pieces take turns in memory.
+template <bool STORE>
+inline void move_sums(Int& low, Int& high, int32_t* at) {
+  for (int p = 0; p < VECTOR_BYTES / 16; p++) {
+    char *first = (char*)&low + 16 * p, *second = (char*)&high + 16 * p, *memory = (char*)at + 32 * p;
+    __builtin_memcpy(STORE ? memory : first, STORE ? first : memory, 16);
+    __builtin_memcpy(STORE ? memory + 16 : second, STORE ? second : memory + 16, 16);
+  }
+}
+
 template <int V, class Offset>
 void panel_of_pairs(const Panel& p) {
   const int32_t* values = (const int32_t*)p.values;
   const Offset* offsets = (const Offset*)p.offsets;
   for (int64_t o = 0; o < p.rows; o++, values += p.nnz / 2, offsets += p.nnz) {
-    Int sum[2 * V];
-    const int32_t* from = (const int32_t*)p.from + o * p.from_stride;
-    for (int v = 0; v < 2 * V; v++) sum[v] = p.from ? *(const IntInMemory*)(from + v * kLanes) : Int{};
+    Int low[V] = {}, high[V] = {};
+    int32_t* from = (int32_t*)p.from + o * p.from_stride;
+    for (int v = 0; p.from && v < V; v++) move_sums<false>(low[v], high[v], from + v * 2 * kLanes);
     for (int64_t j = 0; j < p.nnz; j += 2) {
       const int16_t *a = (const int16_t*)(p.x + offsets[j]), *b = (const int16_t*)(p.x + offsets[j + 1]);
       const Short pair = (Short)(Int{} + values[j / 2]);
       for (int v = 0; v < V; v++) {
         const Short first = *(const ShortInMemory*)(a + v * 2 * kLanes), second = *(const ShortInMemory*)(b + v * 2 * kLanes);
-        sum[2 * v] = dot_pairs(sum[2 * v], shuffled<kLow, int16_t, VECTOR_BYTES>(first, second), pair);
-        sum[2 * v + 1] = dot_pairs(sum[2 * v + 1], shuffled<kHigh, int16_t, VECTOR_BYTES>(first, second), pair);
+        low[v] = dot_pairs(low[v], shuffled<kLow, int16_t, VECTOR_BYTES>(first, second), pair);
+        high[v] = dot_pairs(high[v], shuffled<kHigh, int16_t, VECTOR_BYTES>(first, second), pair);
       }
     }
     int32_t* to = (int32_t*)p.to + o * p.to_stride;
-    for (int v = 0; v < 2 * V; v++) *(IntInMemory*)(to + v * kLanes) = sum[v];
+    for (int v = 0; v < V; v++) move_sums<true>(low[v], high[v], to + v * 2 * kLanes);
   }
 }
 

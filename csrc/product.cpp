@@ -42,17 +42,17 @@ int64_t nnz_of(const PanelWeight& w, int64_t k) {
 }
 
 // Outputs [first, last) for the columns that x points at, all tiles; the sums go to `to`. `tile_bytes` lies between the
-// inputs of two tiles. Returns false where `to` got sums that still need their scales (int8).
-void outputs_of(const PanelWeight& w, int64_t first, int64_t last, const char* x, int64_t tile_bytes, int64_t vectors,
+// inputs of two tiles, `wide` says whether offsets are int32.
+void outputs_of(const PanelWeight& w, const void* offsets, bool wide, int64_t first, int64_t last, const char* x, int64_t tile_bytes, int64_t vectors,
                 float* partial, float* to, int64_t to_stride, Activation activation) {
-  const int64_t columns = columns_of_panel(), value_bytes = w.dtype == kFloat32 ? 4 : 2, offset_bytes = w.wide ? 4 : 2;
+  const int64_t columns = columns_of_panel(), value_bytes = w.dtype == kFloat32 ? 4 : 2, offset_bytes = wide ? 4 : 2;
   int64_t before = 0;
   for (int64_t k = 0; k < w.K; k += w.tile, x += tile_bytes) {
     const int64_t nnz = nnz_of(w, k), at = before + first * nnz;
     const bool final = k + w.tile >= w.K;
     Panel p{};
     p.values = (const char*)w.values + at * value_bytes;
-    p.offsets = (const char*)w.offsets + at * offset_bytes;
+    p.offsets = (const char*)offsets + at * offset_bytes;
     p.rows = last - first;
     p.nnz = nnz;
     p.x = x;
@@ -63,7 +63,7 @@ void outputs_of(const PanelWeight& w, int64_t first, int64_t last, const char* x
     p.to_stride = final ? to_stride : columns;
     p.vectors = int32_t(vectors);
     p.activation = final ? activation : kNone;
-    kernels->panel(p, w.dtype, w.wide);
+    kernels->panel(p, w.dtype, wide);
     before += w.O * nnz;
   }
 }
@@ -149,7 +149,7 @@ void linear(const LinearCall& call) {
       const int64_t o = task % blocks * block, end = lesser(o + block, w.O);
       const int64_t step = w.dtype == kInt8 ? 2 : 1, vectors = up(parts(count, kernels->lanes), step);
       const char* x = scratch.inputs + task / blocks * panel_bytes;
-      outputs_of(w, o, end, x, w.tile * columns * bytes_of_input(w), vectors, sum, sum, columns, call.activation);
+      outputs_of(w, w.offsets, false, o, end, x, w.tile * columns * bytes_of_input(w), vectors, sum, sum, columns, call.activation);
       if (w.dtype == kInt8) rescale(w, o, end, sum, count, scratch.scales + b, false, call.activation);
       kernels->transpose(sum, columns, end - o, count, call.y + b * call.y_stride + o, call.y_stride);
     }
@@ -181,7 +181,44 @@ Prepared prepared(const ConvCall& c) {
   return p;
 }
 
-int64_t scale_bytes(const ConvCall& c) { return up(c.N * 4, 64); }
+// What lies in the scratch: one scale for each image (int8), the offset of each position in a tile, the offset of each
+// weight and one more, the prepared input unless it is used in place.
+struct ConvScratch {
+  float* scales;
+  int32_t *table, *offsets;
+  char* inputs;
+  int64_t weights, bytes;
+};
+
+ConvScratch scratch_of(const ConvCall& c, const Prepared& p) {
+  ConvScratch s{};
+  for (int64_t k = 0; k < c.weight.K; k += c.weight.tile) s.weights += nnz_of(c.weight, k) * c.weight.O;
+  char* at = (char*)c.scratch;
+  s.scales = (float*)at;
+  s.table = (int32_t*)(at += up(c.N * 4, 64));
+  s.offsets = (int32_t*)(at += up(int64_t(c.weight.tile) * c.weight.taps * 4, 64));
+  s.inputs = at += up((s.weights + 1) * 4, 64);
+  // Reads beyond the last output of a panel reach one panel past the last plane.
+  const int64_t inputs = p.in_place ? 0 : c.N * p.image + columns_of_panel();
+  s.bytes = at - (char*)c.scratch + inputs * bytes_of_input(c.weight);
+  return s;
+}
+
+// From positions in a tile, channel * taps + tap, to bytes in the prepared input, which depend on the size of the image.
+void resolve_offsets(const ConvCall& c, const Prepared& p, const ConvScratch& s) {
+  int32_t* entry = s.table;
+  for (int64_t channel = 0; channel < c.weight.tile; channel++)
+    for (int64_t y = 0; y < int64_t(c.kernel_h) * c.dilation_h; y += c.dilation_h)
+      for (int64_t x = 0; x < int64_t(c.kernel_w) * c.dilation_w; x += c.dilation_w) {
+        const int64_t phase = y % c.stride_h * c.stride_w + x % c.stride_w;
+        const int64_t at = (phase * p.rows + y / c.stride_h) * p.row + x / c.stride_w;
+        *entry++ = int32_t((channel * p.plane + at) * bytes_of_input(c.weight));
+      }
+  const uint16_t* positions = (const uint16_t*)c.weight.offsets;
+  parallel_for(s.weights + 1, 65536, [=](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) s.offsets[i] = s.table[positions[i]];
+  });
+}
 
 // One channel of one image; `scale` is 0 unless the input is quantized.
 template <class Input>
@@ -206,14 +243,13 @@ void prepare_plane(const ConvCall& c, const Prepared& p, const float* x, int64_t
 }
 
 template <class Input>
-void prepare(const ConvCall& c, const Prepared& p, char* scratch) {
+void prepare(const ConvCall& c, const Prepared& p, const ConvScratch& s) {
   const int64_t C = c.weight.K * c.groups, padded = up(c.weight.K, c.weight.m), pixels = c.H * c.W;
-  float* scales = (float*)scratch;
-  Input* inputs = (Input*)(scratch + scale_bytes(c));
+  Input* inputs = (Input*)s.inputs;
   if (sizeof(Input) == 2)
     for (int64_t n = 0; n < c.N; n++) {
       const float largest = scale_of(c.x + n * C * pixels, C * pixels);
-      scales[n] = largest > 0 ? largest / 127 : 1;
+      s.scales[n] = largest > 0 ? largest / 127 : 1;
     }
   parallel_for(c.N * c.groups * padded, 1 + 16384 / p.plane, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++) {
@@ -222,9 +258,9 @@ void prepare(const ConvCall& c, const Prepared& p, char* scratch) {
       if (k >= c.weight.K)
         std::memset(to, 0, p.plane * sizeof(Input));
       else if (c.channels_last)
-        prepare_plane(c, p, c.x + n * C * pixels + channel, c.W * C, C, to, scales[n]);
+        prepare_plane(c, p, c.x + n * C * pixels + channel, c.W * C, C, to, s.scales[n]);
       else
-        prepare_plane(c, p, c.x + (n * C + channel) * pixels, c.W, 1, to, scales[n]);
+        prepare_plane(c, p, c.x + (n * C + channel) * pixels, c.W, 1, to, s.scales[n]);
     }
   });
 }
@@ -250,9 +286,11 @@ void conv(const ConvCall& c) {
   const PanelWeight& w = c.weight;
   const Prepared p = prepared(c);
   const int64_t columns = columns_of_panel(), lanes = kernels->lanes, size = bytes_of_input(w);
-  const char* inputs = p.in_place ? (const char*)c.x : (const char*)c.scratch + scale_bytes(c);
-  if (!p.in_place && w.dtype == kInt8) prepare<int16_t>(c, p, (char*)c.scratch);
-  else if (!p.in_place) prepare<float>(c, p, (char*)c.scratch);
+  const ConvScratch scratch = scratch_of(c, p);
+  const char* inputs = p.in_place ? (const char*)c.x : scratch.inputs;
+  resolve_offsets(c, p, scratch);
+  if (!p.in_place && w.dtype == kInt8) prepare<int16_t>(c, p, scratch);
+  else if (!p.in_place) prepare<float>(c, p, scratch);
   const int64_t all = (c.outH - 1) * c.row + c.outW, panels = parts(all, columns), outputs = w.O / c.groups;
   const int64_t block = outputs_of_task(outputs, c.N * c.groups * panels), blocks = parts(outputs, block);
   // Threads that follow one another share a panel's inputs.
@@ -268,8 +306,9 @@ void conv(const ConvCall& c) {
       const char* x = inputs + (n * p.image + g * up(w.K, w.m) * p.plane + q) * size;
       const bool direct = w.dtype != kInt8 && !c.channels_last && c.row == c.outW && count == vectors * lanes;
       float* to = direct ? c.y + (n * w.O + o) * c.outH * c.outW + q : sum;
-      outputs_of(w, o, end, x, w.tile * p.plane * size, vectors, sum, to, direct ? c.outH * c.outW : columns, c.activation);
-      if (w.dtype == kInt8) rescale(w, o, end, sum, count, (const float*)c.scratch + n, true, c.activation);
+      const int64_t to_stride = direct ? c.outH * c.outW : columns;
+      outputs_of(w, scratch.offsets, true, o, end, x, w.tile * p.plane * size, vectors, sum, to, to_stride, c.activation);
+      if (w.dtype == kInt8) rescale(w, o, end, sum, count, scratch.scales + n, true, c.activation);
       if (!direct) write(c, n, o, end, q, count, sum);
     }
   });
@@ -287,12 +326,7 @@ OPENWORK_API int64_t openwork_linear_scratch(const LinearCall* call) {
 
 OPENWORK_API void openwork_linear(const LinearCall* call) { linear(*call); }
 
-// Reads beyond the last output of a panel reach one panel, and one row and kernel, past the last plane.
-OPENWORK_API int64_t openwork_conv_scratch(const ConvCall* call) {
-  const Prepared p = prepared(*call);
-  if (p.in_place) return 0;
-  return scale_bytes(*call) + (call->N * p.image + columns_of_panel() + 64) * bytes_of_input(call->weight);
-}
+OPENWORK_API int64_t openwork_conv_scratch(const ConvCall* call) { return scratch_of(*call, prepared(*call)).bytes; }
 
 OPENWORK_API void openwork_conv(const ConvCall* call) { conv(*call); }
 

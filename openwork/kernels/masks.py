@@ -52,7 +52,7 @@ def prune(weight: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> 
 def add_decayed(gradient: Tensor, weight: Tensor, rate: float, *where: Any) -> None:
     n, m, dim, blocks, flat = where
     lib, groups = _native(weight, n, m, Axis(dim, blocks, flat))
-    alike = gradient.stride() == weight.stride() and gradient.dtype == weight.dtype
+    alike = gradient.stride() == weight.stride() and gradient.dtype == weight.dtype != torch.float16
     if groups is None or not alike:
         return _add_decayed(gradient, weight, rate, *where)
     lib.openwork_decay(ctypes.byref(groups), DTYPES[weight.dtype], weight.data_ptr(), gradient.data_ptr(), rate)

@@ -31,7 +31,7 @@ class PanelWeight(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("values", "offsets", "scales", "bias")),
-        *((name, c_int32) for name in ("dtype", "wide", "n", "m", "tile", "taps")),
+        *((name, c_int32) for name in ("dtype", "n", "m", "tile", "taps")),
         *((name, c_int64) for name in ("K", "O")),
     )
 

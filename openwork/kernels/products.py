@@ -1,0 +1,186 @@
+"""Products with a compressed weight on the native library."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openwork.kernels.native import DTYPES, ConvCall, LinearCall, PanelWeight, Rows, address, library
+from openwork.layout import WINDOWS, index_bits
+from openwork.ops import products as reference
+from openwork.ops.products import channels_last, conv_size, quantized_rows
+
+
+def panel_columns() -> int:
+    """Columns that the panel kernel takes at once on the instruction set in use; 64 without the native library."""
+    lib = library()
+    return lib.openwork_panel_columns() if lib else 64
+
+
+def lanes() -> int:
+    """float32 in a vector of the instruction set in use; 8 without the native library."""
+    lib = library()
+    return lib.openwork_lanes() if lib else 8
+
+
+def panel_linear(
+    x: Tensor, values: Tensor, positions: Tensor, scales: Tensor | None, bias: Tensor | None, layout: list[int], relu: bool
+) -> Tensor:
+    lib = library()
+    if lib is None:
+        return reference.panel_linear(x, values, positions, scales, bias, layout, relu)
+    O, K = layout[4:6]
+    flat = _rows_of(x, K)
+    y = torch.empty(len(flat), O)
+    if y.numel():
+        weight = _panel_weight(values, positions, scales, bias, layout)
+        call = LinearCall(weight, flat.data_ptr(), y.data_ptr(), None, len(flat), flat.stride(0), O, relu)
+        scratch = torch.empty(lib.openwork_linear_scratch(ctypes.byref(call)), dtype=torch.uint8)
+        call.scratch = scratch.data_ptr()
+        lib.openwork_linear(ctypes.byref(call))
+    return y.view(*x.shape[:-1], O)
+
+
+def rows_linear(
+    x: Tensor, values: Tensor, positions: Tensor, scales: Tensor | None, bias: Tensor | None, layout: list[int], relu: bool
+) -> Tensor:
+    lib = library()
+    if lib is None:
+        return reference.rows_linear(x, values, positions, scales, bias, layout, relu)
+    n, m, packed_lanes, O, K = layout
+    window = WINDOWS[m]
+    windows, slots = -(-K // window), window // m * n
+    _demand_lanes(packed_lanes, lib.openwork_lanes())
+    _demand(values.shape == (-(-O // packed_lanes), windows * slots, packed_lanes), "values", values, layout)
+    _demand(positions.dtype == torch.int32 and positions.shape[::2] == values.shape[::2], "positions", positions, layout)
+    _demand(positions.shape[1] == _words(windows, slots, window), "positions", positions, layout)
+    flat, input_scales = _rows_of(x, K), None
+    y = torch.empty(len(flat), O)
+    if not y.numel():
+        return y.view(*x.shape[:-1], O)
+    if scales is not None:
+        whole, input_scales = quantized_rows(flat)
+        flat = whole.int() & 0xFFFF  # upper halves zero: the kernel multiplies pairs of int16
+    flat = torch.nn.functional.pad(flat, (0, -K % window)) if K % window else flat.contiguous()
+    given = None if scales is not None else bias
+    arguments = (values.data_ptr(), positions.data_ptr(), windows, len(values), window, slots, flat.data_ptr())
+    call = Rows(*arguments, flat.stride(0), address(given), y.data_ptr(), O, O, len(flat), relu and scales is None)
+    lib.openwork_rows(ctypes.byref(call), DTYPES[values.dtype])
+    if scales is not None and input_scales is not None:
+        y = y.view(torch.int32).float().mul_(input_scales[:, None] * scales)
+        y = y if bias is None else y.add_(bias)
+        y = y.relu_() if relu else y
+    return y.view(*x.shape[:-1], O)
+
+
+def panel_conv2d(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    layout: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    lib = library()
+    if lib is None:
+        rest = (stride, padding, dilation, groups, relu)
+        return reference.panel_conv2d(x, values, positions, scales, bias, layout, *rest)
+    O, C, *kernel = layout[4:]
+    if x.ndim != 4 or x.shape[1] != C * groups or x.dtype != torch.float32:
+        raise ValueError(f"input {tuple(x.shape)} of {x.dtype}; needed float32 (N, {C * groups}, H, W)")
+    last = channels_last(x)
+    x = x if last else x.contiguous()
+    size = [conv_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
+    if min(size) < 1:
+        raise ValueError(f"input {tuple(x.shape)} is smaller than the kernel {kernel} with padding {padding}")
+    y = torch.empty(len(x), O, *size, memory_format=torch.channels_last if last else torch.contiguous_format)
+    if y.numel():
+        weight = _panel_weight(values, positions, scales, bias, layout)
+        geometry = (groups, *stride, *padding, *dilation, *kernel, last)
+        plane, row = _prepared_plane(x, last or scales is not None, stride, padding)
+        shape = (len(x), *x.shape[2:], *size)
+        call = ConvCall(weight, x.data_ptr(), y.data_ptr(), None, *shape, *geometry, plane, row, relu)
+        scratch = torch.empty(lib.openwork_conv_scratch(ctypes.byref(call)), dtype=torch.uint8)
+        call.scratch = scratch.data_ptr()
+        lib.openwork_conv(ctypes.byref(call))
+    return y
+
+
+def _prepared_plane(x: Tensor, repacked: bool, stride: list[int], padding: list[int]) -> tuple[int, int]:
+    """Floats between channels and between rows of the input as the kernel reads it."""
+    H, W = x.shape[2:]
+    lines = H * W * 4 / 64
+    # Planes whose addresses fall on few sets of the cache evict one another; then the input is copied apart.
+    spread = lines % 1 or math.gcd(int(lines), 64) <= 4
+    if spread and not repacked and stride == [1, 1] and padding == [0, 0]:
+        return H * W, W
+    rows, row = (-(-(size + 2 * p) // s) for size, p, s in zip((H, W), padding, stride, strict=True))
+    lines = -(-stride[0] * stride[1] * rows * row // 16)
+    return (lines + (lines % 2 == 0)) * 16, row
+
+
+def _panel_weight(
+    values: Tensor, positions: Tensor, scales: Tensor | None, bias: Tensor | None, layout: list[int]
+) -> PanelWeight:
+    n, m, tile, columns, O, C, *kernel = layout
+    _demand_lanes(columns, panel_columns())
+    taps, stored = math.prod(kernel), {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.int16: torch.int8}
+    _demand(values.dtype in stored and (values.dtype == torch.int16) == (scales is not None), "values", values, layout)
+    dtype = stored[values.dtype]
+    _demand(len(values) == _panel_slots(C, n, m, tile, taps, dtype) * O, "values", values, layout)
+    _demand(positions.dtype == torch.int16 and len(positions) == len(values) + 1, "positions", positions, layout)
+    for name, each in (("bias", bias), ("scales", scales)):
+        _demand(each is None or (each.dtype == torch.float32 and each.shape == (O,)), name, each, layout)
+    addresses = (values.data_ptr(), positions.data_ptr(), address(scales), address(bias))
+    return PanelWeight(*addresses, DTYPES[dtype], n, m, tile, taps, C, O)
+
+
+def _panel_slots(C: int, n: int, m: int, tile: int, taps: int, dtype: torch.dtype) -> int:
+    """Slots of one output."""
+    padded, total = -(-C // m) * m, 0
+    for start in range(0, C, tile):
+        count = min(tile, padded - start) // m * n * taps
+        total += count + (count % 2 if dtype == torch.int8 else 0)
+    return total
+
+
+def _words(windows: int, slots: int, window: int) -> int:
+    in_word = 32 // index_bits(window)
+    return windows * -(-slots // in_word) if slots > in_word else -(-windows // (in_word // slots))
+
+
+def _rows_of(x: Tensor, K: int) -> Tensor:
+    """(..., K) -> (B, K), rows contiguous."""
+    if x.ndim == 0 or x.shape[-1] != K or x.dtype != torch.float32:
+        raise ValueError(f"input {tuple(x.shape)} of {x.dtype}; needed float32 (..., {K})")
+    flat = x.reshape(-1, K)
+    return flat if flat.stride(1) == 1 and flat.stride(0) >= K else flat.contiguous()
+
+
+def _demand_lanes(packed: int, here: int) -> None:
+    if packed != here:
+        raise RuntimeError(
+            f"the weight is packed for vectors of another size ({packed}, here {here}): it comes from a machine or an "
+            "OPENWORK_ISA with another instruction set; deploy again, or load the finalized model and deploy it here"
+        )
+
+
+def _demand(holds: bool, what: str, found: Tensor | None, layout: list[int]) -> None:
+    if not holds:
+        shape = None if found is None else f"{tuple(found.shape)} of {found.dtype}"
+        raise ValueError(f"{what} {shape} do not fit the layout {layout}: make them with openwork.layout")
+
+
+def register(operators: Any) -> None:
+    """Register them for the CPU on the library that `openwork.ops` opened."""
+    for function in (panel_linear, rows_linear, panel_conv2d):
+        operators.impl(function.__name__, function, "CPU")
