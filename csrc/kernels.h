@@ -33,7 +33,7 @@ enum Activation : int32_t { kNone = 0, kRelu = 1 };
 // Product j of an output adds values[j] * x[offsets[j] ...] (bytes) to `vectors` vectors of columns.
 struct Panel {
   const void* values;     // (rows, nnz), the dtype of the weight; int8: (rows, nnz / 2) pairs of int16
-  const void* offsets;    // (rows, nnz), uint16 or int32
+  const void* offsets;    // (rows, nnz) and one more, uint16 or int32
   int64_t rows, nnz;
   const char* x;
   const float* from;      // partial sums to continue, or null: start at `bias`

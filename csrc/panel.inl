@@ -11,31 +11,45 @@ inline float value_at(const float* values, int64_t j) { return values[j]; }
 inline float value_at(const uint16_t* values, int64_t j) { return from_bfloat16(values[j]); }
 
 inline Float activated(Float v, Activation activation) {
-  if (activation == kRelu) return v > Float{} || v != v ? v : Float{};
-  return v;
+  return activation == kRelu ? v < Float{} ? Float{} : v : v;  // NaN passes
+}
+
+// R outputs at once: where vectors are few, sums of one output alone would wait for one another.
+template <int R, int V, class Value, class Offset>
+inline __attribute__((always_inline)) void outputs_at_once(const Panel& p, int64_t o) {
+  const Value* values = (const Value*)p.values + o * p.nnz;
+  const Offset* offsets = (const Offset*)p.offsets + o * p.nnz;
+  Float sum[R][V];
+  int64_t next[R];
+  unrolled<R>([&](auto r) {
+    const Float start = broadcast(p.bias ? p.bias[o + r] : 0.0f);
+    const float* from = p.from + (o + r) * p.from_stride;
+    unrolled<V>([&](auto v) { sum[r][v] = p.from ? load(from + v * kLanes) : start; });
+    next[r] = offsets[r * p.nnz];
+  });
+  for (int64_t j = 0; j < p.nnz; j++)
+    unrolled<R>([&](auto r) {
+      const float* x = (const float*)(p.x + next[r]);
+      int64_t coming = offsets[r * p.nnz + j + 1];  // one past the end is allocated
+#ifndef __clang__
+      asm volatile("" : "+r"(coming));  // gcc would move the load to where it is used
+#endif
+      next[r] = coming;
+      const Float value = broadcast(value_at(values, r * p.nnz + j));
+      unrolled<V>([&](auto v) { sum[r][v] = fma(value, load(x + v * kLanes), sum[r][v]); });
+    });
+  unrolled<R>([&](auto r) {
+    float* to = p.to + (o + r) * p.to_stride;
+    unrolled<V>([&](auto v) { store(to + v * kLanes, activated(sum[r][v], p.activation)); });
+  });
 }
 
 template <int V, class Value, class Offset>
-void panel_of(const Panel& p) {
-  const Value* values = (const Value*)p.values;
-  const Offset* offsets = (const Offset*)p.offsets;
-  for (int64_t o = 0; o < p.rows; o++, values += p.nnz, offsets += p.nnz) {
-    Float sum[V];
-    const Float start = broadcast(p.bias ? p.bias[o] : 0.0f);
-    for (int v = 0; v < V; v++) sum[v] = p.from ? load(p.from + o * p.from_stride + v * kLanes) : start;
-    int64_t next = offsets[0];
-    for (int64_t j = 0; j < p.nnz; j++) {
-      const float* x = (const float*)(p.x + next);
-      next = offsets[j + 1];  // one past the end is allocated
-#ifndef __clang__
-      asm volatile("" : "+r"(next));  // gcc would move the load to where it is used
-#endif
-      const Float value = broadcast(value_at(values, j));
-      for (int v = 0; v < V; v++) sum[v] = fma(value, load(x + v * kLanes), sum[v]);
-    }
-    float* to = p.to + o * p.to_stride;
-    for (int v = 0; v < V; v++) store(to + v * kLanes, activated(sum[v], p.activation));
-  }
+void panel_of(const Panel p) {  // by value: a store of sums could change what a reference reads
+  constexpr int R = V <= 2 ? 4 : V <= 4 ? 2 : 1;
+  int64_t o = 0;
+  for (; o + R <= p.rows; o += R) outputs_at_once<R, V, Value, Offset>(p, o);
+  for (; R > 1 && o < p.rows; o++) outputs_at_once<1, V, Value, Offset>(p, o);
 }
 
 // int8: inputs are int16, weights pairs of int16. Unpacking two rows of inputs makes pairs, within pieces of 16 bytes, so
@@ -50,24 +64,24 @@ inline void move_sums(Int& low, Int& high, int32_t* at) {
 }
 
 template <int V, class Offset>
-void panel_of_pairs(const Panel& p) {
+void panel_of_pairs(const Panel p) {
   const int32_t* values = (const int32_t*)p.values;
   const Offset* offsets = (const Offset*)p.offsets;
   for (int64_t o = 0; o < p.rows; o++, values += p.nnz / 2, offsets += p.nnz) {
     Int low[V] = {}, high[V] = {};
     int32_t* from = (int32_t*)p.from + o * p.from_stride;
-    for (int v = 0; p.from && v < V; v++) move_sums<false>(low[v], high[v], from + v * 2 * kLanes);
+    if (p.from) unrolled<V>([&](auto v) { move_sums<false>(low[v], high[v], from + v * 2 * kLanes); });
     for (int64_t j = 0; j < p.nnz; j += 2) {
       const int16_t *a = (const int16_t*)(p.x + offsets[j]), *b = (const int16_t*)(p.x + offsets[j + 1]);
       const Short pair = (Short)(Int{} + values[j / 2]);
-      for (int v = 0; v < V; v++) {
+      unrolled<V>([&](auto v) {
         const Short first = *(const ShortInMemory*)(a + v * 2 * kLanes), second = *(const ShortInMemory*)(b + v * 2 * kLanes);
         low[v] = dot_pairs(low[v], shuffled<kLow, int16_t, VECTOR_BYTES>(first, second), pair);
         high[v] = dot_pairs(high[v], shuffled<kHigh, int16_t, VECTOR_BYTES>(first, second), pair);
-      }
+      });
     }
     int32_t* to = (int32_t*)p.to + o * p.to_stride;
-    for (int v = 0; v < V; v++) move_sums<true>(low[v], high[v], to + v * 2 * kLanes);
+    unrolled<V>([&](auto v) { move_sums<true>(low[v], high[v], to + v * 2 * kLanes); });
   }
 }
 
@@ -97,21 +111,27 @@ void panel(const Panel& p, int32_t dtype, bool wide_offsets) {
   else panel_of_any_width<uint16_t>(p, dtype);
 }
 
-// to[c][r] = from[r][c], in blocks of 4 x 4 that the compiler keeps in registers.
+// to[c][r] = from[r][c]. Blocks of 16 x 16 read and write whole cache lines: rows are often a power of two apart, and
+// then only a few lines of as many rows stay in the cache.
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
   typedef typename Vector<int32_t, 16>::type V;
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    int64_t c = 0;
-    for (; c + 4 <= columns; c += 4) {
-      V v[4];
-      for (int i = 0; i < 4; i++) __builtin_memcpy(&v[i], from + (r + i) * from_stride + c, 16);
-      separate<4, int32_t, 16>(v, 4);
-      for (int i = 0; i < 4; i++) __builtin_memcpy(to + (c + i) * to_stride + r, &v[i], 16);
+  constexpr int64_t block = 16;
+  for (int64_t r0 = 0; r0 < rows; r0 += block)
+    for (int64_t c0 = 0; c0 < columns; c0 += block) {
+      const int64_t r1 = r0 + block < rows ? r0 + block : rows, c1 = c0 + block < columns ? c0 + block : columns;
+      int64_t c = c0;
+      for (; c + 4 <= c1; c += 4) {
+        int64_t r = r0;
+        for (; r + 4 <= r1; r += 4) {
+          V v[4];
+          for (int i = 0; i < 4; i++) __builtin_memcpy(&v[i], from + (r + i) * from_stride + c, 16);
+          separate<4, int32_t, 16>(v, 4);
+          for (int i = 0; i < 4; i++) __builtin_memcpy(to + (c + i) * to_stride + r, &v[i], 16);
+        }
+        for (; r < r1; r++)
+          for (int i = 0; i < 4; i++) to[(c + i) * to_stride + r] = from[r * from_stride + c + i];
+      }
+      for (; c < c1; c++)
+        for (int64_t r = r0; r < r1; r++) to[c * to_stride + r] = from[r * from_stride + c];
     }
-    for (; c < columns; c++)
-      for (int i = 0; i < 4; i++) to[c * to_stride + r + i] = from[(r + i) * from_stride + c];
-  }
-  for (; r < rows; r++)
-    for (int64_t c = 0; c < columns; c++) to[c * to_stride + r] = from[r * from_stride + c];
 }

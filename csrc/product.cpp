@@ -87,7 +87,11 @@ float scale_of(const float* x, int64_t count, float largest = 0) {
   return largest;
 }
 
-int16_t quantized(float value, float scale) { return int16_t(std::nearbyint(value / scale)); }
+// Nearest whole number, ties to even, of |value / scale| <= 127: adding 1.5 * 2^23 leaves no room for a fraction.
+int16_t quantized(float value, float scale) {
+  const float large = 12582912.0f;
+  return int16_t((value / scale + large) - large);
+}
 
 // Enough tasks for the threads to share evenly, none so small that it only fetches its inputs.
 int64_t outputs_of_task(int64_t outputs, int64_t others) {
@@ -117,11 +121,16 @@ void pack_panel(const LinearCall& call, int64_t first, int64_t count, char* to, 
     return;
   }
   int16_t* panel = (int16_t*)to;
-  for (int64_t start = 0; start < K; start += 32) {  // so many rows of the panel stay in the cache
-    const int64_t stop = lesser(start + 32, K);
-    for (int64_t c = 0; c < width; c++)
-      for (int64_t k = start; k < stop; k++)
-        panel[k * columns + c] = c < count ? quantized(x[c * call.x_stride + k], scales[first + c]) : int16_t(0);
+  constexpr int64_t some = 16;
+  float* part = sums(some * columns);
+  for (int64_t k = 0; k < K; k += some) {
+    const int64_t inputs = lesser(some, K - k);
+    kernels->transpose(x + k, call.x_stride, count, inputs, part, columns);
+    for (int64_t i = 0; i < inputs; i++) {
+      int16_t* to = panel + (k + i) * columns;
+      for (int64_t c = 0; c < count; c++) to[c] = quantized(part[i * columns + c], scales[first + c]);
+      for (int64_t c = count; c < width; c++) to[c] = 0;
+    }
   }
 }
 

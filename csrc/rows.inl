@@ -41,36 +41,70 @@ inline void finish(const Rows& r, int64_t block, int64_t b, Int sum) {
   __builtin_memcpy((int32_t*)r.y + b * r.y_stride + at, &sum, 4 * (left < kLanes ? left : kLanes));
 }
 
-// NB inputs at once. SLOTS is 0 where the slots of a window are only known at run time.
+// NB inputs at once. SLOTS is 0 where the slots of a window are only known at run time. One input has four sums for each
+// output, added at the end: the slots of one sum alone would wait for one another.
 template <int WINDOW, int SLOTS, int NB, class Value>
-inline void block_of_rows(const Rows& r, int64_t block, int64_t batch) {
-  constexpr int bits = kIndexBits<WINDOW>, in_word = 32 / bits;
-  const int slots = SLOTS ? SLOTS : r.slots;
-  const int64_t words = words_of(r.windows, slots, in_word);
-  const Value* values = (const Value*)r.values + block * r.windows * slots * kLanes;
-  const uint32_t* indices = r.indices + block * words * kLanes;
-  decltype(values_at(values)) sum[NB] = {};
+struct BlockOfRows {
+  typedef decltype(values_at((const Value*)nullptr)) Sum;
+  static constexpr int bits = kIndexBits<WINDOW>, in_word = 32 / bits, sums = NB == 1 ? 4 : 1;
+  const Rows& r;
+  const int slots;
+  const Value* values;
+  const uint32_t* indices;
   const float* x[NB];
-  for (int b = 0; b < NB; b++) x[b] = (const float*)r.x + (batch + b) * r.x_stride;
-  const int together = slots < in_word ? in_word / slots : 1;  // windows whose indices share a word
-  for (int64_t window = 0; window < r.windows;) {
-    Int index{};
-    for (int i = 0; i < together && window < r.windows; i++, window++) {
-      Window<WINDOW> inputs[NB];
-      for (int b = 0; b < NB; b++) inputs[b] = Window<WINDOW>::at(x[b] + window * WINDOW);
-      for (int s = 0; s < slots; s++) {
-        if (s % in_word == 0 && (s || !i)) {
-          index = *(const IntInMemory*)indices;
-          indices += kLanes;
-        }
-        const auto value = values_at(values);
-        values += kLanes;
-        for (int b = 0; b < NB; b++) sum[b] = multiply_add(value, inputs[b].pick(index), sum[b]);
-        index >>= bits;
-      }
+  Sum sum[NB][sums] = {};
+
+  BlockOfRows(const Rows& r, int64_t block, int64_t batch) : r(r), slots(SLOTS ? SLOTS : r.slots) {
+    values = (const Value*)r.values + block * r.windows * slots * kLanes;
+    indices = r.indices + block * words_of(r.windows, slots, in_word) * kLanes;
+    for (int b = 0; b < NB; b++) x[b] = (const float*)r.x + (batch + b) * r.x_stride;
+  }
+
+  Int next_word() {
+    const Int word = *(const IntInMemory*)indices;
+    indices += kLanes;
+    return word;
+  }
+
+  // One window, whose first slots find their indices in `index`.
+  inline __attribute__((always_inline)) void window(int64_t at, Int& index, int count) {
+    Window<WINDOW> inputs[NB];
+    for (int b = 0; b < NB; b++) inputs[b] = Window<WINDOW>::at(x[b] + at * WINDOW);
+    for (int s = 0; s < (SLOTS ? SLOTS : slots); s++) {
+      if (s && s % in_word == 0) index = next_word();
+      const Sum value = values_at(values);
+      values += kLanes;
+      unrolled<NB>([&](auto b) {
+        Sum& total = sum[b][(count + s) % sums];
+        total = multiply_add(value, inputs[b].pick(index), total);
+      });
+      index >>= bits;
     }
   }
-  for (int b = 0; b < NB; b++) finish(r, block, batch + b, sum[b]);
+
+  void run(int64_t block, int64_t batch) {
+    constexpr int unrolled = SLOTS && SLOTS < in_word ? in_word / SLOTS : 1;
+    const int together = slots < in_word ? in_word / slots : 1;  // windows whose indices share a word
+    int64_t at = 0;
+    for (; SLOTS && at + unrolled <= r.windows; at += unrolled) {
+      Int index = next_word();
+#pragma GCC unroll 16
+      for (int i = 0; i < unrolled; i++) window(at + i, index, i * SLOTS);
+    }
+    while (at < r.windows) {
+      Int index = next_word();
+      for (int i = 0; i < together && at < r.windows; i++, at++) window(at, index, 0);
+    }
+    for (int b = 0; b < NB; b++) {
+      for (int i = 1; i < sums; i++) sum[b][0] += sum[b][i];
+      finish(r, block, batch + b, sum[b][0]);
+    }
+  }
+};
+
+template <int WINDOW, int SLOTS, int NB, class Value>
+inline void block_of_rows(const Rows& r, int64_t block, int64_t batch) {
+  BlockOfRows<WINDOW, SLOTS, NB, Value>(r, block, batch).run(block, batch);
 }
 
 template <int WINDOW, int SLOTS, class Value>

@@ -116,10 +116,12 @@ def from_panel(layout: Panel) -> Tensor:
 
 def tile_of(weight: Tensor, pattern: Pattern, columns: int) -> int:
     """How many inputs (channels) make a tile, a multiple of M: so that what all outputs read stays in the cache."""
-    cache = _CACHE if pattern.density >= 0.25 else _CACHE * 8 // 5  # few products a tile cost more than cache misses
+    # Of few products a tile the sums cost more than cache misses: sparser weights have larger tiles (measured).
+    cache = _CACHE * max(1.0, 0.25 / pattern.density) ** 1.5
     line = columns * _input_bytes(weight) + (64 if weight.ndim > 2 else 0)
     rows = weight.shape[2] if weight.ndim > 2 else 1
-    return max(1, cache // (line * rows) // pattern.m) * pattern.m
+    most = 0xFFFF // line if weight.ndim == 2 else 0xFFFF // math.prod(weight.shape[2:])  # positions have 16 bits
+    return max(1, int(min(most, cache / (line * rows))) // pattern.m) * pattern.m
 
 
 def rows(weight: Tensor, pattern: Pattern, *, lanes: int, scales: Tensor | None = None) -> Rows:
