@@ -9,18 +9,17 @@ namespace openwork {
 
 extern const Kernels* kernels;  // of the instruction set in use
 
-// How the weight of a product lies in memory for the panel kernel: tiles of inputs, in each of them all outputs.
-// `tile` inputs (channels) make a tile and the last tile is what is left; `taps` = kernel positions of a convolution.
-// A tile holds, for each output, tile / m * n * taps values, rounded up to even for int8 (with a zero), and as many offsets:
-// bytes in the packed input of a linear layer, positions channel * taps + tap of a convolution.
+// How the weight of a product lies in memory for the panel kernel: tiles of inputs, in each of them all outputs. `tile`
+// inputs make a tile and the last tile is what is left. A tile holds, for each output, tile / m * n values, rounded up to
+// even for int8 (with a zero), and as many offsets: bytes in a tile of inputs that has one row of columns for each.
 struct PanelWeight {
-  const void* values;   // float32, bfloat16; int16 for int8
-  const void* offsets;  // uint16, one more than there are values
-  const float* scales;  // int8: (O) else null
-  const float* bias;    // (O) or null
+  const void* values;       // float32, bfloat16; int16 for int8
+  const uint16_t* offsets;  // one more than there are values
+  const float* scales;      // int8: (O) else null
+  const float* bias;        // (O) or null
   Dtype dtype;
-  int32_t n, m, tile, taps;
-  int64_t K, O;         // inputs (channels of one group), outputs
+  int32_t n, m, tile;
+  int64_t K, O;  // inputs, outputs; of a convolution kernel positions * channels of one group, rounded up to M
 };
 
 struct LinearCall {
@@ -33,14 +32,12 @@ struct LinearCall {
 };
 
 struct ConvCall {
-  PanelWeight weight;  // K channels of one group, O outputs of all groups
-  const float* x;      // (N, C, H, W)
-  float* y;            // (N, O, outH, outW)
-  void* scratch;       // openwork_conv_scratch bytes
-  int64_t N, H, W, outH, outW;
-  int32_t groups, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_h, kernel_w;
-  int32_t channels_last;  // of x and y
-  int64_t plane, row;     // floats between channels and between rows of the prepared input, as the offsets assume
+  PanelWeight weight;     // O outputs of all groups
+  const void* x;          // (N, groups * channels, H, W) float32; int8: int16
+  const float* x_scales;  // int8: (N) else null
+  float* y;               // (N, O, outH, outW)
+  int64_t N, channels, H, W, outH, outW;
+  int32_t groups, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w;
   Activation activation;
 };
 

@@ -32,15 +32,14 @@ enum Activation : int32_t { kNone = 0, kRelu = 1 };
 // One K-tile of a product whose lanes are columns of the input ("panel"): `rows` outputs with `nnz` products each.
 // Product j of an output adds values[j] * x[offsets[j] ...] (bytes) to `vectors` vectors of columns.
 struct Panel {
-  const void* values;     // (rows, nnz), the dtype of the weight; int8: (rows, nnz / 2) pairs of int16
-  const void* offsets;    // (rows, nnz) and one more, uint16 or int32
+  const void* values;       // (rows, nnz), the dtype of the weight; int8: (rows, nnz / 2) pairs of int16
+  const uint16_t* offsets;  // (rows, nnz) and one more
   int64_t rows, nnz;
   const char* x;
-  const float* from;      // partial sums to continue, or null: start at `bias`
-  int64_t from_stride;
-  const float* bias;      // (rows) or null
+  const float* from;  // partial sums to continue, or null: start at `bias`
+  const float* bias;  // (rows) or null
   float* to;
-  int64_t to_stride;
+  int64_t stride;  // floats between the sums of two outputs, in `from` and in `to`
   int32_t vectors;
   Activation activation;  // applied to what is written
 };
@@ -76,7 +75,7 @@ struct Kernels {
   void (*prune)(const Groups&, int32_t dtype, const void* weight, void* out, int64_t first, int64_t last);
   void (*decay)(const Groups&, int32_t dtype, const void* weight, void* grad, float decay, int64_t first, int64_t last);
   int64_t (*differ)(const uint8_t* a, const uint8_t* b, int64_t bytes);  // bits that differ
-  void (*panel)(const Panel&, int32_t dtype, bool wide_offsets);         // float32, bfloat16, int8
+  void (*panel)(const Panel&, int32_t dtype);                            // float32, bfloat16, int8
   void (*rows)(const Rows&, int32_t dtype, int64_t first, int64_t last);  // blocks
   void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
   bool (*supported)();

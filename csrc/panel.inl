@@ -15,15 +15,15 @@ inline Float activated(Float v, Activation activation) {
 }
 
 // R outputs at once: where vectors are few, sums of one output alone would wait for one another.
-template <int R, int V, class Value, class Offset>
+template <int R, int V, class Value>
 inline __attribute__((always_inline)) void outputs_at_once(const Panel& p, int64_t o) {
   const Value* values = (const Value*)p.values + o * p.nnz;
-  const Offset* offsets = (const Offset*)p.offsets + o * p.nnz;
+  const uint16_t* offsets = p.offsets + o * p.nnz;
   Float sum[R][V];
   int64_t next[R];
   unrolled<R>([&](auto r) {
     const Float start = broadcast(p.bias ? p.bias[o + r] : 0.0f);
-    const float* from = p.from + (o + r) * p.from_stride;
+    const float* from = p.from + (o + r) * p.stride;
     unrolled<V>([&](auto v) { sum[r][v] = p.from ? load(from + v * kLanes) : start; });
     next[r] = offsets[r * p.nnz];
   });
@@ -39,17 +39,17 @@ inline __attribute__((always_inline)) void outputs_at_once(const Panel& p, int64
       unrolled<V>([&](auto v) { sum[r][v] = fma(value, load(x + v * kLanes), sum[r][v]); });
     });
   unrolled<R>([&](auto r) {
-    float* to = p.to + (o + r) * p.to_stride;
+    float* to = p.to + (o + r) * p.stride;
     unrolled<V>([&](auto v) { store(to + v * kLanes, activated(sum[r][v], p.activation)); });
   });
 }
 
-template <int V, class Value, class Offset>
+template <int V, class Value>
 void panel_of(const Panel p) {  // by value: a store of sums could change what a reference reads
   constexpr int R = V <= 2 ? 4 : V <= 4 ? 2 : 1;
   int64_t o = 0;
-  for (; o + R <= p.rows; o += R) outputs_at_once<R, V, Value, Offset>(p, o);
-  for (; R > 1 && o < p.rows; o++) outputs_at_once<1, V, Value, Offset>(p, o);
+  for (; o + R <= p.rows; o += R) outputs_at_once<R, V, Value>(p, o);
+  for (; R > 1 && o < p.rows; o++) outputs_at_once<1, V, Value>(p, o);
 }
 
 // int8: inputs are int16, weights pairs of int16. Unpacking two rows of inputs makes pairs, within pieces of 16 bytes, so
@@ -63,13 +63,13 @@ inline void move_sums(Int& low, Int& high, int32_t* at) {
   }
 }
 
-template <int V, class Offset>
+template <int V>
 void panel_of_pairs(const Panel p) {
   const int32_t* values = (const int32_t*)p.values;
-  const Offset* offsets = (const Offset*)p.offsets;
+  const uint16_t* offsets = p.offsets;
   for (int64_t o = 0; o < p.rows; o++, values += p.nnz / 2, offsets += p.nnz) {
     Int low[V] = {}, high[V] = {};
-    int32_t* from = (int32_t*)p.from + o * p.from_stride;
+    int32_t* from = (int32_t*)p.from + o * p.stride;
     if (p.from) unrolled<V>([&](auto v) { move_sums<false>(low[v], high[v], from + v * 2 * kLanes); });
     for (int64_t j = 0; j < p.nnz; j += 2) {
       const int16_t *a = (const int16_t*)(p.x + offsets[j]), *b = (const int16_t*)(p.x + offsets[j + 1]);
@@ -80,35 +80,29 @@ void panel_of_pairs(const Panel p) {
         high[v] = dot_pairs(high[v], shuffled<kHigh, int16_t, VECTOR_BYTES>(first, second), pair);
       });
     }
-    int32_t* to = (int32_t*)p.to + o * p.to_stride;
+    int32_t* to = (int32_t*)p.to + o * p.stride;
     unrolled<V>([&](auto v) { move_sums<true>(low[v], high[v], to + v * 2 * kLanes); });
   }
 }
 
-template <int V, class Offset>
+template <int V>
 void panel_at(const Panel& p, int32_t dtype) {
-  if (dtype == kFloat32) return panel_of<V, float, Offset>(p);
-  if (dtype == kBFloat16) return panel_of<V, uint16_t, Offset>(p);
-  if constexpr (V % 2 == 0) return panel_of_pairs<V / 2, Offset>(p);
+  if (dtype == kFloat32) return panel_of<V, float>(p);
+  if (dtype == kBFloat16) return panel_of<V, uint16_t>(p);
+  if constexpr (V % 2 == 0) return panel_of_pairs<V / 2>(p);
 }
 
-template <class Offset>
-void panel_of_any_width(const Panel& p, int32_t dtype) {
+void panel(const Panel& p, int32_t dtype) {
   switch (p.vectors) {
-    case 1: return panel_at<1, Offset>(p, dtype);
-    case 2: return panel_at<2, Offset>(p, dtype);
-    case 3: return panel_at<3, Offset>(p, dtype);
-    case 4: return panel_at<4, Offset>(p, dtype);
-    case 5: return panel_at<5, Offset>(p, dtype);
-    case 6: return panel_at<6, Offset>(p, dtype);
-    case 7: return panel_at<7, Offset>(p, dtype);
-    default: return panel_at<8, Offset>(p, dtype);
+    case 1: return panel_at<1>(p, dtype);
+    case 2: return panel_at<2>(p, dtype);
+    case 3: return panel_at<3>(p, dtype);
+    case 4: return panel_at<4>(p, dtype);
+    case 5: return panel_at<5>(p, dtype);
+    case 6: return panel_at<6>(p, dtype);
+    case 7: return panel_at<7>(p, dtype);
+    default: return panel_at<8>(p, dtype);
   }
-}
-
-void panel(const Panel& p, int32_t dtype, bool wide_offsets) {
-  if (wide_offsets) panel_of_any_width<int32_t>(p, dtype);
-  else panel_of_any_width<uint16_t>(p, dtype);
 }
 
 // to[c][r] = from[r][c]. Blocks of 16 x 16 read and write whole cache lines: rows are often a power of two apart, and

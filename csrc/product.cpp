@@ -15,8 +15,9 @@ int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * ste
 int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t parts(int64_t value, int64_t step) { return (value + step - 1) / step; }
 
-// Memory of one thread that grows and stays: partial sums.
-float* sums(size_t floats) {
+// Memory of one thread that grows and stays. WHICH tells two such buffers apart.
+template <int WHICH>
+float* memory(size_t floats) {
   struct Buffer {
     float* data = nullptr;
     size_t size = 0;
@@ -37,47 +38,45 @@ int64_t bytes_of_input(const PanelWeight& w) { return w.dtype == kInt8 ? 2 : 4; 
 
 // Products of one output in a tile that begins at input k.
 int64_t nnz_of(const PanelWeight& w, int64_t k) {
-  const int64_t inputs = lesser(w.tile, up(w.K, w.m) - k), nnz = inputs / w.m * w.n * w.taps;
+  const int64_t nnz = lesser(w.tile, up(w.K, w.m) - k) / w.m * w.n;
   return w.dtype == kInt8 ? up(nnz, 2) : nnz;
 }
 
-// Outputs [first, last) for the columns that x points at, all tiles; the sums go to `to`. `tile_bytes` lies between the
-// inputs of two tiles, `wide` says whether offsets are int32.
-void outputs_of(const PanelWeight& w, const void* offsets, bool wide, int64_t first, int64_t last, const char* x, int64_t tile_bytes, int64_t vectors,
-                float* partial, float* to, int64_t to_stride, Activation activation) {
-  const int64_t columns = columns_of_panel(), value_bytes = w.dtype == kFloat32 ? 4 : 2, offset_bytes = wide ? 4 : 2;
+// Outputs [first, last) of some columns, all tiles. `inputs(k)` gives the columns of the tile that begins at input k.
+template <class Inputs>
+void outputs_of(const PanelWeight& w, int64_t first, int64_t last, int64_t vectors, float* sum, Activation activation,
+                const Inputs& inputs) {
+  const int64_t columns = columns_of_panel(), value_bytes = w.dtype == kFloat32 ? 4 : 2;
   int64_t before = 0;
-  for (int64_t k = 0; k < w.K; k += w.tile, x += tile_bytes) {
+  for (int64_t k = 0; k < w.K; k += w.tile) {
     const int64_t nnz = nnz_of(w, k), at = before + first * nnz;
-    const bool final = k + w.tile >= w.K;
     Panel p{};
     p.values = (const char*)w.values + at * value_bytes;
-    p.offsets = (const char*)offsets + at * offset_bytes;
+    p.offsets = (const uint16_t*)w.offsets + at;
     p.rows = last - first;
     p.nnz = nnz;
-    p.x = x;
-    p.from = k ? partial : nullptr;
-    p.from_stride = columns;
+    p.x = inputs(k);
+    p.from = k ? sum : nullptr;
     p.bias = w.bias && w.dtype != kInt8 ? w.bias + first : nullptr;
-    p.to = final ? to : partial;
-    p.to_stride = final ? to_stride : columns;
+    p.to = sum;
+    p.stride = columns;
     p.vectors = int32_t(vectors);
-    p.activation = final ? activation : kNone;
-    kernels->panel(p, w.dtype, wide);
+    p.activation = k + w.tile >= w.K ? activation : kNone;
+    kernels->panel(p, w.dtype);
     before += w.O * nnz;
   }
 }
 
 float activated(float value, Activation activation) { return activation == kRelu && value < 0 ? 0 : value; }
 
-// int32 sums to floats, in place: the scales of the input (one a column, or one for all) and of the output.
+// int32 sums to floats, in place: the scale of each column of the input and of each output.
 void rescale(const PanelWeight& w, int64_t first, int64_t last, float* sum, int64_t count, const float* column_scales,
-             bool one_scale, Activation activation) {
+             Activation activation) {
   for (int64_t o = first; o < last; o++, sum += columns_of_panel())
     for (int64_t c = 0; c < count; c++) {
       int32_t whole;
       std::memcpy(&whole, sum + c, 4);
-      const float scale = column_scales[one_scale ? 0 : c] * w.scales[o];
+      const float scale = column_scales[c] * w.scales[o];
       sum[c] = activated(float(whole) * scale + (w.bias ? w.bias[o] : 0), activation);
     }
 }
@@ -122,7 +121,7 @@ void pack_panel(const LinearCall& call, int64_t first, int64_t count, char* to, 
   }
   int16_t* panel = (int16_t*)to;
   constexpr int64_t some = 16;
-  float* part = sums(some * columns);
+  float* part = memory<1>(some * columns);
   for (int64_t k = 0; k < K; k += some) {
     const int64_t inputs = lesser(some, K - k);
     kernels->transpose(x + k, call.x_stride, count, inputs, part, columns);
@@ -152,14 +151,15 @@ void linear(const LinearCall& call) {
   });
   const int64_t block = outputs_of_task(w.O, panels), blocks = parts(w.O, block);
   parallel_for(panels * blocks, 1, [&](int64_t first, int64_t last) {
-    float* sum = sums(block * columns);
+    float* sum = memory<0>(block * columns);
     for (int64_t task = first; task < last; task++) {
       const int64_t b = task / blocks * columns, count = lesser(columns, call.B - b);
       const int64_t o = task % blocks * block, end = lesser(o + block, w.O);
       const int64_t step = w.dtype == kInt8 ? 2 : 1, vectors = up(parts(count, kernels->lanes), step);
       const char* x = scratch.inputs + task / blocks * panel_bytes;
-      outputs_of(w, w.offsets, false, o, end, x, w.tile * columns * bytes_of_input(w), vectors, sum, sum, columns, call.activation);
-      if (w.dtype == kInt8) rescale(w, o, end, sum, count, scratch.scales + b, false, call.activation);
+      const auto inputs = [=](int64_t k) { return x + k * columns * bytes_of_input(w); };
+      outputs_of(w, o, end, vectors, sum, call.activation, inputs);
+      if (w.dtype == kInt8) rescale(w, o, end, sum, count, scratch.scales + b, call.activation);
       kernels->transpose(sum, columns, end - o, count, call.y + b * call.y_stride + o, call.y_stride);
     }
   });
@@ -167,158 +167,80 @@ void linear(const LinearCall& call) {
 
 // ---- convolution ----
 //
-// The input is padded and, where the stride is not 1, sorted into stride_h x stride_w phases, so that neighbouring
-// outputs of one row read neighbouring inputs whatever the kernel position. Outputs are numbered along the rows of that
-// prepared input: a few at the end of each row are computed and dropped.
+// The columns are the output pixels of all images, in order; the inputs are numbered kernel position by kernel position,
+// channels within. Each task gathers one tile of inputs for one panel of pixels: rows of the image, shifted. What that
+// costs, its outputs share.
 
-struct Prepared {
-  int64_t phases, rows, row, plane, image;  // floats, but `rows`
-  bool in_place;
-};
-
-Prepared prepared(const ConvCall& c) {
-  Prepared p{};
-  p.phases = int64_t(c.stride_h) * c.stride_w;
-  p.rows = parts(c.H + 2 * c.pad_h, c.stride_h);
-  p.row = c.row;
-  p.plane = c.plane;
-  p.image = up(c.weight.K, c.weight.m) * c.groups * c.plane;
-  // The last panel is moved back so that it reads no further than the input: there must be room for it.
-  const bool room = c.H * c.W >= columns_of_panel() || c.H * c.W % kernels->lanes == 0;
-  p.in_place = room && c.plane == c.H * c.W && c.row == c.W && p.phases == 1 && !c.pad_h && !c.pad_w &&
-               !c.channels_last && c.weight.dtype != kInt8 && c.weight.K % c.weight.m == 0;
-  return p;
-}
-
-// What lies in the scratch: one scale for each image (int8), the offset of each position in a tile, the offset of each
-// weight and one more, the prepared input unless it is used in place.
-struct ConvScratch {
-  float* scales;
-  int32_t *table, *offsets;
-  char* inputs;
-  int64_t weights, bytes;
-};
-
-ConvScratch scratch_of(const ConvCall& c, const Prepared& p) {
-  ConvScratch s{};
-  for (int64_t k = 0; k < c.weight.K; k += c.weight.tile) s.weights += nnz_of(c.weight, k) * c.weight.O;
-  char* at = (char*)c.scratch;
-  s.scales = (float*)at;
-  s.table = (int32_t*)(at += up(c.N * 4, 64));
-  s.offsets = (int32_t*)(at += up(int64_t(c.weight.tile) * c.weight.taps * 4, 64));
-  s.inputs = at += up((s.weights + 1) * 4, 64);
-  // Reads beyond the last output of a panel reach one panel past the last plane.
-  const int64_t inputs = p.in_place ? 0 : c.N * p.image + columns_of_panel();
-  s.bytes = at - (char*)c.scratch + inputs * bytes_of_input(c.weight);
-  return s;
-}
-
-// From positions in a tile, channel * taps + tap, to bytes in the prepared input, which depend on the size of the image.
-void resolve_offsets(const ConvCall& c, const Prepared& p, const ConvScratch& s) {
-  int32_t* entry = s.table;
-  for (int64_t channel = 0; channel < c.weight.tile; channel++)
-    for (int64_t y = 0; y < int64_t(c.kernel_h) * c.dilation_h; y += c.dilation_h)
-      for (int64_t x = 0; x < int64_t(c.kernel_w) * c.dilation_w; x += c.dilation_w) {
-        const int64_t phase = y % c.stride_h * c.stride_w + x % c.stride_w;
-        const int64_t at = (phase * p.rows + y / c.stride_h) * p.row + x / c.stride_w;
-        *entry++ = int32_t((channel * p.plane + at) * bytes_of_input(c.weight));
-      }
-  const uint16_t* positions = (const uint16_t*)c.weight.offsets;
-  parallel_for(s.weights + 1, 65536, [=](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) s.offsets[i] = s.table[positions[i]];
-  });
-}
-
-// One channel of one image; `scale` is 0 unless the input is quantized.
+// `count` pixels of one row of the output, from pixel `column` on, of one input (a channel at a kernel position).
 template <class Input>
-void prepare_plane(const ConvCall& c, const Prepared& p, const float* x, int64_t x_row, int64_t x_column, Input* to,
-                   float scale) {
-  std::memset(to, 0, p.plane * sizeof(Input));
-  for (int64_t h = 0; h < c.H; h++) {
-    const int64_t y = h + c.pad_h;
-    for (int64_t phase = 0; phase < c.stride_w; phase++) {
-      Input* row = to + ((y % c.stride_h * c.stride_w + phase) * p.rows + y / c.stride_h) * p.row;
-      int64_t w = (phase - c.pad_w % c.stride_w + c.stride_w) % c.stride_w;  // the first that falls into this phase
-      row += (w + c.pad_w) / c.stride_w;
-      const float* from = x + h * x_row + w * x_column;
-      if (sizeof(Input) == 4 && c.stride_w == 1 && x_column == 1) {
-        std::memcpy(row, from, c.W * sizeof(float));
-        continue;
-      }
-      for (; w < c.W; w += c.stride_w, from += c.stride_w * x_column)
-        *row++ = sizeof(Input) == 2 ? Input(quantized(*from, scale)) : Input(*from);
+void gather_row(const ConvCall& c, const Input* plane, int64_t y, int64_t shift, int64_t column, int64_t count, Input* to) {
+  if (y < 0 || y >= c.H) return void(std::memset(to, 0, count * sizeof(Input)));
+  int64_t x = column * c.stride_w + shift, i = 0;
+  const Input* from = plane + y * c.W;
+  for (; i < count && x < 0; i++, x += c.stride_w) to[i] = 0;
+  if (c.stride_w == 1) {
+    const int64_t stop = lesser(count, i + (x < c.W ? c.W - x : 0));
+    for (; i + 8 <= stop; i += 8, x += 8) std::memcpy(to + i, from + x, 8 * sizeof(Input));
+    for (; i < stop; i++, x++) to[i] = from[x];
+  }
+  for (; i < count && x < c.W; i++, x += c.stride_w) to[i] = from[x];
+  for (; i < count; i++) to[i] = 0;
+}
+
+// Inputs [k, end) of group g for pixels [q, q + count).
+template <class Input>
+void gather(const ConvCall& c, int64_t g, int64_t k, int64_t end, int64_t q, int64_t count, Input* to) {
+  const int64_t columns = columns_of_panel(), pixels = c.outH * c.outW, padded = up(c.channels, c.weight.m);
+  const int64_t width = lesser(up(count, 2 * kernels->lanes), columns);
+  for (; k < end; k++, to += columns) {
+    const int64_t tap = k / padded, channel = k % padded;
+    const int64_t y_shift = tap / c.kernel_w * c.dilation_h - c.pad_h, x_shift = tap % c.kernel_w * c.dilation_w - c.pad_w;
+    std::memset(to + count, 0, (width - count) * sizeof(Input));
+    if (channel >= c.channels) {
+      std::memset(to, 0, count * sizeof(Input));
+      continue;
+    }
+    for (int64_t at = 0; at < count;) {
+      const int64_t n = (q + at) / pixels, row = (q + at) % pixels / c.outW, column = (q + at) % c.outW;
+      const int64_t some = lesser(c.outW - column, count - at);
+      const Input* plane = (const Input*)c.x + ((n * c.groups + g) * c.channels + channel) * c.H * c.W;
+      gather_row(c, plane, row * c.stride_h + y_shift, x_shift, column, some, to + at);
+      at += some;
     }
   }
 }
 
-template <class Input>
-void prepare(const ConvCall& c, const Prepared& p, const ConvScratch& s) {
-  const int64_t C = c.weight.K * c.groups, padded = up(c.weight.K, c.weight.m), pixels = c.H * c.W;
-  Input* inputs = (Input*)s.inputs;
-  if (sizeof(Input) == 2)
-    for (int64_t n = 0; n < c.N; n++) {
-      const float largest = scale_of(c.x + n * C * pixels, C * pixels);
-      s.scales[n] = largest > 0 ? largest / 127 : 1;
-    }
-  parallel_for(c.N * c.groups * padded, 1 + 16384 / p.plane, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) {
-      const int64_t n = i / (c.groups * padded), g = i / padded % c.groups, k = i % padded, channel = g * c.weight.K + k;
-      Input* to = inputs + n * p.image + (g * padded + k) * p.plane;
-      if (k >= c.weight.K)
-        std::memset(to, 0, p.plane * sizeof(Input));
-      else if (c.channels_last)
-        prepare_plane(c, p, c.x + n * C * pixels + channel, c.W * C, C, to, s.scales[n]);
-      else
-        prepare_plane(c, p, c.x + (n * C + channel) * pixels, c.W, 1, to, s.scales[n]);
-    }
-  });
-}
-
-// Columns [q, q + count) of outputs [o, end) from `sum` to y, without what lies beyond the ends of rows.
-void write(const ConvCall& c, int64_t n, int64_t o, int64_t end, int64_t q, int64_t count, const float* sum) {
+// Pixels [q, q + count) of outputs [o, end) from `sum` to y.
+void scatter(const ConvCall& c, int64_t o, int64_t end, int64_t q, int64_t count, const float* sum) {
   const int64_t columns = columns_of_panel(), pixels = c.outH * c.outW;
   for (int64_t at = 0; at < count;) {
-    const int64_t row = (q + at) / c.row, column = (q + at) % c.row;
-    const int64_t some = lesser(c.outW - column, count - at);
-    if (some > 0 && c.channels_last) {
-      float* to = c.y + ((n * c.outH + row) * c.outW + column) * c.weight.O + o;
-      kernels->transpose(sum + at, columns, end - o, some, to, c.weight.O);
-    } else if (some > 0) {
-      float* to = c.y + (n * c.weight.O + o) * pixels + row * c.outW + column;
-      for (int64_t i = 0; i < end - o; i++) std::memcpy(to + i * pixels, sum + at + i * columns, some * 4);
-    }
-    at += lesser(c.row - column, count - at);
+    const int64_t n = (q + at) / pixels, pixel = (q + at) % pixels, some = lesser(pixels - pixel, count - at);
+    float* to = c.y + (n * c.weight.O + o) * pixels + pixel;
+    for (int64_t i = 0; i < end - o; i++) std::memcpy(to + i * pixels, sum + at + i * columns, some * 4);
+    at += some;
   }
 }
 
 void conv(const ConvCall& c) {
   const PanelWeight& w = c.weight;
-  const Prepared p = prepared(c);
-  const int64_t columns = columns_of_panel(), lanes = kernels->lanes, size = bytes_of_input(w);
-  const ConvScratch scratch = scratch_of(c, p);
-  const char* inputs = p.in_place ? (const char*)c.x : scratch.inputs;
-  resolve_offsets(c, p, scratch);
-  if (!p.in_place && w.dtype == kInt8) prepare<int16_t>(c, p, scratch);
-  else if (!p.in_place) prepare<float>(c, p, scratch);
-  const int64_t all = (c.outH - 1) * c.row + c.outW, panels = parts(all, columns), outputs = w.O / c.groups;
-  const int64_t block = outputs_of_task(outputs, c.N * c.groups * panels), blocks = parts(outputs, block);
-  // Threads that follow one another share a panel's inputs.
-  parallel_for(c.N * c.groups * panels * blocks, 1, [&](int64_t first, int64_t last) {
-    float* sum = sums(block * columns);
+  const bool int8 = w.dtype == kInt8;
+  const int64_t columns = columns_of_panel(), pixels = c.outH * c.outW, all = c.N * pixels, panels = parts(all, columns);
+  const int64_t outputs = w.O / c.groups, block = outputs_of_task(outputs, c.groups * panels), blocks = parts(outputs, block);
+  parallel_for(c.groups * panels * blocks, 1, [&](int64_t first, int64_t last) {
+    float *sum = memory<0>(block * columns), *tile = memory<1>(w.tile * columns), *scales = memory<2>(columns);
     for (int64_t task = first; task < last; task++) {
-      const int64_t panel = task / blocks % panels, g = task / blocks / panels % c.groups;
-      const int64_t n = task / blocks / panels / c.groups;
+      const int64_t q = task / blocks % panels * columns, count = lesser(columns, all - q), g = task / blocks / panels;
       const int64_t o = g * outputs + task % blocks * block, end = lesser(o + block, (g + 1) * outputs);
-      int64_t q = panel * columns, count = lesser(columns, all - q);
-      const int64_t vectors = up(parts(count, lanes), w.dtype == kInt8 ? 2 : 1);
-      if (p.in_place && q + vectors * lanes > all) q = all - vectors * lanes, count = vectors * lanes;  // read no further
-      const char* x = inputs + (n * p.image + g * up(w.K, w.m) * p.plane + q) * size;
-      const bool direct = w.dtype != kInt8 && !c.channels_last && c.row == c.outW && count == vectors * lanes;
-      float* to = direct ? c.y + (n * w.O + o) * c.outH * c.outW + q : sum;
-      const int64_t to_stride = direct ? c.outH * c.outW : columns;
-      outputs_of(w, scratch.offsets, true, o, end, x, w.tile * p.plane * size, vectors, sum, to, to_stride, c.activation);
-      if (w.dtype == kInt8) rescale(w, o, end, sum, count, scratch.scales + n, true, c.activation);
-      if (!direct) write(c, n, o, end, q, count, sum);
+      const int64_t vectors = up(parts(count, kernels->lanes), int8 ? 2 : 1);
+      outputs_of(w, o, end, vectors, sum, c.activation, [&](int64_t k) {
+        const int64_t stop = lesser(k + w.tile, w.K);
+        if (int8) gather(c, g, k, stop, q, count, (int16_t*)tile);
+        else gather(c, g, k, stop, q, count, tile);
+        return (const char*)tile;
+      });
+      for (int64_t i = 0; int8 && i < count; i++) scales[i] = c.x_scales[(q + i) / pixels];
+      if (int8) rescale(w, o, end, sum, count, scales, c.activation);
+      scatter(c, o, end, q, count, sum);
     }
   });
 }
@@ -334,8 +256,6 @@ OPENWORK_API int64_t openwork_linear_scratch(const LinearCall* call) {
 }
 
 OPENWORK_API void openwork_linear(const LinearCall* call) { linear(*call); }
-
-OPENWORK_API int64_t openwork_conv_scratch(const ConvCall* call) { return scratch_of(*call, prepared(*call)).bytes; }
 
 OPENWORK_API void openwork_conv(const ConvCall* call) { conv(*call); }
 

@@ -13,7 +13,18 @@ import torch
 from torch import Tensor, nn
 
 import openwork.kernels as kernels
-from openwork.layout import WINDOWS, Panel, Rows, from_panel, from_rows, panel, quantized, rows
+from openwork.layout import (
+    WINDOWS,
+    Panel,
+    Rows,
+    conv_rows,
+    from_conv_rows,
+    from_panel,
+    from_rows,
+    panel,
+    quantized,
+    rows,
+)
 from openwork.ops.products import panel_numbers, rows_numbers
 from openwork.pattern import Pattern
 
@@ -22,7 +33,7 @@ Kind = Literal["panel", "rows"]
 
 
 def packed(weight: Tensor, pattern: Pattern, kind: Kind, stored: torch.dtype) -> Panel | Rows:
-    """A weight (O, K) or (O, C, kernel...) as the kernel of this machine reads it, its values in the dtype `stored`."""
+    """A weight (O, K) as the kernel of this machine reads it, its values in the dtype `stored`."""
     scales = None
     if stored == torch.int8:
         weight, scales = quantized(weight)
@@ -38,7 +49,7 @@ def kinds_for(weight: Tensor, pattern: Pattern) -> tuple[Kind, ...]:
 
 
 class _Packed(nn.Module):
-    """The weight of one layer. `transposed`: the layer that was replaced keeps it as (in, out)."""
+    """The weight of one layer."""
 
     values: Tensor
     positions: Tensor
@@ -46,9 +57,8 @@ class _Packed(nn.Module):
     bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, pattern: Pattern, kind: Kind, stored: torch.dtype):
-        super().__init__()
+        nn.Module.__init__(self)
         self.pattern, self.kind, self.stored, self.dtype = pattern, kind, stored, weight.dtype
-        self.transposed = False
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self._pack(weight)
         self.register_state_dict_post_hook(_write_dense)
@@ -59,11 +69,11 @@ class _Packed(nn.Module):
         """The dense weight, made anew at each call: what was packed, or its int8 or bfloat16 approximation."""
         numbers = from_panel(self._layout()) if self.kind == "panel" else from_rows(self._layout())
         if self.scales is not None:
-            numbers = numbers.float() * self.scales.view(-1, *[1] * (numbers.ndim - 1))
-        return numbers.to(self.dtype)
+            numbers = numbers.float() * self.scales[:, None]
+        return self._from_rows(numbers.to(self.dtype))
 
     def _pack(self, weight: Tensor) -> None:
-        layout = packed(weight, self.pattern, self.kind, self.stored)
+        layout = packed(self._to_rows(weight), self.pattern, self.kind, self.stored)
         positions = layout.words if isinstance(layout, Rows) else layout.positions
         for name, tensor in (("values", layout.values), ("positions", positions), ("scales", layout.scales)):
             self.register_buffer(name, tensor, persistent=False)
@@ -74,8 +84,15 @@ class _Packed(nn.Module):
         if self.kind == "rows":
             _, _, lanes, O, K = self.numbers
             return Rows(*tensors, (O, K), lanes)
-        _, _, tile, columns, *shape = self.numbers
-        return Panel(*tensors, tuple(shape), tile, columns)
+        _, _, tile, columns, O, K = self.numbers
+        return Panel(*tensors, (O, K), tile, columns)
+
+    def _to_rows(self, weight: Tensor) -> Tensor:
+        """The layer's weight as (O, K)."""
+        raise NotImplementedError
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -95,41 +112,59 @@ class _Packed(nn.Module):
 
 
 class SparseLinear(_Packed):
-    """A linear layer (..., K) -> (..., O) with a packed weight (O, K), `relu` applied to the result where set."""
+    """A linear layer (..., K) -> (..., O) with a packed weight, `relu` applied to the result where set. `transposed`: the
+    layer it stands for keeps its weight as (K, O)."""
 
     relu = False
+
+    def __init__(self, layer: Any, pattern: Pattern, kind: Kind, stored: torch.dtype, *, transposed: bool = False):
+        self.transposed = transposed
+        super().__init__(layer.weight, layer.bias, pattern, kind, stored)
 
     def forward(self, x: Tensor) -> Tensor:
         product = torch.ops.openwork.rows_linear if self.kind == "rows" else torch.ops.openwork.panel_linear
         y = product(x.float(), self.values, self.positions, self.scales, self.bias, self.numbers, self.relu)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
+    def _to_rows(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.transposed else weight
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        return rows.t().contiguous() if self.transposed else rows
+
 
 class SparseConv2d(_Packed):
-    """A convolution (N, C, H, W) -> (N, O, ., .) with a packed weight (O, C / groups, kernel), in either memory format.
-    A one-dimensional one, (N, C, L) with a kernel of one dim, is a convolution of images one pixel high."""
+    """A convolution (N, C, H, W) -> (N, O, ., .) with a packed weight, in either memory format. A one-dimensional one,
+    (N, C, L) with a kernel of one dim, is a convolution of images one pixel high."""
 
     relu = False
 
     def __init__(self, conv: nn.Conv2d | nn.Conv1d, pattern: Pattern, stored: torch.dtype):
         self.flat = isinstance(conv, nn.Conv1d)
-        weight = conv.weight[:, :, None] if isinstance(conv, nn.Conv1d) else conv.weight
-        super().__init__(weight, conv.bias, pattern, "panel", stored)
+        self.kernel = [1] * self.flat + list(conv.kernel_size)
         self.stride = [1] * self.flat + list(conv.stride)
         self.dilation = [1] * self.flat + list(conv.dilation)
         self.padding = [0] * self.flat + symmetric_padding(conv)
-        self.groups = conv.groups
+        self.groups, self.channels = conv.groups, conv.in_channels // conv.groups
+        super().__init__(conv.weight, conv.bias, pattern, "panel", stored)
 
     def forward(self, x: Tensor) -> Tensor:
         unbatched = x.ndim == (2 if self.flat else 3)
         image = x.unsqueeze(0) if unbatched else x
         image = image.unsqueeze(2) if self.flat else image
         layout = (self.values, self.positions, self.scales, self.bias, self.numbers)
-        geometry = (self.stride, self.padding, self.dilation, self.groups, self.relu)
+        geometry = (self.kernel, self.stride, self.padding, self.dilation, self.groups, self.relu)
         y = torch.ops.openwork.panel_conv2d(image.float(), *layout, *geometry)
         y = y.squeeze(2) if self.flat else y
         y = y.squeeze(0) if unbatched else y
         return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+    def _to_rows(self, weight: Tensor) -> Tensor:
+        return conv_rows(weight.unsqueeze(2) if self.flat else weight, self.pattern)
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        weight = from_conv_rows(rows, self.channels, (self.kernel[0], self.kernel[1]))
+        return weight.squeeze(2) if self.flat else weight
 
 
 def symmetric_padding(conv: nn.Conv2d | nn.Conv1d) -> list[int]:
@@ -147,9 +182,7 @@ def symmetric_padding(conv: nn.Conv2d | nn.Conv1d) -> list[int]:
 
 
 def _write_dense(module: _Packed, state: dict[str, Any], prefix: str, _: object) -> None:
-    weight = module.weight
-    weight = weight.squeeze(2) if getattr(module, "flat", False) else weight
-    state[prefix + "weight"] = weight.t().contiguous() if module.transposed else weight
+    state[prefix + "weight"] = module.weight
     if module.bias is not None:
         state[prefix + "bias"] = module.bias.to(module.dtype)
 
@@ -160,6 +193,5 @@ def _read_dense(
     weight = state.pop(prefix + "weight", None)
     if weight is None:
         missing.append(prefix + "weight")
-        return
-    weight = weight.t() if module.transposed else weight
-    module._pack(weight.unsqueeze(2) if getattr(module, "flat", False) else weight)
+    else:
+        module._pack(weight)

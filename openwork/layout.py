@@ -12,7 +12,6 @@ Both keep N slots of every group, zeros included, so all outputs have equally ma
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -31,15 +30,16 @@ WINDOWS = {2: 4, 4: 4, 8: 8, 16: 16, 32: 32}
 class Panel:
     """`values` (T * O,) float32, bfloat16, or int16 holding int8 weights; `positions` (T * O + 1,) int16 holding uint16.
 
-    The order is tile, output, slot. `tile` inputs (channels) make a tile. Positions are bytes in the packed input of a
-    linear layer, channel in the tile * taps + tap of a convolution. `scales` (O,) are those of int8 weights.
+    The order is tile, output, slot; `tile` inputs make a tile. A position is where the input is in its tile, in bytes:
+    a tile has a row of `columns` numbers (float32, or int16 for int8 weights) for each input. `scales` (O,) are those of
+    int8 weights.
     """
 
     values: Tensor
     positions: Tensor
     scales: Tensor | None
     pattern: Pattern
-    shape: tuple[int, ...]
+    shape: tuple[int, int]
     tile: int
     columns: int
 
@@ -68,60 +68,73 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def panel(weight: Tensor, pattern: Pattern, *, columns: int, scales: Tensor | None = None) -> Panel:
-    """The panel layout of a weight (O, K) or (O, C, kernel...) in float32, bfloat16, or int8 with its `scales`.
+    """The panel layout of a weight (O, K) in float32, bfloat16, or int8 with its `scales`.
 
     `columns` are those that the kernel takes at once. Raises ValueError where a group holds more than N non-zeros.
     """
     _demand_pattern(weight, pattern)
-    O, C = weight.shape[:2]
-    taps = math.prod(weight.shape[2:])
-    tile = tile_of(weight, pattern, columns)
+    O, K = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -K % pattern.m))
+    tile, row = tile_of(weight.dtype, pattern, columns), columns * _input_bytes(weight.dtype)
     values, positions = [], []
-    for start in range(0, C, tile):
-        part = _padded(weight[:, start : start + tile].reshape(O, -1, taps), pattern)  # (O, channels, taps)
-        keep = keep_largest(_magnitude(part), pattern, Axis(1)).movedim(1, 2)
-        slots = part.movedim(1, 2)[keep].view(O, -1)
-        channel, tap = _numbers(part.shape[1], taps)
-        position = channel * taps + tap if weight.ndim > 2 else channel * columns * _input_bytes(weight)
-        position = position.expand_as(keep)[keep].view(O, -1)
-        if weight.dtype == torch.int8 and slots.shape[1] % 2:
+    for part in padded.split(tile, dim=1):
+        keep = keep_largest(_magnitude(part), pattern, Axis(1))
+        slots = part[keep].view(O, -1)
+        position = (torch.arange(part.shape[1]) * row).expand_as(keep)[keep].view(O, -1)
+        if weight.dtype == torch.int8 and slots.shape[1] % 2:  # the kernel takes them in pairs
             slots, position = (torch.nn.functional.pad(each, (0, 1)) for each in (slots, position))
         values.append(slots.reshape(-1))
         positions.append(position.reshape(-1))
     stored = torch.cat(values).to(torch.int16) if weight.dtype == torch.int8 else torch.cat(values)
     ends = torch.cat([*positions, torch.zeros(1, dtype=torch.int64)])
     wrapped = torch.where(ends < 2**15, ends, ends - 2**16).to(torch.int16)
-    return Panel(stored, wrapped, scales, pattern, tuple(weight.shape), tile, columns)
+    return Panel(stored, wrapped, scales, pattern, (O, K), tile, columns)
 
 
 def from_panel(layout: Panel) -> Tensor:
-    """Inverse of `panel`: the dense weight, zeros filled in; of an int8 weight the int8 numbers."""
-    O, C, taps = layout.shape[0], layout.shape[1], math.prod(layout.shape[2:])
+    """Inverse of `panel`: the dense weight (O, K), zeros filled in; of an int8 weight the int8 numbers."""
+    O, K = layout.shape
     int8 = layout.values.dtype == torch.int16
-    step = 1 if len(layout.shape) > 2 else layout.columns * (2 if int8 else 4)
-    dense = layout.values.new_zeros(O, -(-C // layout.pattern.m) * layout.pattern.m, taps)
-    positions = (layout.positions.long() & 0xFFFF) // step
+    row = layout.columns * _input_bytes(torch.int8 if int8 else torch.float32)
+    dense = layout.values.new_zeros(O, -(-K // layout.pattern.m) * layout.pattern.m)
+    positions = (layout.positions.long() & 0xFFFF) // row
     at = 0
-    for start in range(0, C, layout.tile):
-        channels = min(layout.tile, dense.shape[1] - start)
-        count = channels // layout.pattern.m * layout.pattern.n * taps
-        stored = count + (count % 2 if int8 else 0)
+    for part in dense.split(layout.tile, dim=1):
+        count, stored = slots_of(part.shape[1], layout.pattern, int8)
         values = layout.values[at : at + O * stored].view(O, stored)[:, :count]
         position = positions[at : at + O * stored].view(O, stored)[:, :count]
-        dense[:, start : start + channels].reshape(O, -1).scatter_(1, position, values)
+        part.scatter_(1, position, values)
         at += O * stored
-    dense = dense[:, :C].reshape(layout.shape)
+    dense = dense[:, :K].contiguous()
     return dense.to(torch.int8) if int8 else dense
 
 
-def tile_of(weight: Tensor, pattern: Pattern, columns: int) -> int:
-    """How many inputs (channels) make a tile, a multiple of M: so that what all outputs read stays in the cache."""
+def slots_of(inputs: int, pattern: Pattern, int8: bool) -> tuple[int, int]:
+    """Slots of one output in a tile of so many inputs, and how many are stored.
+
+    >>> slots_of(24, Pattern(1, 8), int8=True)
+    (3, 4)
+    """
+    count = inputs // pattern.m * pattern.n
+    return count, count + (count % 2 if int8 else 0)
+
+
+def tile_of(dtype: torch.dtype, pattern: Pattern, columns: int) -> int:
+    """How many inputs make a tile, a multiple of M: so that what all outputs read stays in the cache."""
     # Of few products a tile the sums cost more than cache misses: sparser weights have larger tiles (measured).
     cache = _CACHE * max(1.0, 0.25 / pattern.density) ** 1.5
-    line = columns * _input_bytes(weight) + (64 if weight.ndim > 2 else 0)
-    rows = weight.shape[2] if weight.ndim > 2 else 1
-    most = 0xFFFF // line if weight.ndim == 2 else 0xFFFF // math.prod(weight.shape[2:])  # positions have 16 bits
-    return max(1, int(min(most, cache / (line * rows))) // pattern.m) * pattern.m
+    row = columns * _input_bytes(dtype)
+    return max(1, int(min(0xFFFF, cache) // row) // pattern.m) * pattern.m  # positions have 16 bits
+
+
+def conv_rows(weight: Tensor, pattern: Pattern) -> Tensor:
+    """A convolution's weight (O, C, R, S) as that of a product: (O, R * S * C), channels innermost, C padded to M."""
+    return torch.nn.functional.pad(weight.movedim(1, -1), (0, -weight.shape[1] % pattern.m)).flatten(1)
+
+
+def from_conv_rows(rows: Tensor, channels: int, kernel: tuple[int, int]) -> Tensor:
+    """Inverse of `conv_rows`: (O, R * S * C) -> (O, C, R, S)."""
+    return rows.view(len(rows), *kernel, -1)[..., :channels].movedim(-1, 1).contiguous()
 
 
 def rows(weight: Tensor, pattern: Pattern, *, lanes: int, scales: Tensor | None = None) -> Rows:
@@ -183,21 +196,12 @@ def _indices(words: Tensor, window: int, slots: int) -> Tensor:
     return index.flatten(2)
 
 
-def _numbers(channels: int, taps: int) -> tuple[Tensor, Tensor]:
-    """Channel and tap of every position, in the order (taps, channels)."""
-    return torch.arange(channels).expand(taps, -1), torch.arange(taps)[:, None].expand(-1, channels)
-
-
-def _padded(part: Tensor, pattern: Pattern) -> Tensor:
-    return torch.nn.functional.pad(part, (0, 0, 0, -part.shape[1] % pattern.m))
-
-
 def _magnitude(weight: Tensor) -> Tensor:
     return weight.float().abs() if weight.dtype == torch.int8 else weight.abs()
 
 
-def _input_bytes(weight: Tensor) -> int:
-    return 2 if weight.dtype == torch.int8 else 4
+def _input_bytes(dtype: torch.dtype) -> int:
+    return 2 if dtype == torch.int8 else 4
 
 
 def _demand_pattern(weight: Tensor, pattern: Pattern) -> None:

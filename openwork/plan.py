@@ -119,11 +119,7 @@ def sparse_module(module: Any, pattern: Pattern, kind: Kind, stored: torch.dtype
     """What stands in for a layer."""
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return SparseConv2d(module, pattern, stored)
-    transposed = _is_hf_conv1d(module)
-    weight = module.weight.t() if transposed else module.weight
-    made = SparseLinear(weight, module.bias, pattern, kind, stored)
-    made.transposed = transposed
-    return made
+    return SparseLinear(module, pattern, kind, stored, transposed=_is_hf_conv1d(module))
 
 
 def fastest(variants: Mapping[str, Callable[[], object]], seconds: float = 0.1) -> dict[str, float]:

@@ -31,7 +31,7 @@ class PanelWeight(Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("values", "offsets", "scales", "bias")),
-        *((name, c_int32) for name in ("dtype", "n", "m", "tile", "taps")),
+        *((name, c_int32) for name in ("dtype", "n", "m", "tile")),
         *((name, c_int64) for name in ("K", "O")),
     )
 
@@ -48,11 +48,10 @@ class LinearCall(Structure):
 class ConvCall(Structure):
     _fields_ = (
         ("weight", PanelWeight),
-        *((name, c_void_p) for name in ("x", "y", "scratch")),
-        *((name, c_int64) for name in ("N", "H", "W", "outH", "outW")),
+        *((name, c_void_p) for name in ("x", "x_scales", "y")),
+        *((name, c_int64) for name in ("N", "channels", "H", "W", "outH", "outW")),
         *((name, c_int32) for name in ("groups", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w")),
-        *((name, c_int32) for name in ("kernel_h", "kernel_w", "channels_last")),
-        *((name, c_int64) for name in ("plane", "row")),
+        ("kernel_w", c_int32),
         ("activation", c_int32),
     )
 
@@ -90,7 +89,6 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "openwork_pack_bits": (None, (c_void_p, c_void_p, c_int64)),
     "openwork_linear_scratch": (c_int64, (POINTER(LinearCall),)),
     "openwork_linear": (None, (POINTER(LinearCall),)),
-    "openwork_conv_scratch": (c_int64, (POINTER(ConvCall),)),
     "openwork_conv": (None, (POINTER(ConvCall),)),
     "openwork_rows": (None, (POINTER(Rows), c_int32)),
 }

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from openwork.kernels.native import DTYPES, ConvCall, LinearCall, PanelWeight, Rows, address, library
-from openwork.layout import WINDOWS, index_bits
+from openwork.layout import WINDOWS, index_bits, slots_of
 from openwork.ops import products as reference
 from openwork.ops.products import channels_last, conv_size, quantized_rows
+from openwork.pattern import Pattern
 
 
 def panel_columns() -> int:
@@ -84,6 +85,7 @@ def panel_conv2d(
     scales: Tensor | None,
     bias: Tensor | None,
     layout: list[int],
+    kernel: list[int],
     stride: list[int],
     padding: list[int],
     dilation: list[int],
@@ -92,65 +94,48 @@ def panel_conv2d(
 ) -> Tensor:
     lib = library()
     if lib is None:
-        rest = (stride, padding, dilation, groups, relu)
+        rest = (kernel, stride, padding, dilation, groups, relu)
         return reference.panel_conv2d(x, values, positions, scales, bias, layout, *rest)
-    O, C, *kernel = layout[4:]
-    if x.ndim != 4 or x.shape[1] != C * groups or x.dtype != torch.float32:
-        raise ValueError(f"input {tuple(x.shape)} of {x.dtype}; needed float32 (N, {C * groups}, H, W)")
-    last = channels_last(x)
-    x = x if last else x.contiguous()
+    m, O, K = layout[1], *layout[4:]
+    channels = x.shape[1] // groups if x.ndim == 4 else 0
+    if x.ndim != 4 or -(-channels // m) * m * math.prod(kernel) != K or channels * groups != x.shape[1] or O % groups:
+        raise ValueError(f"input {tuple(x.shape)} for a kernel {kernel}, {groups} groups and {K} inputs of each output")
+    if x.dtype != torch.float32:
+        raise ValueError(f"input of {x.dtype}; needed float32")
     size = [conv_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
     if min(size) < 1:
         raise ValueError(f"input {tuple(x.shape)} is smaller than the kernel {kernel} with padding {padding}")
-    y = torch.empty(len(x), O, *size, memory_format=torch.channels_last if last else torch.contiguous_format)
+    last, input_scales = channels_last(x), None
+    if scales is not None and x.numel():
+        whole, input_scales = quantized_rows(x)
+        x = whole.to(torch.int16)
+    x, y = x.contiguous(), torch.empty(len(x), O, *size)
     if y.numel():
         weight = _panel_weight(values, positions, scales, bias, layout)
-        geometry = (groups, *stride, *padding, *dilation, *kernel, last)
-        plane, row = _prepared_plane(x, last or scales is not None, stride, padding)
-        shape = (len(x), *x.shape[2:], *size)
-        call = ConvCall(weight, x.data_ptr(), y.data_ptr(), None, *shape, *geometry, plane, row, relu)
-        scratch = torch.empty(lib.openwork_conv_scratch(ctypes.byref(call)), dtype=torch.uint8)
-        call.scratch = scratch.data_ptr()
+        shape = (len(x), channels, *x.shape[2:], *size)
+        geometry = (groups, *stride, *padding, *dilation, kernel[1], relu)
+        call = ConvCall(weight, x.data_ptr(), address(input_scales), y.data_ptr(), *shape, *geometry)
         lib.openwork_conv(ctypes.byref(call))
-    return y
-
-
-def _prepared_plane(x: Tensor, repacked: bool, stride: list[int], padding: list[int]) -> tuple[int, int]:
-    """Floats between channels and between rows of the input as the kernel reads it."""
-    H, W = x.shape[2:]
-    lines = H * W * 4 / 64
-    # Planes whose addresses fall on few sets of the cache evict one another; then the input is copied apart.
-    spread = lines % 1 or math.gcd(int(lines), 64) <= 4
-    if spread and not repacked and stride == [1, 1] and padding == [0, 0]:
-        return H * W, W
-    rows, row = (-(-(size + 2 * p) // s) for size, p, s in zip((H, W), padding, stride, strict=True))
-    lines = -(-stride[0] * stride[1] * rows * row // 16)
-    return (lines + (lines % 2 == 0)) * 16, row
+    return y.contiguous(memory_format=torch.channels_last) if last else y
 
 
 def _panel_weight(
     values: Tensor, positions: Tensor, scales: Tensor | None, bias: Tensor | None, layout: list[int]
 ) -> PanelWeight:
-    n, m, tile, columns, O, C, *kernel = layout
+    n, m, tile, columns, O, K = layout
     _demand_lanes(columns, panel_columns())
-    taps, stored = math.prod(kernel), {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.int16: torch.int8}
+    stored = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.int16: torch.int8}
     _demand(values.dtype in stored and (values.dtype == torch.int16) == (scales is not None), "values", values, layout)
     dtype = stored[values.dtype]
-    _demand(len(values) == _panel_slots(C, n, m, tile, taps, dtype) * O, "values", values, layout)
+    padded = -(-K // m) * m
+    parts = (min(tile, padded - start) for start in range(0, padded, tile))
+    slots = sum(slots_of(inputs, Pattern(n, m), dtype == torch.int8)[1] for inputs in parts)
+    _demand(len(values) == slots * O, "values", values, layout)
     _demand(positions.dtype == torch.int16 and len(positions) == len(values) + 1, "positions", positions, layout)
     for name, each in (("bias", bias), ("scales", scales)):
         _demand(each is None or (each.dtype == torch.float32 and each.shape == (O,)), name, each, layout)
     addresses = (values.data_ptr(), positions.data_ptr(), address(scales), address(bias))
-    return PanelWeight(*addresses, DTYPES[dtype], n, m, tile, taps, C, O)
-
-
-def _panel_slots(C: int, n: int, m: int, tile: int, taps: int, dtype: torch.dtype) -> int:
-    """Slots of one output."""
-    padded, total = -(-C // m) * m, 0
-    for start in range(0, C, tile):
-        count = min(tile, padded - start) // m * n * taps
-        total += count + (count % 2 if dtype == torch.int8 else 0)
-    return total
+    return PanelWeight(*addresses, DTYPES[dtype], n, m, tile, K, O)
 
 
 def _words(windows: int, slots: int, window: int) -> int:

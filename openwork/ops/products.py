@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openwork.layout import Panel, Rows, from_panel, from_rows
+from openwork.layout import Panel, Rows, from_conv_rows, from_panel, from_rows
 from openwork.ops.masks import library
 from openwork.pattern import Pattern
 
@@ -18,7 +18,8 @@ _LAYOUT = "Tensor values, Tensor positions, Tensor? scales, Tensor? bias, int[] 
 library.define(f"panel_linear(Tensor x, {_LAYOUT}, bool relu) -> Tensor")
 library.define(f"rows_linear(Tensor x, {_LAYOUT}, bool relu) -> Tensor")
 library.define(
-    f"panel_conv2d(Tensor x, {_LAYOUT}, int[] stride, int[] padding, int[] dilation, int groups, bool relu) -> Tensor"
+    f"panel_conv2d(Tensor x, {_LAYOUT}, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, bool relu)"
+    " -> Tensor"
 )
 
 
@@ -33,8 +34,8 @@ def rows_numbers(layout: Rows) -> list[int]:
 
 
 def panel_of(values: Tensor, positions: Tensor, scales: Tensor | None, numbers: list[int]) -> Panel:
-    n, m, tile, columns, *shape = numbers
-    return Panel(values, positions, scales, Pattern(n, m), tuple(shape), tile, columns)
+    n, m, tile, columns, O, K = numbers
+    return Panel(values, positions, scales, Pattern(n, m), (O, K), tile, columns)
 
 
 def rows_of(values: Tensor, words: Tensor, scales: Tensor | None, numbers: list[int]) -> Rows:
@@ -86,13 +87,15 @@ def panel_conv2d(
     scales: Tensor | None,
     bias: Tensor | None,
     layout: list[int],
+    kernel: list[int],
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
     relu: bool,
 ) -> Tensor:
-    weight = from_panel(panel_of(values, positions, scales, layout))
+    rows = from_panel(panel_of(values, positions, scales, layout))
+    weight = from_conv_rows(rows, x.shape[1] // groups, (kernel[0], kernel[1]))
     if scales is None:
         y = F.conv2d(x, weight.float(), bias, stride, padding, dilation, groups)
     else:
@@ -113,8 +116,7 @@ def _(x, values, positions, scales, bias, layout, relu):  # type: ignore[no-unty
 
 
 @torch.library.register_fake("openwork::panel_conv2d")
-def _(x, values, positions, scales, bias, layout, stride, padding, dilation, groups, relu):  # type: ignore[no-untyped-def]
-    kernel = layout[6:8]
+def _(x, values, positions, scales, bias, layout, kernel, stride, padding, dilation, groups, relu):  # type: ignore[no-untyped-def]
     size = [conv_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
     y = x.new_empty(x.shape[0], layout[4], *size)
     return y.contiguous(memory_format=torch.channels_last) if channels_last(x) else y
