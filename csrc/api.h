@@ -36,6 +36,8 @@ struct ConvCall {
   const void* x;          // (N, groups * channels, H, W) float32; int8: int16
   const float* x_scales;  // int8: (N) else null
   float* y;               // (N, O, outH, outW)
+  void* scratch;          // openwork_conv_scratch bytes
+  int64_t threads;        // that will share the work
   int64_t N, channels, H, W, outH, outW;
   int32_t groups, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w;
   Activation activation;

@@ -33,6 +33,8 @@ float* memory(size_t floats) {
   return buffer.data;
 }
 
+constexpr int64_t kMostColumns = 128;  // of any instruction set
+
 int64_t columns_of_panel() { return int64_t(kernels->lanes) * kernels->panel_vectors; }
 int64_t bytes_of_input(const PanelWeight& w) { return w.dtype == kInt8 ? 2 : 4; }
 
@@ -168,45 +170,58 @@ void linear(const LinearCall& call) {
 // ---- convolution ----
 //
 // The columns are the output pixels of all images, in order; the inputs are numbered kernel position by kernel position,
-// channels within. Each task gathers one tile of inputs for one panel of pixels: rows of the image, shifted. What that
-// costs, its outputs share.
+// channels within. A tile of inputs for one panel of pixels is gathered from shifted rows of the images. What that costs,
+// the outputs share: where there are enough panels for all threads each gathers for itself, else all gather first.
 
-// `count` pixels of one row of the output, from pixel `column` on, of one input (a channel at a kernel position).
+// Neighbouring pixels of one row of one output image, and where the first of them begins in the input.
+struct Run {
+  int64_t count, image, y, x;
+};
+
+int64_t runs_of(const ConvCall& c, int64_t q, int64_t count, Run* runs) {
+  const int64_t pixels = c.outH * c.outW, size = c.groups * c.channels * c.H * c.W;
+  int64_t found = 0;
+  for (int64_t at = 0; at < count; at += runs[found++].count) {
+    const int64_t pixel = (q + at) % pixels, column = pixel % c.outW;
+    runs[found] = {lesser(c.outW - column, count - at), (q + at) / pixels * size,
+                   pixel / c.outW * c.stride_h - c.pad_h, column * c.stride_w - c.pad_w};
+  }
+  return found;
+}
+
+// The pixels of one run in one channel, at one kernel position, which shifts them by (y, x).
 template <class Input>
-void gather_row(const ConvCall& c, const Input* plane, int64_t y, int64_t shift, int64_t column, int64_t count, Input* to) {
-  if (y < 0 || y >= c.H) return void(std::memset(to, 0, count * sizeof(Input)));
-  int64_t x = column * c.stride_w + shift, i = 0;
+void gather_run(const ConvCall& c, const Run& run, const Input* plane, int64_t y, int64_t x, Input* to) {
+  y += run.y, x += run.x;
+  if (y < 0 || y >= c.H) return void(std::memset(to, 0, run.count * sizeof(Input)));
   const Input* from = plane + y * c.W;
-  for (; i < count && x < 0; i++, x += c.stride_w) to[i] = 0;
+  int64_t i = 0;
+  for (; i < run.count && x < 0; i++, x += c.stride_w) to[i] = 0;
   if (c.stride_w == 1) {
-    const int64_t stop = lesser(count, i + (x < c.W ? c.W - x : 0));
+    const int64_t stop = lesser(run.count, i + (x < c.W ? c.W - x : 0));
     for (; i + 8 <= stop; i += 8, x += 8) std::memcpy(to + i, from + x, 8 * sizeof(Input));
     for (; i < stop; i++, x++) to[i] = from[x];
   }
-  for (; i < count && x < c.W; i++, x += c.stride_w) to[i] = from[x];
-  for (; i < count; i++) to[i] = 0;
+  for (; i < run.count && x < c.W; i++, x += c.stride_w) to[i] = from[x];
+  for (; i < run.count; i++) to[i] = 0;
 }
 
-// Inputs [k, end) of group g for pixels [q, q + count).
+// Inputs [k, end) of group g for the pixels of some runs, `count` in all.
 template <class Input>
-void gather(const ConvCall& c, int64_t g, int64_t k, int64_t end, int64_t q, int64_t count, Input* to) {
-  const int64_t columns = columns_of_panel(), pixels = c.outH * c.outW, padded = up(c.channels, c.weight.m);
+void gather(const ConvCall& c, int64_t g, int64_t k, int64_t end, const Run* runs, int64_t count, Input* to) {
+  const int64_t columns = columns_of_panel(), padded = up(c.channels, c.weight.m);
   const int64_t width = lesser(up(count, 2 * kernels->lanes), columns);
+  int64_t channel = k % padded, column = k / padded % c.kernel_w, row = k / padded / c.kernel_w;
   for (; k < end; k++, to += columns) {
-    const int64_t tap = k / padded, channel = k % padded;
-    const int64_t y_shift = tap / c.kernel_w * c.dilation_h - c.pad_h, x_shift = tap % c.kernel_w * c.dilation_w - c.pad_w;
-    std::memset(to + count, 0, (width - count) * sizeof(Input));
-    if (channel >= c.channels) {
-      std::memset(to, 0, count * sizeof(Input));
-      continue;
-    }
-    for (int64_t at = 0; at < count;) {
-      const int64_t n = (q + at) / pixels, row = (q + at) % pixels / c.outW, column = (q + at) % c.outW;
-      const int64_t some = lesser(c.outW - column, count - at);
-      const Input* plane = (const Input*)c.x + ((n * c.groups + g) * c.channels + channel) * c.H * c.W;
-      gather_row(c, plane, row * c.stride_h + y_shift, x_shift, column, some, to + at);
-      at += some;
-    }
+    const Input* plane = (const Input*)c.x + (g * c.channels + channel) * c.H * c.W;
+    const int64_t filled = channel < c.channels ? count : 0;
+    const Run* run = runs;
+    for (int64_t at = 0; at < filled; at += run++->count)
+      gather_run(c, *run, plane + run->image, row * c.dilation_h, column * c.dilation_w, to + at);
+    std::memset(to + filled, 0, (width - filled) * sizeof(Input));
+    if (++channel < padded) continue;
+    channel = 0;
+    if (++column == c.kernel_w) column = 0, row++;
   }
 }
 
@@ -221,25 +236,40 @@ void scatter(const ConvCall& c, int64_t o, int64_t end, int64_t q, int64_t count
   }
 }
 
-void conv(const ConvCall& c) {
+template <class Input>
+void conv_of(const ConvCall& c) {
   const PanelWeight& w = c.weight;
-  const bool int8 = w.dtype == kInt8;
   const int64_t columns = columns_of_panel(), pixels = c.outH * c.outW, all = c.N * pixels, panels = parts(all, columns);
-  const int64_t outputs = w.O / c.groups, block = outputs_of_task(outputs, c.groups * panels), blocks = parts(outputs, block);
-  parallel_for(c.groups * panels * blocks, 1, [&](int64_t first, int64_t last) {
+  const int64_t inputs = up(w.K, w.m), outputs = w.O / c.groups, many = c.groups * panels;
+  const bool together = many < 2 * c.threads;  // all gather first
+  const int64_t block = together ? outputs_of_task(outputs, many) : 512, blocks = parts(outputs, block);
+  Input* gathered = (Input*)c.scratch;
+  if (together)
+    parallel_for(many * parts(inputs, w.tile), 1, [&](int64_t first, int64_t last) {
+      Run runs[kMostColumns];
+      for (int64_t task = first; task < last; task++) {
+        const int64_t k = task / many * w.tile, q = task % panels * columns, g = task % many / panels;
+        const int64_t count = lesser(columns, all - q);
+        runs_of(c, q, count, runs);
+        Input* to = gathered + (task % many * inputs + k) * columns;
+        gather(c, g, k, lesser(k + w.tile, inputs), runs, count, to);
+      }
+    });
+  parallel_for(many * blocks, 1, [&](int64_t first, int64_t last) {
     float *sum = memory<0>(block * columns), *tile = memory<1>(w.tile * columns), *scales = memory<2>(columns);
+    Run runs[kMostColumns];
     for (int64_t task = first; task < last; task++) {
-      const int64_t q = task / blocks % panels * columns, count = lesser(columns, all - q), g = task / blocks / panels;
+      const int64_t panel = task / blocks, q = panel % panels * columns, count = lesser(columns, all - q), g = panel / panels;
       const int64_t o = g * outputs + task % blocks * block, end = lesser(o + block, (g + 1) * outputs);
-      const int64_t vectors = up(parts(count, kernels->lanes), int8 ? 2 : 1);
+      const int64_t vectors = up(parts(count, kernels->lanes), w.dtype == kInt8 ? 2 : 1);
+      if (!together) runs_of(c, q, count, runs);
       outputs_of(w, o, end, vectors, sum, c.activation, [&](int64_t k) {
-        const int64_t stop = lesser(k + w.tile, w.K);
-        if (int8) gather(c, g, k, stop, q, count, (int16_t*)tile);
-        else gather(c, g, k, stop, q, count, tile);
+        if (together) return (const char*)(gathered + (panel * inputs + k) * columns);
+        gather(c, g, k, lesser(k + w.tile, inputs), runs, count, (Input*)tile);
         return (const char*)tile;
       });
-      for (int64_t i = 0; int8 && i < count; i++) scales[i] = c.x_scales[(q + i) / pixels];
-      if (int8) rescale(w, o, end, sum, count, scales, c.activation);
+      for (int64_t i = 0; c.x_scales && i < count; i++) scales[i] = c.x_scales[(q + i) / pixels];
+      if (w.dtype == kInt8) rescale(w, o, end, sum, count, scales, c.activation);
       scatter(c, o, end, q, count, sum);
     }
   });
@@ -257,7 +287,16 @@ OPENWORK_API int64_t openwork_linear_scratch(const LinearCall* call) {
 
 OPENWORK_API void openwork_linear(const LinearCall* call) { linear(*call); }
 
-OPENWORK_API void openwork_conv(const ConvCall* call) { conv(*call); }
+OPENWORK_API int64_t openwork_conv_scratch(const ConvCall* c) {
+  const int64_t panels = c->groups * parts(c->N * c->outH * c->outW, columns_of_panel());
+  if (panels >= 2 * c->threads) return 0;
+  return panels * up(c->weight.K, c->weight.m) * columns_of_panel() * bytes_of_input(c->weight);
+}
+
+OPENWORK_API void openwork_conv(const ConvCall* call) {
+  if (call->weight.dtype == kInt8) conv_of<int16_t>(*call);
+  else conv_of<float>(*call);
+}
 
 // Products of few rows: lanes are outputs. `batch` rows of x, which is padded to whole windows.
 OPENWORK_API void openwork_rows(const Rows* rows, int32_t dtype) {

@@ -48,8 +48,8 @@ class LinearCall(Structure):
 class ConvCall(Structure):
     _fields_ = (
         ("weight", PanelWeight),
-        *((name, c_void_p) for name in ("x", "x_scales", "y")),
-        *((name, c_int64) for name in ("N", "channels", "H", "W", "outH", "outW")),
+        *((name, c_void_p) for name in ("x", "x_scales", "y", "scratch")),
+        *((name, c_int64) for name in ("threads", "N", "channels", "H", "W", "outH", "outW")),
         *((name, c_int32) for name in ("groups", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w")),
         ("kernel_w", c_int32),
         ("activation", c_int32),
@@ -89,6 +89,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "openwork_pack_bits": (None, (c_void_p, c_void_p, c_int64)),
     "openwork_linear_scratch": (c_int64, (POINTER(LinearCall),)),
     "openwork_linear": (None, (POINTER(LinearCall),)),
+    "openwork_conv_scratch": (c_int64, (POINTER(ConvCall),)),
     "openwork_conv": (None, (POINTER(ConvCall),)),
     "openwork_rows": (None, (POINTER(Rows), c_int32)),
 }

@@ -113,8 +113,13 @@ def panel_conv2d(
     if y.numel():
         weight = _panel_weight(values, positions, scales, bias, layout)
         shape = (len(x), channels, *x.shape[2:], *size)
+        if kernel == stride == [1, 1] and padding == [0, 0]:
+            shape = (len(x), channels, 1, math.prod(size), 1, math.prod(size))  # the whole image is one row
         geometry = (groups, *stride, *padding, *dilation, kernel[1], relu)
-        call = ConvCall(weight, x.data_ptr(), address(input_scales), y.data_ptr(), *shape, *geometry)
+        addresses = (x.data_ptr(), address(input_scales), y.data_ptr(), None)
+        call = ConvCall(weight, *addresses, torch.get_num_threads(), *shape, *geometry)
+        scratch = torch.empty(lib.openwork_conv_scratch(ctypes.byref(call)), dtype=torch.uint8)
+        call.scratch = scratch.data_ptr()
         lib.openwork_conv(ctypes.byref(call))
     return y.contiguous(memory_format=torch.channels_last) if last else y
 
