@@ -56,7 +56,7 @@ class ForwardScope:
     RAFT runs its update block 12 times in a forward, an encoder layer reads its weights 6 times. `enter` and
     `leave` are forward hooks of the root. Outside a root forward, and under `torch.compile` (which merges equal
     expressions itself), nothing is kept. Each thread has its own; copies start empty. A weight that is changed
-    between two reads is computed again, but for changes through `.data`, of which torch keeps no count.
+    between two reads is computed again, but for writes into `.data`, of which torch keeps no count.
     """
 
     def __init__(self) -> None:
@@ -68,14 +68,14 @@ class ForwardScope:
     def remember(self, owner: object, weight: Tensor, keep: Tensor) -> None:
         """Hold the mask that a forward used until the optimizer step asks for it."""
         if not torch.compiler.is_compiling() and weight.requires_grad and torch.is_grad_enabled():
-            self._masks()[id(owner)] = (ref(weight), weight._version, keep)
+            self._masks()[id(owner)] = (ref(weight), _state(weight), keep)
 
     def recall(self, owner: object, weight: Tensor) -> Tensor | None:
         """The mask of the forward since which this very weight has not changed, once; None if there is none."""
         found = self._masks().pop(id(owner), None)
-        return found[2] if found and found[0]() is weight and found[1] == weight._version else None
+        return found[2] if found and found[0]() is weight and found[1] == _state(weight) else None
 
-    def _masks(self) -> dict[int, tuple[ref[Tensor], int, Tensor]]:
+    def _masks(self) -> dict[int, tuple[ref[Tensor], tuple[int | None, int], Tensor]]:
         if not hasattr(self._here, "masks"):
             self._here.masks = {}
         return self._here.masks
@@ -96,11 +96,20 @@ class ForwardScope:
         if torch.compiler.is_compiling() or not getattr(self._here, "depth", 0):
             return compute(weight)
         key = (id(owner), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        version = (None if weight.is_inference() else weight._version, _clock.steps)
+        version = (_state(weight), _clock.steps)
         found = self._here.seen.get(key)
         if found is None or found[0] is not weight or found[1] != version:
             found = self._here.seen[key] = (weight, version, compute(weight))
         return found[2]
+
+
+def _state(weight: Tensor) -> tuple[int | None, int]:
+    """What differs once a weight was changed: in place, or by `weight.data = other`, which raises no version."""
+    try:
+        address = weight.data_ptr()
+    except RuntimeError:  # inside torch.func, where it has none
+        address = 0
+    return None if weight.is_inference() else weight._version, address
 
 
 class Masked(nn.Module):
