@@ -29,6 +29,7 @@ from openwork.axis import Axis
 from openwork.methods import Method
 from openwork.ops import keep_largest
 from openwork.pattern import Pattern
+from openwork.sharded import by_groups, elementwise, placed_like
 
 _WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
 _ORIGINAL = re.compile(r"\bparametrizations\.([^.]+)\.original$")
@@ -136,7 +137,7 @@ class Masked(nn.Module):
     def keep(self, weight: Tensor) -> Tensor:
         """The mask: bool, the shape of `weight`."""
         if self.mask is not None:
-            return self.mask
+            return placed_like(self.mask, weight)
         return self.ranked(weight.detach().to(self.seen_dtype))
 
     def effective(self, weight: Tensor) -> Tensor:
@@ -146,13 +147,13 @@ class Masked(nn.Module):
         keep = self.keep(weight)
         if hasattr(self.method, "gradient_term"):
             self.scope.remember(self, weight, keep)
-        return self.method.forward(weight, keep)
+        return elementwise(self.method.forward, weight, keep)
 
     def gradient_term(self, weight: Tensor) -> Tensor:
         """What the method adds to the gradient, for the mask that the forward pass used."""
         keep = self.scope.recall(self, weight)
-        term: Tensor = self.method.gradient_term(weight, self.keep(weight) if keep is None else keep)  # type: ignore[attr-defined]
-        return term
+        term: Any = self.method.gradient_term  # type: ignore[attr-defined]
+        return elementwise(term, weight, self.keep(weight) if keep is None else keep)
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.seen_dtype != weight.dtype:
@@ -164,6 +165,9 @@ class Masked(nn.Module):
 
     def ranked(self, weight: Tensor) -> Tensor:
         """The mask that `weight` has by the method's score."""
+        return by_groups(self._rank, weight, self.axis, self.pattern.m)
+
+    def _rank(self, weight: Tensor) -> Tensor:
         return keep_largest(self.method.score(weight), self.pattern, self.axis)
 
 
@@ -276,6 +280,7 @@ def shared_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
     members: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": original.__module__, "_openwork_class": original}
     members |= {name: _read_through(name) for name in names}
     members |= {"register_parameter": _register_parameter, "__delattr__": _refuse_to_remove}
+    members["_distribute_module_applied"] = property(_distributed, _set_distributed)
     if issubclass(original, nn.RNNBase):
         members |= {"_flat_weights": property(_fresh_weights, _ignore), "flatten_parameters": _ignore}
     return type(f"Parametrized{original.__name__}", (original,), members)
@@ -318,6 +323,20 @@ def _refuse_to_remove(self: Any, name: str) -> None:
             "or register other parametrizations before ow.sparsify, which then leaves the module alone"
         )
     plain_class(self).__delattr__(self, name)
+
+
+def _distributed(self: nn.Module) -> bool:
+    """What torch asks before it splits a module over processes. Its own styles stumble over a masked weight later."""
+    if "_distribute_module_applied" not in self.__dict__:
+        raise RuntimeError(
+            f"a sparsified {plain_class(self).__name__} cannot be split by a ParallelStyle of torch's: put Colwise or "
+            "Rowwise of openwork.integrations.tensor_parallel into the plan, or leave this layer out of it"
+        )
+    return self.__dict__["_distribute_module_applied"]
+
+
+def _set_distributed(self: nn.Module, value: bool) -> None:
+    self.__dict__["_distribute_module_applied"] = value
 
 
 def _fresh_weights(self: nn.RNNBase) -> list[Tensor | None]:

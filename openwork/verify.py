@@ -18,6 +18,7 @@ from openwork.parametrization import plain_class, plain_name, unwrap
 from openwork.pattern import Pattern
 from openwork.promise import Promise, promises
 from openwork.report import Report, Row
+from openwork.sharded import whole
 
 _GUESSES = tuple(2**i for i in range(1, 7))  # group sizes tried when no pattern is given
 _Promises = dict[str, tuple[Pattern, Axis]]
@@ -132,7 +133,7 @@ def tightest(weight: Tensor, axis: Axis) -> Pattern:
 
 def _denser(weight: Tensor, pattern: Pattern, axis: Axis) -> str:
     """What is wrong with a weight, or nothing."""
-    kept = kept_per_group(weight, pattern, axis)
+    kept = kept_per_group(whole(weight), pattern, axis)
     wrong = int((kept > pattern.n).sum())
     if not wrong:
         return ""
@@ -204,6 +205,7 @@ class _Products:
 
 
 def _row(name: str, weight: Tensor, pattern: Pattern, axis: Axis) -> Row:
+    weight = whole(weight)
     groups = kept_per_group(weight, pattern, axis).numel()
     kept = int((weight != 0).sum())
     return Row(name, tuple(weight.shape), pattern, "", kept, 1.0, groups, weight.element_size() * 8)
