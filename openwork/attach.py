@@ -142,6 +142,11 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
             f"this {type(optimizer).__name__} holds none of the sparse weights of {type(model).__name__}; "
             "build it from model.parameters() of this very model"
         )
+    if hasattr(optimizer, "first_step") and isinstance(getattr(optimizer, "base_optimizer", None), Optimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__} takes its gradient away from the weights and steps through its base_optimizer: "
+            "ow.attach(optimizer.base_optimizer, model), which steps where the weights are"
+        )
     if isinstance(optimizer, LBFGS) and any(group["line_search_fn"] for group in optimizer.param_groups):
         raise ValueError(
             "LBFGS with a line search evaluates losses that lack the method's term; use line_search_fn=None"
