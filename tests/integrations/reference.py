@@ -4,7 +4,7 @@ Nothing of openwork is used for it. `dims` names the sparse weights, each with t
 """
 
 import torch
-from plain_loop import DECAY, M, N, keep_by_sorting
+from plain_loop import DECAY, M, N
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -15,8 +15,10 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backwar
 
 
 def keep_along(weight, dim):
-    """The 2:4 mask along `dim`: bool, True is kept."""
-    return keep_by_sorting(weight.transpose(1, dim)).transpose(1, dim)
+    """The 2:4 mask along `dim`: bool, True is kept. Equal magnitudes keep the lower index."""
+    groups = weight.detach().abs().movedim(dim, -1).unflatten(-1, (-1, M))
+    ranks = groups.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    return (ranks < N).flatten(-2).movedim(-1, dim)
 
 
 def plain_steps(model, batches, loss_of, dims, update, *, clip=None, decay=DECAY, rho=None, late=("", 1)):
