@@ -1,5 +1,6 @@
 """Compilation, each with the test of `harness.py`, and with as many graphs as the dense model has, never more."""
 
+import os
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
@@ -9,7 +10,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 from works_with.harness import Way, demand, run
-from works_with.nets import NETS, Transformer, batches, loss_of, made
+from works_with.nets import NETS, ResNet, Transformer, batches, loss_of, made
 
 
 class Watching:
@@ -75,8 +76,39 @@ def test_the_whole_model_is_one_graph_compiled_once(row):
 
 @pytest.mark.usefixtures("fresh")
 def test_equal_blocks_are_compiled_once(row):
-    results = {}
-    for kind in NETS:
-        results[kind], graphs, dense = compiled(kind, each_block)
-        assert graphs == [dense, dense]
-    demand(row, "Compilation", "each block compiled (regional): as many graphs as dense", Way(), results)
+    result, graphs, dense = compiled(Transformer, each_block)
+    assert graphs == [dense, dense]
+    demand(row, "Compilation", "each block compiled (regional): as many graphs as dense", Way(), {Transformer: result})
+
+
+def compiled_step(training, batch):
+    """A compiled function that computes the loss and calls backward."""
+    if not hasattr(training, "compiled"):
+        model = training.model
+        training.compiled = torch.compile(lambda *each: loss_of(model, each).backward(), backend=model.backend)
+    training.compiled(*batch)
+    training.update()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_loss_and_backward_in_one_compiled_function(row):
+    def remember(model, backend):
+        model.backend = backend
+        return model
+
+    result, graphs, _ = compiled(ResNet, remember, step=compiled_step)
+    assert graphs == [{"forward": 1, "backward": 1}] * 2
+    demand(row, "Compilation", "loss and `backward()` in one compiled function", Way(), {ResNet: result})
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.skipif("OPENWORK_WORKS_WITH" not in os.environ, reason="takes minutes: runs for docs/works-with.md only")
+def test_with_the_default_backend(row):
+    """Inductor's code is not watched: its products are in it."""
+    way = Way(wrap=lambda model, _: torch.compile(model, fullgraph=True), watched_inside=True, resumes=False)
+    result = run(way, ResNet)
+    assert result.seen == 0
+    assert result.difference < way.tolerance
+    what = "`torch.compile(model)` with its default backend, inductor"
+    row("Compilation", what, difference={"ResNet": result.difference}, tolerance=way.tolerance)

@@ -7,6 +7,7 @@ import torch
 from integrations.reference import keep_along
 from plain_loop import LR, MOMENTUM, WEIGHT_DECAY, distance, keep_by_sorting
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint
 from works_with.harness import CLIP, LATE, RHO, Way, adamw_of, demand, plainly, reference, run, sgd_of
 from works_with.nets import NETS
 from works_with.sam import SAM
@@ -86,6 +87,24 @@ def back_and_forth(training, batch):
     plainly(training, batch)
 
 
+def checkpointed(model, _, *, reentrant):
+    """Each block's activations are computed again in the backward pass; of the residual network all."""
+
+    def call(x):
+        x = x.requires_grad_()
+        if not hasattr(model, "layers"):
+            return checkpoint(model, x, use_reentrant=reentrant)
+        for layer in model.layers:
+            x = checkpoint(layer, x, use_reentrant=reentrant)
+        return model.head(x.mean(1))
+
+    return call
+
+
+def functional(model, _):
+    return lambda x: torch.func.functional_call(model, dict(model.named_parameters()), x)
+
+
 def two_groups(model):
     groups = [{"params": list(model.head.parameters())}, {"params": [p for n, p in model.named_parameters() if "head" not in n]}]
     return [torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)]
@@ -144,6 +163,11 @@ WAYS = {
         "schedule-free SGD": Way(back_and_forth, make=without_schedule, update="schedule-free", packages=("schedulefree",)),
         "AdamW, `foreach=True`": Way(make=lambda model: adamw_of(model, foreach=True), update="adamw"),
         "AdamW, `fused=True`": Way(make=lambda model: adamw_of(model, fused=True), update="adamw"),
+    },
+    "Memory and functions": {
+        "activation checkpointing": Way(wrap=partial(checkpointed, reentrant=False)),
+        "activation checkpointing, `use_reentrant=True`": Way(wrap=partial(checkpointed, reentrant=True)),
+        "`torch.func.functional_call`": Way(wrap=functional),
     },
     "Precision": {
         "fp16 autocast, `GradScaler`": Way(**FP16),
