@@ -21,24 +21,26 @@ def keep_along(weight, dim):
     return (ranks < N).flatten(-2).movedim(-1, dim)
 
 
-def plain_steps(model, batches, loss_of, dims, update, *, clip=None, decay=DECAY, rho=None, late=("", 1)):
+def plain_steps(model, batches, loss_of, dims, update, *, clip=None, decay=DECAY, rho=None, late=("", 1), fixed=False):
     """The parameters of `model` after one step on each batch. `loss_of(call, batch)`: the loss of a whole batch.
 
     `rho`: the gradient is taken that far uphill (SAM, arXiv:2010.01412). `late`: parameters of that prefix are updated
-    from that step on.
+    from that step on. `fixed`: the masks of the start stay, and pruned weights get no gradient (ASP); there is no decay.
     """
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     states = {name: {} for name in weights}
+    start = _masks(weights, dims)
     for t, batch in enumerate(batches, 1):
-        keep = _masks(weights, dims)
-        gradients = _gradients(model, weights, batch, loss_of, dims)
+        keep = start if fixed else _masks(weights, dims)
+        gradients = _gradients(model, weights, batch, loss_of, keep)
         if rho:
             uphill = {name: w + rho * gradients[name] / _norm(gradients) for name, w in weights.items()}
-            gradients = _gradients(model, uphill, batch, loss_of, dims)
+            gradients = _gradients(model, uphill, batch, loss_of, _masks(uphill, dims))
         if clip:
             gradients = {name: g * min(1.0, clip / (float(_norm(gradients)) + 1e-6)) for name, g in gradients.items()}
         for name in dims:
-            gradients[name] = gradients[name] + decay * weights[name].where(~keep[name], 0 * weights[name])
+            pruned = 0.0 if fixed else gradients[name] + decay * weights[name]
+            gradients[name] = gradients[name].where(keep[name], pruned)
         moving = {name for name in weights if not name.startswith(late[0]) or t >= late[1]}
         weights = {
             name: update(w, gradients[name], states[name], t) if name in moving else w for name, w in weights.items()
@@ -50,9 +52,8 @@ def _masks(weights, dims):
     return {name: keep_along(weights[name], dim) for name, dim in dims.items()}
 
 
-def _gradients(model, weights, batch, loss_of, dims):
+def _gradients(model, weights, batch, loss_of, keep):
     """Of the loss with masked weights, as if nothing had been masked."""
-    keep = _masks(weights, dims)
     used = {name: w.where(keep[name], 0 * w) if name in keep else w.clone() for name, w in weights.items()}
     leaves = [w.requires_grad_() for w in used.values()]
     loss = loss_of(lambda *args, **kwargs: functional_call(model, used, args, kwargs), batch)
@@ -96,6 +97,7 @@ class Gemms(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _look(self, operand):
+        operand = operand.full_tensor() if hasattr(operand, "full_tensor") else operand
         lies = (operand, operand.t()) if operand.ndim == 2 else (operand,)
         known = [(each, self.shapes[each.shape]) for each in lies if each.shape in self.shapes]
         self.seen += bool(known)

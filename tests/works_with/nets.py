@@ -5,7 +5,7 @@ from integrations.nets import ResNet, loss_of, made, sparse
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["BLOCKS", "DIMS", "NETS", "Block", "ResNet", "Transformer", "batches", "loss_of", "made", "sparse"]
+__all__ = ["BLOCKS", "DIMS", "NETS", "Block", "Feedforward", "ResNet", "Transformer", "batches", "loss_of", "made", "sparse"]
 
 BLOCKS, WIDTH, HIDDEN, HEADS, BATCH = 12, 16, 32, 2, 8
 
@@ -42,6 +42,24 @@ class Transformer(nn.Module):
         return self.head(x.mean(1))
 
 
+class Feedforward(nn.Module):
+    """(B, 16) -> (B, 4). Twelve of the MLPs of a usual transformer, for what splits these in two."""
+
+    shape = (WIDTH,)
+    dims = {f"layers.{i}.{part}.weight": 1 for i in range(BLOCKS) for part in ("up", "down")}
+
+    def __init__(self):
+        super().__init__()
+        blocks = [{"norm": nn.LayerNorm(WIDTH), "up": nn.Linear(WIDTH, 40), "down": nn.Linear(40, WIDTH)} for _ in range(BLOCKS)]
+        self.layers = nn.ModuleList(map(nn.ModuleDict, blocks))
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x):
+        for each in self.layers:
+            x = x + each["down"](each["up"](each["norm"](x)).relu())
+        return self.head(x)
+
+
 NETS = (Transformer, ResNet)
 
 
@@ -52,4 +70,4 @@ def batches(kind, steps):
     return list(zip(x.split(BATCH), y.split(BATCH), strict=True))
 
 
-DIMS = {kind: [(weight.shape, kind.dims[n]) for n, weight in kind().named_parameters() if n in kind.dims] for kind in NETS}
+DIMS = {kind: [(weight.shape, kind.dims[n]) for n, weight in kind().named_parameters() if n in kind.dims] for kind in (*NETS, Feedforward)}
