@@ -23,6 +23,7 @@ from torch.optim import LBFGS, Optimizer
 
 from openwork.parametrization import held_weights, masked_modules, unwrap
 from openwork.promise import promises
+from openwork.sharded import whole
 from openwork.sparsify import masks
 from openwork.topology import Topology
 
@@ -42,7 +43,7 @@ class Handle:
             optimizer.register_load_state_dict_pre_hook(_demand_fitting_state),
         ]
         if topology and not topology.snapshots:
-            topology.begin(masks(model))
+            topology.begin(_whole_masks(model))
 
     def detach(self) -> None:
         """Remove every hook from the optimizer."""
@@ -64,7 +65,7 @@ class Handle:
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._warn_if_finalized()
-        self._before = masks(self._model) if self.topology and self.topology.due(self.steps + 1) else {}
+        self._before = _whole_masks(self._model) if self.topology and self.topology.due(self.steps + 1) else {}
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._with_term(optimizer, kwargs["closure"])}
         if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
@@ -85,7 +86,14 @@ class Handle:
         if creates_state_only(optimizer):
             return
         scale = getattr(optimizer, "grad_scale", None)
-        for masked, weight in held_weights(optimizer, self._model):
+        held = held_weights(optimizer, self._model)
+        if not held and any(masked_modules(self._model)):
+            raise RuntimeError(
+                f"this {type(optimizer).__name__} held sparse weights of {type(self._model).__name__} when it was "
+                "attached and holds none now: something replaced them in the model (fully_shard, which must come "
+                "before the optimizer is built) or in the optimizer (DeepSpeed ZeRO, which is not supported)"
+            )
+        for masked, weight in held:
             if weight.grad is not None and hasattr(masked.method, "gradient_term"):
                 term = masked.gradient_term(weight)
                 weight.grad.add_(term if scale is None else term.mul_(scale.to(term.device)))
@@ -96,7 +104,7 @@ class Handle:
             return
         self.steps += 1
         if self._before and self.topology:
-            self.topology.record(self.steps, self._before, masks(self._model))
+            self.topology.record(self.steps, self._before, _whole_masks(self._model))
 
     def _warn_if_finalized(self) -> None:
         if not self._warned and not any(masked_modules(self._model)):
@@ -134,6 +142,11 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
             f"this {type(optimizer).__name__} holds none of the sparse weights of {type(model).__name__}; "
             "build it from model.parameters() of this very model"
         )
+    if hasattr(optimizer, "first_step") and isinstance(getattr(optimizer, "base_optimizer", None), Optimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__} takes its gradient away from the weights and steps through its base_optimizer: "
+            "ow.attach(optimizer.base_optimizer, model), which steps where the weights are"
+        )
     if isinstance(optimizer, LBFGS) and any(group["line_search_fn"] for group in optimizer.param_groups):
         raise ValueError(
             "LBFGS with a line search evaluates losses that lack the method's term; use line_search_fn=None"
@@ -141,6 +154,11 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
     for _, _, promise in found:
         promise.optimizers[optimizer] = True
     return Handle(optimizer, model, topology)
+
+
+def _whole_masks(model: nn.Module) -> dict[str, Tensor]:
+    """The masks, gathered where they are spread over processes: one byte a weight travels, in recorded steps only."""
+    return {name: whole(mask) for name, mask in masks(model).items()}
 
 
 def creates_state_only(optimizer: Optimizer) -> bool:
@@ -156,10 +174,21 @@ def creates_state_only(optimizer: Optimizer) -> bool:
 def _unwrapped(optimizer: Any) -> Optimizer:
     """The torch optimizer inside Accelerate's and Lightning's wrappers."""
     while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        _refuse_deepspeed(optimizer)
         optimizer = inner
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"found {type(optimizer).__name__} for the optimizer; needed a torch.optim.Optimizer")
     return optimizer
+
+
+def _refuse_deepspeed(optimizer: Any) -> None:
+    """ZeRO keeps flat copies of the weights: neither it nor the optimizer inside it sees one of the model's."""
+    if type(optimizer).__module__.startswith("deepspeed."):
+        raise TypeError(
+            f"DeepSpeed's {type(optimizer).__name__} updates flattened copies of the weights, in which no mask can be "
+            'found: use DDP or fully_shard instead, or DeepSpeed with {"zero_optimization": {"stage": 0}}; ow.STE() '
+            "and ow.ASP(), which add nothing to the gradient, need no ow.attach"
+        )
 
 
 def _demand_fitting_state(optimizer: Optimizer, state: dict[str, Any]) -> None:

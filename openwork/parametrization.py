@@ -29,6 +29,7 @@ from openwork.axis import Axis
 from openwork.methods import Method
 from openwork.ops import keep_largest
 from openwork.pattern import Pattern
+from openwork.sharded import by_groups, elementwise, placed_like
 
 _WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
 _ORIGINAL = re.compile(r"\bparametrizations\.([^.]+)\.original$")
@@ -56,7 +57,7 @@ class ForwardScope:
     RAFT runs its update block 12 times in a forward, an encoder layer reads its weights 6 times. `enter` and
     `leave` are forward hooks of the root. Outside a root forward, and under `torch.compile` (which merges equal
     expressions itself), nothing is kept. Each thread has its own; copies start empty. A weight that is changed
-    between two reads is computed again, but for changes through `.data`, of which torch keeps no count.
+    between two reads is computed again, but for writes into `.data`, of which torch keeps no count.
     """
 
     def __init__(self) -> None:
@@ -68,14 +69,14 @@ class ForwardScope:
     def remember(self, owner: object, weight: Tensor, keep: Tensor) -> None:
         """Hold the mask that a forward used until the optimizer step asks for it."""
         if not torch.compiler.is_compiling() and weight.requires_grad and torch.is_grad_enabled():
-            self._masks()[id(owner)] = (ref(weight), weight._version, keep)
+            self._masks()[id(owner)] = (ref(weight), _state(weight), keep)
 
     def recall(self, owner: object, weight: Tensor) -> Tensor | None:
         """The mask of the forward since which this very weight has not changed, once; None if there is none."""
         found = self._masks().pop(id(owner), None)
-        return found[2] if found and found[0]() is weight and found[1] == weight._version else None
+        return found[2] if found and found[0]() is weight and found[1] == _state(weight) else None
 
-    def _masks(self) -> dict[int, tuple[ref[Tensor], int, Tensor]]:
+    def _masks(self) -> dict[int, tuple[ref[Tensor], tuple[int | None, int], Tensor]]:
         if not hasattr(self._here, "masks"):
             self._here.masks = {}
         return self._here.masks
@@ -96,11 +97,20 @@ class ForwardScope:
         if torch.compiler.is_compiling() or not getattr(self._here, "depth", 0):
             return compute(weight)
         key = (id(owner), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        version = (None if weight.is_inference() else weight._version, _clock.steps)
+        version = (_state(weight), _clock.steps)
         found = self._here.seen.get(key)
         if found is None or found[0] is not weight or found[1] != version:
             found = self._here.seen[key] = (weight, version, compute(weight))
         return found[2]
+
+
+def _state(weight: Tensor) -> tuple[int | None, int]:
+    """What differs once a weight was changed: in place, or by `weight.data = other`, which raises no version."""
+    try:
+        address = weight.data_ptr()
+    except RuntimeError:  # inside torch.func, where it has none
+        address = 0
+    return None if weight.is_inference() else weight._version, address
 
 
 class Masked(nn.Module):
@@ -127,7 +137,7 @@ class Masked(nn.Module):
     def keep(self, weight: Tensor) -> Tensor:
         """The mask: bool, the shape of `weight`."""
         if self.mask is not None:
-            return self.mask
+            return placed_like(self.mask, weight)
         return self.ranked(weight.detach().to(self.seen_dtype))
 
     def effective(self, weight: Tensor) -> Tensor:
@@ -137,13 +147,13 @@ class Masked(nn.Module):
         keep = self.keep(weight)
         if hasattr(self.method, "gradient_term"):
             self.scope.remember(self, weight, keep)
-        return self.method.forward(weight, keep)
+        return elementwise(self.method.forward, weight, keep)
 
     def gradient_term(self, weight: Tensor) -> Tensor:
         """What the method adds to the gradient, for the mask that the forward pass used."""
         keep = self.scope.recall(self, weight)
-        term: Tensor = self.method.gradient_term(weight, self.keep(weight) if keep is None else keep)  # type: ignore[attr-defined]
-        return term
+        term: Any = self.method.gradient_term  # type: ignore[attr-defined]
+        return elementwise(term, weight, self.keep(weight) if keep is None else keep)
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.seen_dtype != weight.dtype:
@@ -155,6 +165,9 @@ class Masked(nn.Module):
 
     def ranked(self, weight: Tensor) -> Tensor:
         """The mask that `weight` has by the method's score."""
+        return by_groups(self._rank, weight, self.axis, self.pattern.m)
+
+    def _rank(self, weight: Tensor) -> Tensor:
         return keep_largest(self.method.score(weight), self.pattern, self.axis)
 
 
@@ -267,6 +280,7 @@ def shared_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
     members: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": original.__module__, "_openwork_class": original}
     members |= {name: _read_through(name) for name in names}
     members |= {"register_parameter": _register_parameter, "__delattr__": _refuse_to_remove}
+    members["_distribute_module_applied"] = property(_distributed, _set_distributed)
     if issubclass(original, nn.RNNBase):
         members |= {"_flat_weights": property(_fresh_weights, _ignore), "flatten_parameters": _ignore}
     return type(f"Parametrized{original.__name__}", (original,), members)
@@ -309,6 +323,20 @@ def _refuse_to_remove(self: Any, name: str) -> None:
             "or register other parametrizations before ow.sparsify, which then leaves the module alone"
         )
     plain_class(self).__delattr__(self, name)
+
+
+def _distributed(self: nn.Module) -> bool:
+    """What torch asks before it splits a module over processes. Its own styles stumble over a masked weight later."""
+    if "_distribute_module_applied" not in self.__dict__:
+        raise RuntimeError(
+            f"a sparsified {plain_class(self).__name__} cannot be split by a ParallelStyle of torch's: put Colwise or "
+            "Rowwise of openwork.integrations.tensor_parallel into the plan, or leave this layer out of it"
+        )
+    return self.__dict__["_distribute_module_applied"]
+
+
+def _set_distributed(self: nn.Module, value: bool) -> None:
+    self.__dict__["_distribute_module_applied"] = value
 
 
 def _fresh_weights(self: nn.RNNBase) -> list[Tensor | None]:

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from openwork.axis import Axis
 from openwork.methods import Method
-from openwork.parametrization import ForwardScope, held_weights
+from openwork.parametrization import ForwardScope, held_weights, masked_modules
 from openwork.pattern import Pattern
 
 
@@ -61,6 +61,13 @@ def watch_optimizers(model: nn.Module) -> finalize_with:
         if model is None or promise is None or groups_seen.get(optimizer, -1) >= groups:
             return
         groups_seen[optimizer] = groups
+        if any("base_layer" in name.split(".") for name, _ in masked_modules(model)):
+            groups_seen[optimizer] = math.inf
+            warnings.warn(
+                "LoRA sits on a model that is still sparsified: what it learns is lost when it is merged, because the "
+                "weight that it is added to is computed anew; call ow.finalize(model) before adding adapters",
+                stacklevel=3,
+            )
         if held_weights(optimizer, model) and not any(_same(optimizer, known) for known in promise.optimizers):
             groups_seen[optimizer] = math.inf
             warnings.warn(

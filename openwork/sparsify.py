@@ -29,6 +29,7 @@ from openwork.parametrization import (
 )
 from openwork.promise import Promise, promises, watch_optimizers
 from openwork.report import Report, Row
+from openwork.sharded import is_sharded
 
 _ONLY_WATCHED = "ow.Dense masks nothing: the table says what its mask would keep"
 
@@ -156,7 +157,7 @@ def _demand_plain(model: nn.Module) -> None:
 
 def _demand_whole(model: nn.Module, remedy: str) -> None:
     for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor":  # importing it would take as long as all of openwork
+        if is_sharded(parameter):
             raise ValueError(f"{weight_name(name)} is sharded: {remedy}")
 
 

@@ -18,6 +18,7 @@ from openwork.parametrization import plain_class, plain_name, unwrap
 from openwork.pattern import Pattern
 from openwork.promise import Promise, promises
 from openwork.report import Report, Row
+from openwork.sharded import whole
 
 _GUESSES = tuple(2**i for i in range(1, 7))  # group sizes tried when no pattern is given
 _Promises = dict[str, tuple[Pattern, Axis]]
@@ -125,19 +126,24 @@ def tightest(weight: Tensor, axis: Axis) -> Pattern:
     Pattern(n=1, m=2)
     """
     K = reduction_size(tuple(weight.shape), axis)
-    fits = [Pattern(1, m) for m in _GUESSES if K % m == 0]
+    fits, weight = [Pattern(1, m) for m in _GUESSES if K % m == 0], _values(weight)
     found = [Pattern(max(1, int(kept_per_group(weight, each, axis).max())), each.m) for each in fits]
     return min(found, key=lambda each: (each.density, each.m), default=Pattern(1, 1))
 
 
 def _denser(weight: Tensor, pattern: Pattern, axis: Axis) -> str:
     """What is wrong with a weight, or nothing."""
-    kept = kept_per_group(weight, pattern, axis)
+    kept = kept_per_group(_values(weight), pattern, axis)
     wrong = int((kept > pattern.n).sum())
     if not wrong:
         return ""
     worst = int(kept.max())
     return f"{wrong} of {kept.numel()} groups hold more than {pattern.n} of {pattern.m} (the worst {worst})"
+
+
+def _values(weight: Any) -> Tensor:
+    """The numbers of a weight that is spread over processes, or quantized by torchao. Zeros stay zeros in int8."""
+    return weight.dequantize() if type(weight).__module__.startswith("torchao.") else whole(weight)
 
 
 def _readable(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
@@ -204,6 +210,7 @@ class _Products:
 
 
 def _row(name: str, weight: Tensor, pattern: Pattern, axis: Axis) -> Row:
+    weight = _values(weight)
     groups = kept_per_group(weight, pattern, axis).numel()
     kept = int((weight != 0).sum())
     return Row(name, tuple(weight.shape), pattern, "", kept, 1.0, groups, weight.element_size() * 8)

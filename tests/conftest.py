@@ -1,5 +1,6 @@
 """What all tests share: one thread, fixed seeds, the data folder, and `plain_loop` to compare with."""
 
+import json
 import os
 import random
 import sys
@@ -29,3 +30,51 @@ def openwork_data():
     if not folder:
         pytest.skip("needs data sets: set OPENWORK_DATA to their folder")
     return Path(folder)
+
+
+# --- docs/works-with.md ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def row(request):
+    """`row(group, what, **facts)` makes a line of docs/works-with.md, where the test passes.
+
+    Facts: `difference` from the equations by net, `tolerance`, `resumes`, `error` that the user gets, `note`,
+    `packages` whose versions matter.
+    """
+    test = request.node.nodeid.partition("[")[0]
+
+    def add(group, what, **facts):
+        request.node.user_properties.append(("works-with", {"group": group, "what": what, "test": test, **facts}))
+
+    return add
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "row" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.works_with)
+
+
+class Rows:
+    """Writes the rows of all tests that passed into a file."""
+
+    def __init__(self, file):
+        self.file, self.rows, self.left_out = Path(file), [], []
+
+    def pytest_runtest_logreport(self, report):
+        found = [value for key, value in report.user_properties if key == "works-with"]
+        if report.when == "call" and report.passed:
+            self.rows += found
+        elif not report.passed:
+            self.left_out.append(f"{report.outcome}: {report.nodeid}")
+
+    def pytest_sessionfinish(self):
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps({"rows": self.rows, "left out": self.left_out}, indent=1))
+
+
+def pytest_configure(config):
+    file = os.environ.get("OPENWORK_WORKS_WITH")
+    if file and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Rows(file))

@@ -157,6 +157,17 @@ def test_weights_changed_after_the_forward_get_the_mask_they_have_now():
     assert added(model, optimizer.step) == (ALL, NONE)
 
 
+def test_weights_exchanged_after_the_forward_get_the_mask_they_have_now():
+    """Through `.data`, as SAM goes back to where it came from: torch counts no version."""
+    model = sparse_net()
+    optimizer = SGD(model.parameters())
+    ow.attach(optimizer, model)
+    loss_of(model).backward()
+    for weight in latent(model).values():
+        weight.data = weight.data.flip(-1)
+    assert added(model, optimizer.step) == (ALL, NONE)
+
+
 def test_the_mask_under_autocast_is_that_of_the_float32_weights():
     model = nn.Sequential(nn.Linear(4, 1, bias=False))
     with torch.no_grad():  # equal in bfloat16, where ties would keep the first two

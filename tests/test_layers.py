@@ -30,6 +30,7 @@ LAYERS = (
         "candidates",
         "report",
         "gemms",
+        "sharded",
         "plan",
     },
     {"checkpoint", "modelstate", "fileformat", "container", "export", "migrate"},

@@ -224,6 +224,19 @@ def test_a_write_between_two_reads_of_one_forward_is_seen():
     assert torch.equal(seen[1], seen[0] * 2)
 
 
+def test_a_weight_exchanged_between_two_reads_of_one_forward_is_seen():
+    model, seen = Repeated(2), []
+    ow.sparsify(model, "2:4")
+
+    def between():
+        seen.append(model.block.weight.detach().clone())
+        dense(model.block).data = dense(model.block).data * 2
+
+    model.between = between
+    model(torch.randn(2, 8))
+    assert torch.equal(seen[1], seen[0] * 2)
+
+
 @pytest.mark.parametrize("kind", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_an_optimizer_step_inside_a_forward_is_seen(optimizer, kind):
