@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, overload
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from openwork.candidates import AxisChoice, PatternChoice, Remainder
-from openwork.container import Stored, write
+from openwork.container import Layout, Stored, write
 from openwork.fileformat import (
     INDICES,
     VALUES,
@@ -22,9 +22,9 @@ from openwork.fileformat import (
     metadata,
     opened,
 )
-from openwork.modelstate import alone, demand_fits, demand_same, fill, masked_by_name, patterns, tensors_by_name, ties
-from openwork.packing import pack_weight
-from openwork.parametrization import unwrap
+from openwork.modelstate import demand_fits, demand_same, fill, masked_by_name, patterns, tensors_by_name, ties
+from openwork.packing import pack_weight, packed_shape
+from openwork.parametrization import Masked, unwrap
 from openwork.pattern import Pattern
 from openwork.verify import NotSparse
 
@@ -78,23 +78,47 @@ def save(
     chosen = patterns(model, masked, pattern, exclude, axis, remainder)
     chosen = {aliases.get(name, name): each for name, each in chosen.items()}
     broken = {name: "the weight is gone: its module was replaced" for name in chosen if name not in tensors}
-    stored: dict[str, Tensor] = {}
-    sparse: dict[str, Sparse] = {}
-    for name in [name for name in tensors if name not in aliases]:
-        with torch.no_grad():
-            weight = masked[name].effective(tensors[name]) if name in masked else tensors[name].detach()
-        if name not in chosen:
-            stored[name] = alone(weight)
-            continue
-        sparse[name] = Sparse(*chosen[name], tuple(weight.shape), weight.dtype)
-        try:
-            stored[name + VALUES], stored[name + INDICES] = pack_weight(weight, *chosen[name])
-        except ValueError as error:
-            broken[name] = str(error)
     if broken:
         raise NotSparse(broken)
+    own = {name: each for name, each in tensors.items() if name not in aliases}
+    sparse = {name: Sparse(*chosen[name], tuple(own[name].shape), own[name].dtype) for name in chosen}
     demand_free_names([*tensors], sparse)
-    write(path, stored, metadata(sparse, aliases))
+    write(path, _layout(own, sparse), _contents(own, masked, sparse), metadata(sparse, aliases))
+
+
+def _layout(tensors: Mapping[str, Tensor], sparse: Mapping[str, Sparse]) -> dict[str, Layout]:
+    """Dtype and shape of each tensor of the file, by arithmetic alone."""
+    found: dict[str, Layout] = {}
+    for name, tensor in tensors.items():
+        if name in sparse:
+            values_shape, index_bytes = packed_shape(tuple(tensor.shape), sparse[name].pattern, sparse[name].axis)
+            found[name + VALUES] = (tensor.dtype, values_shape)
+            found[name + INDICES] = (torch.uint8, (index_bytes,))
+        else:
+            found[name] = (tensor.dtype, tuple(tensor.shape))
+    return found
+
+
+def _contents(
+    tensors: Mapping[str, Tensor], masked: Mapping[str, Masked], sparse: Mapping[str, Sparse]
+) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of the file, made when it is asked for. Raises NotSparse at the end, with every weight too dense."""
+    broken = {}
+    for name, tensor in tensors.items():
+        with torch.no_grad():
+            weight = masked[name].effective(tensor) if name in masked else tensor.detach()
+        if name not in sparse:
+            yield name, weight
+            continue
+        try:
+            values, indices = pack_weight(weight, sparse[name].pattern, sparse[name].axis)
+        except ValueError as error:
+            broken[name] = str(error)
+            continue
+        yield name + VALUES, values
+        yield name + INDICES, indices
+    if broken:
+        raise NotSparse(broken)
 
 
 @overload

@@ -63,12 +63,6 @@ def ties(tensors: Mapping[str, Tensor], masked: Mapping[str, Masked]) -> dict[st
     return found
 
 
-def alone(tensor: Tensor) -> Tensor:
-    """The tensor contiguous, on the CPU, and in memory that it shares with no other: safetensors demands it."""
-    tensor = tensor.resolve_conj().resolve_neg().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
 def patterns(
     model: nn.Module,
     masked: Mapping[str, Masked],
