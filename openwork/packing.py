@@ -125,7 +125,8 @@ def _index_width(pattern: Pattern) -> int:
 def _groups(weight: Tensor, pattern: Pattern, axis: Axis) -> np.ndarray:
     """The bits of a weight as integers (G, M), short groups filled up with zeros."""
     rows = to_rows(weight.detach().cpu().view(_BITS[weight.itemsize]), axis)
-    rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % pattern.m))
+    if missing := -rows.shape[-1] % pattern.m:
+        rows = torch.nn.functional.pad(rows, (0, missing))
     return rows.reshape(-1, pattern.m).numpy()
 
 
