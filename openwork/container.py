@@ -42,7 +42,24 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 Layout = tuple[torch.dtype, tuple[int, ...]]
 # safetensors' writer puts tensors in this order, which aligns each to its items, then by name.
-_ORDER = "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
+_ORDER = [
+    "U64",
+    "I64",
+    "F64",
+    "C64",
+    "F32",
+    "U32",
+    "I32",
+    "BF16",
+    "F16",
+    "U16",
+    "I16",
+    "F8_E4M3",
+    "F8_E5M2",
+    "I8",
+    "U8",
+    "BOOL",
+]
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 _MOST_DIMS = 64  # numpy's limit; torch has none, and becomes slow
 
@@ -114,7 +131,7 @@ def write(
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name beside `path` to write to. It takes the place of `path` at the end, synced; after an error it is deleted."""
+    """A name beside `path` to write to. At the end it is synced and takes the place of `path`; an error deletes it."""
     target = Path(os.path.realpath(path))
     part = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
@@ -167,18 +184,18 @@ def _laid_out(layout: Mapping[str, Layout], metadata: Mapping[str, str]) -> tupl
     """Where each tensor lies in a file, and the bytes before the first."""
     ordered = sorted(layout, key=lambda name: (_ORDER.index(CODES[layout[name][0]]), name.encode()))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    stored, stop = {}, 0
+    places, stop = {}, 0
     for name in ordered:
         dtype, shape = layout[name]
         start, stop = stop, stop + math.prod(shape) * dtype.itemsize
-        stored[name] = Stored(dtype, shape, start, stop)
+        places[name] = start, stop
         header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": (start, stop)}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > _LONGEST_HEADER:
         raise ValueError(f"the names and shapes take {len(text)} bytes, more than the {_LONGEST_HEADER} of a header")
     base = 8 + len(text)
-    stored = {name: Stored(each.dtype, each.shape, base + each.start, base + each.stop) for name, each in stored.items()}
+    stored = {name: Stored(*layout[name], base + start, base + stop) for name, (start, stop) in places.items()}
     return stored, len(text).to_bytes(8, "little") + text
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from openwork.axis import Axis
 from openwork.candidates import AxisChoice, PatternChoice, Remainder, decide
 from openwork.container import CODES
-from openwork.fileformat import Contents
+from openwork.contents import Contents
 from openwork.masks import kept_per_group
 from openwork.parametrization import Masked, masked_modules, masked_weights, plain_name, weight_name
 from openwork.pattern import Pattern

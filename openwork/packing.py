@@ -81,7 +81,7 @@ def unpack_weight(values: Tensor, indices: Tensor, pattern: Pattern, axis: Axis,
         found = f"indices are {indices.dtype} {tuple(indices.shape)}"
         raise ValueError(f"{found}; a weight of shape {shape} at {pattern} has uint8 ({index_bytes},)")
     K = reduction_size(shape, axis)
-    values_GN = values.cpu().contiguous().view(_BITS[values.itemsize]).reshape(-1, pattern.n).numpy()
+    values_GN = integers(values.cpu().contiguous()).reshape(-1, pattern.n).numpy()
     bits_GM = np.zeros((len(values_GN), pattern.m), values_GN.dtype)
     _fill(bits_GM, values_GN, indices.cpu().contiguous().numpy(), pattern)
     rows_RK = bits_GM.reshape(math.prod(values_shape[:-1]), -1)
@@ -109,6 +109,11 @@ def packed_shape(shape: tuple[int, ...], pattern: Pattern, axis: Axis) -> tuple[
     return (*leading, groups_in_row * pattern.n), -(-math.prod(leading) * groups_in_row * pattern.index_bits // 8)
 
 
+def integers(tensor: Tensor) -> Tensor:
+    """The same bits as integers of the same size, which numpy can hold whatever the dtype."""
+    return tensor.view(_BITS[tensor.itemsize])
+
+
 def uses_bitmask(pattern: Pattern) -> bool:
     """Whether a bitmask is strictly smaller than N indices.
 
@@ -124,7 +129,7 @@ def _index_width(pattern: Pattern) -> int:
 
 def _groups(weight: Tensor, pattern: Pattern, axis: Axis) -> np.ndarray:
     """The bits of a weight as integers (G, M), short groups filled up with zeros."""
-    rows = to_rows(weight.detach().cpu().view(_BITS[weight.itemsize]), axis)
+    rows = to_rows(integers(weight.detach().cpu()), axis)
     if missing := -rows.shape[-1] % pattern.m:
         rows = torch.nn.functional.pad(rows, (0, missing))
     return rows.reshape(-1, pattern.m).numpy()

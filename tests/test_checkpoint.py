@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import openwork as ow
-from openwork import container, fileformat
+from openwork import container
 from openwork.checkpoint import check, describe
+from openwork.contents import opened
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -130,7 +131,7 @@ def test_every_axis_comes_back(path):
     ow.save(model, path, pattern="2:4", axis=where)
     assert {each.name for each in describe(path) if each.pattern} == set(report.sparse)
     assert same_state(ow.load(path), model.state_dict())
-    with fileformat.opened(path) as contents:
+    with opened(path) as contents:
         assert contents.sparse["transposed.weight"].axis == ow.Axis(0, blocks=2)
 
 

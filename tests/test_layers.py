@@ -32,7 +32,7 @@ LAYERS = (
         "gemms",
         "plan",
     },
-    {"checkpoint", "modelstate", "fileformat", "container", "export", "migrate"},
+    {"checkpoint", "modelstate", "contents", "fileformat", "container", "legacy", "source", "export", "migrate"},
     {"integrations"},
     {"tasks", "cli"},
 )
