@@ -130,10 +130,10 @@ def write(
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], ending: str = ".part") -> Iterator[Path]:
     """A name beside `path` to write to. At the end it is synced and takes the place of `path`; an error deletes it."""
     target = Path(os.path.realpath(path))
-    part = target.with_name(f".{secrets.token_hex(8)}.part")
+    part = target.with_name(f".{secrets.token_hex(8)}{ending}")
     try:
         yield part
         with open(part, "r+b") as file:
@@ -205,7 +205,7 @@ def _put(file: BinaryIO, tensor: Tensor, stored: Stored) -> None:
     if tensor.numel():
         plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
         file.seek(stored.start)
-        file.write(plain.reshape(-1).view(torch.uint8).numpy())
+        file.write(plain.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _stored(name: str, entry: Any, base: int) -> Stored:

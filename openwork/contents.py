@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,7 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _contents(files: list[BinaryIO]) -> Contents:
+def _contents(files: Sequence[BinaryIO]) -> Contents:
     texts: dict[str, str] = {}
     found: dict[str, tuple[BinaryIO, Stored]] = {}
     for file in files:
