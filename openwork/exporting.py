@@ -62,9 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("openwork export", description=_ABOUT, formatter_class=add_help)
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("--out", required=True, help="file, or folder for huggingface")
-    parser.add_argument(
-        "--to", choices=FORMS, help="default: by the ending of --out (.onnx, .pt2, .safetensors, none)"
-    )
+    parser.add_argument("--to", choices=FORMS, help="default: by the ending of --out (.onnx, .pt2, .safetensors, none)")
     parser.add_argument("--model", help="what makes the network, such as torchvision.models:resnet50")
     parser.add_argument("--input", default="", help="sizes of an input of random numbers, such as 1,3,224,224")
     parser.add_argument("--dynamic-batch", action="store_true", help="let the first dim of the input vary")

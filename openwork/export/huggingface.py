@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from openwork.candidates import PatternChoice
+from openwork.candidates import AxisChoice, PatternChoice, Remainder
 from openwork.checkpoint import Entry, describe, save
 from openwork.container import write
 from openwork.contents import FILE
@@ -29,6 +29,8 @@ def to_huggingface(
     *,
     pattern: PatternChoice | None = None,
     exclude: Sequence[str] = (),
+    axis: AxisChoice = "input",
+    remainder: Remainder = "skip",
     method: str = "",
 ) -> str:
     """Write a folder that `from_pretrained` and any safetensors reader load, with the compressed file beside; returns
@@ -36,14 +38,14 @@ def to_huggingface(
 
     A model with `save_pretrained` (transformers and others) writes its own files, with the zeros in them; of any other
     the weights are written as model.safetensors. README.md is made, or gets the part about
-    sparsity, which is replaced when it is written again. `pattern` and `exclude` as in `ow.save`; `method` is named
-    in the card, and known for a model that is still sparsified.
+    sparsity, which is replaced when it is written again. `pattern` to `remainder` as in `ow.save`; `method` is
+    named in the card, and known for a model that is still sparsified.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     held = promises(unwrap(model))
     method = method or ", ".join(sorted({promise.method.name for _, _, promise in held}))
-    save(model, folder / FILE, pattern=pattern, exclude=exclude)
+    save(model, folder / FILE, pattern=pattern, exclude=exclude, axis=axis, remainder=remainder)
     _write_dense(exportable(model), folder)
     snippet = card(describe(folder / FILE), method)
     _put_into(folder / CARD, snippet)
@@ -68,10 +70,8 @@ def card(entries: Sequence[Entry], method: str = "") -> str:
     }
     lines = [_BEGIN, "## N:M sparsity", "", "| | |", "|---|---|"]
     lines += [f"| {what} | {found} |" for what, found in rows.items()]
-    lines += [
-        "",
-        f"Dense with exact zeros: `{DENSE}`, which any library loads. Compressed: `ow.load(folder)` of Openwork.",
-    ]
+    loads = f"Any library loads `{DENSE}`, dense with exact zeros; `ow.load(folder)` reads the compressed file."
+    lines += ["", loads]
     return "\n".join([*lines, _END, ""])
 
 

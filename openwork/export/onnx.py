@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from openwork.candidates import PatternChoice
+from openwork.candidates import AxisChoice, PatternChoice, Remainder
 from openwork.container import replacing
 from openwork.export.finished import arguments, demand_equal, exportable, outputs
 from openwork.export.products import KEY, Product, as_metadata, check_onnx, products
@@ -42,18 +42,21 @@ def to_onnx(
     *,
     pattern: PatternChoice | None = None,
     exclude: Sequence[str] = (),
+    axis: AxisChoice = "input",
+    remainder: Remainder = "skip",
     dynamic_shapes: Any = None,
 ) -> Exported:
     """Write a model as ONNX, and check the file before it takes its place: the ONNX checker, N:M along the axis that
     each product sums over, and ONNX Runtime's outputs for `example`.
 
     `example` is a tensor, a tuple of arguments or a mapping of keyword arguments. A model that is still sparsified is
-    exported as finalized; a plain one is held to `pattern` as in `ow.save`. `dynamic_shapes` as in torch.export.export:
-    without it the file takes inputs of the example's shape alone. Weights of more than 2 GB go to `path`.data.
+    exported as finalized; a plain one is held to `pattern` (`exclude`, `axis` and `remainder` as in `ow.save`).
+    `dynamic_shapes` as in torch.export.export: without it the file takes inputs of the example's shape alone. Weights
+    of more than 2 GB go to `path`.data.
     Raises NotSparse, ValueError from the checker, RuntimeError for other outputs, and what torch.onnx.export raises.
     """
     inner = unwrap(model)
-    promised = patterns(inner, masked_by_name(inner), pattern, exclude, "input", "skip")
+    promised = patterns(inner, masked_by_name(inner), pattern, exclude, axis, remainder)
     plain = exportable(model)
     with quiet(plain):
         exported = _program(plain, example, dynamic_shapes)

@@ -43,34 +43,41 @@ def check_onnx(
     """Every product by a constant in an ONNX file; raises NotSparse with those that are denser than they should be.
 
     Held to what `to_onnx` wrote into the file, or to `pattern` (but where M does not divide the axis, and but what the
-    globs in `exclude` name); without either nothing is held, and the tightest pattern of each is found. Raises
-    ValueError for a file that is not valid ONNX.
+    globs in `exclude` name); without either nothing is held, and the tightest pattern of each is found. A constant that
+    is summed over along two axes is held along one of them. Raises ValueError for a file that is not valid ONNX.
     """
     model = _loaded(path)
     promised = _promised(model.metadata_props.get(KEY, "{}"))
     found: dict[object, Product] = {}
-    broken: dict[str, str] = {}
+    broken = dict.fromkeys(promised, "promised by the file, but no product multiplies by it")
+    kept_by = set()
     for product, mask in products(model):
         asked = promised.get(product.name)
         if pattern is not None and not any(matches(glob, product.name) for glob in exclude):
             asked = Pattern.parse(pattern)
             asked = asked if reduction_size(product.shape, product.axis) % asked.m == 0 else None
-        found[product.op, product.name, product.axis] = _held(product, mask, asked, broken)
-    if gone := promised.keys() - {each.name for each in found.values()}:
-        broken |= dict.fromkeys(gone, "promised by the file, but no product multiplies by it")
-    if broken:
+        problem = _denser(mask, product.axis, asked) if asked else ""
+        if problem:
+            broken[product.name] = problem
+        elif asked:
+            kept_by.add(product.name)
+        found[product.op, product.name, product.axis] = _described(product, mask, None if problem else asked)
+    if broken := {name: problem for name, problem in broken.items() if name not in kept_by}:
         raise NotSparse(broken)
     return tuple(found.values())
 
 
-def _held(product: Product, mask: Tensor, asked: Pattern | None, broken: dict[str, str]) -> Product:
-    if asked is None:
-        tight = tightest(mask, product.axis)
-        return replace(product, pattern=tight if tight.n < tight.m else None)
-    kept = kept_per_group(mask, asked, product.axis)
-    if wrong := int((kept > asked.n).sum()):
-        broken[product.name] = f"{wrong} of {kept.numel()} groups hold more than {asked} (the worst {int(kept.max())})"
-    return replace(product, pattern=asked, promised=True)
+def _denser(mask: Tensor, axis: Axis, asked: Pattern) -> str:
+    kept = kept_per_group(mask, asked, axis)
+    wrong = int((kept > asked.n).sum())
+    return f"{wrong} of {kept.numel()} groups hold more than {asked} (the worst {int(kept.max())})" if wrong else ""
+
+
+def _described(product: Product, mask: Tensor, held: Pattern | None) -> Product:
+    if held is not None:
+        return replace(product, pattern=held, promised=True)
+    tight = tightest(mask, product.axis)
+    return replace(product, pattern=tight if tight.n < tight.m else None)
 
 
 def _loaded(path: str | os.PathLike[str]) -> Any:

@@ -28,7 +28,7 @@ def to_torch_export(
     """
     plain = exportable(model)
     with replacing(path, _ENDING) as part:
-        torch.export.save(_traced(plain, example, dynamic_shapes), part)
+        torch.export.save(_anonymous(_traced(plain, example, dynamic_shapes)), part)
         return _difference(plain, example, torch.export.load(part).module())
 
 
@@ -51,6 +51,15 @@ def _traced(model: nn.Module, example: Any, dynamic_shapes: Any) -> torch.export
     args, kwargs = arguments(model, example)
     with quiet(model):
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+
+
+def _anonymous(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Without the example, and without the path and line of the user's code at every node: both would be saved."""
+    for module in program.graph_module.modules():
+        for node in getattr(getattr(module, "graph", None), "nodes", ()):
+            node.meta.pop("stack_trace", None)
+    program.example_inputs = None  # type: ignore[assignment]
+    return program
 
 
 def _difference(model: nn.Module, example: Any, loaded: Any) -> float:
