@@ -50,10 +50,10 @@ def export(words: Sequence[str]) -> str:
     if not form:
         raise ValueError(f"--out {asked.out} does not say the form by its ending; add --to {{{','.join(FORMS)}}}")
     if form == "dense" and not _is_run(asked.source):
-        return _write_dense(load(asked.source), asked.out)
+        return write_dense(load(asked.source), asked.out)
     finished = _of_run(Path(asked.source)) if _is_run(asked.source) else _of_file(asked)
     if form == "dense":
-        return _write_dense(finished.model.state_dict(), asked.out)
+        return write_dense(finished.model.state_dict(), asked.out)
     return _written(form, finished, asked.out, asked.dynamic_batch)
 
 
@@ -166,7 +166,8 @@ def _cells(each: Product) -> tuple[str, ...]:
     return each.name, shape, each.dtype, each.op, str(each.pattern or "dense"), f"{each.density:.3f}"
 
 
-def _write_dense(state: Mapping[str, Tensor], out: str) -> str:
+def write_dense(state: Mapping[str, Tensor], out: str) -> str:
+    """Write an ordinary safetensors file, tied tensors under each of their names; what to tell about it."""
     layout = {name: (each.dtype, tuple(each.shape)) for name, each in state.items()}
     write(out, layout, state.items(), {"format": "pt"})
     return f"{out}: {len(state)} dense tensors, zeros and all, for any safetensors reader"
