@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from openwork.axis import Axis
 from openwork.candidates import AxisChoice, PatternChoice, Remainder, decide
 from openwork.container import CODES
-from openwork.fileformat import Contents
+from openwork.contents import Contents
 from openwork.masks import kept_per_group
 from openwork.parametrization import Masked, masked_modules, masked_weights, plain_name, weight_name
 from openwork.pattern import Pattern
@@ -61,12 +61,6 @@ def ties(tensors: Mapping[str, Tensor], masked: Mapping[str, Masked]) -> dict[st
         if name not in masked and first.setdefault(place, name) != name:
             found[name] = first[place]
     return found
-
-
-def alone(tensor: Tensor) -> Tensor:
-    """The tensor contiguous, on the CPU, and in memory that it shares with no other: safetensors demands it."""
-    tensor = tensor.resolve_conj().resolve_neg().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def patterns(

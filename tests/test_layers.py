@@ -33,14 +33,23 @@ LAYERS = (
         "sharded",
         "plan",
     },
-    {"checkpoint", "modelstate", "fileformat", "container", "export", "migrate"},
+    {"checkpoint", "modelstate", "contents", "fileformat", "container", "legacy", "source", "export", "migrate"},
     {"integrations"},
-    {"tasks", "cli"},
+    {"tasks", "cli", "exporting"},
 )
 # `openwork/__init__.py` collects the public names: above the core, below what glues the core to other libraries.
 FACADE = 5.5
 CORE_NEEDS = {"torch", "numpy", "safetensors"}
-IMPORTED_ON_DEMAND = {"lightning", "pytorch_lightning", "torchvision", "transformers", "rich", "matplotlib"}
+IMPORTED_ON_DEMAND = {
+    "lightning",
+    "pytorch_lightning",
+    "torchvision",
+    "transformers",
+    "rich",
+    "matplotlib",
+    "onnx",
+    "huggingface_hub",
+}
 
 
 def modules(root: Path) -> dict[str, Path]:
