@@ -122,7 +122,8 @@ class SparseLinear(_Packed):
         super().__init__(layer.weight, layer.bias, pattern, kind, stored)
 
     def forward(self, x: Tensor) -> Tensor:
-        product = torch.ops.openwork.rows_linear if self.kind == "rows" else torch.ops.openwork.panel_linear
+        rows = self.kind == "rows"
+        product = torch.ops.openwork.rows_linear.default if rows else torch.ops.openwork.panel_linear.default
         y = product(x.float(), self.values, self.positions, self.scales, self.bias, self.numbers, self.relu)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
@@ -154,7 +155,7 @@ class SparseConv2d(_Packed):
         image = image.unsqueeze(2) if self.flat else image
         layout = (self.values, self.positions, self.scales, self.bias, self.numbers)
         geometry = (self.kernel, self.stride, self.padding, self.dilation, self.groups, self.relu)
-        y = torch.ops.openwork.panel_conv2d(image.float(), *layout, *geometry)
+        y = torch.ops.openwork.panel_conv2d.default(image.float(), *layout, *geometry)
         y = y.squeeze(2) if self.flat else y
         y = y.squeeze(0) if unbatched else y
         return y if x.dtype == torch.float32 else y.to(x.dtype)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent / "openwork"
 # Each file and folder of the package stands in exactly one layer; a new one is added here.
 LAYERS = (
     {"pattern"},
-    {"masks", "axis", "schedule", "metrics", "topology", "packing"},
+    {"masks", "axis", "schedule", "metrics", "topology", "packing", "layout"},
     {"ops"},
     {"methods", "kernels"},
     {
@@ -32,6 +32,9 @@ LAYERS = (
         "gemms",
         "sharded",
         "plan",
+        "deployed",
+        "folding",
+        "onednn",
     },
     {"checkpoint", "modelstate", "contents", "fileformat", "container", "legacy", "source", "export", "migrate"},
     {"integrations"},

@@ -2,6 +2,7 @@
 
 from openwork.kernels import masks as _masks
 from openwork.kernels import products as _products
+from openwork.kernels.masks import in_one_pass as in_one_pass
 from openwork.kernels.native import Status as Status
 from openwork.kernels.native import status as status
 from openwork.kernels.native import use_isa as use_isa

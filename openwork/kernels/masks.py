@@ -12,9 +12,19 @@ from torch import Tensor
 
 from openwork.axis import Axis
 from openwork.kernels.native import DTYPES, Groups, library
-from openwork.ops.masks import _add_decayed, _keep_largest, _prune
+from openwork.ops.masks import _add_decayed, _keep_largest, _prune, for_operator
 
 _HERE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.compiler.assume_constant_result
+def _loaded() -> bool:
+    return library() is not None
+
+
+def in_one_pass(weight: Tensor) -> bool:
+    """Whether `openwork.ops.prune` and `add_decayed` read this weight once, instead of making a mask first."""
+    return _loaded() and for_operator(weight) and weight.dtype in _HERE
 
 
 def groups_in_memory(weight: Tensor, n: int, m: int, axis: Axis) -> Groups | None:

@@ -54,28 +54,31 @@ def rows_linear(
         return reference.rows_linear(x, values, positions, scales, bias, layout, relu)
     n, m, packed_lanes, O, K = layout
     window = WINDOWS[m]
-    windows, slots = -(-K // window), window // m * n
+    windows, slots, blocks = -(-K // window), window // m * n, -(-O // packed_lanes)
     _demand_lanes(packed_lanes, lib.openwork_lanes())
-    _demand(values.shape == (-(-O // packed_lanes), windows * slots, packed_lanes), "values", values, layout)
-    _demand(positions.dtype == torch.int32 and positions.shape[::2] == values.shape[::2], "positions", positions, layout)
-    _demand(positions.shape[1] == _words(windows, slots, window), "positions", positions, layout)
-    flat, input_scales = _rows_of(x, K), None
-    y = torch.empty(len(flat), O)
-    if not y.numel():
-        return y.view(*x.shape[:-1], O)
-    if scales is not None:
+    stored = values.dtype == torch.int8 if scales is not None else values.dtype in (torch.float32, torch.bfloat16)
+    _demand(stored and values.numel() == blocks * windows * slots * packed_lanes, "values", values, layout)
+    words = blocks * _words(windows, slots, window) * packed_lanes
+    _demand(positions.dtype == torch.int32 and positions.numel() == words, "positions", positions, layout)
+    _demand_outputs(scales, bias, layout)
+    flat = _rows_of(x, K)
+    B = flat.shape[0]
+    y = torch.empty(B, O)
+    if scales is None and B and O:
+        flat = torch.nn.functional.pad(flat, (0, -K % window)) if K % window else flat
+        given = (values.data_ptr(), positions.data_ptr(), windows, blocks, window, slots, flat.data_ptr(), flat.stride(0))
+        call = Rows(*given, address(bias), y.data_ptr(), O, O, B, relu)
+        lib.openwork_rows(ctypes.byref(call), DTYPES[values.dtype])
+    elif scales is not None and B and O:
         whole, input_scales = quantized_rows(flat)
-        flat = whole.int() & 0xFFFF  # upper halves zero: the kernel multiplies pairs of int16
-    flat = torch.nn.functional.pad(flat, (0, -K % window)) if K % window else flat.contiguous()
-    given = None if scales is not None else bias
-    arguments = (values.data_ptr(), positions.data_ptr(), windows, len(values), window, slots, flat.data_ptr())
-    call = Rows(*arguments, flat.stride(0), address(given), y.data_ptr(), O, O, len(flat), relu and scales is None)
-    lib.openwork_rows(ctypes.byref(call), DTYPES[values.dtype])
-    if scales is not None and input_scales is not None:
+        whole = torch.nn.functional.pad(whole, (0, -K % window)).int() & 0xFFFF  # the kernel multiplies pairs of int16
+        given = (values.data_ptr(), positions.data_ptr(), windows, blocks, window, slots, whole.data_ptr(), whole.stride(0))
+        call = Rows(*given, None, y.data_ptr(), O, O, B, False)
+        lib.openwork_rows(ctypes.byref(call), DTYPES[torch.int8])
         y = y.view(torch.int32).float().mul_(input_scales[:, None] * scales)
         y = y if bias is None else y.add_(bias)
         y = y.relu_() if relu else y
-    return y.view(*x.shape[:-1], O)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], O)
 
 
 def panel_conv2d(
@@ -137,8 +140,7 @@ def _panel_weight(
     slots = sum(slots_of(inputs, Pattern(n, m), dtype == torch.int8)[1] for inputs in parts)
     _demand(len(values) == slots * O, "values", values, layout)
     _demand(positions.dtype == torch.int16 and len(positions) == len(values) + 1, "positions", positions, layout)
-    for name, each in (("bias", bias), ("scales", scales)):
-        _demand(each is None or (each.dtype == torch.float32 and each.shape == (O,)), name, each, layout)
+    _demand_outputs(scales, bias, layout)
     addresses = (values.data_ptr(), positions.data_ptr(), address(scales), address(bias))
     return PanelWeight(*addresses, DTYPES[dtype], n, m, tile, K, O)
 
@@ -152,8 +154,8 @@ def _rows_of(x: Tensor, K: int) -> Tensor:
     """(..., K) -> (B, K), rows contiguous."""
     if x.ndim == 0 or x.shape[-1] != K or x.dtype != torch.float32:
         raise ValueError(f"input {tuple(x.shape)} of {x.dtype}; needed float32 (..., {K})")
-    flat = x.reshape(-1, K)
-    return flat if flat.stride(1) == 1 and flat.stride(0) >= K else flat.contiguous()
+    flat = x if x.ndim == 2 else x.reshape(-1, K)
+    return flat if flat.is_contiguous() or (flat.stride(1) == 1 and flat.stride(0) >= K) else flat.contiguous()
 
 
 def _demand_lanes(packed: int, here: int) -> None:
@@ -162,6 +164,13 @@ def _demand_lanes(packed: int, here: int) -> None:
             f"the weight is packed for vectors of another size ({packed}, here {here}): it comes from a machine or an "
             "OPENWORK_ISA with another instruction set; deploy again, or load the finalized model and deploy it here"
         )
+
+
+def _demand_outputs(scales: Tensor | None, bias: Tensor | None, layout: list[int]) -> None:
+    """What there is one of for each output."""
+    O = layout[-2]
+    for name, each in (("bias", bias), ("scales", scales)):
+        _demand(each is None or (each.dtype == torch.float32 and each.numel() == O), name, each, layout)
 
 
 def _demand(holds: bool, what: str, found: Tensor | None, layout: list[int]) -> None:

@@ -26,29 +26,29 @@ library.define(f"add_decayed(Tensor(a!) gradient, Tensor weight, float rate, {_W
 
 def keep_largest(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
     """`openwork.masks.keep_largest` by whatever is fastest: bool, the shape of `score`, which is non-negative or NaN."""
-    if not _for_operator(score):
+    if not for_operator(score):
         return definition(score, pattern, axis)
-    mask: Tensor = torch.ops.openwork.keep_largest(score, *_numbers(pattern, axis))
+    mask: Tensor = torch.ops.openwork.keep_largest.default(score, *_numbers(pattern, axis))
     return mask
 
 
 def prune(weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
     """The weight with all but the N largest magnitudes of each group set to +0.0, in one pass. Not differentiable."""
-    if not _for_operator(weight):
+    if not for_operator(weight):
         return select(weight, definition(weight.abs(), pattern, axis))
-    pruned: Tensor = torch.ops.openwork.prune(weight, *_numbers(pattern, axis))
+    pruned: Tensor = torch.ops.openwork.prune.default(weight, *_numbers(pattern, axis))
     return pruned
 
 
 def add_decayed(gradient: Tensor, weight: Tensor, rate: float, pattern: Pattern, axis: Axis) -> None:
     """gradient += rate * weight where `prune` prunes, in place and in one pass."""
-    if not _for_operator(weight) or not _for_operator(gradient):
+    if not for_operator(weight) or not for_operator(gradient):
         _add_decayed(gradient, weight, rate, *_numbers(pattern, axis))
     else:
-        torch.ops.openwork.add_decayed(gradient, weight, rate, *_numbers(pattern, axis))
+        torch.ops.openwork.add_decayed.default(gradient, weight, rate, *_numbers(pattern, axis))
 
 
-def _for_operator(tensor: Tensor) -> bool:
+def for_operator(tensor: Tensor) -> bool:
     """Whether the tensor is a plain one on the CPU: elsewhere comparisons fuse, subclasses have their own rules."""
     plain = torch.compiler.is_compiling() or type(tensor) in (Tensor, torch.nn.Parameter)
     return plain and tensor.device.type == "cpu" and tensor.dtype in RANKED
