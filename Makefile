@@ -14,10 +14,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs clean
+.PHONY: help demo test check works-with bench docs clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
 
 demo: .venv/train.stamp ## train handwritten digits dense and at 2:4, compare them, write runs/demo
 	$(BIN)/openwork compare classification --out runs/demo
@@ -30,6 +30,10 @@ check: .venv/dev.stamp ## lint, formatting, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_layers.py
+
+works-with: .venv/dev.stamp ## run what makes docs/works-with.md, on all nets, and write it
+	OMP_NUM_THREADS=1 OPENWORK_WORKS_WITH=build/works-with.json $(BIN)/python -m pytest -m works_with tests $(PYTEST_ARGS)
+	PYTHONPATH=tests $(BIN)/python tests/works_with/page.py build/works-with.json > docs/works-with.md
 
 bench: .venv/train.stamp ## time a sparse training step against the dense one, on this machine
 	$(BIN)/python benchmarks/training_step.py

@@ -23,7 +23,7 @@ from torch.optim import LBFGS, Optimizer
 
 from openwork.parametrization import held_weights, masked_modules, unwrap
 from openwork.promise import promises
-from openwork.sharded import whole
+from openwork.sharded import is_sharded, whole
 from openwork.sparsify import masks
 from openwork.topology import Topology
 
@@ -136,7 +136,8 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
         )
     if any(promise.optimizers.get(optimizer) for _, _, promise in found):
         raise ValueError(f"this {type(optimizer).__name__} is attached already: the term would be added twice")
-    if not held_weights(optimizer, model):
+    held = held_weights(optimizer, model)
+    if not held:
         raise ValueError(
             f"this {type(optimizer).__name__} holds none of the sparse weights of {type(model).__name__}; "
             "build it from model.parameters() of this very model"
@@ -150,6 +151,8 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
         raise ValueError(
             "LBFGS with a line search evaluates losses that lack the method's term; use line_search_fn=None"
         )
+    for masked, weight in held:
+        masked.reuses_mask = masked.reuses_mask and not is_sharded(weight)
     for _, _, promise in found:
         promise.optimizers[optimizer] = True
     return Handle(optimizer, model, topology)

@@ -1,7 +1,7 @@
 """Dense weight <-> (values, indices): the executable definition of how the format stores one weight.
 
-    R = rows, K = weights in a row, G = groups in all rows, M = group size, N = slots in a group, S = slots in all groups,
-    W = w = bits of an index
+    R = rows, K = weights in a row, G = groups in all rows, M = group size, N = slots in a group
+    S = slots in all groups, W = w = bits of an index
 
 Each group of M has N slots. They hold, in index order, every weight whose bits are not all zero, and where those are
 fewer than N, +0.0 at the lowest other indices. A short last group counts as filled up with +0.0 to M. So one weight has

@@ -119,6 +119,8 @@ class Masked(nn.Module):
 
     `seen_dtype` is the dtype in which the forward pass saw the weight (FSDP2 may hand it in bfloat16). The mask
     is a function of the weight rounded to it, so that the optimizer hook and `verify` find the same mask.
+    `reuses_mask`: the optimizer step takes the mask of the forward. Not of a sharded weight: each process ranks its
+    part once more, instead of holding the masks of all layers.
     """
 
     mask: Tensor | None
@@ -127,6 +129,7 @@ class Masked(nn.Module):
         super().__init__()
         self.pattern, self.axis, self.method, self.scope = pattern, axis, method, scope
         self.seen_dtype = weight.dtype
+        self.reuses_mask = hasattr(method, "gradient_term")
         self.register_buffer("mask", None)
         if method.fixed:
             self.choose_mask(weight)
@@ -149,7 +152,7 @@ class Masked(nn.Module):
             pruned: Tensor = self.method.forward_in_one_pass(weight, self.pattern, self.axis)
             return pruned
         keep = self.keep(weight)
-        if hasattr(self.method, "gradient_term"):
+        if self.reuses_mask:
             self.scope.remember(self, weight, keep)
         return elementwise(self.method.forward, weight, keep)
 

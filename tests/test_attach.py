@@ -188,7 +188,7 @@ def test_the_mask_under_autocast_is_that_of_the_float32_weights():
 # --- closures ----------------------------------------------------------------------------------------------------
 
 
-def test_lbfgs_adds_the_term_at_each_evaluation():
+def test_lbfgs_adds_the_term_at_each_evaluation(row):
     model, twin = sparse_net(), sparse_net(ow.STE())
     twin.load_state_dict(model.state_dict())
     ends = []
@@ -212,6 +212,7 @@ def test_lbfgs_adds_the_term_at_each_evaluation():
         assert handle.steps == 2
         ends.append(each.state_dict())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    row("Optimizer", "`LBFGS` without a line search: the term at each evaluation, against the term added by hand")
 
 
 class CallsThrice(torch.optim.Optimizer):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import openwork as ow
-from openwork import container
+from openwork import container, contents
 from openwork.checkpoint import check, describe
 from openwork.contents import opened
 
@@ -131,8 +131,8 @@ def test_every_axis_comes_back(path):
     ow.save(model, path, pattern="2:4", axis=where)
     assert {each.name for each in describe(path) if each.pattern} == set(report.sparse)
     assert same_state(ow.load(path), model.state_dict())
-    with opened(path) as contents:
-        assert contents.sparse["transposed.weight"].axis == ow.Axis(0, blocks=2)
+    with opened(path) as found:
+        assert found.sparse["transposed.weight"].axis == ow.Axis(0, blocks=2)
 
 
 def test_the_flat_axis_comes_back(path):
@@ -478,6 +478,18 @@ def test_the_bytes_are_those_of_safetensors_own_writer(path, metadata):
     assert path.read_bytes() == theirs.read_bytes()
 
 
+def test_describing_reads_no_tensor(path, monkeypatch):
+    ow.save(sparse_net(), path, pattern="2:4")
+
+    def refuse(*_):
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(contents, "read_tensor", refuse)
+    assert len(describe(path)) == 11
+    with pytest.raises(AssertionError, match="a tensor was read"):
+        check(path)
+
+
 def test_entries(path):
     model = nn.Sequential(nn.Linear(10, 4), nn.Linear(4, 4))
     ow.project(model, {"0": "1:8"}, remainder="pad")
@@ -495,7 +507,7 @@ def test_entries(path):
 
 WRITER = """
 import os, signal, sys, torch, openwork as ow
-from openwork import container
+from openwork import container, contents
 path, stage = sys.argv[1], sys.argv[2]
 model = torch.nn.Linear(256, 512)
 ow.project(model, "2:4")

@@ -58,7 +58,7 @@ def _anonymous(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
     for module in program.graph_module.modules():
         for node in getattr(getattr(module, "graph", None), "nodes", ()):
             node.meta.pop("stack_trace", None)
-    program.example_inputs = None  # type: ignore[assignment]
+    program.example_inputs = None
     return program
 
 

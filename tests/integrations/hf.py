@@ -14,12 +14,19 @@ from openwork.integrations.transformers import SparseCallback
 VOCABULARY, LENGTH, BATCH = 40, 7, 8
 EPS = 1e-3  # a key's bias has no gradient but rounding, which Adam with 1e-8 would blow up to whole steps
 PARTS = {"attn.c_attn": 0, "attn.c_proj": 0, "mlp.c_fc": 0, "mlp.c_proj": 0}  # Conv1D: (in, out)
-DIMS = {f"transformer.h.{i}.{part}.weight": dim for i in range(2) for part, dim in PARTS.items()}
+LAYERS = 2
 
 
-def gpt2(dropout=0.0):
+def dims_of(layers):
+    return {f"transformer.h.{i}.{part}.weight": dim for i in range(layers) for part, dim in PARTS.items()}
+
+
+DIMS = dims_of(LAYERS)
+
+
+def gpt2(dropout=0.0, layers=LAYERS):
     torch.manual_seed(0)
-    sizes = {"n_embd": 16, "n_inner": 32, "n_layer": 2, "n_head": 2, "n_positions": 16, "vocab_size": VOCABULARY}
+    sizes = {"n_embd": 16, "n_inner": 32, "n_layer": layers, "n_head": 2, "n_positions": 16, "vocab_size": VOCABULARY}
     drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
     return GPT2LMHeadModel(GPT2Config(**sizes, **drops, bos_token_id=0, eos_token_id=1, pad_token_id=1))
 
@@ -87,8 +94,8 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def sparse_trainer(args, *, steps, dropout=0.0, topology=None, attached=True, **more):
-    model = gpt2(dropout)
+def sparse_trainer(args, *, steps, dropout=0.0, topology=None, attached=True, layers=LAYERS, **more):
+    model = gpt2(dropout, layers)
     ow.sparsify(model, "2:4", ow.SRSTE(DECAY))
     trainer = Trainer(model, args, train_dataset=texts(steps * BATCH), **more)
     if attached:

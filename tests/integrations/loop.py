@@ -23,9 +23,9 @@ def accelerator(**more):
     return Accelerator(cpu=True, **more)
 
 
-def prepared(accelerate, model, steps, *, shuffle=False):
+def prepared(accelerate, model, steps, *, shuffle=False, kind=nets.Transformer):
     parts = accelerate.gradient_accumulation_steps
-    data = TensorDataset(*nets.samples(nets.Transformer, steps * nets.BATCH))
+    data = TensorDataset(*nets.samples(kind, steps * nets.BATCH))
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     return accelerate.prepare(model, optimizer, DataLoader(data, nets.BATCH // parts, shuffle=shuffle))
 

@@ -21,18 +21,19 @@ def keep_along(weight, dim):
     return (ranks < N).flatten(-2).movedim(-1, dim)
 
 
-def plain_steps(model, batches, loss_of, dims, update, *, clip=None, decay=DECAY, rho=None, late=("", 1), fixed=False):
+def plain_steps(model, batches, loss_of, dims, update, *, clip=None, decay=DECAY, rho=None, late=("", 1), fixed=False, seen=None):
     """The parameters of `model` after one step on each batch. `loss_of(call, batch)`: the loss of a whole batch.
 
     `rho`: the gradient is taken that far uphill (SAM, arXiv:2010.01412). `late`: parameters of that prefix are updated
-    from that step on. `fixed`: the masks of the start stay, and pruned weights get no gradient (ASP); there is no decay.
+    from that step on. `fixed`: the masks of the start stay, and pruned weights get no gradient (ASP); there is no decay. `seen`: the
+    dtype that the forward pass gets weights and inputs in, and ranks them in.
     """
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     states = {name: {} for name in weights}
-    start = _masks(weights, dims)
+    start = _masks(weights, dims, seen)
     for t, batch in enumerate(batches, 1):
-        keep = start if fixed else _masks(weights, dims)
-        gradients = _gradients(model, weights, batch, loss_of, keep)
+        keep = start if fixed else _masks(weights, dims, seen)
+        gradients = _gradients(model, weights, batch, loss_of, keep, seen)
         if rho:
             uphill = {name: w + rho * gradients[name] / _norm(gradients) for name, w in weights.items()}
             gradients = _gradients(model, uphill, batch, loss_of, _masks(uphill, dims))
@@ -48,16 +49,20 @@ def plain_steps(model, batches, loss_of, dims, update, *, clip=None, decay=DECAY
     return weights
 
 
-def _masks(weights, dims):
-    return {name: keep_along(weights[name], dim) for name, dim in dims.items()}
+def _masks(weights, dims, seen=None):
+    return {name: keep_along(weights[name].to(seen), dim) for name, dim in dims.items()}
 
 
-def _gradients(model, weights, batch, loss_of, keep):
+def _gradients(model, weights, batch, loss_of, keep, seen=None):
     """Of the loss with masked weights, as if nothing had been masked."""
     used = {name: w.where(keep[name], 0 * w) if name in keep else w.clone() for name, w in weights.items()}
     leaves = [w.requires_grad_() for w in used.values()]
-    loss = loss_of(lambda *args, **kwargs: functional_call(model, used, args, kwargs), batch)
-    return dict(zip(used, torch.autograd.grad(loss, leaves), strict=True))
+
+    def call(*args, **kwargs):
+        args = [each.to(seen) for each in args]
+        return functional_call(model, {name: w.to(seen) for name, w in used.items()}, tuple(args), kwargs)
+
+    return dict(zip(used, torch.autograd.grad(loss_of(call, batch), leaves), strict=True))
 
 
 def _norm(gradients):

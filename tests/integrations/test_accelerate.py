@@ -10,6 +10,7 @@ import torch
 from integrations import loop, nets
 from integrations.reference import STEPS, Gemms, plain_steps
 from plain_loop import UPDATES, distance
+from works_with.nets import NETS
 
 import openwork as ow
 from openwork.integrations.accelerate import SparseRun
@@ -30,20 +31,20 @@ WAYS = {
 every_way = pytest.mark.parametrize(("arguments", "clip", "tolerance"), WAYS.values(), ids=WAYS)
 
 
-def train(arguments, clip, *, attached=True):
+def train(arguments, clip, *, attached=True, kind=KIND):
     """The dense weights after the last step, and what every product read."""
     accelerate = loop.accelerator(**arguments)
-    model, optimizer, loader = loop.prepared(accelerate, nets.sparse(KIND), STEPS)
+    model, optimizer, loader = loop.prepared(accelerate, nets.sparse(kind), STEPS, kind=kind)
     if attached:
         SparseRun(accelerate, model, optimizer)
-    with Gemms(nets.shapes(KIND)) as gemms:
+    with Gemms(nets.shapes(kind)) as gemms:
         loop.run(accelerate, model, optimizer, loader, clip=clip)
     return model.state_dict(), gemms
 
 
-def reference(clip, **more):
-    data = nets.batches(KIND, STEPS)
-    return plain_steps(nets.made(KIND), data, nets.loss_of, KIND.dims, UPDATES["sgd"], clip=clip, **more)
+def reference(clip, kind=KIND, **more):
+    data = nets.batches(kind, STEPS)
+    return plain_steps(nets.made(kind), data, nets.loss_of, kind.dims, UPDATES["sgd"], clip=clip, **more)
 
 
 @every_way
@@ -52,6 +53,19 @@ def test_the_loop_takes_the_steps_of_the_equations(arguments, clip, tolerance):
     assert distance(weights, reference(clip)) < tolerance
     assert gemms.dense == []
     assert gemms.seen == STEPS * arguments.get("gradient_accumulation_steps", 1) * (2 * len(KIND.dims) - 1)
+
+
+def test_twelve_blocks_take_the_steps_of_the_equations(row):
+    """The nets and the limit of `works_with`."""
+    differences = {}
+    for kind in NETS:
+        weights, gemms = train(HALVES, 0.2, kind=kind)
+        differences[kind.__name__] = distance(weights, reference(0.2, kind))
+        assert differences[kind.__name__] < 1e-4
+        assert gemms.dense == []
+        assert gemms.seen >= STEPS * 2 * (2 * len(kind.dims) - 1)
+    what = "Accelerate, `SparseRun`: clipped, 2 micro-batches"
+    row("Trainers", what, difference=differences, tolerance=1e-4, packages=("accelerate",))
 
 
 @every_way
@@ -112,7 +126,7 @@ def test_an_optimizer_that_is_not_prepared_is_told():
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_of_an_epoch_it_continues_bit_for_bit(tmp_path):
+def test_killed_in_the_middle_of_an_epoch_it_continues_bit_for_bit(row, tmp_path):
     model, sparse = loop.resumable(tmp_path / "whole")
     script = Path(__file__).with_name("run_and_kill.py")
     assert subprocess.run([sys.executable, script, "accelerate", tmp_path / "run", "10"], check=False).returncode == -9
@@ -121,3 +135,4 @@ def test_killed_in_the_middle_of_an_epoch_it_continues_bit_for_bit(tmp_path):
         assert distance(resumed.state_dict(), model.state_dict()) == 0
         assert its_sparse.topology.records == sparse.topology.records
         assert its_sparse.handle.steps == 12
+    row("Trainers", "Accelerate: killed (SIGKILL) in the middle of an epoch, resumed", resumes=True, packages=("accelerate",))

@@ -12,6 +12,7 @@ from integrations import lit, nets
 from integrations.reference import STEPS, Gemms, plain_steps
 from lightning.pytorch.loggers import CSVLogger
 from plain_loop import UPDATES, distance
+from works_with.nets import NETS
 
 import openwork as ow
 from openwork.integrations.lightning import SparseCallback
@@ -30,6 +31,7 @@ WAYS = {
 }
 every_way = pytest.mark.parametrize(("arguments", "tolerance"), WAYS.values(), ids=WAYS)
 every_net = pytest.mark.parametrize("kind", [nets.Transformer, nets.ResNet])
+HARDEST = "clipped, 2 micro-batches"
 
 
 def train(kind, out, arguments, callbacks):
@@ -56,6 +58,19 @@ def test_lightning_takes_the_steps_of_the_equations(tmp_path, kind, arguments, t
     # forward, and backward to the input; the transformer's input asks for no gradient
     each_batch = 2 * len(kind.dims) - (kind is nets.Transformer)
     assert gemms.seen == STEPS * arguments.get("accumulate_grad_batches", 1) * each_batch
+
+
+def test_twelve_blocks_take_the_steps_of_the_equations(row, tmp_path):
+    """The nets and the limit of `works_with`."""
+    differences, (arguments, _) = {}, WAYS[HARDEST]
+    for kind in NETS:
+        weights, gemms = train(kind, tmp_path, arguments, [SparseCallback()])
+        differences[kind.__name__] = distance(weights, reference(kind, arguments))
+        assert differences[kind.__name__] < 1e-4
+        assert gemms.dense == []
+        assert gemms.seen >= STEPS * 2 * (2 * len(kind.dims) - 1)
+    what = f"Lightning, `SparseCallback`: {HARDEST}"
+    row("Trainers", what, difference=differences, tolerance=1e-4, packages=("lightning",))
 
 
 @every_net
@@ -151,7 +166,7 @@ def test_fitting_again_goes_on_counting(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_of_an_epoch_it_continues_bit_for_bit(tmp_path):
+def test_killed_in_the_middle_of_an_epoch_it_continues_bit_for_bit(row, tmp_path):
     """12 steps of two batches, six an epoch. With a loader that says where it is; a DataLoader does not."""
     whole, net, loader = lit.resumable(tmp_path / "whole")
     whole.fit(net, loader)
@@ -165,6 +180,7 @@ def test_killed_in_the_middle_of_an_epoch_it_continues_bit_for_bit(tmp_path):
         assert distance(module.state_dict(), net.state_dict()) == 0
         assert _sparse(resumed).topology.records == _sparse(whole).topology.records
         assert _sparse(resumed).state_dict()["handles"][0]["steps"] == 12
+    row("Trainers", "Lightning: killed (SIGKILL) in the middle of an epoch, resumed", resumes=True, packages=("lightning",))
 
 
 def _sparse(trainer: pl.Trainer) -> SparseCallback:

@@ -70,6 +70,20 @@ def test_the_trainer_takes_the_steps_of_the_equations(tmp_path, arguments, updat
     assert gemms.seen == STEPS * micro_batches * len(hf.DIMS) * 2  # forward, and backward to the input
 
 
+def test_twelve_blocks_take_the_steps_of_the_equations(row, tmp_path):
+    """With AdamW, clipping and two micro-batches."""
+    arguments, dims = HALVES | CLIP, hf.dims_of(12)
+    trainer = hf.sparse_trainer(hf.arguments(tmp_path, **arguments), steps=STEPS, layers=12)
+    weights, gemms = train(trainer)
+    plain, clip = hf.gpt2(layers=12), CLIP["max_grad_norm"]
+    wanted = plain_steps(plain, hf.batches(STEPS), hf.loss_of, dims, hf.adamw, clip=clip)
+    assert distance(weights, wanted) < 1e-4
+    assert gemms.dense == []
+    assert gemms.seen == STEPS * 2 * len(dims) * 2
+    what = "transformers' `Trainer`, `SparseCallback`: GPT-2, AdamW, clipped, 2 micro-batches"
+    row("Trainers", what, difference={"GPT2": distance(weights, wanted)}, tolerance=1e-4, packages=("transformers",))
+
+
 @every_way
 def test_without_the_callback_it_ends_elsewhere_and_warns(tmp_path, arguments, update, tolerance):
     trainer = hf.sparse_trainer(hf.arguments(tmp_path, **arguments), steps=STEPS, attached=False)
@@ -109,7 +123,7 @@ def test_topology_goes_to_the_trainers_log(tmp_path):
     assert logged[-1]["churn/start"] > 0
 
 
-def test_what_leaves_training_is_sparse(tmp_path):
+def test_what_leaves_training_is_sparse(row, tmp_path):
     trainer = hf.sparse_trainer(hf.arguments(tmp_path, save_strategy="steps", save_steps=3), steps=6)
     model = trainer.model
     trainer.train()
@@ -122,6 +136,8 @@ def test_what_leaves_training_is_sparse(tmp_path):
     latent = GPT2LMHeadModel.from_pretrained(tmp_path / "checkpoint-6")  # for resuming
     with pytest.raises(ow.NotSparse):
         ow.verify(latent, pattern="2:4")
+    what = "`from_pretrained(save_pretrained(model))` of a finalized GPT-2: dense names, 2:4 weights, equal logits"
+    row("Export", what, packages=("transformers",))
 
 
 def test_a_broken_promise_is_found_at_the_end(tmp_path, monkeypatch):
@@ -157,7 +173,7 @@ def test_fixed_masks_leave_no_trace_in_what_is_saved(tmp_path):
     assert projected_state_dict(model).keys() == hf.gpt2().state_dict().keys()
 
 
-def test_tied_embeddings_stay_tied_and_dense(tmp_path):
+def test_tied_embeddings_stay_tied_and_dense(row, tmp_path):
     model = hf.gpt2()
     report = ow.sparsify(model, "2:4")
     assert "tied to" in report.skipped["transformer.wte.weight"]
@@ -165,9 +181,10 @@ def test_tied_embeddings_stay_tied_and_dense(tmp_path):
     for each in (model, ow.finalize(model), GPT2LMHeadModel.from_pretrained(tmp_path)):
         assert each.lm_head.weight is each.transformer.wte.weight
         assert bool((each.lm_head.weight != 0).all())
+    row("Export", "tied embeddings of GPT-2: stay tied, and dense", packages=("transformers",))
 
 
-def test_generate(tmp_path):
+def test_generate(row, tmp_path):
     """With a key-value cache: sparsified, finalized and loaded models say the same, and dense says something else."""
     model = hf.gpt2()
     prompt = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "max_new_tokens": 8, "do_sample": False}
@@ -177,6 +194,7 @@ def test_generate(tmp_path):
     assert torch.equal(said, GPT2LMHeadModel.from_pretrained(tmp_path).generate(**prompt))
     assert torch.equal(said, ow.finalize(model).generate(**prompt))
     assert not torch.equal(said, hf.gpt2().generate(**prompt))
+    row("Export", "`generate()` of GPT-2: sparsified, finalized and loaded say the same", packages=("transformers",))
 
 
 def test_dense_training_is_watched_only(tmp_path):
@@ -205,7 +223,7 @@ def finished(trainer, **more):
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_of_an_epoch_it_continues_bit_for_bit(tmp_path):
+def test_killed_in_the_middle_of_an_epoch_it_continues_bit_for_bit(row, tmp_path):
     weights, recorded = finished(hf.resumable(tmp_path / "whole"))
     script = Path(__file__).with_name("run_and_kill.py")
     killed = subprocess.run([sys.executable, script, "transformers", tmp_path / "run", "11"], check=False)
@@ -215,6 +233,8 @@ def test_killed_in_the_middle_of_an_epoch_it_continues_bit_for_bit(tmp_path):
         its_weights, its_recorded = finished(hf.resumable(tmp_path / "resumed"), resume_from_checkpoint=checkpoint)
         assert distance(its_weights, weights) == 0
         assert its_recorded == recorded
+    what = "transformers' `Trainer`: killed (SIGKILL) in the middle of an epoch, resumed"
+    row("Trainers", what, resumes=True, packages=("transformers",))
 
 
 def test_a_dense_checkpoint_can_be_continued_sparse(tmp_path):

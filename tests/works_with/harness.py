@@ -8,6 +8,7 @@ which of them were not 2:4; and how far a run ends that was stopped in the middl
 import functools
 import io
 import math
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from integrations.reference import Gemms, plain_steps
 from plain_loop import BETAS, DECAY, LR, MOMENTUM, WEIGHT_DECAY, distance
-from works_with.nets import DIMS, ResNet, batches, loss_of, made, sparse
+from works_with.nets import DIMS, NETS, ResNet, batches, loss_of, made, sparse
 
 import openwork as ow
 from openwork.parametrization import held_weights
@@ -49,6 +50,7 @@ def schedule_free(w, g, state, t):
     return (1 - MOMENTUM) * z + MOMENTUM * x
 
 
+FOR_THE_PAGE = "OPENWORK_WORKS_WITH" in os.environ
 UPDATES = {"sgd": sgd, "adamw": adamw, "schedule-free": schedule_free}
 
 
@@ -71,7 +73,8 @@ def plainly(training, batch):
 @dataclass(frozen=True)
 class Way:
     """`step` trains on a batch; `make` builds the optimizers; `wrap(model, gemms)` gives what is called instead of the
-    model; `rank` and `ranks` say which part of each batch is this process's."""
+    model. `always`: on both nets also when docs/works-with.md is not made; the others train the small one then.
+    """
 
     step: Callable = plainly
     make: Callable = sgd_of
@@ -86,19 +89,22 @@ class Way:
     tolerance: float = 1e-4
     resumes: bool = True
     packages: tuple = ()
+    always: bool = False
 
 
 @dataclass
 class Result:
+    """`difference` from the equations, sparse operands `seen`, those found `dense`, and the difference once resumed."""
+
     difference: float
     seen: int
     dense: list
     resumed: float = math.nan
-    training: object = None
 
 
 class Training:
-    """A model, its optimizers and what they need, made afresh from a way."""
+    """A model, its optimizers and what they need, made afresh from a way. `rank` of `ranks`: which part of each batch
+    is this process's."""
 
     def __init__(self, way, kind, gemms=None, rank=0, ranks=1):
         self.way, self.rank, self.ranks, self.t = way, rank, ranks, 0
@@ -170,6 +176,10 @@ def reference(way, kind, decay=DECAY):
     return _reference(kind, way.update, decay, tuple(way.reference.items()))
 
 
+def nets_of(way):
+    return NETS if way.always or FOR_THE_PAGE else (ResNet,)
+
+
 def run(way, kind, **ranks):
     """Train for 20 steps, watched; then once more from the middle."""
     data, gemms, saved = batches(kind, STEPS), Gemms(DIMS[kind]), io.BytesIO()
@@ -179,7 +189,7 @@ def run(way, kind, **ranks):
             torch.save(training.state_dict(), saved)
         training.on(batch)
     end = training.weights
-    result = Result(distance(end, reference(way, kind)), gemms.seen, gemms.dense, training=training)
+    result = Result(distance(end, reference(way, kind)), gemms.seen, gemms.dense)
     if way.resumes:
         result.resumed = distance(resumed(way, kind, saved, data[HALF:], **ranks), end)
     return result

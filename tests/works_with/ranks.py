@@ -1,7 +1,5 @@
 """What the processes of `test_ranks.py` do: every distributed combination, and what each found, in a file each."""
 
-import sys
-import traceback
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +14,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from works_with.harness import HALF, STEPS, Training, Way, run, sgd_of, whole
-from works_with.nets import NETS, Feedforward, Transformer, batches
+from torch.utils.checkpoint import checkpoint
+from works_with.harness import FOR_THE_PAGE, HALF, STEPS, Training, Way, nets_of, run, sgd_of, whole
+from works_with.nets import Feedforward, ResNet, Transformer, batches
 
 import openwork as ow
 from openwork.integrations.tensor_parallel import Colwise, Rowwise
@@ -36,6 +35,16 @@ def sharded(model, _, *, layers=True, **options):
     return fully_shard(model, **options)
 
 
+def sharded_and_checkpointed(model, _):
+    """Activations and masked weights of each layer are computed again in the backward pass."""
+    sharded(model, _)
+    if not hasattr(model, "layers"):
+        return lambda x: checkpoint(model, x.requires_grad_(), use_reentrant=False)
+    for block in model.layers:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return model
+
+
 def zero(model):
     options = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
     return [ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, **options)]
@@ -50,18 +59,22 @@ def split(model, _):
 one_by_one = partial(sgd_of, foreach=False)  # torch: foreach takes no mixture of tensors and DTensors
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 WAYS = {
-    "DDP": Way(wrap=data_parallel),
+    "DDP": Way(wrap=data_parallel, always=True),
     "DDP, `ZeroRedundancyOptimizer`": Way(wrap=data_parallel, make=zero, resumes=False),
-    "FSDP2, the whole model": Way(wrap=partial(sharded, layers=False)),
-    "FSDP2, each layer and the model": Way(wrap=sharded),
+    "FSDP2, each layer and the model": Way(wrap=sharded, always=True),
+    "FSDP2, the whole model at once": Way(wrap=partial(sharded, layers=False)),
     "FSDP2, `reshard_after_forward=False`": Way(wrap=partial(sharded, reshard_after_forward=False)),
-    "FSDP2, `MixedPrecisionPolicy` of bf16": Way(wrap=partial(sharded, mp_policy=BF16), tolerance=2e-2),
+    "FSDP2, `MixedPrecisionPolicy` of bf16, against the equations with weights seen in bf16": Way(
+        wrap=partial(sharded, mp_policy=BF16), reference={"seen": torch.bfloat16}, tolerance=2e-2
+    ),
+    "FSDP2, activation checkpointing": Way(wrap=sharded_and_checkpointed),
     "FSDP2, fixed masks (`ow.ASP`)": Way(wrap=sharded, **ASP),
 }
 SPLIT = {
-    "tensor parallel: `Colwise`, `Rowwise` of `openwork.integrations.tensor_parallel`": Way(wrap=split, make=one_by_one),
-    "tensor parallel, fixed masks (`ow.ASP`)": Way(wrap=split, make=one_by_one, **ASP),
-}
+    "tensor parallel: `Colwise`, `Rowwise` of `openwork.integrations.tensor_parallel`": Way(
+        wrap=split, make=one_by_one, resumes=FOR_THE_PAGE
+    ),
+} | ({"tensor parallel, fixed masks (`ow.ASP`)": Way(wrap=split, make=one_by_one, **ASP)} if FOR_THE_PAGE else {})
 
 
 # --- layers whose groups lie along the axis that FSDP2 cuts ------------------------------------------------------
@@ -118,7 +131,24 @@ def cut(make, method):
     return max(float((a - b).abs().max()) for a, b in zip(sharded_end, end, strict=True)), its_records == records
 
 
+def masks_held_before_the_step():
+    """How many masks of whole layers a process holds for the step. Under FSDP2 they would be those of all layers."""
+    counts = []
+    for shard in (True, False):
+        model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8))
+        ow.sparsify(model, "2:4", ow.SRSTE(DECAY))
+        if shard:
+            fully_shard(model)
+        ow.attach(torch.optim.SGD(model.parameters(), lr=LR), model)
+        model(torch.randn(4, 16)).sum().backward()
+        counts.append(len(model[0].parametrizations.weight[0].scope._masks()))
+    return counts
+
+
 # --- checkpoints of torch.distributed ----------------------------------------------------------------------------
+
+
+SAVED = Transformer if FOR_THE_PAGE else ResNet
 
 
 def checkpointed(training):
@@ -162,7 +192,7 @@ def refusals():
         try:
             function()
         except (RuntimeError, ValueError) as error:
-            found[what] = str(error)
+            found[what] = f"{type(error).__name__}: {error}"
 
     def sparse_linear(inputs=16):
         model = nn.Sequential(nn.Linear(inputs, 8))
@@ -192,19 +222,17 @@ def step_of_a_stale_optimizer(model):
 
 def two(rank, folder):
     ranks = {"rank": rank, "ranks": 2}
-    found = {name: {kind.__name__: run(way, kind, **ranks) for kind in NETS} for name, way in WAYS.items()}
+    found = {name: {kind.__name__: run(way, kind, **ranks) for kind in nets_of(way)} for name, way in WAYS.items()}
     found |= {name: {"Feedforward": run(way, Feedforward)} for name, way in SPLIT.items()}
-    for results in found.values():
-        for result in results.values():
-            result.training = None
     found["cut"] = {name: [cut(make, method) for method in (ow.SRSTE(DECAY), ow.ASP())] for name, make in CUT.items()}
-    found["saved"] = save_and_go_on(Transformer, folder / "checkpoint", **ranks)
+    found["held"] = masks_held_before_the_step()
+    found["saved"] = save_and_go_on(SAVED, folder / "checkpoint", **ranks)
     found["refused"] = refusals()
     return found
 
 
 def four(rank, folder):
-    return load_and_go_on(Transformer, folder / "checkpoint", WAYS["FSDP2, each layer and the model"], rank=rank, ranks=4)
+    return load_and_go_on(SAVED, folder / "checkpoint", WAYS["FSDP2, each layer and the model"], rank=rank, ranks=4)
 
 
 def start(rank, work, ranks, folder):

@@ -1,13 +1,14 @@
 """What people do with a model beside training it: average it, adapt it, quantize it, export it."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from plain_loop import distance
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
-from works_with.harness import STEPS, Training, Way
-from works_with.nets import NETS, Transformer, batches, loss_of, made, sparse
+from works_with.harness import STEPS, Training, Way, nets_of
+from works_with.nets import Transformer, batches, loss_of, made, sparse
 
 import openwork as ow
 from openwork.tasks.torchvision_compat import ensure_torchvision
@@ -24,8 +25,14 @@ def trained(kind, after_step=lambda model: None):
     return training.model.eval()
 
 
-def sparse_base(kind):
+@functools.cache
+def _trained_once(kind):
     return ow.finalize(trained(kind))
+
+
+def sparse_base(kind):
+    """A finalized model after 20 steps."""
+    return copy.deepcopy(_trained_once(kind))
 
 
 def example(kind):
@@ -66,7 +73,7 @@ EMAS = {"EMA: `torch.optim.swa_utils.AveragedModel`": (averaged_model, ()), "EMA
 def test_an_average_is_one_of_dense_weights_and_evaluates_projected(row, name):
     make, packages = EMAS[name]
     differences = {}
-    for kind in NETS:
+    for kind in nets_of(Way()):
         seen, averages = [], []
 
         def follow(model, seen=seen, averages=averages):
@@ -92,7 +99,7 @@ def test_an_average_is_one_of_dense_weights_and_evaluates_projected(row, name):
 
 def test_stochastic_weight_averaging(row):
     differences = {}
-    for kind in NETS:
+    for kind in nets_of(Way()):
         seen, averages = [], []
 
         def follow(model, seen=seen, averages=averages):
@@ -122,7 +129,7 @@ def peft():
     return pytest.importorskip("peft")
 
 
-def adapted(peft, base, steps=60):
+def adapted(peft, base, steps=40):
     """A LoRA model on `base`, trained on what the base was trained on."""
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["inner", "outer"]))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
@@ -209,7 +216,7 @@ def test_dynamic_quantization_of_torch(row):
 
 
 def test_export_of_a_finalized_model(row):
-    for kind in NETS:
+    for kind in nets_of(Way()):
         model = sparse_base(kind)
         exported = torch.export.export(model, (example(kind),))
         assert torch.equal(exported.module()(example(kind)), model(example(kind)))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
-from works_with.harness import Way, demand, run
-from works_with.nets import NETS, ResNet, Transformer, batches, loss_of, made
+from works_with.harness import Way, demand, nets_of, run
+from works_with.nets import ResNet, Transformer, batches, loss_of, made
 
 
 class Watching:
@@ -68,7 +68,7 @@ def fresh():
 def test_the_whole_model_is_one_graph_compiled_once(row):
     """20 steps, and no recompilation in any."""
     results = {}
-    for kind in NETS:
+    for kind in nets_of(Way()):
         results[kind], graphs, dense = compiled(kind, whole_model, resumes=False)
         assert graphs == [dense] == [{"forward": 1, "backward": 1}]
     demand(row, "Compilation", "`torch.compile(model, fullgraph=True)`: one graph, compiled once", Way(resumes=False), results)

@@ -8,8 +8,7 @@ from integrations.reference import keep_along
 from plain_loop import LR, MOMENTUM, WEIGHT_DECAY, distance, keep_by_sorting
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
-from works_with.harness import CLIP, LATE, RHO, Way, adamw_of, demand, plainly, reference, run, sgd_of
-from works_with.nets import NETS
+from works_with.harness import CLIP, LATE, RHO, Way, adamw_of, demand, nets_of, plainly, reference, run, sgd_of
 from works_with.sam import SAM
 
 import openwork as ow
@@ -144,7 +143,7 @@ FP16, BF16 = {"autocast": torch.float16, "scaler": True, "tolerance": 2e-2}, {"a
 CLIPPED = {"reference": {"clip": CLIP}}
 WAYS = {
     "Loop": {
-        "plain": Way(),
+        "plain": Way(always=True),
         "2 micro-batches a step": Way(two_micro_batches),
         "gradient clipping": Way(clipped, **CLIPPED),
         "`step(closure)`": Way(with_closure),
@@ -162,7 +161,7 @@ WAYS = {
         "SAM, attached through its `base_optimizer`": Way(sharpness_aware, make=inside_sam, reference={"rho": RHO}),
         "schedule-free SGD": Way(back_and_forth, make=without_schedule, update="schedule-free", packages=("schedulefree",)),
         "AdamW, `foreach=True`": Way(make=lambda model: adamw_of(model, foreach=True), update="adamw"),
-        "AdamW, `fused=True`": Way(make=lambda model: adamw_of(model, fused=True), update="adamw"),
+        "AdamW, `fused=True`": Way(always=True, make=lambda model: adamw_of(model, fused=True), update="adamw"),
     },
     "Memory and functions": {
         "activation checkpointing": Way(wrap=partial(checkpointed, reentrant=False)),
@@ -171,9 +170,9 @@ WAYS = {
     },
     "Precision": {
         "fp16 autocast, `GradScaler`": Way(**FP16),
-        "fp16 autocast, `GradScaler`, fused SGD": Way(make=lambda model: sgd_of(model, fused=True), **FP16),
+        "fp16 autocast, `GradScaler`, fused SGD": Way(make=lambda model: sgd_of(model, fused=True), always=True, **FP16),
         "fp16 autocast, `GradScaler`, clipping, 2 micro-batches": Way(clipped_micro_batches, **FP16, **CLIPPED),
-        "bf16 autocast": Way(**BF16),
+        "bf16 autocast": Way(always=True, **BF16),
         "bf16 parameters, against the equations in bf16": Way(
             dtype=torch.bfloat16, reference={"dtype": torch.bfloat16}, tolerance=2e-2
         ),
@@ -186,12 +185,12 @@ ROWS = [pytest.param(group, name, way, id=name) for group, ways in WAYS.items() 
 
 @pytest.mark.parametrize(("group", "name", "way"), ROWS)
 def test_it_takes_the_steps_of_the_equations(row, group, name, way):
-    demand(row, group, name, way, {kind: run(way, kind) for kind in NETS})
+    demand(row, group, name, way, {kind: run(way, kind) for kind in nets_of(way)})
 
 
 @pytest.mark.parametrize(("name", "way"), [pytest.param(*each.values[1:], id=each.id) for each in ROWS])
 def test_a_lost_term_would_be_seen(name, way):
-    for kind in NETS:
+    for kind in nets_of(way):
         assert distance(reference(way, kind, decay=0.0), reference(way, kind)) > 10 * way.tolerance
 
 

@@ -1,0 +1,94 @@
+"""Two processes that share every batch train like one that has all of it, and four go on where two stopped.
+
+The processes are started once for all tests (`ranks.py`); each leaves what it found in a file.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from plain_loop import distance
+from works_with import ranks
+from works_with.harness import Way, demand, reference
+
+TOLERANCE = 1e-4
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+def started(work, count, folder):
+    mp.spawn(ranks.start, (work, count, folder), nprocs=count)
+    return [torch.load(folder / f"{count}-{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    return started(ranks.two, 2, folder)
+
+
+@pytest.mark.parametrize("name", ranks.WAYS | ranks.SPLIT)
+def test_it_takes_the_steps_of_the_equations(row, two, name):
+    way = (ranks.WAYS | ranks.SPLIT)[name]
+    kinds = {kind.__name__: kind for kind in (*ranks.nets_of(Way(always=True)), ranks.Feedforward)}
+    for found in two:
+        results = {kinds[kind]: result for kind, result in found[name].items()}
+        demand(row, "Two processes", name, way, results)
+
+
+def test_a_lost_term_would_be_seen():
+    for way in ranks.WAYS.values():
+        if "fixed" not in way.reference:
+            for kind in ranks.nets_of(way):
+                assert distance(reference(way, kind, decay=0.0), reference(way, kind)) > 10 * way.tolerance
+
+
+@pytest.mark.parametrize("name", ranks.CUT)
+def test_groups_that_the_shards_cut_are_right(row, two, name):
+    for found in two:
+        for difference, same_topology in found["cut"][name]:
+            assert difference < 1e-6
+            assert same_topology
+    row("Two processes", name, difference={"one layer": max(each for each, _ in two[0]["cut"][name])}, tolerance=1e-6)
+
+
+def test_a_process_holds_no_masks_of_whole_layers_for_the_step(two):
+    for found in two:
+        assert found["held"] == [0, 2]
+
+
+def test_a_checkpoint_of_two_processes_is_continued_by_one_and_by_four(row, two, folder):
+    """Saved by torch.distributed.checkpoint in the middle, model and optimizer."""
+    saved, name = two[0]["saved"], ranks.SAVED.__name__
+    one = ranks.load_and_go_on(ranks.SAVED, folder / "checkpoint", Way())
+    four = started(ranks.four, 4, folder)
+    what = "`torch.distributed.checkpoint`, saved by 2 processes under FSDP2, continued by"
+    for count, ends in {"1": [one], "4": four}.items():
+        for weights, steps in ends:
+            assert steps == ranks.STEPS
+            assert distance(weights, saved) < TOLERANCE
+            assert distance(weights, reference(Way(), ranks.SAVED)) < TOLERANCE
+        row("Two processes", f"{what} {count}", difference={name: distance(ends[0][0], saved)}, tolerance=TOLERANCE)
+
+
+REFUSED = {
+    "torch's `ColwiseParallel` on a sparsified layer": "Colwise or Rowwise of openwork.integrations.tensor_parallel",
+    "torch's `RowwiseParallel` on a sparsified layer": "Colwise or Rowwise of openwork.integrations.tensor_parallel",
+    "`Rowwise` that cuts groups apart": "cuts groups of 4 apart: take Colwise",
+    "`ow.sparsify` after `fully_shard`": "is sharded: call ow.sparsify before fully_shard",
+    "`ow.finalize` of a sharded model": "load its full state dict into a model sparsified alike",
+    "an optimizer built before `fully_shard`": "holds none now: something replaced them",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_is_refused(row, two, what):
+    for found in two:
+        assert REFUSED[what] in found["refused"][what]
+    row("Two processes", what, error=two[0]["refused"][what])

@@ -1,0 +1,130 @@
+"""What does not work, each with the error that the user gets."""
+
+
+import pytest
+import torch
+from plain_loop import DECAY
+from torch import nn
+from works_with.nets import ResNet, batches, loss_of, sparse
+from works_with.sam import SAM
+
+import openwork as ow
+
+
+def told(call):
+    """What an error says, with its kind, on one line."""
+    with pytest.raises((ValueError, TypeError, RuntimeError, AssertionError)) as caught:
+        call()
+    return f"{type(caught.value).__name__}: {' '.join(str(caught.value).split())}"
+
+
+def test_lbfgs_with_a_line_search(row):
+    model = sparse(ResNet)
+    error = told(lambda: ow.attach(torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe"), model))
+    assert "evaluates losses that lack the method's term; use line_search_fn=None" in error
+    row("Optimizer", "`LBFGS` with a line search", error=error)
+
+
+def test_sam_attached_itself(row):
+    model = sparse(ResNet)
+    error = told(lambda: ow.attach(SAM(model.parameters(), torch.optim.SGD, 0.05, lr=0.1), model))
+    assert "ow.attach(optimizer.base_optimizer, model)" in error
+    row("Optimizer", "SAM, attached itself", error=error)
+
+
+def test_capturable_optimizers_on_a_cpu(row):
+    model = sparse(ResNet)
+    optimizer = torch.optim.Adam(model.parameters(), capturable=True)
+    ow.attach(optimizer, model)
+    loss_of(model, batches(ResNet, 1)[0]).backward()
+    error = told(optimizer.step)
+    assert "capturable=True" in error
+    row("Optimizer", "`capturable=True` on a CPU (torch's own error; needs a GPU)", error=error)
+
+
+# --- DeepSpeed ---------------------------------------------------------------------------------------------------
+
+
+def net():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    ow.sparsify(model, "2:4", ow.SRSTE(DECAY))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+class Flattened:
+    """Like DeepSpeed's: not a torch optimizer, around one that holds copies of the weights."""
+
+    def __init__(self, inner):
+        self.optimizer = inner
+        inner.param_groups[0]["params"] = [torch.cat([p.flatten() for p in inner.param_groups[0]["params"]])]
+
+
+def test_optimizers_of_deepspeed_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(Flattened, "__module__", "deepspeed.runtime.zero.stage_1_and_2")
+    model, optimizer = net()
+    assert 'use DDP or fully_shard instead, or DeepSpeed with {"zero_optimization": {"stage": 0}}' in told(
+        lambda: ow.attach(Flattened(optimizer), model)
+    )
+
+
+def test_an_attached_optimizer_whose_weights_are_taken_away_says_so():
+    model, optimizer = net()
+    ow.attach(optimizer, model)
+    Flattened(optimizer)
+    assert "held sparse weights of Sequential when it was attached and holds none now" in told(optimizer.step)
+
+
+@pytest.fixture
+def deepspeed(monkeypatch, tmp_path):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    deepspeed = pytest.importorskip("deepspeed")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield deepspeed
+    torch.distributed.destroy_process_group()
+
+
+def engine(deepspeed, model, optimizer, stage):
+    config = {"train_batch_size": 4, "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[:2]
+
+
+def step(engine):
+    engine.backward(engine(torch.ones(4, 8)).square().mean())
+    engine.step()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_of_deepspeed(row, deepspeed, stage):
+    model, optimizer = net()
+    _, wrapped = engine(deepspeed, model, optimizer, stage)
+    error = told(lambda: ow.attach(wrapped, model))
+    assert "flattened copies of the weights" in error
+    row("Optimizer", f"DeepSpeed ZeRO, stage {stage}", error=error, packages=("deepspeed",))
+    model, optimizer = net()
+    ow.attach(optimizer, model)
+    running, _ = engine(deepspeed, model, optimizer, stage)
+    error = told(lambda: step(running))
+    assert "holds none now" in error
+    row("Optimizer", f"DeepSpeed ZeRO, stage {stage}, attached before", error=error, packages=("deepspeed",))
+
+
+def test_deepspeed_without_zero(row, deepspeed):
+    ends = []
+    for wrapped in (True, False):
+        model, optimizer = net()
+        ow.attach(optimizer, model)
+        running = engine(deepspeed, model, optimizer, 0)[0] if wrapped else None
+        for _ in range(20):
+            if running:
+                step(running)
+            else:
+                optimizer.zero_grad()
+                model(torch.ones(4, 8)).square().mean().backward()
+                optimizer.step()
+        ends.append(model.state_dict())
+    difference = max(float((ends[0][name] - w).abs().max()) for name, w in ends[1].items())
+    assert difference < 1e-6
+    row("Optimizer", "DeepSpeed without ZeRO", difference={"two layers": difference}, tolerance=1e-6, packages=("deepspeed",))
