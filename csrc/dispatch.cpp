@@ -84,3 +84,6 @@ OPENWORK_API void openwork_pack_bits(const uint8_t* bytes, uint8_t* bits, int64_
 }
 
 
+
+// Float operations done by `rounds` rounds of the fastest loop there is, on the calling thread. result: one vector.
+OPENWORK_API int64_t openwork_peak(int64_t rounds, float* result) { return kernels->peak(rounds, result); }

@@ -78,6 +78,7 @@ struct Kernels {
   void (*panel)(const Panel&, int32_t dtype);                            // float32, bfloat16, int8
   void (*rows)(const Rows&, int32_t dtype, int64_t first, int64_t last);  // blocks
   void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
+  int64_t (*peak)(int64_t rounds, float* result);  // for benchmarks; result: one vector
   bool (*supported)();
 };
 

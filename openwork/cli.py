@@ -18,6 +18,8 @@ openwork: train N:M sparse networks from scratch
   openwork inspect FILE             what a compressed file holds, from its header alone
   openwork verify FILE              the same after reading all of it; fails if any weight is not as it says
   openwork verify MODEL.onnx        every product of an ONNX file, held to what the file promises, or to --pattern N:M
+  openwork plan MODEL               time each layer dense and sparse on this machine; what ow.deploy would choose
+  openwork bench                    time masks, products, whole models beside their dense baselines; writes CSV
   openwork export SOURCE --out OUT  a run or a file as ONNX, a program of torch.export, a folder for Hugging Face, ...
 
 Flags may stand in a YAML file: --config FILE; flags after it override it.
@@ -45,6 +47,8 @@ def _command(name: str) -> Callable[[list[str]], int]:
         "inspect": inspect,
         "verify": verify,
         "export": export,
+        "plan": plan,
+        "bench": bench,
     }
     if name not in commands:
         raise ValueError(f"there is no command {name!r}; use one of {', '.join(commands)}, or --help")
@@ -145,6 +149,18 @@ def export(words: list[str]) -> int:
 
     print(run(words))
     return 0
+
+
+def plan(words: list[str]) -> int:
+    from openwork.bench.command import plan as run
+
+    return run(words)
+
+
+def bench(words: list[str]) -> int:
+    from openwork.bench.command import bench as run
+
+    return run(words)
 
 
 def verify(words: list[str]) -> int:

@@ -16,7 +16,7 @@ from openwork.folding import fold_batch_norm, following_relu
 from openwork.gemms import run
 from openwork.parametrization import unwrap
 from openwork.pattern import Pattern
-from openwork.plan import MARGIN, Plan, fastest, machine, measure_layers, sparse_module
+from openwork.planning import MARGIN, Plan, fastest, machine, measure_layers, sparse_module
 from openwork.promise import promises
 from openwork.sparsify import finalize
 from openwork.verify import verify

@@ -31,14 +31,14 @@ LAYERS = (
         "report",
         "gemms",
         "sharded",
-        "plan",
+        "planning",
         "deployed",
         "folding",
         "onednn",
     },
     {"checkpoint", "modelstate", "contents", "fileformat", "container", "legacy", "source", "export", "migrate"},
     {"integrations"},
-    {"tasks", "cli", "exporting"},
+    {"tasks", "bench", "cli", "exporting"},
 )
 # `openwork/__init__.py` collects the public names: above the core, below what glues the core to other libraries.
 FACADE = 5.5
