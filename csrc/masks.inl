@@ -41,6 +41,17 @@ inline void count(const V* weight, V* keep, T nan, int n, int m) {
     }
     return;
   }
+  if (M == 4 && n == 2) {  // both of one pair, or the larger of each
+    const V second = V(key[1] > key[0]), fourth = V(key[3] > key[2]);
+    const V high = key[0] > key[1] ? key[0] : key[1], low = key[0] < key[1] ? key[0] : key[1];
+    const V last_high = key[2] > key[3] ? key[2] : key[3], last_low = key[2] < key[3] ? key[2] : key[3];
+    const V not_both = V(last_high > low), last_both = V(last_low > high);
+    keep[0] = ~(not_both & (second | last_both));
+    keep[1] = ~(not_both & ~(second & ~last_both));
+    keep[2] = last_both | ~(fourth | ~not_both);
+    keep[3] = last_both | (fourth & not_both);
+    return;
+  }
   if (M == 2 || M == 4) {  // each pair compared once
     V lost[M ? M : 1];
     for (int i = 0; i < m; i++) lost[i] = V{} + T(i);  // beaten by all before it, until it beats them

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from openwork.axis import Axis
 from openwork.bench.measure import Machine, Row, alternating, rows
 from openwork.deployed import kinds_for, packed
+from openwork.kernels.masks import prune_into
 from openwork.masks import keep_largest, prune
 from openwork.onednn import prepacked_linear
 from openwork.ops import add_decayed
@@ -22,20 +23,25 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 
 
 def masks(machine: Machine, patterns: Sequence[Pattern], seconds: float) -> Iterator[Row]:
-    """Pruning 8.4 M weights, and the SR-STE term on their gradient, beside a copy of them and the published argsort form."""
+    """Pruning 8.4 M weights, and the SR-STE term on their gradient, beside a copy of them and the published argsort form.
+    Fresh memory costs more than either, so what allocates is compared with what allocates."""
     weight, target = torch.randn(2048, 4096), torch.empty(2048, 4096)
     gradient = torch.randn_like(weight)
     for pattern in patterns:
         variants: dict[str, Callable[[], object]] = {
             "copy": lambda: target.copy_(weight),
-            "prune": lambda p=pattern: prune_in_one_pass(weight, p, Axis(1)),  # type: ignore[misc]
+            "clone": weight.clone,
+            "prune": lambda p=pattern: prune_into(target, weight, p.n, p.m, 1, 1, False),  # type: ignore[misc]
+            "prune to new memory": lambda p=pattern: prune_in_one_pass(weight, p, Axis(1)),  # type: ignore[misc]
             "SR-STE term": lambda p=pattern: add_decayed(gradient, weight, 2e-4, p, Axis(1)),  # type: ignore[misc]
             "argsort": lambda p=pattern: _published(weight, p),  # type: ignore[misc]
         }
         times = alternating(variants, seconds=seconds, flush=False)
         about = {name: (str(pattern), "float32") for name in variants}
         bounds = {name: machine.bound(0, passes * weight.nbytes) for name, passes in (("prune", 2), ("SR-STE term", 3))}
+        fresh = {name: times.pop(name) for name in ("clone", "prune to new memory")}
         yield from rows("mask", "2048x4096", times, ["copy"], about, bounds)
+        yield from rows("mask", "2048x4096", fresh, ["clone"], about, {})
 
 
 def _published(weight: Tensor, pattern: Pattern) -> Tensor:

@@ -51,12 +51,18 @@ def keep_largest(score: Tensor, n: int, m: int, dim: int, blocks: int, flat: boo
 
 
 def prune(weight: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> Tensor:
-    lib, groups = _native(weight, n, m, Axis(dim, blocks, flat))
-    if groups is None:
-        return _prune(weight, n, m, dim, blocks, flat)
     out = torch.empty_like(weight)
+    return out if prune_into(out, weight, n, m, dim, blocks, flat) else _prune(weight, n, m, dim, blocks, flat)
+
+
+def prune_into(out: Tensor, weight: Tensor, *where: Any) -> bool:
+    """Write the pruned weight to `out`, which has its strides, where a kernel can; says whether it did."""
+    n, m, dim, blocks, flat = where
+    lib, groups = _native(weight, n, m, Axis(dim, blocks, flat))
+    if groups is None or out.stride() != weight.stride():
+        return False
     lib.openwork_prune(ctypes.byref(groups), DTYPES[weight.dtype], weight.data_ptr(), out.data_ptr())
-    return out
+    return True
 
 
 def add_decayed(gradient: Tensor, weight: Tensor, rate: float, *where: Any) -> None:
