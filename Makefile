@@ -46,7 +46,7 @@ clean: ## remove what the targets made, but not runs/
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra, written last: an interrupted installation is taken up again.
-.venv/%.stamp: .venv/torch.stamp pyproject.toml
+.venv/%.stamp: .venv/torch.stamp pyproject.toml setup.py $(wildcard csrc/*)
 	$(PIP) --quiet --editable '.[$*]'
 	@touch $@
 
