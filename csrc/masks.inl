@@ -243,7 +243,7 @@ struct Scattered {
 };
 
 // All columns of a block that is at least one vector of BYTES wide. The last vector ends with the last column, so some
-// columns are seen twice: a sink that may not see them twice is told that they are kept.
+// columns are seen twice: where a sink may not see them twice, what it wrote at first is put back.
 template <int M, int BYTES, class Sink>
 void neighbours(const Block<Sink>& b, const Scattered<Sink>& rest) {
   typedef Vector<typename Sink::Weight, BYTES> W;
@@ -255,8 +255,15 @@ void neighbours(const Block<Sink>& b, const Scattered<Sink>& rest) {
     for (int i = 0; i < m; i++) values[i] = load<BYTES>(b.weight + r + i * b.inner, W::piece);
     count<M>(values, kept, rest.nan, rest.n, m);
     for (int i = 0; i < m; i++) {
-      if (Sink::once) kept[i] |= lane < (typename W::type{} + typename Sink::Weight(next - r));
-      rest.sink.template vector<BYTES>(b.to + r + i * b.wide, W::piece, values[i], kept[i]);
+      typename Sink::Out* to = b.to + r + i * b.wide;
+      if constexpr (Sink::once) {
+        const typename W::type seen = lane < (typename W::type{} + typename Sink::Weight(next - r));
+        const typename W::type before = load<BYTES>(to, W::piece) & seen;
+        rest.sink.template vector<BYTES>(to, W::piece, values[i], kept[i]);
+        store<BYTES>(to, W::piece, before | (load<BYTES>(to, W::piece) & ~seen));
+      } else {
+        rest.sink.template vector<BYTES>(to, W::piece, values[i], kept[i]);
+      }
     }
   }
 }

@@ -34,6 +34,7 @@ float* memory(size_t floats) {
 }
 
 constexpr int64_t kMostColumns = 128;  // of any instruction set
+constexpr float kSmallest = 1.17549435e-38f;  // below it floats lose digits
 
 int64_t columns_of_panel() { return int64_t(kernels->lanes) * kernels->panel_vectors; }
 int64_t bytes_of_input(const PanelWeight& w) { return w.dtype == kInt8 ? 2 : 4; }
@@ -83,15 +84,24 @@ void rescale(const PanelWeight& w, int64_t first, int64_t last, float* sum, int6
     }
 }
 
-float scale_of(const float* x, int64_t count, float largest = 0) {
-  for (int64_t i = 0; i < count; i++) largest = std::fmax(largest, std::fabs(x[i]));
-  return largest;
+// What the whole numbers of -127 to 127 that stand for some inputs are multiplied with. NaN where an input is, so that it
+// surfaces; 1 where there is nothing but zeros, or next to nothing.
+float scale_of(const float* x, int64_t count) {
+  float largest = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const float size = std::fabs(x[i]);
+    largest = size > largest || size != size ? size : largest;
+  }
+  return largest / 127 < kSmallest ? 1 : largest / 127;
 }
 
-// Nearest whole number, ties to even, of |value / scale| <= 127: adding 1.5 * 2^23 leaves no room for a fraction.
+// Nearest whole number, ties to even, of |value / scale| <= 127: adding 1.5 * 2^23 leaves no room for a fraction, and the
+// number in the low bits. Of what is not a number it is any.
 int16_t quantized(float value, float scale) {
-  const float large = 12582912.0f;
-  return int16_t((value / scale + large) - large);
+  const float shifted = value / scale + 12582912.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  return int16_t(bits);
 }
 
 // Enough tasks for the threads to share evenly, none so small that it only fetches its inputs.
@@ -142,10 +152,7 @@ void linear(const LinearCall& call) {
   const Scratch scratch = scratch_of(call);
   if (w.dtype == kInt8)
     parallel_for(call.B, 1 + 16384 / w.K, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; b++) {
-        const float largest = scale_of(call.x + b * call.x_stride, w.K);
-        scratch.scales[b] = largest > 0 ? largest / 127 : 1;
-      }
+      for (int64_t b = first; b < last; b++) scratch.scales[b] = scale_of(call.x + b * call.x_stride, w.K);
     });
   parallel_for(panels, 1 + 16384 / (w.K * columns), [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; p++)
