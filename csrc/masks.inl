@@ -256,14 +256,15 @@ void neighbours(const Block<Sink>& b, const Scattered<Sink>& rest) {
     count<M>(values, kept, rest.nan, rest.n, m);
     for (int i = 0; i < m; i++) {
       typename Sink::Out* to = b.to + r + i * b.wide;
-      if constexpr (Sink::once) {
-        const typename W::type seen = lane < (typename W::type{} + typename Sink::Weight(next - r));
-        const typename W::type before = load<BYTES>(to, W::piece) & seen;
-        rest.sink.template vector<BYTES>(to, W::piece, values[i], kept[i]);
-        store<BYTES>(to, W::piece, before | (load<BYTES>(to, W::piece) & ~seen));
-      } else {
-        rest.sink.template vector<BYTES>(to, W::piece, values[i], kept[i]);
-      }
+      if constexpr (Sink::once)
+        if (r != next) {
+          const typename W::type seen = lane < (typename W::type{} + typename Sink::Weight(next - r));
+          const typename W::type before = load<BYTES>(to, W::piece) & seen;
+          rest.sink.template vector<BYTES>(to, W::piece, values[i], kept[i]);
+          store<BYTES>(to, W::piece, before | (load<BYTES>(to, W::piece) & ~seen));
+          continue;
+        }
+      rest.sink.template vector<BYTES>(to, W::piece, values[i], kept[i]);
     }
   }
 }
