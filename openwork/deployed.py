@@ -168,6 +168,16 @@ class SparseConv2d(_Packed):
         return weight.squeeze(2) if self.flat else weight
 
 
+def demand_undeployed(model: nn.Module, verb: str) -> None:
+    """Refuse a deployed model where its weights must be at hand, and say what to do instead."""
+    found = [name for name, module in model.named_modules() if isinstance(module, _Packed)]
+    if found:
+        raise ValueError(
+            f"{verb}: {len(found)} layers are deployed ({found[0]}, ...), their weights packed for this machine's kernels; "
+            "do it with the model that was deployed, or load this one's state dict into a plain model"
+        )
+
+
 def symmetric_padding(conv: nn.Conv2d | nn.Conv1d) -> list[int]:
     """The zeros added on both sides of each dim. Raises ValueError where the sides differ, or are not zeros."""
     if conv.padding_mode != "zeros":

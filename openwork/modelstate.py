@@ -10,6 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from openwork.deployed import demand_undeployed
 from openwork.axis import Axis
 from openwork.candidates import AxisChoice, PatternChoice, Remainder, decide
 from openwork.container import CODES
@@ -26,6 +27,7 @@ Placed = tuple[Pattern, Axis]
 def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by dense name, tied ones under each of their names; of masked weights the
     latent ones. Raises ValueError for what a file cannot hold."""
+    demand_undeployed(model, "reading or writing a file")
     masked = masked_by_name(model)
     named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     own = {weight_name(name) if weight_name(name) in masked else plain_name(name): each for name, each in named}
