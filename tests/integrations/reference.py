@@ -26,8 +26,8 @@ def plain_steps(
 ):
     """The parameters of `model` after one step on each batch. `loss_of(call, batch)`: the loss of a whole batch.
 
-    `rho`: the gradient is taken that far uphill (SAM, arXiv:2010.01412). `late`: parameters of that prefix are updated
-    from that step on. `fixed`: the masks of the start stay, and pruned weights get no gradient (ASP); there is no decay.
+    `rho`: the gradient is taken that far uphill (SAM, arXiv:2010.01412). `late`: parameters of that prefix move from
+    that step on. `fixed`: the masks of the start stay, and pruned weights get no gradient (ASP); there is no decay.
     `seen`: the dtype that the forward pass gets weights and inputs in, and ranks them in.
     """
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
