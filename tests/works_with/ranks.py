@@ -10,6 +10,7 @@ from plain_loop import DECAY, LR, MOMENTUM, WEIGHT_DECAY
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -210,6 +211,7 @@ def refusals():
     attempt("`Rowwise` that cuts groups apart", lambda: parallelize_module(sparse_linear(12), mesh, {"0": Rowwise()}))
     attempt("`ow.sparsify` after `fully_shard`", lambda: ow.sparsify(fully_shard(nn.Linear(16, 8)), "2:4"))
     attempt("`ow.finalize` of a sharded model", lambda: ow.finalize(fully_shard(sparse_linear())))
+    attempt("`FullyShardedDataParallel` (FSDP1)", lambda: FSDP1(sparse_linear(), device_id=torch.device("cpu")))
     attempt("an optimizer built before `fully_shard`", lambda: step_of_a_stale_optimizer(sparse_linear()))
     return found
 
