@@ -1,8 +1,8 @@
 """What sparse training costs when processes share it: `torchrun --nproc-per-node 2 benchmarks/two_ranks.py`.
 
-Dense and SR-STE 2:4, under DDP and FSDP2 (each layer and the model), on CPUs with gloo. Rounds alternate between the four, so
-that what disturbs the machine disturbs all. Printed: milliseconds of a step (median, and the quartiles), the ratio to dense,
-and the megabytes that autograd keeps between forward and backward, with and without activation checkpointing.
+Dense and SR-STE 2:4, under DDP and FSDP2 (each layer and the model), on CPUs with gloo. Rounds alternate between the
+four, so that what disturbs the machine disturbs all. Printed: milliseconds of a step (median and quartiles), the ratio
+to dense, and the megabytes that autograd keeps between forward and backward, with and without activation checkpointing.
 """
 
 import argparse
@@ -104,7 +104,9 @@ def main() -> None:
     kept[("FSDP2, checkpointed", True)] = Run(partial(make, True), shard, True, x).kept()
     if dist.get_rank() == 0:
         weights = sum(p.numel() for p in make().parameters())
-        print(f"{weights / 1e6:.1f} M weights, {dist.get_world_size()} processes of 1 thread, torch {torch.__version__}")
+        print(
+            f"{weights / 1e6:.1f} M weights, {dist.get_world_size()} processes of 1 thread, torch {torch.__version__}"
+        )
         for (name, sparse), each in runs.items():
             low, middle, high = statistics.quantiles([1e3 * t for t in each.times[2:]], n=4)
             pairs = zip(each.times[2:], runs[(name, False)].times[2:], strict=True)

@@ -144,8 +144,8 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
         )
     if hasattr(optimizer, "first_step") and isinstance(getattr(optimizer, "base_optimizer", None), Optimizer):
         raise ValueError(
-            f"{type(optimizer).__name__} takes its gradient away from the weights and steps through its base_optimizer: "
-            "ow.attach(optimizer.base_optimizer, model), which steps where the weights are"
+            f"{type(optimizer).__name__} takes its gradient away from the weights, and base_optimizer steps: call "
+            "ow.attach(optimizer.base_optimizer, model), where the weights are back"
         )
     if isinstance(optimizer, LBFGS) and any(group["line_search_fn"] for group in optimizer.param_groups):
         raise ValueError(

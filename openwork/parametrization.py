@@ -341,7 +341,8 @@ def _refuse_to_remove(self: Any, name: str) -> None:
     if name in self._parameters or name in self.parametrizations:
         raise RuntimeError(
             f"removing or parametrizing {name} of a sparsified {plain_class(self).__name__}: call ow.finalize first, "
-            "or register other parametrizations before ow.sparsify, which then leaves the module alone"
+            "or register other parametrizations before ow.sparsify, which then leaves the module alone; "
+            "of torch's two FSDPs only fully_shard (FSDP2) works"
         )
     plain_class(self).__delattr__(self, name)
 

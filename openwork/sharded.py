@@ -25,14 +25,14 @@ def whole(tensor: Any) -> Tensor:
 
 
 def elementwise(function: Callable[..., Tensor], weight: Any, *others: Any) -> Tensor:
-    """`function(weight, *others)`, which treats each position alone, shard by shard. The placement is that of `weight`."""
+    """`function(weight, *others)`, which treats each position alone. The result is placed like `weight`."""
     if not is_sharded(weight):
         return function(weight, *others)
     return _spread(function(weight.to_local(), *(each.to_local() for each in others)), weight)
 
 
 def by_groups(function: Callable[[Tensor], Tensor], weight: Any, axis: Axis, m: int) -> Tensor:
-    """`function(weight)`, which treats each group alone and keeps the shape. The placement is that of `weight`."""
+    """`function(weight)`, which treats each group alone and keeps the shape. The result is placed like `weight`."""
     if not is_sharded(weight):
         return function(weight)
     if keeps_groups(weight, list(zip(weight.placements, weight.device_mesh.shape, strict=True)), axis, m):

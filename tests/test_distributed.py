@@ -111,9 +111,14 @@ def reference(way, **options):
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if "detached" not in way])
-def test_two_ranks_take_the_steps_of_one_process(ranks, way):
+def test_two_ranks_take_the_steps_of_one_process(row, ranks, way):
     for rank in ranks:
         assert distance(rank[way][0], reference(way)) < 1e-12
+    what = {"ddp": "DDP", "ddp, fused, scaler": "DDP, fused SGD, `GradScaler`", "fsdp2": "FSDP2"}.get(
+        way, f"DDP{way[3:]}"
+    )
+    difference = {"three layers in float64": distance(ranks[0][way][0], reference(way))}
+    row("Two processes", f"{what}: also the same masks on both at every step", difference=difference, tolerance=1e-12)
 
 
 @pytest.mark.parametrize("way", WAYS)

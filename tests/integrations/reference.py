@@ -21,12 +21,14 @@ def keep_along(weight, dim):
     return (ranks < N).flatten(-2).movedim(-1, dim)
 
 
-def plain_steps(model, batches, loss_of, dims, update, *, clip=None, decay=DECAY, rho=None, late=("", 1), fixed=False, seen=None):
+def plain_steps(
+    model, batches, loss_of, dims, update, *, clip=None, decay=DECAY, rho=None, late=("", 1), fixed=False, seen=None
+):
     """The parameters of `model` after one step on each batch. `loss_of(call, batch)`: the loss of a whole batch.
 
-    `rho`: the gradient is taken that far uphill (SAM, arXiv:2010.01412). `late`: parameters of that prefix are updated
-    from that step on. `fixed`: the masks of the start stay, and pruned weights get no gradient (ASP); there is no decay. `seen`: the
-    dtype that the forward pass gets weights and inputs in, and ranks them in.
+    `rho`: the gradient is taken that far uphill (SAM, arXiv:2010.01412). `late`: parameters of that prefix move from
+    that step on. `fixed`: the masks of the start stay, and pruned weights get no gradient (ASP); there is no decay.
+    `seen`: the dtype that the forward pass gets weights and inputs in, and ranks them in.
     """
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     states = {name: {} for name in weights}

@@ -135,4 +135,9 @@ def test_killed_in_the_middle_of_an_epoch_it_continues_bit_for_bit(row, tmp_path
         assert distance(resumed.state_dict(), model.state_dict()) == 0
         assert its_sparse.topology.records == sparse.topology.records
         assert its_sparse.handle.steps == 12
-    row("Trainers", "Accelerate: killed (SIGKILL) in the middle of an epoch, resumed", resumes=True, packages=("accelerate",))
+    row(
+        "Trainers",
+        "Accelerate: killed (SIGKILL) in the middle of an epoch, resumed",
+        resumes=True,
+        packages=("accelerate",),
+    )

@@ -180,7 +180,12 @@ def test_killed_in_the_middle_of_an_epoch_it_continues_bit_for_bit(row, tmp_path
         assert distance(module.state_dict(), net.state_dict()) == 0
         assert _sparse(resumed).topology.records == _sparse(whole).topology.records
         assert _sparse(resumed).state_dict()["handles"][0]["steps"] == 12
-    row("Trainers", "Lightning: killed (SIGKILL) in the middle of an epoch, resumed", resumes=True, packages=("lightning",))
+    row(
+        "Trainers",
+        "Lightning: killed (SIGKILL) in the middle of an epoch, resumed",
+        resumes=True,
+        packages=("lightning",),
+    )
 
 
 def _sparse(trainer: pl.Trainer) -> SparseCallback:

@@ -2,7 +2,7 @@
 
 A combination is a `Way`. `run` trains with it and says how far the weights end from those of the equations, computed
 in fp32 in one process (`integrations/reference.py`); how many operands of products had a sparse weight's shape, and
-which of them were not 2:4; and how far a run ends that was stopped in the middle and resumed by a new process's objects.
+which of them were not 2:4; and how far a run ends that was stopped in the middle and resumed with fresh objects.
 """
 
 import functools
@@ -81,7 +81,7 @@ class Way:
     wrap: Callable = lambda model, gemms: model
     update: str = "sgd"
     reference: dict = field(default_factory=dict)
-    method: object = ow.SRSTE(DECAY)  # noqa: RUF009
+    method: object = ow.SRSTE(DECAY)
     autocast: torch.dtype | None = None
     scaler: bool = False
     dtype: torch.dtype = torch.float32
@@ -151,7 +151,9 @@ class Training:
 
     def load_state_dict(self, state):
         self.t = state["t"]
-        for each, its_state in zip((self.model, *self.optimizers, *self.handles, self.scaler), state["parts"], strict=True):
+        for each, its_state in zip(
+            (self.model, *self.optimizers, *self.handles, self.scaler), state["parts"], strict=True
+        ):
             each.load_state_dict(its_state)
 
 

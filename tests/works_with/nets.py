@@ -1,11 +1,25 @@
 """A transformer of 12 blocks and a small residual network, with the dim that each sparse weight is summed over."""
 
+from typing import ClassVar
+
 import torch
 from integrations.nets import ResNet, loss_of, made, sparse
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["BLOCKS", "DIMS", "NETS", "Block", "Feedforward", "ResNet", "Transformer", "batches", "loss_of", "made", "sparse"]
+__all__ = [
+    "BLOCKS",
+    "DIMS",
+    "NETS",
+    "Block",
+    "Feedforward",
+    "ResNet",
+    "Transformer",
+    "batches",
+    "loss_of",
+    "made",
+    "sparse",
+]
 
 BLOCKS, WIDTH, HIDDEN, HEADS, BATCH = 12, 16, 32, 2, 8
 
@@ -29,7 +43,7 @@ class Transformer(nn.Module):
     """(B, 7, 16) -> (B, 4)."""
 
     shape = (7, WIDTH)
-    dims = {f"layers.{i}.{part}.weight": 1 for i in range(BLOCKS) for part in ("inner", "outer")}
+    dims: ClassVar = {f"layers.{i}.{part}.weight": 1 for i in range(BLOCKS) for part in ("inner", "outer")}
 
     def __init__(self):
         super().__init__()
@@ -46,11 +60,14 @@ class Feedforward(nn.Module):
     """(B, 16) -> (B, 4). Twelve of the MLPs of a usual transformer, for what splits these in two."""
 
     shape = (WIDTH,)
-    dims = {f"layers.{i}.{part}.weight": 1 for i in range(BLOCKS) for part in ("up", "down")}
+    dims: ClassVar = {f"layers.{i}.{part}.weight": 1 for i in range(BLOCKS) for part in ("up", "down")}
 
     def __init__(self):
         super().__init__()
-        blocks = [{"norm": nn.LayerNorm(WIDTH), "up": nn.Linear(WIDTH, 40), "down": nn.Linear(40, WIDTH)} for _ in range(BLOCKS)]
+        blocks = [
+            {"norm": nn.LayerNorm(WIDTH), "up": nn.Linear(WIDTH, 40), "down": nn.Linear(40, WIDTH)}
+            for _ in range(BLOCKS)
+        ]
         self.layers = nn.ModuleList(map(nn.ModuleDict, blocks))
         self.head = nn.Linear(WIDTH, 4)
 
@@ -70,4 +87,7 @@ def batches(kind, steps):
     return list(zip(x.split(BATCH), y.split(BATCH), strict=True))
 
 
-DIMS = {kind: [(weight.shape, kind.dims[n]) for n, weight in kind().named_parameters() if n in kind.dims] for kind in (*NETS, Feedforward)}
+DIMS = {
+    kind: [(weight.shape, kind.dims[n]) for n, weight in kind().named_parameters() if n in kind.dims]
+    for kind in (*NETS, Feedforward)
+}

@@ -12,11 +12,11 @@ ALWAYS = ("torch", "numpy")
 HEAD = """# Works with
 
 Made by `make works-with` from the results of tests; nothing here that no test ran. A line of "What works" is a test
-that passed: a transformer of 12 blocks and a small residual network are trained for 20 steps with SR-STE at a decay of 0.5,
-so that a lost or multiplied term shows, and
+that passed: a transformer of 12 blocks and a small residual network are trained for 20 steps with SR-STE at a decay of
+0.5, so that a lost or multiplied term shows, and
 
 - the weights end where the equations lead, written out in plain torch and run in fp32 in one process (the column
-  *difference*: the largest of any weight, and the limit that the test sets; without the term every net ends at least ten times
+  *difference*: the largest of any weight, and the limit of the test; without the term every net ends at least ten times
   that limit away);
 - each operand of each product, forward and backward, that has the shape of a sparse weight is 2:4;
 - where *resumes* says exactly, a run stopped after 10 steps and resumed ends bit for bit as one that was not stopped.
@@ -31,7 +31,12 @@ def page(results):
     fails = [each for each in results["rows"] if "error" in each]
     parts = [HEAD, f"Run with {versions(results['rows'])}, on {machine()}.\n", "## What works\n"]
     for group, rows in by_group(works).items():
-        parts += [f"### {group}\n", "| | difference (limit) | resumes | test |\n|---|---|---|---|", *map(line, rows), ""]
+        parts += [
+            f"### {group}\n",
+            "| | difference (limit) | resumes | test |\n|---|---|---|---|",
+            *map(line, rows),
+            "",
+        ]
     parts += ["## What does not, and what it says\n", "| | error or warning | test |\n|---|---|---|"]
     parts += [f"| {each['what']} | {each['error'].replace('|', '/')} | {test_of(each)} |" for each in fails]
     return "\n".join(parts) + "\n"

@@ -10,6 +10,7 @@ from plain_loop import DECAY, LR, MOMENTUM, WEIGHT_DECAY
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -59,16 +60,18 @@ def split(model, _):
 one_by_one = partial(sgd_of, foreach=False)  # torch: foreach takes no mixture of tensors and DTensors
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 WAYS = {
-    "DDP": Way(wrap=data_parallel, always=True),
+    "DDP": Way(wrap=data_parallel),
     "DDP, `ZeroRedundancyOptimizer`": Way(wrap=data_parallel, make=zero, resumes=False),
     "FSDP2, each layer and the model": Way(wrap=sharded, always=True),
-    "FSDP2, the whole model at once": Way(wrap=partial(sharded, layers=False)),
-    "FSDP2, `reshard_after_forward=False`": Way(wrap=partial(sharded, reshard_after_forward=False)),
-    "FSDP2, `MixedPrecisionPolicy` of bf16, against the equations with weights seen in bf16": Way(
-        wrap=partial(sharded, mp_policy=BF16), reference={"seen": torch.bfloat16}, tolerance=2e-2
+    "FSDP2, the whole model at once": Way(wrap=partial(sharded, layers=False), resumes=FOR_THE_PAGE),
+    "FSDP2, `reshard_after_forward=False`": Way(
+        wrap=partial(sharded, reshard_after_forward=False), resumes=FOR_THE_PAGE
     ),
-    "FSDP2, activation checkpointing": Way(wrap=sharded_and_checkpointed),
-    "FSDP2, fixed masks (`ow.ASP`)": Way(wrap=sharded, **ASP),
+    "FSDP2, `MixedPrecisionPolicy` of bf16, against the equations with weights seen in bf16": Way(
+        wrap=partial(sharded, mp_policy=BF16), reference={"seen": torch.bfloat16}, tolerance=2e-2, resumes=FOR_THE_PAGE
+    ),
+    "FSDP2, activation checkpointing": Way(wrap=sharded_and_checkpointed, resumes=FOR_THE_PAGE),
+    "FSDP2, fixed masks (`ow.ASP`)": Way(wrap=sharded, resumes=FOR_THE_PAGE, **ASP),
 }
 SPLIT = {
     "tensor parallel: `Colwise`, `Rowwise` of `openwork.integrations.tensor_parallel`": Way(
@@ -201,10 +204,14 @@ def refusals():
 
     for style in (ColwiseParallel, RowwiseParallel):
         plan = {"0": style()}
-        attempt(f"torch's `{style.__name__}` on a sparsified layer", lambda plan=plan: parallelize_module(sparse_linear(), mesh, plan))
+        attempt(
+            f"torch's `{style.__name__}` on a sparsified layer",
+            lambda plan=plan: parallelize_module(sparse_linear(), mesh, plan),
+        )
     attempt("`Rowwise` that cuts groups apart", lambda: parallelize_module(sparse_linear(12), mesh, {"0": Rowwise()}))
     attempt("`ow.sparsify` after `fully_shard`", lambda: ow.sparsify(fully_shard(nn.Linear(16, 8)), "2:4"))
     attempt("`ow.finalize` of a sharded model", lambda: ow.finalize(fully_shard(sparse_linear())))
+    attempt("`FullyShardedDataParallel` (FSDP1)", lambda: FSDP1(sparse_linear(), device_id=torch.device("cpu")))
     attempt("an optimizer built before `fully_shard`", lambda: step_of_a_stale_optimizer(sparse_linear()))
     return found
 

@@ -66,7 +66,10 @@ def timm_ema(model):
     return utils.ModelEmaV3(model, decay=KEPT), utils.ModelEmaV3.update
 
 
-EMAS = {"EMA: `torch.optim.swa_utils.AveragedModel`": (averaged_model, ()), "EMA: timm's `ModelEmaV3`": (timm_ema, ("timm",))}
+EMAS = {
+    "EMA: `torch.optim.swa_utils.AveragedModel`": (averaged_model, ()),
+    "EMA: timm's `ModelEmaV3`": (timm_ema, ("timm",)),
+}
 
 
 @pytest.mark.parametrize("name", EMAS)
@@ -183,7 +186,7 @@ def test_int8_weights_of_torchao(row):
     assert report.sparse.keys() == Transformer.dims.keys()
     after = loss_on(model, Transformer)
     assert abs(after - before) < 0.01
-    note = f"`ow.verify(model, pattern=\"2:4\")` holds; loss {before:.4f} before, {after:.4f} after"
+    note = f'`ow.verify(model, pattern="2:4")` holds; loss {before:.4f} before, {after:.4f} after'
     row("Quantization", "torchao's `Int8WeightOnlyConfig` on a finalized model", note=note, packages=("torchao",))
 
 

@@ -18,7 +18,9 @@ class Watching:
 
     def __init__(self, gemms):
         self.gemms, self.graphs = gemms, Counter()
-        self.backend = aot_autograd(fw_compiler=partial(self._compile, "forward"), bw_compiler=partial(self._compile, "backward"))
+        self.backend = aot_autograd(
+            fw_compiler=partial(self._compile, "forward"), bw_compiler=partial(self._compile, "backward")
+        )
 
     def _compile(self, which, graph, _):
         self.graphs[which] += 1
@@ -71,7 +73,13 @@ def test_the_whole_model_is_one_graph_compiled_once(row):
     for kind in nets_of(Way()):
         results[kind], graphs, dense = compiled(kind, whole_model, resumes=False)
         assert graphs == [dense] == [{"forward": 1, "backward": 1}]
-    demand(row, "Compilation", "`torch.compile(model, fullgraph=True)`: one graph, compiled once", Way(resumes=False), results)
+    demand(
+        row,
+        "Compilation",
+        "`torch.compile(model, fullgraph=True)`: one graph, compiled once",
+        Way(resumes=False),
+        results,
+    )
 
 
 @pytest.mark.usefixtures("fresh")

@@ -105,7 +105,10 @@ def functional(model, _):
 
 
 def two_groups(model):
-    groups = [{"params": list(model.head.parameters())}, {"params": [p for n, p in model.named_parameters() if "head" not in n]}]
+    groups = [
+        {"params": list(model.head.parameters())},
+        {"params": [p for n, p in model.named_parameters() if "head" not in n]},
+    ]
     return [torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)]
 
 
@@ -139,7 +142,10 @@ def all_but_the_head(model):
     return [torch.optim.SGD(weights, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)]
 
 
-FP16, BF16 = {"autocast": torch.float16, "scaler": True, "tolerance": 2e-2}, {"autocast": torch.bfloat16, "tolerance": 2e-2}
+FP16, BF16 = (
+    {"autocast": torch.float16, "scaler": True, "tolerance": 2e-2},
+    {"autocast": torch.bfloat16, "tolerance": 2e-2},
+)
 CLIPPED = {"reference": {"clip": CLIP}}
 WAYS = {
     "Loop": {
@@ -159,7 +165,9 @@ WAYS = {
         "SGD, `fused=True`": Way(make=lambda model: sgd_of(model, fused=True)),
         "one optimizer a parameter, stepping in the backward pass": Way(stepping_in_backward, make=one_for_each),
         "SAM, attached through its `base_optimizer`": Way(sharpness_aware, make=inside_sam, reference={"rho": RHO}),
-        "schedule-free SGD": Way(back_and_forth, make=without_schedule, update="schedule-free", packages=("schedulefree",)),
+        "schedule-free SGD": Way(
+            back_and_forth, make=without_schedule, update="schedule-free", packages=("schedulefree",)
+        ),
         "AdamW, `foreach=True`": Way(make=lambda model: adamw_of(model, foreach=True), update="adamw"),
         "AdamW, `fused=True`": Way(always=True, make=lambda model: adamw_of(model, fused=True), update="adamw"),
     },
@@ -170,7 +178,9 @@ WAYS = {
     },
     "Precision": {
         "fp16 autocast, `GradScaler`": Way(**FP16),
-        "fp16 autocast, `GradScaler`, fused SGD": Way(make=lambda model: sgd_of(model, fused=True), always=True, **FP16),
+        "fp16 autocast, `GradScaler`, fused SGD": Way(
+            make=lambda model: sgd_of(model, fused=True), always=True, **FP16
+        ),
         "fp16 autocast, `GradScaler`, clipping, 2 micro-batches": Way(clipped_micro_batches, **FP16, **CLIPPED),
         "bf16 autocast": Way(always=True, **BF16),
         "bf16 parameters, against the equations in bf16": Way(
@@ -179,8 +189,6 @@ WAYS = {
     },
 }
 ROWS = [pytest.param(group, name, way, id=name) for group, ways in WAYS.items() for name, way in ways.items()]
-
-
 
 
 @pytest.mark.parametrize(("group", "name", "way"), ROWS)

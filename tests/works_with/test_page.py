@@ -7,7 +7,7 @@ from pathlib import Path
 from works_with.page import line, page
 
 TESTS = Path(__file__).parents[1]
-PAGE = (TESTS.parent / "docs" / "works-with.md").read_text(encoding="utf-8")
+PAGE = TESTS.parent / "docs" / "works-with.md"
 
 
 def tests_with_rows():
@@ -15,23 +15,33 @@ def tests_with_rows():
     found = set()
     for file in TESTS.rglob("test_*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                if "row" in {each.arg for each in node.args.args}:
-                    place = file.relative_to(TESTS).with_suffix("").as_posix()
-                    found.add(f"`{place}` `{node.name}`")
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and _takes_row(node):
+                place = file.relative_to(TESTS).with_suffix("").as_posix()
+                found.add(f"`{place}` `{node.name}`")
     return found
 
 
+def _takes_row(node):
+    return "row" in {each.arg for each in node.args.args}
+
+
 def test_every_line_names_a_test_and_every_such_test_has_a_line():
-    assert set(re.findall(r"`[\w/]+` `test_\w+`", PAGE)) == tests_with_rows()
+    assert set(re.findall(r"`[\w/]+` `test_\w+`", PAGE.read_text(encoding="utf-8"))) == tests_with_rows()
 
 
 def test_a_line_shows_what_was_found():
-    row = {"group": "Loop", "what": "plain", "test": "tests/a/test_b.py::test_c", "difference": {"Net": 3e-8, "Other": 0.0}}
+    row = {
+        "group": "Loop",
+        "what": "plain",
+        "test": "tests/a/test_b.py::test_c",
+        "difference": {"Net": 3e-8, "Other": 0.0},
+    }
     row |= {"tolerance": 1e-4, "resumes": True}
     assert line(row) == "| plain | Net 3e-08; Other 0 (1e-04) | exactly | `a/test_b` `test_c` |"
     wrong = {"group": "Loop", "what": "bad", "test": "tests/a/test_b.py::test_d", "error": "ValueError: a | b"}
     text = page({"rows": [row, row, wrong]})
     assert text.count("| plain |") == 1
-    assert text.index("## What works") < text.index("| plain |") < text.index("## What does not") < text.index("| bad |")
+    assert (
+        text.index("## What works") < text.index("| plain |") < text.index("## What does not") < text.index("| bad |")
+    )
     assert "| bad | ValueError: a / b | `a/test_b` `test_d` |" in text

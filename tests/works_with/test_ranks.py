@@ -83,6 +83,7 @@ REFUSED = {
     "`Rowwise` that cuts groups apart": "cuts groups of 4 apart: take Colwise",
     "`ow.sparsify` after `fully_shard`": "is sharded: call ow.sparsify before fully_shard",
     "`ow.finalize` of a sharded model": "load its full state dict into a model sparsified alike",
+    "`FullyShardedDataParallel` (FSDP1)": "only fully_shard (FSDP2) works",
     "an optimizer built before `fully_shard`": "holds none now: something replaced them",
 }
 

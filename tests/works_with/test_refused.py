@@ -1,6 +1,5 @@
 """What does not work, each with the error that the user gets."""
 
-
 import pytest
 import torch
 from plain_loop import DECAY
@@ -75,15 +74,19 @@ def test_an_attached_optimizer_whose_weights_are_taken_away_says_so():
     assert "held sparse weights of Sequential when it was attached and holds none now" in told(optimizer.step)
 
 
-@pytest.fixture
-def deepspeed(monkeypatch, tmp_path):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    deepspeed = pytest.importorskip("deepspeed")
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        monkeypatch.setenv(name, value)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    yield deepspeed
-    torch.distributed.destroy_process_group()
+@pytest.fixture(scope="module")
+def deepspeed(tmp_path_factory):
+    """With one process group for all tests: DeepSpeed keeps the first that it sees."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            patch.setenv(name, value)
+        deepspeed = pytest.importorskip(
+            "deepspeed", reason="DeepSpeed is not among the packages of the tests: too large"
+        )
+        meeting = tmp_path_factory.mktemp("deepspeed") / "meeting"
+        torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+        yield deepspeed
+        torch.distributed.destroy_process_group()
 
 
 def engine(deepspeed, model, optimizer, stage):
@@ -127,4 +130,10 @@ def test_deepspeed_without_zero(row, deepspeed):
         ends.append(model.state_dict())
     difference = max(float((ends[0][name] - w).abs().max()) for name, w in ends[1].items())
     assert difference < 1e-6
-    row("Optimizer", "DeepSpeed without ZeRO", difference={"two layers": difference}, tolerance=1e-6, packages=("deepspeed",))
+    row(
+        "Optimizer",
+        "DeepSpeed without ZeRO",
+        difference={"two layers": difference},
+        tolerance=1e-6,
+        packages=("deepspeed",),
+    )
