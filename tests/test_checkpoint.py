@@ -611,6 +611,7 @@ def test_a_link_stays_a_link(path):
     path.symlink_to(real)
     ow.save(sparse_net(), path, pattern="2:4")
     assert path.is_symlink()
+    assert sorted(os.listdir(path.parent)) == [path.name, real.name]
     check(real)
 
 

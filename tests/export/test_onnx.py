@@ -123,9 +123,17 @@ class Forms(nn.Module):
         self.wide, self.experts = nn.Parameter(torch.randn(4, 1)), nn.Parameter(torch.randn(3, 8, 4))
 
     def forward(self, x):
-        twice = x @ self.w
+        twice, thrice = x @ self.w, x @ self.w
         one = x[0, 0] @ self.w.T
-        return self.b + x @ self.w, twice + self.b, twice, one, x @ self.w + self.wide, torch.bmm(x, self.experts)
+        return (
+            self.b + x @ self.w,
+            twice + self.b,
+            twice,
+            one,
+            x @ self.w + self.wide,
+            thrice * (thrice + self.b),
+            torch.bmm(x, self.experts),
+        )
 
 
 def test_every_form_of_a_product(path):
