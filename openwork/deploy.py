@@ -53,12 +53,12 @@ def deploy(
     axis: AxisChoice = "input",
     stored: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """A copy of the model for inference on this CPU, each layer dense or sparse, whichever was measured faster; arguments
-    as in `plan`. Batch normalization is folded into the layers before it.
+    """A copy of the model for inference on this CPU, each layer dense or sparse, whichever was measured faster;
+    arguments as in `plan`. Batch normalization is folded into the layers before it.
 
     The whole model is timed as well, against the same model all dense. If dense wins, the dense one is returned, and a
-    warning says so. What was measured is in the result's `deployment`, a `Plan`. The result is saved, loaded, copied and
-    pickled like the finalized model: its state dict has dense names and shapes.
+    warning says so. What was measured is in the result's `deployment`, a `Plan`. The result is saved, loaded, copied
+    and pickled like the finalized model: its state dict has dense names and shapes.
     """
     dense = _ready(model, example, pattern, exclude, axis, stored)
     with torch.inference_mode():

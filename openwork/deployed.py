@@ -6,7 +6,6 @@ loaded like the finalized one, on any machine; loading packs the weight for the 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Literal
 
 import torch
@@ -104,16 +103,18 @@ class _Packed(nn.Module):
         """Only moves that keep the packed weight as it is: casts would tear values and positions apart."""
         probe = fn(torch.zeros(1))
         if probe.device.type != "cpu" or probe.dtype != torch.float32:
-            raise TypeError(f"{type(self).__name__} is packed for this CPU in {self.stored}: convert the model, then deploy")
+            raise TypeError(
+                f"{type(self).__name__} is packed for this CPU in {self.stored}: convert the model, then deploy"
+            )
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.pattern}, {tuple(self.numbers[3 if self.kind == 'rows' else 4:])}, {self.stored}, {self.kind}"
+        return f"{self.pattern}, {tuple(self.numbers[3 if self.kind == 'rows' else 4 :])}, {self.stored}, {self.kind}"
 
 
 class SparseLinear(_Packed):
-    """A linear layer (..., K) -> (..., O) with a packed weight, `relu` applied to the result where set. `transposed`: the
-    layer it stands for keeps its weight as (K, O)."""
+    """A linear layer (..., K) -> (..., O) with a packed weight, `relu` applied to the result where set. `transposed`:
+    the layer it stands for keeps its weight as (K, O)."""
 
     relu = False
 
@@ -173,7 +174,7 @@ def demand_undeployed(model: nn.Module, verb: str) -> None:
     found = [name for name, module in model.named_modules() if isinstance(module, _Packed)]
     if found:
         raise ValueError(
-            f"{verb}: {len(found)} layers are deployed ({found[0]}, ...), their weights packed for this machine's kernels; "
+            f"{verb}: {len(found)} layers are deployed ({found[0]}, ...), their weights packed for this machine; "
             "do it with the model that was deployed, or load this one's state dict into a plain model"
         )
 

@@ -28,11 +28,12 @@ WINDOWS = {2: 4, 4: 4, 8: 8, 16: 16, 32: 32}
 
 @dataclass(frozen=True)
 class Panel:
-    """`values` (T * O,) float32, bfloat16, or int16 holding int8 weights; `positions` (T * O + 1,) int16 holding uint16.
+    """`values` (T * O,) float32, bfloat16, or int16 holding int8 weights; `positions` (T * O + 1,) int16 holding
+    uint16.
 
     The order is tile, output, slot; `tile` inputs make a tile. A position is where the input is in its tile, in bytes:
-    a tile has a row of `columns` numbers (float32, or int16 for int8 weights) for each input. `scales` (O,) are those of
-    int8 weights.
+    a tile has a row of `columns` numbers (float32, or int16 for int8 weights) for each input. `scales` (O,) are those
+    of int8 weights.
     """
 
     values: Tensor
@@ -170,7 +171,8 @@ def index_bits(window: int) -> int:
 
 
 def _words(index: Tensor, window: int) -> Tensor:
-    """Indices (blocks, L, windows, slots) -> int32 (blocks, words, L). A word holds whole windows, or a window words."""
+    """Indices (blocks, L, windows, slots) -> int32 (blocks, words, L). A word holds whole windows, or a window
+    words."""
     bits = index_bits(window)
     in_word = 32 // bits
     slots = index.shape[-1]

@@ -10,11 +10,11 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from openwork.deployed import demand_undeployed
 from openwork.axis import Axis
 from openwork.candidates import AxisChoice, PatternChoice, Remainder, decide
 from openwork.container import CODES
 from openwork.contents import Contents
+from openwork.deployed import demand_undeployed
 from openwork.masks import kept_per_group
 from openwork.parametrization import Masked, masked_modules, masked_weights, plain_name, weight_name
 from openwork.pattern import Pattern

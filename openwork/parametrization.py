@@ -167,7 +167,8 @@ class Masked(nn.Module):
             gradient.add_(term if scale is None else term.mul_(scale.to(term.device)))
 
     def _in_one_pass(self, weight: Tensor) -> bool:
-        """Whether a kernel finds the mask of the forward on the way: it is not stored, and seen in the weight's dtype."""
+        """Whether a kernel finds the mask of the forward on the way: it is not stored, and seen in the weight's
+        dtype."""
         return self.mask is None and self.seen_dtype == weight.dtype and kernels.in_one_pass(weight)
 
     def gradient_term(self, weight: Tensor) -> Tensor:

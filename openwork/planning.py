@@ -94,7 +94,11 @@ def measure_layers(
         if alike not in times:
             times[alike] = _timed(module, pattern, inputs, stored)
         found = times[alike]
-        layers.append(Layer(name, shape, pattern, found.inputs, found.dense, found.dense_by, found.sparse, found.kind, found.reason))
+        layers.append(
+            Layer(
+                name, shape, pattern, found.inputs, found.dense, found.dense_by, found.sparse, found.kind, found.reason
+            )
+        )
     return tuple(layers)
 
 
@@ -156,7 +160,17 @@ def _timed(module: nn.Module, pattern: Pattern, inputs: list[Tensor], stored: to
     kind = min(kinds, key=lambda name: totals[name])
     dense, sparse = float(totals[dense_by]), float(totals[kind])
     wins = sparse < MARGIN * dense
-    return Layer("", (), pattern, tuple(shapes), dense, dense_by, sparse, kind if wins else None, "" if wins else "dense is faster")
+    return Layer(
+        "",
+        (),
+        pattern,
+        tuple(shapes),
+        dense,
+        dense_by,
+        sparse,
+        kind if wins else None,
+        "" if wins else "dense is faster",
+    )
 
 
 def _dense_variants(module: nn.Module, weight: Tensor, x: Tensor) -> dict[str, Callable[[], object]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,15 @@ from openwork.pattern import Pattern
 from openwork.report import aligned
 
 PATTERNS = ("2:4", "1:4", "1:8", "1:16")
-SHAPES = ((256, 1024, 1024), (256, 2048, 2048), (128, 4096, 4096), (16, 2048, 2048), (4, 2048, 2048), (1, 2048, 2048), (1, 4096, 4096))
+SHAPES = (
+    (256, 1024, 1024),
+    (256, 2048, 2048),
+    (128, 4096, 4096),
+    (16, 2048, 2048),
+    (4, 2048, 2048),
+    (1, 2048, 2048),
+    (1, 4096, 4096),
+)
 """(B, K, O)."""
 
 
@@ -22,7 +31,8 @@ def bench(words: Sequence[str]) -> int:
     """Run benchmarks, print a table, write CSV."""
     parser = argparse.ArgumentParser("openwork bench", description=bench.__doc__)
     add = parser.add_argument
-    add("what", nargs="*", default=["masks", "linear", "threads"], help="of masks linear threads resnet50 encoder, or any model of torchvision (default: masks linear threads)")  # fmt: skip
+    known = "masks, linear, threads, encoder, or a model of torchvision such as resnet50 (default: the first three)"
+    add("what", nargs="*", default=["masks", "linear", "threads"], help=known)
     add("--patterns", nargs="+", default=PATTERNS, metavar="N:M")
     add("--threads", nargs="+", type=int, default=[1, torch.get_num_threads()])
     add("--batches", nargs="+", type=int, default=[1, 8], help="of whole models")
@@ -62,7 +72,10 @@ def _run(what: str, asked: argparse.Namespace) -> list[Row]:
                 rows.append(each)
             else:
                 plan, (held, grown) = each
-                print(f"{len(plan.chosen)} of {len(plan.layers)} weights sparse; {held / 1e6:.1f} MB held, process +{grown / 1e6:.1f} MB")
+                print(
+                    f"{len(plan.chosen)} of {len(plan.layers)} weights sparse; "
+                    f"{held / 1e6:.1f} MB held, process +{grown / 1e6:.1f} MB"
+                )
     if rows:
         print("\n".join(aligned(*table(rows))), flush=True)
     return rows
@@ -71,11 +84,13 @@ def _run(what: str, asked: argparse.Namespace) -> list[Row]:
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells, for printing."""
     header = ["op", "shape", "impl", "threads", "p50 us", "p20..p80", "x baseline", "baseline", "of bound"]
-    return header, [
-        [r.op, r.shape, r.impl, str(r.threads), f"{r.p50_us:.0f}", f"{r.p20_us:.0f}..{r.p80_us:.0f}", f"{r.ratio:.2f}"]
-        + [r.baseline, f"{r.roofline:.0%}" if r.roofline == r.roofline else "-"]
-        for r in rows
-    ]
+    return header, [_cells(row) for row in rows]
+
+
+def _cells(r: Row) -> list[str]:
+    times = [f"{r.p50_us:.0f}", f"{r.p20_us:.0f}..{r.p80_us:.0f}", f"{r.ratio:.2f}"]
+    share = "-" if math.isnan(r.roofline) else f"{r.roofline:.0%}"
+    return [r.op, r.shape, r.impl, str(r.threads), *times, r.baseline, share]
 
 
 def plan(words: Sequence[str]) -> int:

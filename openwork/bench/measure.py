@@ -20,9 +20,9 @@ from openwork.kernels.native import library
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of one operator. Times in microseconds: 20th, 50th and 80th percentile. `ratio` is the baseline's median
-    over this median: above 1 where this is faster. `bound_us` is what the machine's peak and bandwidth allow, the larger of
-    operations over peak and bytes over bandwidth, and `roofline` its share of the median."""
+    """One variant of one operator. Times in microseconds: 20th, 50th and 80th percentile. `ratio` is the baseline's
+    median over this median: above 1 where this is faster. `bound_us` is what the machine's peak and bandwidth allow,
+    the larger of operations over peak and bytes over bandwidth, and `roofline` its share of the median."""
 
     op: str
     shape: str
@@ -58,8 +58,8 @@ class Machine:
 
 
 def machine() -> Machine:
-    """Peak of the multiply-add loop (times the threads), and of moving 128 MiB: copying, both ways counted, or a dot product,
-    whichever is faster."""
+    """Peak of the multiply-add loop (times the threads), and of moving 128 MiB: copying, both ways counted, or a dot
+    product, whichever is faster."""
     lib, best = library(), 0.0
     result = torch.full((64,), 0.5)
     for _ in range(5 if lib else 0):
@@ -104,10 +104,9 @@ def rows(
     for name, each in times.items():
         p20, p50, p80 = (1e6 * q for q in (quantile(each, 0.2), medians[name], quantile(each, 0.8)))
         bound, (pattern, dtype) = bounds.get(name, float("nan")), about.get(name, ("dense", "float32"))
-        made.append(
-            Row(op, shape, pattern, dtype, name, p20, p50, p80, best, 1e6 * medians[best], medians[best] / medians[name],
-                1e6 * bound, bound / medians[name], *_where())
-        )  # fmt: skip
+        against = (best, 1e6 * medians[best], medians[best] / medians[name])
+        limit = (1e6 * bound, bound / medians[name])
+        made.append(Row(op, shape, pattern, dtype, name, p20, p50, p80, *against, *limit, *_where()))
     return made
 
 
@@ -150,4 +149,5 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     known = dict(line.split(":", 1) for line in lines if ":" in line)
     values = {key.strip(): value.strip() for key, value in known.items()}
-    return f"{values.get('model name', platform.machine())} family {values.get('cpu family', '?')} model {values.get('model', '?')}"
+    name, family, model = (values.get(key, "?") for key in ("model name", "cpu family", "model"))
+    return f"{name} family {family} model {model}"

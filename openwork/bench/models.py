@@ -8,6 +8,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,21 +65,27 @@ def build(name: str, batch: int) -> tuple[nn.Module, torch.Tensor]:
 
 
 def forward_passes(
-    name: str, batches: Sequence[int], patterns: Sequence[Pattern], stored: Sequence[torch.dtype], *, seconds: float, compiled: bool
+    name: str,
+    batches: Sequence[int],
+    patterns: Sequence[Pattern],
+    stored: Sequence[torch.dtype],
+    *,
+    seconds: float,
+    compiled: bool,
 ) -> Iterator[Row | tuple[Plan, tuple[int, int]]]:
-    """Rows of each model and batch, all variants taking turns: dense (eager, channels_last, compiled), deployed. Yields the
-    plans of the deployed ones as well, each with the `memory` of its model."""
+    """Rows of each model and batch, all variants taking turns: dense (eager, channels_last, compiled), deployed.
+    Yields the plans of the deployed ones as well, each with the `memory` of its model."""
     for batch in batches:
         model, x = build(name, batch)
         dense = copy.deepcopy(model)
         with torch.inference_mode():
             fold_batch_norm(dense, x)
-        variants: dict[str, Callable[[], object]] = {"dense eager": lambda m=dense, x=x: m(x)}  # type: ignore[misc]
+        variants: dict[str, Callable[[], object]] = {"dense eager": partial(dense, x)}  # type: ignore[misc]
         if x.ndim == 4:
             last = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            variants["dense channels_last"] = lambda m=last, x=x.to(memory_format=torch.channels_last): m(x)  # type: ignore[misc]
+            variants["dense channels_last"] = partial(last, x.to(memory_format=torch.channels_last))
         if compiled:
-            variants["dense compiled"] = lambda m=torch.compile(copy.deepcopy(dense)), x=x: m(x)  # type: ignore[misc]
+            variants["dense compiled"] = partial(torch.compile(copy.deepcopy(dense)), x)
         baselines, about = list(variants), {}
         for pattern in patterns:
             sparse = copy.deepcopy(model)
@@ -88,7 +95,7 @@ def forward_passes(
                     warnings.simplefilter("ignore")
                     fast = deploy(sparse, x, pattern=pattern, stored=dtype)
                 short = str(dtype).removeprefix("torch.")
-                variants[f"deployed {pattern} {short}"] = lambda m=fast, x=x: m(x)  # type: ignore[misc]
+                variants[f"deployed {pattern} {short}"] = partial(fast, x)
                 about[f"deployed {pattern} {short}"] = (str(pattern), short)
                 yield fast.deployment, memory(fast, x)  # type: ignore[misc]
         with torch.inference_mode():

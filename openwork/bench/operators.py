@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,18 +24,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 
 
 def masks(machine: Machine, patterns: Sequence[Pattern], seconds: float) -> Iterator[Row]:
-    """Pruning 8.4 M weights, and the SR-STE term on their gradient, beside a copy of them and the published argsort form.
-    Fresh memory costs more than either, so what allocates is compared with what allocates."""
+    """Pruning 8.4 M weights, and the SR-STE term on their gradient, beside a copy of them and the published argsort
+    form. Fresh memory costs more than either, so what allocates is compared with what allocates."""
     weight, target = torch.randn(2048, 4096), torch.empty(2048, 4096)
     gradient = torch.randn_like(weight)
     for pattern in patterns:
         variants: dict[str, Callable[[], object]] = {
             "copy": lambda: target.copy_(weight),
             "clone": weight.clone,
-            "prune": lambda p=pattern: prune_into(target, weight, p.n, p.m, 1, 1, False),  # type: ignore[misc]
-            "prune to new memory": lambda p=pattern: prune_in_one_pass(weight, p, Axis(1)),  # type: ignore[misc]
-            "SR-STE term": lambda p=pattern: add_decayed(gradient, weight, 2e-4, p, Axis(1)),  # type: ignore[misc]
-            "argsort": lambda p=pattern: _published(weight, p),  # type: ignore[misc]
+            "prune": partial(prune_into, target, weight, pattern.n, pattern.m, 1, 1, False),
+            "prune to new memory": partial(prune_in_one_pass, weight, pattern, Axis(1)),
+            "SR-STE term": partial(add_decayed, gradient, weight, 2e-4, pattern, Axis(1)),
+            "argsort": partial(_published, weight, pattern),
         }
         times = alternating(variants, seconds=seconds, flush=False)
         about = {name: (str(pattern), "float32") for name in variants}
@@ -54,33 +55,38 @@ def _published(weight: Tensor, pattern: Pattern) -> Tensor:
 def linear(
     machine: Machine, shapes: Sequence[tuple[int, int, int]], patterns: Sequence[Pattern], seconds: float
 ) -> Iterator[Row]:
-    """(B, K) times weights (O, K), beside torch's default and oneDNN's prepacked product in float32, and torch's bfloat16.
-    Caches are flushed before each when B is small: then the weights come from memory, as between layers of a network."""
+    """(B, K) times weights (O, K), beside torch's default and oneDNN's prepacked product in float32, and torch's
+    bfloat16. Caches are flushed before each when B is small: then the weights come from memory, as between layers of a
+    network."""
     for B, K, O in shapes:
         x, weight = torch.randn(B, K), torch.randn(O, K)
-        dense: dict[str, Callable[[], object]] = {"torch float32": lambda x=x, w=weight: F.linear(x, w)}  # type: ignore[misc]
+        dense: dict[str, Callable[[], object]] = {"torch float32": partial(F.linear, x, weight)}
         ordered = prepacked_linear(weight, None, B)
         if ordered is not None:
-            dense["oneDNN float32"] = lambda x=x, f=ordered: f(x)  # type: ignore[misc]
+            dense["oneDNN float32"] = partial(ordered, x)
         if B <= 16:  # where torch has no fast bfloat16 product it takes seconds for more
-            dense["torch bfloat16"] = lambda x=x.bfloat16(), w=weight.bfloat16(): F.linear(x, w)  # type: ignore[misc]
+            dense["torch bfloat16"] = partial(F.linear, x.bfloat16(), weight.bfloat16())
         variants, about, bounds = dict(dense), {"torch bfloat16": ("dense", "bfloat16")}, {}
         for pattern in patterns:
             for dtype, stored in DTYPES.items():
                 for kind in kinds_for(weight, pattern):
-                    if (kind == "rows") == (B > 16):
+                    if B > 16 if kind == "rows" else B < 4:
                         continue
                     name = f"{kind} {pattern} {dtype}"
                     variants[name], size = _product(x, weight, pattern, kind, stored)
                     about[name] = (str(pattern), dtype)
                     bounds[name] = machine.bound(2 * B * K * O * pattern.density, size + x.nbytes + 4 * B * O)
         for name in dense:
-            bounds[name] = machine.bound(2 * B * K * O, weight.nbytes / (2 if "bf" in name else 1) + x.nbytes + 4 * B * O)
+            bounds[name] = machine.bound(
+                2 * B * K * O, weight.nbytes / (2 if "bf" in name else 1) + x.nbytes + 4 * B * O
+            )
         times = alternating(variants, seconds=seconds, flush=B <= 16)
         yield from rows("linear", f"B={B} K={K} O={O}", times, dense, about, bounds)
 
 
-def _product(x: Tensor, weight: Tensor, pattern: Pattern, kind: str, stored: torch.dtype) -> tuple[Callable[[], Tensor], int]:
+def _product(
+    x: Tensor, weight: Tensor, pattern: Pattern, kind: str, stored: torch.dtype
+) -> tuple[Callable[[], Tensor], int]:
     """A product with the packed weight, and the bytes of what is packed."""
     sparse = prune(weight, keep_largest(weight.abs(), pattern, Axis(1)))
     if kind == "rows":
@@ -94,7 +100,8 @@ def _product(x: Tensor, weight: Tensor, pattern: Pattern, kind: str, stored: tor
 
 
 def layers_alternating(seconds: float, pattern: Pattern = Pattern(2, 4)) -> dict[str, float]:
-    """Median seconds of a sparse layer, of a dense layer of torch, and of both in turn: what sharing a thread pool costs.
+    """Median seconds of a sparse layer, of a dense layer of torch, and of both in turn: what sharing a thread pool
+    costs.
 
     The third is at most a few per cent above the sum of the first two where threads are shared well.
     """
@@ -107,5 +114,3 @@ def layers_alternating(seconds: float, pattern: Pattern = Pattern(2, 4)) -> dict
     }
     times = alternating(variants, seconds=seconds, flush=False)
     return {name: sorted(each)[len(each) // 2] for name, each in times.items()}
-
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,10 +173,9 @@ def _available(lib: Any) -> tuple[str, ...]:
 @functools.cache
 def _thread_pool() -> int | None:
     """The address of libtorch's `torch_parallel_for`, which is C and needs no headers."""
-    folder = Path(torch.__file__).parent / "lib"
-    for file in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        try:
-            return ctypes.cast(ctypes.CDLL(str(folder / file)).torch_parallel_for, c_void_p).value
-        except (OSError, AttributeError):
-            continue
-    return None
+    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+        return ctypes.cast(torch_cpu.torch_parallel_for, c_void_p).value
+    except (OSError, AttributeError):
+        return None

@@ -29,7 +29,13 @@ def lanes() -> int:
 
 
 def panel_linear(
-    x: Tensor, values: Tensor, positions: Tensor, scales: Tensor | None, bias: Tensor | None, layout: list[int], relu: bool
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    layout: list[int],
+    relu: bool,
 ) -> Tensor:
     lib = library()
     if lib is None:
@@ -47,7 +53,13 @@ def panel_linear(
 
 
 def rows_linear(
-    x: Tensor, values: Tensor, positions: Tensor, scales: Tensor | None, bias: Tensor | None, layout: list[int], relu: bool
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    layout: list[int],
+    relu: bool,
 ) -> Tensor:
     lib = library()
     if lib is None:
@@ -66,13 +78,31 @@ def rows_linear(
     y = torch.empty(B, O)
     if scales is None and B and O:
         flat = torch.nn.functional.pad(flat, (0, -K % window)) if K % window else flat
-        given = (values.data_ptr(), positions.data_ptr(), windows, blocks, window, slots, flat.data_ptr(), flat.stride(0))
+        given = (
+            values.data_ptr(),
+            positions.data_ptr(),
+            windows,
+            blocks,
+            window,
+            slots,
+            flat.data_ptr(),
+            flat.stride(0),
+        )
         call = Rows(*given, address(bias), y.data_ptr(), O, O, B, relu)
         lib.openwork_rows(ctypes.byref(call), DTYPES[values.dtype])
     elif scales is not None and B and O:
         whole, input_scales = quantized_rows(flat)
         whole = torch.nn.functional.pad(whole, (0, -K % window)).int() & 0xFFFF  # the kernel multiplies pairs of int16
-        given = (values.data_ptr(), positions.data_ptr(), windows, blocks, window, slots, whole.data_ptr(), whole.stride(0))
+        given = (
+            values.data_ptr(),
+            positions.data_ptr(),
+            windows,
+            blocks,
+            window,
+            slots,
+            whole.data_ptr(),
+            whole.stride(0),
+        )
         call = Rows(*given, None, y.data_ptr(), O, O, B, False)
         lib.openwork_rows(ctypes.byref(call), DTYPES[torch.int8])
         y = y.view(torch.int32).float().mul_(input_scales[:, None] * scales)

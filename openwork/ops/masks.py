@@ -25,7 +25,8 @@ library.define(f"add_decayed(Tensor(a!) gradient, Tensor weight, float rate, {_W
 
 
 def keep_largest(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
-    """`openwork.masks.keep_largest` by whatever is fastest: bool, the shape of `score`, which is non-negative or NaN."""
+    """`openwork.masks.keep_largest` by whatever is fastest: bool, the shape of `score`, which is non-negative or
+    NaN."""
     if not for_operator(score):
         return definition(score, pattern, axis)
     mask: Tensor = torch.ops.openwork.keep_largest.default(score, *_numbers(pattern, axis))

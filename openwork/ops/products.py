@@ -1,7 +1,7 @@
 """Products with a compressed weight as operators: schema, reference, fake kernel. `openwork.kernels` has faster ones.
 
-A layout travels as its tensors and a list of numbers, so that a compiler or an exporter can carry it. Inputs and outputs
-are float32; the callers (`openwork.deployed`) cast. `relu` is applied to the result.
+A layout travels as its tensors and a list of numbers, so that a compiler or an exporter can carry it. Inputs and
+outputs are float32; the callers (`openwork.deployed`) cast. `relu` is applied to the result.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _LAYOUT = "Tensor values, Tensor positions, Tensor? scales, Tensor? bias, int[] 
 library.define(f"panel_linear(Tensor x, {_LAYOUT}, bool relu) -> Tensor")
 library.define(f"rows_linear(Tensor x, {_LAYOUT}, bool relu) -> Tensor")
 library.define(
-    f"panel_conv2d(Tensor x, {_LAYOUT}, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, bool relu)"
-    " -> Tensor"
+    f"panel_conv2d(Tensor x, {_LAYOUT}, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
+    "bool relu) -> Tensor"
 )
 
 
@@ -56,14 +56,26 @@ def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl(library, "panel_linear", "CompositeExplicitAutograd")
 def panel_linear(
-    x: Tensor, values: Tensor, positions: Tensor, scales: Tensor | None, bias: Tensor | None, layout: list[int], relu: bool
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    layout: list[int],
+    relu: bool,
 ) -> Tensor:
     return _linear(x, from_panel(panel_of(values, positions, scales, layout)), scales, bias, relu)
 
 
 @torch.library.impl(library, "rows_linear", "CompositeExplicitAutograd")
 def rows_linear(
-    x: Tensor, values: Tensor, positions: Tensor, scales: Tensor | None, bias: Tensor | None, layout: list[int], relu: bool
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    layout: list[int],
+    relu: bool,
 ) -> Tensor:
     return _linear(x, from_rows(rows_of(values, positions, scales, layout)), scales, bias, relu)
 
