@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -106,7 +107,7 @@ def rows(
         bound, (pattern, dtype) = bounds.get(name, float("nan")), about.get(name, ("dense", "float32"))
         against = (best, 1e6 * medians[best], medians[best] / medians[name])
         limit = (1e6 * bound, bound / medians[name])
-        made.append(Row(op, shape, pattern, dtype, name, p20, p50, p80, *against, *limit, *_where()))
+        made.append(Row(op, shape, pattern, dtype, name, p20, p50, p80, *against, *limit, **_where()))
     return made
 
 
@@ -135,10 +136,11 @@ def _seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _where() -> tuple[int, str, str, str, str, str]:
+def _where() -> dict[str, Any]:
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     version = importlib.metadata.version("openwork")
-    return torch.get_num_threads(), _processor(), kernels.status().isa or "none", torch.__version__, version, today
+    here = {"threads": torch.get_num_threads(), "machine": _processor(), "isa": kernels.status().isa or "none"}
+    return here | {"torch": torch.__version__, "openwork": version, "date": today}
 
 
 def _processor() -> str:

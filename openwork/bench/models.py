@@ -80,7 +80,7 @@ def forward_passes(
         dense = copy.deepcopy(model)
         with torch.inference_mode():
             fold_batch_norm(dense, x)
-        variants: dict[str, Callable[[], object]] = {"dense eager": partial(dense, x)}  # type: ignore[misc]
+        variants: dict[str, Callable[[], object]] = {"dense eager": partial(dense, x)}
         if x.ndim == 4:
             last = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             variants["dense channels_last"] = partial(last, x.to(memory_format=torch.channels_last))
