@@ -10,6 +10,7 @@ namespace openwork {
 namespace {
 
 constexpr int kRowsBatch = 4;
+constexpr bool kSlotsUnrolled = true;
 
 inline Float fma(Float a, Float b, Float c) { return (Float)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 

@@ -12,6 +12,7 @@ namespace openwork {
 namespace {
 
 constexpr int kRowsBatch = 8;
+constexpr bool kSlotsUnrolled = true;
 
 inline Float fma(Float a, Float b, Float c) { return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 

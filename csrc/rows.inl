@@ -122,11 +122,11 @@ void rows_of(const Rows& r, int64_t first, int64_t last) {
 
 template <int WINDOW, class Value>
 void rows_of_any_slots(const Rows& r, int64_t first, int64_t last) {
-  switch (r.slots) {
-    case 1: return rows_of<WINDOW, 1, Value>(r, first, last);
-    case 2: return rows_of<WINDOW, 2, Value>(r, first, last);
-    default: return rows_of<WINDOW, 0, Value>(r, first, last);
+  if constexpr (kSlotsUnrolled) {
+    if (r.slots == 1) return rows_of<WINDOW, 1, Value>(r, first, last);
+    if (r.slots == 2) return rows_of<WINDOW, 2, Value>(r, first, last);
   }
+  return rows_of<WINDOW, 0, Value>(r, first, last);
 }
 
 template <class Value>

@@ -61,21 +61,24 @@ void repeat(uint64_t seed, const char* name) {
   for (const Test& test : kTests) one_case(test, seed);
 }
 
+#ifdef __SANITIZE_ADDRESS__
+void watch_crashes() { __sanitizer_set_death_callback(say_where); }
+#else
 void crashed(int) {
   say_where();
   _exit(1);
 }
+void watch_crashes() {
+  for (int each : {SIGSEGV, SIGBUS, SIGILL, SIGFPE}) signal(each, crashed);
+}
+#endif
 
 }  // namespace
 }  // namespace openwork_tests
 
 int main(int argc, char** argv) {
   using namespace openwork_tests;
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_set_death_callback(say_where);
-#else
-  for (int each : {SIGSEGV, SIGBUS, SIGILL, SIGFPE}) signal(each, crashed);
-#endif
+  watch_crashes();
   const double seconds = argc > 1 ? atof(argv[1]) : 0;
   const uint64_t seed = argc > 2 ? strtoull(argv[2], nullptr, 10) : 0;
   if (argc > 3) {
