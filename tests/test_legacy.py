@@ -107,7 +107,7 @@ def test_folders(tmp_path):
     ow.project(model, "2:4")
     ow.save(model, tmp_path / "model-1.safetensors", pattern="2:4")
     save_file({"more": torch.ones(2)}, tmp_path / "model-2.safetensors")
-    with pytest.raises(ValueError, match="several files, and ow.save writes one"):
+    with pytest.raises(ValueError, match=r"several files, and ow\.save writes one"):
         ow.load(tmp_path)
     ow.save(model, tmp_path / "model.openwork.safetensors", pattern="2:4")
     assert torch.equal(ow.load(tmp_path)["weight"], model.weight)
