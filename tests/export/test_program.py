@@ -59,7 +59,7 @@ def in_a_fresh_process(
     with torch.no_grad():
         torch.save({"x": x, "y": model.eval()(x), "model": __name__}, tmp_path / "data.pt")
     arguments = [sys.executable, "-c", RUN, what, str(path), str(tmp_path / "data.pt")]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=900, check=False)
 
 
 def test_a_program_runs_without_openwork(tmp_path):
