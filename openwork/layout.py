@@ -60,12 +60,28 @@ class Rows:
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight as int8 and one scale an output: (O, ...) -> int8 (O, ...), float32 (O,). weight ~ int8 * scale.
 
+    Raises ValueError where the weight is not finite: int8 has no such numbers.
+
     >>> quantized(torch.tensor([[1.27, -0.5]]))
     (tensor([[127, -50]], dtype=torch.int8), tensor([0.0100]))
     """
-    largest = weight.float().flatten(1).abs().amax(1)
-    scales = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    scales = scale_of(weight.float().flatten(1).abs().amax(1))
+    if not scales.isfinite().all():
+        raise ValueError(
+            f"the weight {tuple(weight.shape)} holds numbers that are not finite, which int8 cannot: store float32"
+        )
     return (weight.float() / scales.view(-1, *[1] * (weight.ndim - 1))).round().to(torch.int8), scales
+
+
+def scale_of(largest: Tensor) -> Tensor:
+    """What whole numbers from -127 to 127 are multiplied with, from the largest magnitude: NaN and infinity stay, zeros
+    and what is next to them (below 2**-126 floats lose digits) give 1.
+
+    >>> scale_of(torch.tensor([254.0, 0.0, torch.nan]))
+    tensor([2., 1., nan])
+    """
+    scale = largest / 127
+    return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
 
 
 def panel(weight: Tensor, pattern: Pattern, *, columns: int, scales: Tensor | None = None) -> Panel:
@@ -81,13 +97,13 @@ def panel(weight: Tensor, pattern: Pattern, *, columns: int, scales: Tensor | No
     for part in padded.split(tile, dim=1):
         keep = keep_largest(_magnitude(part), pattern, Axis(1))
         slots = part[keep].view(O, -1)
-        position = (torch.arange(part.shape[1]) * row).expand_as(keep)[keep].view(O, -1)
+        position = (torch.arange(part.shape[1], device=weight.device) * row).expand_as(keep)[keep].view(O, -1)
         if weight.dtype == torch.int8 and slots.shape[1] % 2:  # the kernel takes them in pairs
             slots, position = (torch.nn.functional.pad(each, (0, 1)) for each in (slots, position))
         values.append(slots.reshape(-1))
         positions.append(position.reshape(-1))
     stored = torch.cat(values).to(torch.int16) if weight.dtype == torch.int8 else torch.cat(values)
-    ends = torch.cat([*positions, torch.zeros(1, dtype=torch.int64)])
+    ends = torch.cat([*positions, positions[0].new_zeros(1)])
     wrapped = torch.where(ends < 2**15, ends, ends - 2**16).to(torch.int16)
     return Panel(stored, wrapped, scales, pattern, (O, K), tile, columns)
 
@@ -149,7 +165,11 @@ def rows(weight: Tensor, pattern: Pattern, *, lanes: int, scales: Tensor | None 
     keep = keep_largest(_magnitude(padded), pattern, Axis(1))
     blocks, windows = padded.shape[0] // lanes, padded.shape[1] // window
     values = padded[keep].view(blocks, lanes, -1).transpose(1, 2).contiguous()
-    index = (torch.arange(padded.shape[1]) % window).expand_as(keep)[keep].view(blocks, lanes, windows, -1)
+    index = (
+        (torch.arange(padded.shape[1], device=weight.device) % window)
+        .expand_as(keep)[keep]
+        .view(blocks, lanes, windows, -1)
+    )
     return Rows(values, _words(index, window), scales, pattern, (weight.shape[0], weight.shape[1]), lanes)
 
 
@@ -183,7 +203,7 @@ def _words(index: Tensor, window: int) -> Tensor:
         together = in_word // slots
         index = torch.nn.functional.pad(index, (0, 0, 0, -index.shape[2] % together))
         index = index.reshape(*index.shape[:2], -1, together * slots)
-    word = (index << torch.arange(index.shape[-1]) * bits).sum(-1)
+    word = (index << torch.arange(index.shape[-1], device=index.device) * bits).sum(-1)
     return torch.where(word < 2**31, word, word - 2**32).to(torch.int32).transpose(1, 2).contiguous()
 
 
@@ -192,7 +212,9 @@ def _indices(words: Tensor, window: int, slots: int) -> Tensor:
     bits = index_bits(window)
     in_word = 32 // bits
     used = in_word // slots * slots if slots <= in_word else in_word
-    index = (words.transpose(1, 2).long().unsqueeze(-1) >> torch.arange(used) * bits) & (window - 1)
+    index = (words.transpose(1, 2).long().unsqueeze(-1) >> torch.arange(used, device=words.device) * bits) & (
+        window - 1
+    )
     if slots > in_word:
         index = index.reshape(*index.shape[:2], -1, -(-slots // in_word) * in_word)[..., :slots]
     return index.flatten(2)
@@ -207,8 +229,12 @@ def _input_bytes(dtype: torch.dtype) -> int:
 
 
 def _demand_pattern(weight: Tensor, pattern: Pattern) -> None:
+    if weight.ndim != 2 or not weight.numel():
+        raise ValueError(
+            f"weight of shape {tuple(weight.shape)}; a layout needs one of outputs and inputs, at least one of each"
+        )
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.int8):
         raise TypeError(f"weight of {weight.dtype}; kernels take float32, bfloat16 and int8")
-    most = int(kept_per_group(weight, pattern, Axis(1)).max()) if weight.numel() else 0
+    most = int(kept_per_group(weight, pattern, Axis(1)).max())
     if most > pattern.n:
         raise ValueError(f"a group of the weight {tuple(weight.shape)} holds {most} non-zeros; needed {pattern}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openwork.axis import Axis
 from openwork.kernels.native import DTYPES, Groups, library
-from openwork.ops.masks import _add_decayed, _keep_largest, _prune, for_operator
+from openwork.ops.masks import _add_decayed, _keep_largest, _prune, demand_alike, for_operator, parsed
 
 _HERE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,7 +42,7 @@ def groups_in_memory(weight: Tensor, n: int, m: int, axis: Axis) -> Groups | Non
 
 
 def keep_largest(score: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> Tensor:
-    lib, groups = _native(score, n, m, Axis(dim, blocks, flat))
+    lib, groups = _native(score, n, m, dim, blocks, flat)
     if groups is None:
         return _keep_largest(score, n, m, dim, blocks, flat)
     mask = torch.empty_like(score, dtype=torch.bool)
@@ -57,17 +57,16 @@ def prune(weight: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> 
 
 def prune_into(out: Tensor, weight: Tensor, *where: Any) -> bool:
     """Write the pruned weight to `out`, which has its strides, where a kernel can; says whether it did."""
-    n, m, dim, blocks, flat = where
-    lib, groups = _native(weight, n, m, Axis(dim, blocks, flat))
-    if groups is None or out.stride() != weight.stride():
+    lib, groups = _native(weight, *where)
+    if groups is None or out.stride() != weight.stride() or out.shape != weight.shape or out.dtype != weight.dtype:
         return False
     lib.openwork_prune(ctypes.byref(groups), DTYPES[weight.dtype], weight.data_ptr(), out.data_ptr())
     return True
 
 
 def add_decayed(gradient: Tensor, weight: Tensor, rate: float, *where: Any) -> None:
-    n, m, dim, blocks, flat = where
-    lib, groups = _native(weight, n, m, Axis(dim, blocks, flat))
+    demand_alike(gradient, weight)
+    lib, groups = _native(weight, *where)
     alike = gradient.stride() == weight.stride() and gradient.dtype == weight.dtype != torch.float16
     if groups is None or not alike:
         return _add_decayed(gradient, weight, rate, *where)
@@ -75,10 +74,11 @@ def add_decayed(gradient: Tensor, weight: Tensor, rate: float, *where: Any) -> N
     return None
 
 
-def _native(weight: Tensor, n: int, m: int, axis: Axis) -> tuple[Any, Groups | None]:
+def _native(weight: Tensor, *where: Any) -> tuple[Any, Groups | None]:
+    pattern, axis = parsed(weight, *where)
     lib = library()
     fits = lib is not None and weight.dtype in _HERE and weight.numel() > 0
-    return lib, groups_in_memory(weight, n, m, axis) if fits else None
+    return lib, groups_in_memory(weight, pattern.n, pattern.m, axis) if fits else None
 
 
 def register(operators: Any) -> None:

@@ -59,20 +59,36 @@ def _numbers(pattern: Pattern, axis: Axis) -> tuple[int, int, int, int, bool]:
     return pattern.n, pattern.m, axis.dim, axis.blocks, axis.flat
 
 
+def parsed(weight: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> tuple[Pattern, Axis]:
+    """The numbers of an operator as what they mean. Raises ValueError where they do not fit the weight."""
+    if not flat and not (0 <= dim < weight.ndim and blocks >= 1 and weight.shape[dim] % blocks == 0):
+        raise ValueError(
+            f"{Axis(dim, blocks)} does not fit shape {tuple(weight.shape)}: needed one of its dims, in equal blocks"
+        )
+    return Pattern(n, m), Axis(dim, blocks, flat)
+
+
+def demand_alike(gradient: Tensor, weight: Tensor) -> None:
+    if gradient.shape != weight.shape:
+        raise ValueError(
+            f"a gradient {tuple(gradient.shape)} for a weight {tuple(weight.shape)}; needed the same shape"
+        )
+
+
 @torch.library.impl(library, "keep_largest", "CompositeExplicitAutograd")
 def _keep_largest(score: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> Tensor:
-    return definition(score, Pattern(n, m), Axis(dim, blocks, flat))
+    return definition(score, *parsed(score, n, m, dim, blocks, flat))
 
 
 @torch.library.impl(library, "prune", "CompositeExplicitAutograd")
 def _prune(weight: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> Tensor:
-    return select(weight, definition(weight.abs(), Pattern(n, m), Axis(dim, blocks, flat)))
+    return select(weight, definition(weight.abs(), *parsed(weight, n, m, dim, blocks, flat)))
 
 
 @torch.library.impl(library, "add_decayed", "CompositeExplicitAutograd")
 def _add_decayed(gradient: Tensor, weight: Tensor, rate: float, *where: Any) -> None:
-    n, m, dim, blocks, flat = where
-    keep = definition(weight.abs(), Pattern(n, m), Axis(dim, blocks, flat))
+    demand_alike(gradient, weight)
+    keep = definition(weight.abs(), *parsed(weight, *where))
     gradient.add_(select(weight, ~keep).mul_(rate))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openwork.layout import Panel, Rows, from_conv_rows, from_panel, from_rows
+from openwork.layout import Panel, Rows, from_conv_rows, from_panel, from_rows, scale_of
 from openwork.ops.masks import library
 from openwork.pattern import Pattern
 
@@ -49,8 +49,7 @@ def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     >>> quantized_rows(torch.tensor([[1.0, -0.5]]))
     (tensor([[127., -64.]]), tensor([0.0079]))
     """
-    largest = x.flatten(1).abs().amax(1)
-    scales = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    scales = scale_of(x.flatten(1).abs().amax(1))
     return (x / scales.view(-1, *[1] * (x.ndim - 1))).round(), scales
 
 
@@ -88,7 +87,7 @@ def _linear(x: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | Non
         whole, input_scales = quantized_rows(flat) if len(flat) else (flat, flat.new_empty(0))
         sums = F.linear(whole.double(), weight.double()).float()  # whole numbers below 2**53: exact
         y = sums * (input_scales[:, None] * scales) + (0 if bias is None else bias)
-    return (y.relu() if relu else y).reshape(*x.shape[:-1], -1)
+    return (y.relu() if relu else y).reshape(*x.shape[:-1], len(weight))
 
 
 @torch.library.impl(library, "panel_conv2d", "CompositeExplicitAutograd")
@@ -119,19 +118,28 @@ def panel_conv2d(
 
 @torch.library.register_fake("openwork::panel_linear")
 def _(x, values, positions, scales, bias, layout, relu):  # type: ignore[no-untyped-def]
+    _demand_one_device(x, values, positions, scales, bias)
     return x.new_empty(*x.shape[:-1], layout[4])
 
 
 @torch.library.register_fake("openwork::rows_linear")
 def _(x, values, positions, scales, bias, layout, relu):  # type: ignore[no-untyped-def]
+    _demand_one_device(x, values, positions, scales, bias)
     return x.new_empty(*x.shape[:-1], layout[3])
 
 
 @torch.library.register_fake("openwork::panel_conv2d")
 def _(x, values, positions, scales, bias, layout, kernel, stride, padding, dilation, groups, relu):  # type: ignore[no-untyped-def]
+    _demand_one_device(x, values, positions, scales, bias)
     size = [conv_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
     y = x.new_empty(x.shape[0], layout[4], *size)
     return y.contiguous(memory_format=torch.channels_last) if channels_last(x) else y
+
+
+def _demand_one_device(*tensors: Tensor | None) -> None:
+    devices = {str(each.device) for each in tensors if each is not None}
+    if len(devices) > 1:
+        raise ValueError(f"the input and the packed weight are on {', '.join(sorted(devices))}; needed one device")
 
 
 def conv_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
