@@ -14,7 +14,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check works-with bench docs clean
+.PHONY: help demo test check sanitize works-with bench docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -30,6 +30,9 @@ check: .venv/dev.stamp ## lint, formatting, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_layers.py
+
+sanitize: ## run every native kernel on random cases in guarded memory, under sanitizers (SECONDS=300 for longer)
+	$(MAKE) -C csrc/tests sanitize
 
 works-with: .venv/dev.stamp ## run what makes docs/works-with.md, on all nets, and write it
 	OMP_NUM_THREADS=1 OPENWORK_WORKS_WITH=build/works-with.json $(BIN)/python -m pytest -m works_with tests $(PYTEST_ARGS)
