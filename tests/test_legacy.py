@@ -143,7 +143,9 @@ def test_bent_files_are_refused(path, name):
     assert str(caught.value).startswith(str(path))
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_bytes_changed_anywhere(path, data):
     """What is accepted is 2:4 and of the shape that was announced."""

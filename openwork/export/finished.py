@@ -24,7 +24,7 @@ def exportable(model: nn.Module) -> nn.Module:
     """The model that is exported: of one in training a finalized copy, which shares nothing; any other as it is.
 
     A deployed model is exported as it is, too: its modules call operators of `openwork`, which survive `torch.export`.
-    What its modules need beyond that belongs here.
+    `tests/export/test_program.py` holds them to it.
     """
     model = unwrap(model)
     if promises(model) or any(True for _ in masked_modules(model)):

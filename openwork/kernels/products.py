@@ -241,8 +241,8 @@ def _look_at_positions(positions: Tensor, numbers: tuple[int, ...], int8: bool) 
         if wrong.any():
             first = int(wrong.nonzero()[0])
             raise ValueError(
-                f"position {at + first} is {int(part[first])}; needed a multiple of {row} below {inputs * row}, a row of its "
-                f"tile, for the layout {list(numbers)}: the weight is damaged, make it with openwork.layout"
+                f"position {at + first} is {int(part[first])}; needed a multiple of {row} below {inputs * row}, a row "
+                f"of its tile, for the layout {list(numbers)}: the weight is damaged, make it with openwork.layout"
             )
         at += count
 

@@ -165,7 +165,9 @@ def hold(path: Path) -> bool:
     return True
 
 
-fuzzed = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzzed = settings(
+    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 @fuzzed
