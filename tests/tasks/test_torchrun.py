@@ -13,7 +13,7 @@ FLAGS = "--devices 2 --strategy ddp --accelerator cpu --limit 128 --epochs 2 --t
 
 @pytest.mark.slow
 def test_two_processes_train_the_recipe(row, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "openwork.cli", "train", "classification", *FLAGS.split(), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
