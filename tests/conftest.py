@@ -2,8 +2,10 @@
 
 import json
 import os
+import platform
 import random
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy
@@ -71,7 +73,18 @@ class Rows:
 
     def pytest_sessionfinish(self):
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(json.dumps({"rows": self.rows, "left out": self.left_out}, indent=1))
+        found = {"rows": self.rows, "left out": self.left_out, "versions": _versions(self.rows)}
+        self.file.write_text(json.dumps(found, indent=1))
+
+
+def _versions(rows):
+    """Of the packages that matter to some row, with the machine."""
+    packages = {"numpy", "torch", *(name for each in rows for name in each.get("packages", ()))}
+    listed = ", ".join(f"{name} {version(name)}" for name in sorted(packages))
+    info = Path("/proc/cpuinfo")
+    names = [each for each in info.read_text().splitlines() if each.startswith("model name")] if info.exists() else []
+    processor = names[0].split(":", 1)[1].strip() if names else platform.machine()
+    return f"{listed}, Python {platform.python_version()}, on {os.cpu_count()} cores of {processor}"
 
 
 def pytest_configure(config):

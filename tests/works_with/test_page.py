@@ -39,7 +39,7 @@ def test_a_line_shows_what_was_found():
     row |= {"tolerance": 1e-4, "resumes": True}
     assert line(row) == "| plain | Net 3e-08; Other 0 (1e-04) | exactly | `a/test_b` `test_c` |"
     wrong = {"group": "Loop", "what": "bad", "test": "tests/a/test_b.py::test_d", "error": "ValueError: a | b"}
-    text = page({"rows": [row, row, wrong]})
+    text = page([row, row, wrong], "torch 1")
     assert text.count("| plain |") == 1
     assert (
         text.index("## What works") < text.index("| plain |") < text.index("## What does not") < text.index("| bad |")
