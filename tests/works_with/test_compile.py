@@ -1,6 +1,5 @@
 """Compilation, each with the test of `harness.py`, and with as many graphs as the dense model has, never more."""
 
-import os
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
@@ -110,8 +109,8 @@ def test_loss_and_backward_in_one_compiled_function(row):
 
 
 @pytest.mark.slow
+@pytest.mark.for_the_page
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.skipif("OPENWORK_WORKS_WITH" not in os.environ, reason="takes minutes: runs for docs/works-with.md only")
 def test_with_the_default_backend(row):
     """Inductor's code is not watched: its products are in it."""
     way = Way(wrap=lambda model, _: torch.compile(model, fullgraph=True), watched_inside=True, resumes=False)
