@@ -4,20 +4,22 @@
 #   TORCH_INDEX  where torch comes from, if not pip's own index: https://download.pytorch.org/whl/cpu has it without CUDA
 #   PYTEST_ARGS  for `make test`: -k pattern, -m "not slow", ...
 #   JOBS         test processes, each with one torch thread
+#   SECONDS      how long `sanitize`, `neon` and `avx512` go on after their least number of cases
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
 JOBS ?= 2
+SECONDS ?= 0
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check works-with bench docs clean
+.PHONY: help demo test check sanitize neon avx512 works-with bench docs clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 16
 
 demo: .venv/train.stamp ## train handwritten digits dense and at 2:4, compare them, write runs/demo
 	$(BIN)/openwork compare classification --out runs/demo
@@ -25,11 +27,24 @@ demo: .venv/train.stamp ## train handwritten digits dense and at 2:4, compare th
 test: .venv/dev.stamp ## run every test and every example of the documentation strings
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) $(PYTEST_ARGS)
 
-check: .venv/dev.stamp ## lint, formatting, types, layers
+check: .venv/dev.stamp sanitize ## lint, formatting, types, layers, the C++ code under sanitizers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_layers.py
+
+# The C++ code on random cases in guarded memory: csrc/tests. SECONDS=300 for a long run.
+sanitize: ## run the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(call kernels,$(CXX))
+
+neon: ## run the kernels as ARM code in an emulator
+	@$(call kernels,aarch64-linux-gnu-g++ qemu-aarch64)
+
+avx512: ## run the AVX-512 kernels in plain C, on a machine without AVX-512
+	@$(call kernels,$(CXX) /usr/include/simde/x86/avx512.h)
+
+kernels = for each in $(1); do command -v $$each > /dev/null || test -e $$each || { echo "skipped: no $$each"; exit 0; }; done; \
+  $(MAKE) --no-print-directory -C csrc/tests $@ SECONDS=$(SECONDS)
 
 works-with: .venv/dev.stamp ## run what makes docs/works-with.md, on all nets, and write it
 	OMP_NUM_THREADS=1 OPENWORK_WORKS_WITH=build/works-with.json $(BIN)/python -m pytest -m works_with tests $(PYTEST_ARGS)
@@ -46,7 +61,7 @@ clean: ## remove what the targets made, but not runs/
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra, written last: an interrupted installation is taken up again.
-.venv/%.stamp: .venv/torch.stamp pyproject.toml
+.venv/%.stamp: .venv/torch.stamp pyproject.toml setup.py $(wildcard csrc/*.*)
 	$(PIP) --quiet --editable '.[$*]'
 	@touch $@
 

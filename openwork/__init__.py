@@ -8,6 +8,8 @@ from openwork.attach import attach as attach
 from openwork.axis import Axis as Axis
 from openwork.checkpoint import load as load
 from openwork.checkpoint import save as save
+from openwork.deploy import deploy as deploy
+from openwork.deploy import plan as plan
 from openwork.masks import topn as topn
 from openwork.methods import ASP as ASP
 from openwork.methods import SRSTE as SRSTE
@@ -17,6 +19,7 @@ from openwork.methods import Method as Method
 from openwork.metrics import churn as churn
 from openwork.metrics import sad as sad
 from openwork.pattern import Pattern as Pattern
+from openwork.planning import Plan as Plan
 from openwork.report import Report as Report
 from openwork.sparsify import finalize as finalize
 from openwork.sparsify import masks as masks

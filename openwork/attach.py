@@ -95,8 +95,7 @@ class Handle:
             )
         for masked, weight in held:
             if weight.grad is not None and hasattr(masked.method, "gradient_term"):
-                term = masked.gradient_term(weight)
-                weight.grad.add_(term if scale is None else term.mul_(scale.to(term.device)))
+                masked.add_gradient_term(weight, scale)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         overflow = getattr(optimizer, "found_inf", None)

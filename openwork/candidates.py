@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from openwork.axis import Axis, reduction_size
+from openwork.deployed import demand_undeployed
 from openwork.parametrization import plain_name
 from openwork.pattern import Pattern
 
@@ -66,6 +67,7 @@ def decide(
 ) -> list[Candidate]:
     """Every candidate of `model` with its decision. Raises ValueError where a glob matches nothing, where `remainder`
     is "error" and M does not divide an axis, or where nothing is left to be sparse."""
+    demand_undeployed(model, "finding the weights that can be sparse")
     if remainder not in ("skip", "pad", "error"):
         raise ValueError(f"remainder={remainder!r}; needed 'skip', 'pad' or 'error'")
     if isinstance(exclude, str):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, overload
 
@@ -11,21 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from openwork.candidates import AxisChoice, PatternChoice, Remainder
-from openwork.container import Stored, write
-from openwork.fileformat import (
-    INDICES,
-    VALUES,
-    Contents,
-    Sparse,
-    demand_free_names,
-    demand_little_endian,
-    metadata,
-    opened,
-)
-from openwork.modelstate import alone, demand_fits, demand_same, fill, masked_by_name, patterns, tensors_by_name, ties
-from openwork.packing import pack_weight
-from openwork.parametrization import unwrap
+from openwork.container import Layout, Stored, write
+from openwork.contents import Contents, opened
+from openwork.fileformat import Sparse, demand_free_names, demand_little_endian, metadata
+from openwork.legacy import Bitmask
+from openwork.modelstate import demand_fits, demand_same, fill, masked_by_name, patterns, tensors_by_name, ties
+from openwork.packing import pack_weight, packed_shape
+from openwork.parametrization import Masked, unwrap
 from openwork.pattern import Pattern
+from openwork.source import local
 from openwork.verify import NotSparse
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -78,23 +73,46 @@ def save(
     chosen = patterns(model, masked, pattern, exclude, axis, remainder)
     chosen = {aliases.get(name, name): each for name, each in chosen.items()}
     broken = {name: "the weight is gone: its module was replaced" for name in chosen if name not in tensors}
-    stored: dict[str, Tensor] = {}
-    sparse: dict[str, Sparse] = {}
-    for name in [name for name in tensors if name not in aliases]:
-        with torch.no_grad():
-            weight = masked[name].effective(tensors[name]) if name in masked else tensors[name].detach()
-        if name not in chosen:
-            stored[name] = alone(weight)
-            continue
-        sparse[name] = Sparse(*chosen[name], tuple(weight.shape), weight.dtype)
-        try:
-            stored[name + VALUES], stored[name + INDICES] = pack_weight(weight, *chosen[name])
-        except ValueError as error:
-            broken[name] = str(error)
     if broken:
         raise NotSparse(broken)
+    own = {name: each for name, each in tensors.items() if name not in aliases}
+    sparse = {name: Sparse.of(name, own[name], *chosen[name]) for name in chosen}
     demand_free_names([*tensors], sparse)
-    write(path, stored, metadata(sparse, aliases))
+    write(path, _layout(own, sparse), _contents(own, masked, sparse), metadata(sparse, aliases))
+
+
+def _layout(tensors: Mapping[str, Tensor], sparse: Mapping[str, Sparse]) -> dict[str, Layout]:
+    """Dtype and shape of each tensor of the file, by arithmetic alone."""
+    found: dict[str, Layout] = {}
+    for name, tensor in tensors.items():
+        if name in sparse:
+            values_shape, index_bytes = packed_shape(tuple(tensor.shape), sparse[name].pattern, sparse[name].axis)
+            layouts = ((tensor.dtype, values_shape), (torch.uint8, (index_bytes,)))
+            found |= zip(sparse[name].parts, layouts, strict=True)
+        else:
+            found[name] = (tensor.dtype, tuple(tensor.shape))
+    return found
+
+
+def _contents(
+    tensors: Mapping[str, Tensor], masked: Mapping[str, Masked], sparse: Mapping[str, Sparse]
+) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of the file, made when it is asked for. Raises NotSparse at the end, with every weight too dense."""
+    broken = {}
+    for name, tensor in tensors.items():
+        with torch.no_grad():
+            weight = masked[name].effective(tensor) if name in masked else tensor.detach()
+        if name not in sparse:
+            yield name, weight
+            continue
+        try:
+            packed = pack_weight(weight, sparse[name].pattern, sparse[name].axis)
+        except ValueError as error:
+            broken[name] = str(error)
+            continue
+        yield from zip(sparse[name].parts, packed, strict=True)
+    if broken:
+        raise NotSparse(broken)
 
 
 @overload
@@ -104,11 +122,15 @@ def load(path: Path, into: Model) -> Model: ...
 def load(path: Path, into: nn.Module | None = None, *, device: torch.device | str | None = None) -> object:
     """The dense state dict in a file, on `device` (the CPU); with `into` that model, filled where it is and returned.
 
+    `path` may also be a folder with model.openwork.safetensors in it, and, with huggingface_hub installed, an http(s)
+    address or the name of a repository of the Hugging Face Hub, "owner/name". Files and folders that compressed-tensors
+    wrote as `sparse-24-bitmask` are read too.
+
     `into` is a plain model, or a sparsified one, whose masks then agree with the file. Names, shapes and dtypes must
     be equal, and the whole file is checked before anything is written: where ValueError is raised, the model is
     untouched. One tensor is decompressed at a time.
     """
-    with opened(path) as contents:
+    with local(path) as here, opened(here) as contents:
         if into is None:
             state = {name: contents.read(name).to(device or "cpu") for name in contents.tensors}
             return state | {alias: state[name] for alias, name in contents.aliases.items()}
@@ -126,13 +148,13 @@ def load(path: Path, into: nn.Module | None = None, *, device: torch.device | st
 
 def describe(path: Path) -> tuple[Entry, ...]:
     """What a file holds, from its header alone. Raises ValueError where the header is not as `docs/format.md` says."""
-    with opened(path) as contents:
+    with local(path) as here, opened(here) as contents:
         return _entries(contents)
 
 
 def check(path: Path) -> tuple[Entry, ...]:
     """`describe`, after reading every tensor: raises ValueError for any flaw that the format can show."""
-    with opened(path) as contents:
+    with local(path) as here, opened(here) as contents:
         for name in contents.tensors:
             contents.read(name)
         return _entries(contents)
@@ -147,10 +169,9 @@ def _entries(contents: Contents) -> tuple[Entry, ...]:
     return (*found.values(), *aliases)
 
 
-def _entry(name: str, each: Stored | Sparse, contents: Contents) -> Entry:
+def _entry(name: str, each: Stored | Sparse | Bitmask, contents: Contents) -> Entry:
     if isinstance(each, Stored):
         return Entry(name, each.shape, each.dtype, None, each.stop - each.start)
-    values, indices = contents.stored[name + VALUES], contents.stored[name + INDICES]
-    size = values.stop - values.start
-    slots, weights = size // each.dtype.itemsize, torch.Size(each.shape).numel()
-    return Entry(name, each.shape, each.dtype, each.pattern, size + indices.stop - indices.start, slots / weights)
+    parts = [contents.stored[part] for part in each.parts]
+    slots, weights = math.prod(parts[0].shape), math.prod(each.shape)
+    return Entry(name, each.shape, each.dtype, each.pattern, sum(p.stop - p.start for p in parts), slots / weights)

@@ -1,4 +1,4 @@
-"""The command `openwork`: train, compare, report, inspect, verify. Imports what a subcommand needs only then."""
+"""The command `openwork`: train, compare, report, inspect, verify, export. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ openwork: train N:M sparse networks from scratch
   openwork report RUN               rebuild report.html of a run or a comparison
   openwork inspect FILE             what a compressed file holds, from its header alone
   openwork verify FILE              the same after reading all of it; fails if any weight is not as it says
+  openwork verify MODEL.onnx        every product of an ONNX file, held to what the file promises, or to --pattern N:M
+  openwork plan MODEL               time each layer dense and sparse on this machine; what ow.deploy would choose
+  openwork bench                    time masks, products, whole models beside their dense baselines; writes CSV
+  openwork export SOURCE --out OUT  a run or a file as ONNX, a program of torch.export, a folder for Hugging Face, ...
 
 Flags may stand in a YAML file: --config FILE; flags after it override it.
 """
@@ -30,13 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _command(words[0])(words[1:])
-    except (ValueError, FileNotFoundError, FileExistsError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"openwork: {_explain(error)}", file=sys.stderr)
         return 2
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    commands = {"train": train, "compare": compare, "report": report, "inspect": inspect, "verify": verify}
+    commands = {
+        "train": train,
+        "compare": compare,
+        "report": report,
+        "inspect": inspect,
+        "verify": verify,
+        "export": export,
+        "plan": plan,
+        "bench": bench,
+    }
     if name not in commands:
         raise ValueError(f"there is no command {name!r}; use one of {', '.join(commands)}, or --help")
     return commands[name]
@@ -44,7 +57,8 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 def _explain(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("openwork"):
-        return f"{error.name} is not installed; training needs the extra: pip install 'openwork[train]'"
+        extra = "export" if (error.name or "").startswith("onnx") else "train"
+        return f"{error.name} is not installed; this needs the extra: pip install 'openwork[{extra}]'"
     return str(error)
 
 
@@ -130,7 +144,28 @@ def inspect(words: list[str]) -> int:
     return _show_file(words, "inspect", "What a file of ow.save holds, from its header alone.", describe)
 
 
+def export(words: list[str]) -> int:
+    from openwork.exporting import export as run
+
+    print(run(words))
+    return 0
+
+
+def plan(words: list[str]) -> int:
+    from openwork.bench.command import plan as run
+
+    return run(words)
+
+
+def bench(words: list[str]) -> int:
+    from openwork.bench.command import bench as run
+
+    return run(words)
+
+
 def verify(words: list[str]) -> int:
+    if any(word.endswith(".onnx") for word in words):
+        return _verify_onnx(words)
     from openwork.checkpoint import check
 
     return _show_file(words, "verify", "Read all of a file of ow.save and check every group of every weight.", check)
@@ -149,6 +184,28 @@ def _show_file(words: list[str], verb: str, what: str, read: Callable[[str], Seq
     print(f"{sparse} of {len(entries)} tensors compressed, {sum(each.bytes for each in entries):,} bytes of tensors")
     if verb == "verify":
         print("verified: every group holds what its pattern says")
+    return 0
+
+
+def _verify_onnx(words: list[str]) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        "openwork verify", description="Check every product by a constant of an ONNX file."
+    )
+    parser.add_argument("file", metavar="MODEL.onnx")
+    parser.add_argument("--pattern", help="N:M to hold them to; by default what the file itself promises")
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="weights that --pattern leaves alone")
+    asked = parser.parse_args(words)
+    from openwork.export.products import check_onnx
+    from openwork.exporting import product_lines
+
+    found = check_onnx(asked.file, asked.pattern, asked.exclude)
+    print("\n".join(product_lines(found)))
+    held = sum(each.promised for each in found)
+    print(f"verified: {held} of {len(found)} products held to what was {'asked' if asked.pattern else 'promised'}")
+    if not held:
+        print("the file promises nothing, so the patterns above are only what was found: give --pattern N:M")
     return 0
 
 

@@ -12,12 +12,13 @@ import math
 import os
 import secrets
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 DTYPES = {
@@ -39,6 +40,26 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+Layout = tuple[torch.dtype, tuple[int, ...]]
+# safetensors' writer puts tensors in this order, which aligns each to its items, then by name.
+_ORDER = [
+    "U64",
+    "I64",
+    "F64",
+    "C64",
+    "F32",
+    "U32",
+    "I32",
+    "BF16",
+    "F16",
+    "U16",
+    "I16",
+    "F8_E4M3",
+    "F8_E5M2",
+    "I8",
+    "U8",
+    "BOOL",
+]
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 _MOST_DIMS = 64  # numpy's limit; torch has none, and becomes slow
 
@@ -85,15 +106,36 @@ def read_tensor(file: BinaryIO, stored: Stored) -> Tensor:
     return torch.frombuffer(buffer, dtype=stored.dtype).reshape(stored.shape)
 
 
-def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write(
+    path: str | os.PathLike[str],
+    layout: Mapping[str, Layout],
+    contents: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
     """Write a safetensors file atomically: whatever happens at whatever moment, `path` is the old file or the new one.
 
-    A process that is killed leaves a hidden file that ends in `.part` next to it, which may be deleted.
+    `layout` says dtype and shape of each tensor, so that the header is known before the first is made; `contents` gives
+    them one at a time, in any order. A process that is killed leaves a hidden file that ends in `.part` next to the
+    target, which may be deleted. The bytes are those of safetensors' own writer.
     """
+    stored, header = _laid_out(layout, metadata)
+    with replacing(path) as part, open(part, "wb") as file:
+        file.write(header)
+        file.truncate(max((each.stop for each in stored.values()), default=len(header)))
+        missing = dict(stored)
+        for name, tensor in contents:
+            _put(file, tensor, missing.pop(name))
+        if missing:
+            raise RuntimeError(f"no content was given for {', '.join(missing)}")
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], ending: str = ".part") -> Iterator[Path]:
+    """A name beside `path` to write to. At the end it is synced and takes the place of `path`; an error deletes it."""
     target = Path(os.path.realpath(path))
-    part = target.with_name(f".{secrets.token_hex(8)}.part")
+    part = target.with_name(f".{secrets.token_hex(8)}{ending}")
     try:
-        save_file(tensors, part, metadata=metadata)
+        yield part
         with open(part, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(part, target)
@@ -136,6 +178,34 @@ def demand_unicode(name: str) -> str:
     if any("\ud800" <= letter <= "\udfff" for letter in name):
         raise ValueError(f"the name {name!r} is not valid Unicode")
     return name
+
+
+def _laid_out(layout: Mapping[str, Layout], metadata: Mapping[str, str]) -> tuple[dict[str, Stored], bytes]:
+    """Where each tensor lies in a file, and the bytes before the first."""
+    ordered = sorted(layout, key=lambda name: (_ORDER.index(CODES[layout[name][0]]), name.encode()))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    places, stop = {}, 0
+    for name in ordered:
+        dtype, shape = layout[name]
+        start, stop = stop, stop + math.prod(shape) * dtype.itemsize
+        places[name] = start, stop
+        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": (start, stop)}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > _LONGEST_HEADER:
+        raise ValueError(f"the names and shapes take {len(text)} bytes, more than the {_LONGEST_HEADER} of a header")
+    base = 8 + len(text)
+    stored = {name: Stored(*layout[name], base + start, base + stop) for name, (start, stop) in places.items()}
+    return stored, len(text).to_bytes(8, "little") + text
+
+
+def _put(file: BinaryIO, tensor: Tensor, stored: Stored) -> None:
+    if (tensor.dtype, tuple(tensor.shape)) != (stored.dtype, stored.shape):
+        raise RuntimeError(f"laid out as {stored}, found {tensor.dtype} {tuple(tensor.shape)}")
+    if tensor.numel():
+        plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        file.seek(stored.start)
+        file.write(plain.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _stored(name: str, entry: Any, base: int) -> Stored:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +19,6 @@ from openwork.container import (
     demand_unicode,
     is_shape,
     is_text_mapping,
-    read_header,
-    read_tensor,
     strict_json,
 )
 from openwork.packing import PACKABLE, packed_shape, unpack_weight, uses_bitmask
@@ -35,55 +31,22 @@ VALUES, INDICES = ".values", ".indices"
 
 @dataclass(frozen=True)
 class Sparse:
-    """How one compressed weight is to be read."""
+    """How one compressed weight is to be read. `parts` are the names of its tensors."""
 
     pattern: Pattern
     axis: Axis
     shape: tuple[int, ...]
     dtype: torch.dtype
+    parts: tuple[str, ...]
 
+    @classmethod
+    def of(cls, name: str, weight: Tensor, pattern: Pattern, axis: Axis) -> Sparse:
+        """How a weight of a model is to be stored."""
+        return cls(pattern, axis, tuple(weight.shape), weight.dtype, _parts(name))
 
-@dataclass(frozen=True)
-class Contents:
-    """An open file: its tensors by name, those of `sparse` compressed, and `aliases` (another name -> the first)."""
-
-    file: BinaryIO
-    stored: Mapping[str, Stored]
-    sparse: Mapping[str, Sparse]
-    aliases: Mapping[str, str]
-
-    @property
-    def tensors(self) -> dict[str, Stored | Sparse]:
-        """Every tensor of the model that lies in the file, aliases left out."""
-        parts = {name + end for name in self.sparse for end in (VALUES, INDICES)}
-        return {name: each for name, each in self.stored.items() if name not in parts} | dict(self.sparse)
-
-    def names_of(self, name: str) -> tuple[str, ...]:
-        """A tensor's name and its aliases."""
-        return (name, *(alias for alias, first in self.aliases.items() if first == name))
-
-    def read(self, name: str) -> Tensor:
-        """One tensor of the model, dense, on the CPU. Raises ValueError where the file is damaged."""
-        name = self.aliases.get(name, name)
-        if name not in self.sparse:
-            return read_tensor(self.file, self.stored[name])
-        each = self.sparse[name]
-        values, indices = (read_tensor(self.file, self.stored[name + end]) for end in (VALUES, INDICES))
-        try:
-            return unpack_weight(values, indices, each.pattern, each.axis, each.shape)
-        except ValueError as error:
-            raise ValueError(f"weight {name!r}: {error}") from error
-
-
-@contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[Contents]:
-    """Open a compressed file; its header is checked, its tensors are not yet. Errors name the file."""
-    demand_little_endian()
-    with open(path, "rb") as file:
-        try:
-            yield _contents(file)
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
+    def unpack(self, values: Tensor, indices: Tensor) -> Tensor:
+        """The dense weight. Raises ValueError where the tensors break a rule."""
+        return unpack_weight(values, indices, self.pattern, self.axis, self.shape)
 
 
 def demand_little_endian() -> None:
@@ -123,8 +86,8 @@ def _packing(pattern: Pattern) -> str:
     return "bitmask" if uses_bitmask(pattern) else "indices"
 
 
-def _contents(file: BinaryIO) -> Contents:
-    texts, stored = read_header(file)
+def described(texts: Mapping[str, str], stored: Mapping[str, Stored]) -> tuple[dict[str, Sparse], dict[str, str]]:
+    """What the metadata says: compressed weights and aliases. Raises ValueError unless it fits the tensors."""
     if KEY not in texts:
         raise ValueError("not written by ow.save; safetensors.torch.load_file reads ordinary safetensors files")
     found = strict_json(texts[KEY])
@@ -135,9 +98,13 @@ def _contents(file: BinaryIO) -> Contents:
     if not isinstance(found["sparse"], dict) or not is_text_mapping(found["aliases"]):
         raise ValueError("the metadata's sparse or aliases are no mapping")
     sparse = {name: _sparse(name, each, stored) for name, each in found["sparse"].items()}
-    contents = Contents(file, stored, sparse, found["aliases"])
-    _demand_distinct(contents)
-    return contents
+    for name in found["aliases"]:
+        demand_unicode(name)
+    return sparse, found["aliases"]
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return name + VALUES, name + INDICES
 
 
 def _sparse(name: str, found: Any, stored: Mapping[str, Stored]) -> Sparse:
@@ -152,9 +119,9 @@ def _sparse(name: str, found: Any, stored: Mapping[str, Stored]) -> Sparse:
         raise ValueError(f"{where}: dtype {found['dtype'][:20]!r} cannot be compressed")
     if found["packing"] != _packing(pattern):
         raise ValueError(f"{where}: needed packing {_packing(pattern)!r}, the smaller one at {pattern}")
-    each = Sparse(pattern, _axis(where, found["axis"]), shape, dtype)
+    axis = _axis(where, found["axis"])
     try:
-        values_shape, index_bytes = packed_shape(shape, pattern, each.axis)
+        values_shape, index_bytes = packed_shape(shape, pattern, axis)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     for end, kind, needed in ((VALUES, dtype, values_shape), (INDICES, torch.uint8, (index_bytes,))):
@@ -162,7 +129,7 @@ def _sparse(name: str, found: Any, stored: Mapping[str, Stored]) -> Sparse:
         if part is None or part.dtype != kind or part.shape != needed:
             there = "missing" if part is None else f"{part.dtype} {part.shape}"
             raise ValueError(f"{where}: {name + end!r} is {there}; needed {kind} {needed}")
-    return each
+    return Sparse(pattern, axis, shape, dtype, _parts(name))
 
 
 def _pattern(where: str, found: Any) -> Pattern:
@@ -182,18 +149,6 @@ def _axis(where: str, found: Any) -> Axis:
     if type(found["dim"]) is not int or type(found["blocks"]) is not int:
         raise ValueError(f"{where}: its axis is not made of integers")
     return Axis(found["dim"], found["blocks"])
-
-
-def _demand_distinct(contents: Contents) -> None:
-    """No name may mean two things."""
-    tensors, aliases = contents.tensors, contents.aliases
-    twice = contents.sparse.keys() & contents.stored.keys() | aliases.keys() & (tensors.keys() | contents.stored.keys())
-    for name in twice:
-        raise ValueError(f"the name {name!r} is given to two tensors")
-    for name, first in aliases.items():
-        demand_unicode(name)
-        if first not in tensors:
-            raise ValueError(f"{name!r} is an alias of {first!r}, which is not in the file")
 
 
 def _demand_fields(where: str, found: Any, needed: set[str]) -> None:

@@ -65,14 +65,14 @@ def watch(model: nn.Module, example: Any, visit: Callable[[Use], None]) -> None:
     """Run `model` on `example` in eval mode without gradients, and show `visit` each weight that is multiplied."""
     known = {weight_name(name): each for name, each in (*model.named_parameters(), *model.named_buffers())}
     watcher = _Watcher(known, example, visit)
-    with _quiet(model), watcher.hooks(model), watcher:
+    with quiet(model), watcher.hooks(model), watcher:
         run(model, example)
 
 
 def count_macs(model: nn.Module, example: Any, weights: Mapping[str, Tensor]) -> dict[str, int]:
     """Multiply-adds of one forward pass by the name of the weight, and under "" those of no weight in `weights`."""
     counter = _Watcher(weights, example, None)
-    with _quiet(model), _without_fused_kernels(), counter:
+    with quiet(model), _without_fused_kernels(), counter:
         run(model, example)
     return dict(counter.macs)
 
@@ -214,7 +214,7 @@ def _storage(tensor: Tensor) -> Hashable:
 
 
 @contextlib.contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def quiet(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, and afterwards every training flag and random state as it was."""
     flags = {module: module.training for module in model.modules()}
     try:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from openwork.axis import Axis
 from openwork.candidates import AxisChoice, PatternChoice, Remainder, decide
 from openwork.container import CODES
-from openwork.fileformat import Contents
+from openwork.contents import Contents
+from openwork.deployed import demand_undeployed
 from openwork.masks import kept_per_group
 from openwork.parametrization import Masked, masked_modules, masked_weights, plain_name, weight_name
 from openwork.pattern import Pattern
@@ -26,6 +27,7 @@ Placed = tuple[Pattern, Axis]
 def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by dense name, tied ones under each of their names; of masked weights the
     latent ones. Raises ValueError for what a file cannot hold."""
+    demand_undeployed(model, "reading or writing a file")
     masked = masked_by_name(model)
     named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     own = {weight_name(name) if weight_name(name) in masked else plain_name(name): each for name, each in named}
@@ -61,12 +63,6 @@ def ties(tensors: Mapping[str, Tensor], masked: Mapping[str, Masked]) -> dict[st
         if name not in masked and first.setdefault(place, name) != name:
             found[name] = first[place]
     return found
-
-
-def alone(tensor: Tensor) -> Tensor:
-    """The tensor contiguous, on the CPU, and in memory that it shares with no other: safetensors demands it."""
-    tensor = tensor.resolve_conj().resolve_neg().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def patterns(

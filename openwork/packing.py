@@ -1,6 +1,7 @@
 """Dense weight <-> (values, indices): the executable definition of how the format stores one weight.
 
-    R = rows, K = weights in a row, G = groups in all rows, M = group size, N = slots in a group, w = bits of an index
+    R = rows, K = weights in a row, G = groups in all rows, M = group size, N = slots in a group
+    S = slots in all groups, W = w = bits of an index
 
 Each group of M has N slots. They hold, in index order, every weight whose bits are not all zero, and where those are
 fewer than N, +0.0 at the lowest other indices. A short last group counts as filled up with +0.0 to M. So one weight has
@@ -81,7 +82,7 @@ def unpack_weight(values: Tensor, indices: Tensor, pattern: Pattern, axis: Axis,
         found = f"indices are {indices.dtype} {tuple(indices.shape)}"
         raise ValueError(f"{found}; a weight of shape {shape} at {pattern} has uint8 ({index_bytes},)")
     K = reduction_size(shape, axis)
-    values_GN = values.cpu().contiguous().view(_BITS[values.itemsize]).reshape(-1, pattern.n).numpy()
+    values_GN = integers(values.cpu().contiguous()).reshape(-1, pattern.n).numpy()
     bits_GM = np.zeros((len(values_GN), pattern.m), values_GN.dtype)
     _fill(bits_GM, values_GN, indices.cpu().contiguous().numpy(), pattern)
     rows_RK = bits_GM.reshape(math.prod(values_shape[:-1]), -1)
@@ -109,6 +110,11 @@ def packed_shape(shape: tuple[int, ...], pattern: Pattern, axis: Axis) -> tuple[
     return (*leading, groups_in_row * pattern.n), -(-math.prod(leading) * groups_in_row * pattern.index_bits // 8)
 
 
+def integers(tensor: Tensor) -> Tensor:
+    """The same bits as integers of the same size, which numpy can hold whatever the dtype."""
+    return tensor.view(_BITS[tensor.itemsize])
+
+
 def uses_bitmask(pattern: Pattern) -> bool:
     """Whether a bitmask is strictly smaller than N indices.
 
@@ -124,8 +130,9 @@ def _index_width(pattern: Pattern) -> int:
 
 def _groups(weight: Tensor, pattern: Pattern, axis: Axis) -> np.ndarray:
     """The bits of a weight as integers (G, M), short groups filled up with zeros."""
-    rows = to_rows(weight.detach().cpu().view(_BITS[weight.itemsize]), axis)
-    rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % pattern.m))
+    rows = to_rows(integers(weight.detach().cpu()), axis)
+    if missing := -rows.shape[-1] % pattern.m:
+        rows = torch.nn.functional.pad(rows, (0, missing))
     return rows.reshape(-1, pattern.m).numpy()
 
 
@@ -164,9 +171,14 @@ def _positions(code: np.ndarray, groups: int, pattern: Pattern) -> np.ndarray:
         if (_count(bits.reshape(groups, pattern.m)) != pattern.n).any():
             raise ValueError(f"a bitmask does not have {pattern.n} of {pattern.m} bits set: the file is damaged")
         return np.flatnonzero(bits)
-    place = (1 << np.arange(_index_width(pattern))).astype(np.uint8)
-    index_GN = bits.reshape(groups, pattern.n, len(place)) @ place
-    if (index_GN >= pattern.m).any() or (index_GN[:, 1:] <= index_GN[:, :-1]).any():
+    bits_SW = bits.reshape(groups * pattern.n, _index_width(pattern))
+    index_S = np.zeros(len(bits_SW), np.uint8)
+    for place in range(bits_SW.shape[1]):
+        index_S |= bits_SW[:, place] << place
+    index_GN = index_S.reshape(groups, pattern.n)
+    # One slot after the other: numpy's inner loop along so short an axis is five times as slow.
+    descends = any((index_GN[:, slot] <= index_GN[:, slot - 1]).any() for slot in range(1, pattern.n))
+    if descends or (index_S >= pattern.m).any():
         raise ValueError(f"indices are not ascending, or not below M={pattern.m}: the file is damaged")
     return (index_GN + np.arange(0, groups * pattern.m, pattern.m)[:, None]).reshape(-1)
 
@@ -174,9 +186,16 @@ def _positions(code: np.ndarray, groups: int, pattern: Pattern) -> np.ndarray:
 def _fill(bits_GM: np.ndarray, values_GN: np.ndarray, code: np.ndarray, pattern: Pattern) -> None:
     """Put values where the indices say, and check that spare slots lie where `pack_weight` puts them."""
     for start in range(0, len(bits_GM), _CHUNK):
-        part_GM = bits_GM[start : start + _CHUNK]
+        part_GM, slots_GN = (each[start : start + _CHUNK] for each in (bits_GM, values_GN))
         first, last = (group * pattern.index_bits for group in (start, start + len(part_GM)))
         at = _positions(code[first // 8 : -(-last // 8)], len(part_GM), pattern)
-        part_GM.reshape(-1)[at] = values_GN[start : start + _CHUNK].reshape(-1)
-        if not np.array_equal(np.flatnonzero(_slots(part_GM != 0, pattern.n)), at):
-            raise ValueError("a spare slot is not at the lowest free index of its group: the file is damaged")
+        part_GM.reshape(-1)[at] = slots_GN.reshape(-1)
+        spare = np.unique(np.flatnonzero(slots_GN == 0) // pattern.n)  # the groups with a slot that holds a zero
+        if len(spare):
+            _demand_lowest(at.reshape(slots_GN.shape)[spare] - spare[:, None] * pattern.m, part_GM[spare], pattern)
+
+
+def _demand_lowest(index_GN: np.ndarray, part_GM: np.ndarray, pattern: Pattern) -> None:
+    _, needed = np.nonzero(_slots(part_GM != 0, pattern.n))
+    if not np.array_equal(needed, index_GN.reshape(-1)):
+        raise ValueError("a spare slot is not at the lowest free index of its group: the file is damaged")

@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.optim.swa_utils import AveragedModel
 
+from openwork import kernels
 from openwork.axis import Axis
 from openwork.methods import Method
 from openwork.ops import keep_largest
@@ -147,10 +148,28 @@ class Masked(nn.Module):
         """The weight that the layer multiplies with, computed afresh."""
         if not self.method.sparse:
             return weight
+        if hasattr(self.method, "forward_in_one_pass") and self._in_one_pass(weight):
+            pruned: Tensor = self.method.forward_in_one_pass(weight, self.pattern, self.axis)
+            return pruned
         keep = self.keep(weight)
         if self.reuses_mask:
             self.scope.remember(self, weight, keep)
         return elementwise(self.method.forward, weight, keep)
+
+    def add_gradient_term(self, weight: Tensor, scale: Tensor | None = None) -> None:
+        """Add to the weight's gradient what the method adds, in place, times `scale` where the gradient is scaled."""
+        gradient: Any = weight.grad
+        simple = scale is None and gradient.dtype == weight.dtype and hasattr(self.method, "add_term_in_one_pass")
+        if simple and self._in_one_pass(weight) and kernels.in_one_pass(gradient):
+            self.method.add_term_in_one_pass(gradient, weight, self.pattern, self.axis)  # type: ignore[attr-defined]
+        else:
+            term = self.gradient_term(weight)
+            gradient.add_(term if scale is None else term.mul_(scale.to(term.device)))
+
+    def _in_one_pass(self, weight: Tensor) -> bool:
+        """Whether a kernel finds the mask of the forward on the way: it is not stored, and seen in the weight's
+        dtype."""
+        return self.mask is None and self.seen_dtype == weight.dtype and kernels.in_one_pass(weight)
 
     def gradient_term(self, weight: Tensor) -> Tensor:
         """What the method adds to the gradient, for the mask that the forward pass used."""

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import openwork as ow
-from openwork import container, fileformat
+from openwork import container, contents
 from openwork.checkpoint import check, describe
+from openwork.contents import opened
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -130,8 +131,8 @@ def test_every_axis_comes_back(path):
     ow.save(model, path, pattern="2:4", axis=where)
     assert {each.name for each in describe(path) if each.pattern} == set(report.sparse)
     assert same_state(ow.load(path), model.state_dict())
-    with fileformat.opened(path) as contents:
-        assert contents.sparse["transposed.weight"].axis == ow.Axis(0, blocks=2)
+    with opened(path) as found:
+        assert found.sparse["transposed.weight"].axis == ow.Axis(0, blocks=2)
 
 
 def test_the_flat_axis_comes_back(path):
@@ -465,6 +466,30 @@ def test_safetensors_reads_what_we_wrote_and_we_read_the_same(path):
         assert opened.metadata() == metadata
 
 
+@pytest.mark.parametrize("metadata", [{}, {"openwork": '{"é\u2028":"\\"}'}])
+def test_the_bytes_are_those_of_safetensors_own_writer(path, metadata):
+    tensors = {str(dtype)[6:]: torch.tensor([[0, 1, 1]]).to(dtype) for dtype in container.CODES}
+    tensors |= {name: torch.ones(2) for name in ("b", "a", "B", "é", "日本", "\U0001f600", 'q"\\\x01\n', "")}
+    tensors |= {"none": torch.empty(0, 3), "scalar": torch.tensor(7), "strided": torch.arange(6).view(2, 3).t()}
+    layout = {name: (each.dtype, tuple(each.shape)) for name, each in tensors.items()}
+    container.write(path, layout, reversed(tensors.items()), metadata)
+    theirs = path.with_name("theirs")
+    save_file({name: each.contiguous() for name, each in tensors.items()}, theirs, metadata=metadata)
+    assert path.read_bytes() == theirs.read_bytes()
+
+
+def test_describing_reads_no_tensor(path, monkeypatch):
+    ow.save(sparse_net(), path, pattern="2:4")
+
+    def refuse(*_):
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(contents, "read_tensor", refuse)
+    assert len(describe(path)) == 11
+    with pytest.raises(AssertionError, match="a tensor was read"):
+        check(path)
+
+
 def test_entries(path):
     model = nn.Sequential(nn.Linear(10, 4), nn.Linear(4, 4))
     ow.project(model, {"0": "1:8"}, remainder="pad")
@@ -482,7 +507,7 @@ def test_entries(path):
 
 WRITER = """
 import os, signal, sys, torch, openwork as ow
-from openwork import container
+from openwork import container, contents
 path, stage = sys.argv[1], sys.argv[2]
 model = torch.nn.Linear(256, 512)
 ow.project(model, "2:4")
@@ -492,12 +517,8 @@ def after(function):
         function(*args, **options)
         die()
     return call
-def half(tensors, file, metadata):
-    with open(file, "wb") as opened:
-        opened.write(b"half")
-    die()
-if stage == "half": container.save_file = half
-if stage == "written": container.save_file = after(container.save_file)
+if stage == "half": container._put = after(container._put)
+if stage == "written": os.fsync = die
 if stage == "synced": os.fsync = after(os.fsync)
 if stage == "rename": os.replace = die
 if stage == "renamed": os.replace = after(os.replace)
@@ -548,15 +569,40 @@ def test_an_error_while_writing_leaves_nothing_behind(path, monkeypatch):
     ow.save(sparse_net(), path, pattern="2:4")
     before = path.read_bytes()
 
-    def full(tensors, file, metadata):
-        Path(file).write_bytes(b"half")
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(container, "save_file", full)
+    monkeypatch.setattr(container, "_put", full)
     with pytest.raises(OSError, match="No space"):
         ow.save(sparse_net(), path, pattern="2:4")
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import re, sys, torch, openwork as ow
+def now(key): return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+path, what = sys.argv[1:]
+model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(8)))
+if what == "save":
+    ow.project(model, "2:4")
+open("/proc/self/clear_refs", "w").write("5")
+before = now("VmRSS")
+ow.save(model, path, pattern="2:4") if what == "save" else ow.load(path, into=model)
+print(now("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux to measure peaks of memory")
+def test_saving_and_loading_hold_one_layer_at_a_time(path):
+    layer, file = 16.0, 8 * 8.5  # MiB: one dense weight; the eight of them at 2:4
+    for what in ("save", "load"):
+        arguments = [sys.executable, "-c", PEAK, str(path), what]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout) < 2.5 * layer < file, what
 
 
 def test_a_link_stays_a_link(path):
@@ -565,6 +611,7 @@ def test_a_link_stays_a_link(path):
     path.symlink_to(real)
     ow.save(sparse_net(), path, pattern="2:4")
     assert path.is_symlink()
+    assert sorted(os.listdir(path.parent)) == [path.name, real.name]
     check(real)
 
 

@@ -25,7 +25,7 @@ def test_help_needs_nothing_of_the_training_extra():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trian"], "there is no command 'trian'; use one of train, compare, report, inspect, verify"),
+        (["trian"], "there is no command 'trian'; use one of train, compare, report, inspect, verify, export"),
         (["train"], "a task is missing; write openwork train {classification}"),
         (["compare", "clasification"], "there is no task 'clasification'"),
         (["train", "classification", "--model", "resnet19"], "close names: "),
@@ -46,8 +46,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "openwork.tasks.parser", raising=False)
     assert main(["train", "classification"]) == 2
     assert (
-        "jsonargparse is not installed; training needs the extra: pip install 'openwork[train]'"
-        in capsys.readouterr().err
+        "jsonargparse is not installed; this needs the extra: pip install 'openwork[train]'" in capsys.readouterr().err
     )
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent / "openwork"
 # Each file and folder of the package stands in exactly one layer; a new one is added here.
 LAYERS = (
     {"pattern"},
-    {"masks", "axis", "schedule", "metrics", "topology", "packing"},
+    {"masks", "axis", "schedule", "metrics", "topology", "packing", "layout"},
     {"ops"},
     {"methods", "kernels"},
     {
@@ -31,16 +31,28 @@ LAYERS = (
         "report",
         "gemms",
         "sharded",
-        "plan",
+        "planning",
+        "deployed",
+        "folding",
+        "onednn",
     },
-    {"checkpoint", "modelstate", "fileformat", "container", "export", "migrate"},
+    {"checkpoint", "modelstate", "contents", "fileformat", "container", "legacy", "source", "export", "migrate"},
     {"integrations"},
-    {"tasks", "cli"},
+    {"tasks", "bench", "cli", "exporting"},
 )
 # `openwork/__init__.py` collects the public names: above the core, below what glues the core to other libraries.
 FACADE = 5.5
 CORE_NEEDS = {"torch", "numpy", "safetensors"}
-IMPORTED_ON_DEMAND = {"lightning", "pytorch_lightning", "torchvision", "transformers", "rich", "matplotlib"}
+IMPORTED_ON_DEMAND = {
+    "lightning",
+    "pytorch_lightning",
+    "torchvision",
+    "transformers",
+    "rich",
+    "matplotlib",
+    "onnx",
+    "huggingface_hub",
+}
 
 
 def modules(root: Path) -> dict[str, Path]:

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 import openwork as ow
+from openwork.contents import FILE as FILE
 from openwork.promise import promises
-
-FILE = "model.openwork.safetensors"
 
 
 def save_beside(model: nn.Module, folder: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""The two ways a gradient passes a mask. They save nothing for autograd, so that a weight may be masked once
+"""The ways a gradient passes a mask. They save nothing for autograd, so that a weight may be masked once
 and used in several checkpointed regions."""
 
 from __future__ import annotations
@@ -8,12 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openwork import ops
+from openwork.axis import Axis
 from openwork.masks import prune
+from openwork.pattern import Pattern
 
 
 def straight_through(weight: Tensor, keep: Tensor) -> Tensor:
     """The pruned weight; the gradient flows as if nothing had been pruned. Shapes: all equal."""
     return _StraightThrough.apply(weight, keep)
+
+
+def straight_through_largest(weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
+    """`straight_through` for the mask of the N largest magnitudes, without making the mask."""
+    return _StraightThroughLargest.apply(weight, pattern, axis)
 
 
 def masked_gradient(weight: Tensor, keep: Tensor) -> Tensor:
@@ -35,6 +43,22 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+class _StraightThroughLargest(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
+        return ops.prune(weight, pattern, axis)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Pattern, Axis], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
 
 
 class _MaskedGradient(torch.autograd.Function):

@@ -14,6 +14,9 @@ class Method(Protocol):
     The weight, the mask `keep` (bool, True means kept), and all results have one shape.
     A method whose update has a further term also defines
     `gradient_term(weight, keep)`: what `attach` adds to the gradient, once per optimizer step.
+
+    A method that ranks by magnitude may do without the mask, and is then faster where there is a kernel for it:
+    `forward_in_one_pass(weight, pattern, axis)`, and `add_term_in_one_pass(gradient, weight, pattern, axis)` in place.
     """
 
     name: ClassVar[str]

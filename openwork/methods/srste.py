@@ -14,8 +14,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from openwork import ops
+from openwork.axis import Axis
 from openwork.masks import prune
-from openwork.methods.gradients import straight_through
+from openwork.methods.gradients import straight_through, straight_through_largest
+from openwork.pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -38,5 +41,11 @@ class SRSTE:
     def forward(self, weight: Tensor, keep: Tensor) -> Tensor:
         return straight_through(weight, keep)
 
+    def forward_in_one_pass(self, weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
+        return straight_through_largest(weight, pattern, axis)
+
     def gradient_term(self, weight: Tensor, keep: Tensor) -> Tensor:
         return prune(weight, ~keep).mul_(self.decay)
+
+    def add_term_in_one_pass(self, gradient: Tensor, weight: Tensor, pattern: Pattern, axis: Axis) -> None:
+        ops.add_decayed(gradient, weight, self.decay, pattern, axis)

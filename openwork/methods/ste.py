@@ -11,7 +11,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from openwork.methods.gradients import straight_through
+from openwork.axis import Axis
+from openwork.methods.gradients import straight_through, straight_through_largest
+from openwork.pattern import Pattern
 
 
 @dataclass(frozen=True)
@@ -27,3 +29,6 @@ class STE:
 
     def forward(self, weight: Tensor, keep: Tensor) -> Tensor:
         return straight_through(weight, keep)
+
+    def forward_in_one_pass(self, weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
+        return straight_through_largest(weight, pattern, axis)

@@ -1,32 +1,118 @@
-"""The mask of a weight as one operator, which a compiler calls instead of tracing into it.
+"""Masks as operators: a schema, the reference, a fake kernel for tracing. `openwork.kernels` registers faster versions.
 
-On a CPU the eager code is meant to be faster than comparisons that the compiler fuses: along the input channels of a
-convolution these read memory in strides, which the fused loop does not vectorize.
+A compiler calls these instead of tracing into them. The axis travels as three numbers, the fields of `Axis`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from openwork.axis import Axis
 from openwork.masks import keep_largest as definition
+from openwork.masks import prune as select
 from openwork.pattern import Pattern
 
+RANKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_WHERE = "int n, int m, int dim, int blocks, bool flat"
 
-@torch.library.custom_op("openwork::keep_largest", mutates_args=())
-def _keep_largest(score: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> Tensor:
-    return definition(score, Pattern(n, m), Axis(dim, blocks, flat))
-
-
-@_keep_largest.register_fake
-def _(score: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> Tensor:
-    return torch.empty_like(score, dtype=torch.bool)
+library = torch.library.Library("openwork", "FRAGMENT")
+library.define(f"keep_largest(Tensor score, {_WHERE}) -> Tensor")
+library.define(f"prune(Tensor weight, {_WHERE}) -> Tensor")
+library.define(f"add_decayed(Tensor(a!) gradient, Tensor weight, float rate, {_WHERE}) -> ()")
 
 
 def keep_largest(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
-    """`openwork.masks.keep_largest`, as an operator where a compiler for the CPU asks: bool, the shape of `score`."""
-    if torch.compiler.is_compiling() and score.device.type == "cpu":
-        mask: Tensor = _keep_largest(score, pattern.n, pattern.m, axis.dim, axis.blocks, axis.flat)
-        return mask
-    return definition(score, pattern, axis)
+    """`openwork.masks.keep_largest` by whatever is fastest: bool, the shape of `score`, which is non-negative or
+    NaN."""
+    if not for_operator(score):
+        return definition(score, pattern, axis)
+    mask: Tensor = torch.ops.openwork.keep_largest.default(score, *_numbers(pattern, axis))
+    return mask
+
+
+def prune(weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
+    """The weight with all but the N largest magnitudes of each group set to +0.0, in one pass. Not differentiable."""
+    if not for_operator(weight):
+        return select(weight, definition(weight.abs(), pattern, axis))
+    pruned: Tensor = torch.ops.openwork.prune.default(weight, *_numbers(pattern, axis))
+    return pruned
+
+
+def add_decayed(gradient: Tensor, weight: Tensor, rate: float, pattern: Pattern, axis: Axis) -> None:
+    """gradient += rate * weight where `prune` prunes, in place and in one pass."""
+    if not for_operator(weight) or not for_operator(gradient):
+        _add_decayed(gradient, weight, rate, *_numbers(pattern, axis))
+    else:
+        torch.ops.openwork.add_decayed.default(gradient, weight, rate, *_numbers(pattern, axis))
+
+
+def for_operator(tensor: Tensor) -> bool:
+    """Whether the tensor is a plain one on the CPU: elsewhere comparisons fuse, subclasses have their own rules."""
+    plain = torch.compiler.is_compiling() or type(tensor) in (Tensor, torch.nn.Parameter)
+    return plain and tensor.device.type == "cpu" and tensor.dtype in RANKED
+
+
+def _numbers(pattern: Pattern, axis: Axis) -> tuple[int, int, int, int, bool]:
+    return pattern.n, pattern.m, axis.dim, axis.blocks, axis.flat
+
+
+def parsed(weight: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> tuple[Pattern, Axis]:
+    """The numbers of an operator as what they mean. Raises ValueError where they do not fit the weight."""
+    if not flat and not (0 <= dim < weight.ndim and blocks >= 1 and weight.shape[dim] % blocks == 0):
+        raise ValueError(
+            f"{Axis(dim, blocks)} does not fit shape {tuple(weight.shape)}: needed one of its dims, in equal blocks"
+        )
+    return Pattern(n, m), Axis(dim, blocks, flat)
+
+
+def demand_alike(gradient: Tensor, weight: Tensor) -> None:
+    if gradient.shape != weight.shape:
+        raise ValueError(
+            f"a gradient {tuple(gradient.shape)} for a weight {tuple(weight.shape)}; needed the same shape"
+        )
+
+
+@torch.library.impl(library, "keep_largest", "CompositeExplicitAutograd")
+def _keep_largest(score: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> Tensor:
+    return definition(score, *parsed(score, n, m, dim, blocks, flat))
+
+
+@torch.library.impl(library, "prune", "CompositeExplicitAutograd")
+def _prune(weight: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> Tensor:
+    return select(weight, definition(weight.abs(), *parsed(weight, n, m, dim, blocks, flat)))
+
+
+@torch.library.impl(library, "add_decayed", "CompositeExplicitAutograd")
+def _add_decayed(gradient: Tensor, weight: Tensor, rate: float, *where: Any) -> None:
+    demand_alike(gradient, weight)
+    keep = definition(weight.abs(), *parsed(weight, *where))
+    gradient.add_(select(weight, ~keep).mul_(rate))
+
+
+@torch.library.register_fake("openwork::keep_largest")
+def _(score: Tensor, *where: Any) -> Tensor:
+    return torch.empty_like(score, dtype=torch.bool)
+
+
+@torch.library.register_fake("openwork::prune")
+def _(weight: Tensor, *where: Any) -> Tensor:
+    return torch.empty_like(weight)
+
+
+@torch.library.register_fake("openwork::add_decayed")
+def _(gradient: Tensor, weight: Tensor, rate: float, *where: Any) -> None:
+    return None
+
+
+def _batched(operator: Any) -> Any:
+    def rule(info: Any, dims: tuple[Any, ...], score: Tensor, *where: Any) -> tuple[Tensor, int]:
+        return torch.stack([operator(each, *where) for each in score.unbind(dims[0])]), 0
+
+    return rule
+
+
+torch.library.register_vmap("openwork::keep_largest", _batched(torch.ops.openwork.keep_largest))
+torch.library.register_vmap("openwork::prune", _batched(torch.ops.openwork.prune))

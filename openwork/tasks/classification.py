@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -64,6 +65,16 @@ def prepare(config: Config) -> tuple[Any, nn.Module, ow.Report]:
     return data, net, report
 
 
+def finished(folder: Path) -> tuple[nn.Module, Tensor, Config]:
+    """The network of a finished run with its weights, one validation image for it, and the run's configuration."""
+    config = Config(**RunDir(folder).read_config())
+    data = load_data(config)
+    net = build_model(config.model, classes=data.classes, channels=data.shape[0], dropout=config.dropout)
+    load_weights(net, folder)
+    ((images, _),) = data.val_batches([np.array([0])])
+    return net.eval(), images, config
+
+
 def open_run(config: Config) -> RunDir:
     """The run directory, new or to be resumed; refuses to mix two runs."""
     run = RunDir(Path(config.out))
@@ -100,7 +111,7 @@ def train(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     trainer.validate(module, verbose=False)
     result = summary(config, report, net, run) | module.score | {"mask": {"layer": picture, "start": start, "end": end}}
     if trainer.is_global_zero:
-        save_model(net, str(run.model), metadata={"openwork": f"{config.pattern} {config.method}"})
+        save_model(net, str(run.model), metadata={"recipe": f"{config.pattern} {config.method}"})
         run.write_result(result)
         write_page(run)
     run.close()

@@ -60,7 +60,7 @@ def test_training_learns(trained):
 def test_the_saved_model_is_sparse_dense_named_and_scores_what_the_result_says(trained):
     out, result = trained
     with safe_open(out / "model.safetensors", "pt") as file:
-        assert file.metadata()["openwork"] == "2:4 sr-ste"
+        assert file.metadata()["recipe"] == "2:4 sr-ste"
     weights = load_file(out / "model.safetensors")
     config = Config(**result["config"])
     data, net, _ = prepare(config)

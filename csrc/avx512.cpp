@@ -1,0 +1,65 @@
+// AVX-512 F, BW, DQ, VL: Skylake-X, Zen 4 and later.
+#define VECTOR_BYTES 64
+#ifndef ISA_NAME
+#define ISA_NAME "avx512"
+#define ISA_TABLE kAvx512
+#endif
+#include <immintrin.h>
+
+#include "isa.h"
+
+namespace openwork {
+namespace {
+
+constexpr int kRowsBatch = 8;
+constexpr bool kSlotsUnrolled = true;
+
+inline Float fma(Float a, Float b, Float c) { return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+
+inline Int dot_pairs(Int sum, Short a, Short b) {
+#ifdef __AVX512VNNI__
+  return (Int)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#else
+  return sum + (Int)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#endif
+}
+
+bool supported() {
+#ifdef __AVX512VNNI__
+  if (!__builtin_cpu_supports("avx512vnni")) return false;
+#endif
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+// Inputs of one window in registers, from which indices pick one per lane. The instructions ignore higher bits.
+template <int WINDOW> struct Window;
+
+template <> struct Window<4> {
+  __m512 x;
+  static Window at(const float* x) { return {_mm512_broadcast_f32x4(_mm_loadu_ps(x))}; }
+  Float pick(Int index) const { return (Float)_mm512_permutevar_ps(x, (__m512i)index); }
+};
+
+template <> struct Window<8> {
+  __m512 x;  // twice the same, so that bit 3 does not matter
+  static Window at(const float* x) { return {_mm512_broadcast_f32x8(_mm256_loadu_ps(x))}; }
+  Float pick(Int index) const { return (Float)_mm512_permutexvar_ps((__m512i)index, x); }
+};
+
+template <> struct Window<16> {
+  __m512 x;
+  static Window at(const float* x) { return {_mm512_loadu_ps(x)}; }
+  Float pick(Int index) const { return (Float)_mm512_permutexvar_ps((__m512i)index, x); }
+};
+
+template <> struct Window<32> {
+  __m512 low, high;
+  static Window at(const float* x) { return {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)}; }
+  Float pick(Int index) const { return (Float)_mm512_permutex2var_ps(low, (__m512i)index, high); }
+};
+
+}  // namespace
+}  // namespace openwork
+
+#include "isa.inl"

@@ -1,0 +1,89 @@
+// The one table of instruction sets, best first, and the functions on masks that the library exports.
+#include <cstring>
+
+#include "api.h"
+#include "threads.h"
+
+namespace openwork {
+
+#if defined(__x86_64__)
+extern const Kernels kAvx512Vnni, kAvx512, kAvx2, kScalar;
+static const Kernels* const kVariants[] = {&kAvx512Vnni, &kAvx512, &kAvx2, &kScalar};
+#elif defined(__aarch64__)
+extern const Kernels kNeon, kScalar;
+static const Kernels* const kVariants[] = {&kNeon, &kScalar};
+#else
+extern const Kernels kScalar;
+static const Kernels* const kVariants[] = {&kScalar};
+#endif
+
+ParallelFor parallel_for_of_torch = nullptr;
+const Kernels* kernels = nullptr;
+
+constexpr int64_t kGrain = 32768;  // weights a thread is worth waking for
+
+static int64_t all_groups(const Groups& g) { return g.outer * groups_of(g); }
+static int64_t grain(const Groups& g) { return 1 + kGrain / (int64_t(g.m) * g.inner); }
+
+}  // namespace openwork
+
+using namespace openwork;
+
+
+
+// The version of this interface; the loader refuses another.
+OPENWORK_API int32_t openwork_abi() { return 1; }
+
+OPENWORK_API void openwork_use_threads(ParallelFor parallel_for) { parallel_for_of_torch = parallel_for; }
+
+// Choose an instruction set by name, or the best for null. Returns its name, null where this machine lacks it.
+OPENWORK_API const char* openwork_use_isa(const char* name) {
+  for (const Kernels* each : kVariants)
+    if (each->supported() && (!name || !strcmp(name, each->name))) return (kernels = each)->name;
+  return nullptr;
+}
+
+// The names of the instruction sets that the library has and that this machine can run, by rank; null at the end.
+// Rank -1 is the one in use.
+OPENWORK_API const char* openwork_isa(int32_t rank) {
+  if (rank < 0) return kernels->name;
+  for (const Kernels* each : kVariants)
+    if (each->supported() && rank-- == 0) return each->name;
+  return nullptr;
+}
+
+OPENWORK_API int32_t openwork_lanes() { return kernels->lanes; }
+OPENWORK_API int32_t openwork_panel_columns() { return kernels->lanes * kernels->panel_vectors; }
+
+OPENWORK_API void openwork_keep(const Groups* g, int32_t dtype, const void* weight, uint8_t* keep) {
+  parallel_for(all_groups(*g), grain(*g),
+               [=](int64_t first, int64_t last) { kernels->keep(*g, dtype, weight, keep, first, last); });
+}
+
+OPENWORK_API void openwork_prune(const Groups* g, int32_t dtype, const void* weight, void* out) {
+  parallel_for(all_groups(*g), grain(*g),
+               [=](int64_t first, int64_t last) { kernels->prune(*g, dtype, weight, out, first, last); });
+}
+
+OPENWORK_API void openwork_decay(const Groups* g, int32_t dtype, const void* weight, void* gradient, float rate) {
+  parallel_for(all_groups(*g), grain(*g), [=](int64_t first, int64_t last) {
+    kernels->decay(*g, dtype, weight, gradient, rate, first, last);
+  });
+}
+
+// How many bits of two stretches of bytes differ.
+OPENWORK_API int64_t openwork_differ(const uint8_t* a, const uint8_t* b, int64_t bytes) { return kernels->differ(a, b, bytes); }
+
+// Eight bytes of 0 and 1 to one, low bit first. `bytes` is padded to a multiple of 8 with zeros by the caller.
+OPENWORK_API void openwork_pack_bits(const uint8_t* bytes, uint8_t* bits, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    uint64_t eight;
+    memcpy(&eight, bytes + 8 * i, 8);
+    bits[i] = uint8_t((eight * 0x0102040810204080) >> 56);
+  }
+}
+
+
+
+// Float operations done by `rounds` rounds of the fastest loop there is, on the calling thread. result: one vector.
+OPENWORK_API int64_t openwork_peak(int64_t rounds, float* result) { return kernels->peak(rounds, result); }

@@ -1,0 +1,16 @@
+// The kernels and the table of one instruction set. Included last, when `fma`, `dot_pairs`, ... are defined.
+
+namespace openwork {
+namespace {
+
+#include "floats.inl"
+#include "masks.inl"
+#include "panel.inl"
+#include "rows.inl"
+
+}  // namespace
+
+extern const Kernels ISA_TABLE;
+const Kernels ISA_TABLE = {ISA_NAME, kLanes, kPanelVectors, keep, prune, decay, differ, panel, rows, transpose, peak, supported};
+
+}  // namespace openwork

@@ -1,0 +1,85 @@
+// What every instruction set provides, and what the library exports. No torch headers: a C ABI, loaded with ctypes.
+//
+//   O = outputs, K = reduction, B = rows of input (tokens, pixels), N:M = pattern, G = K / M groups
+//
+// One translation unit an instruction set (scalar.cpp, avx2.cpp, ...), compiled with its own flags, includes the
+// kernels (*.inl) into an anonymous namespace and fills one table. dispatch.cpp chooses a table at run time.
+// The .inl files use nothing from std:: that is inline: the linker could keep the copy that a newer CPU compiled.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace openwork {
+
+// A weight as three nested dims in memory: groups of M run along `length`, their members `inner` elements apart.
+// Linear (O, K): {O, K, 1}. Conv2d (O, C, R, S): {O, C, R * S}; channels_last: {O * R * S, C, 1}.
+struct Groups {
+  int64_t outer, length, inner;
+  int32_t n, m;
+};
+
+inline int64_t groups_of(const Groups& g) { return (g.length + g.m - 1) / g.m; }  // for each index of `outer`
+
+// Where group number `group` of all begins. Its members and columns are one stretch of memory.
+inline int64_t start_of(const Groups& g, int64_t group) {
+  return (group / groups_of(g) * g.length + group % groups_of(g) * g.m) * g.inner;
+}
+
+enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
+enum Activation : int32_t { kNone = 0, kRelu = 1 };
+
+// One K-tile of a product whose lanes are columns of the input ("panel"): `rows` outputs with `nnz` products each.
+// Product j of an output adds values[j] * x[offsets[j] ...] (bytes) to `vectors` vectors of columns.
+struct Panel {
+  const void* values;       // (rows, nnz), the dtype of the weight; int8: (rows, nnz / 2) pairs of int16
+  const uint16_t* offsets;  // (rows, nnz) and one more
+  int64_t rows, nnz;
+  const char* x;
+  const float* from;  // partial sums to continue, or null: start at `bias`
+  const float* bias;  // (rows) or null
+  float* to;
+  int64_t stride;  // floats between the sums of two outputs, in `from` and in `to`
+  int32_t vectors;
+  Activation activation;  // applied to what is written
+};
+
+// A product whose lanes are outputs ("rows"): for each slot of a window of inputs, lanes of weights meet inputs that a
+// permutation picks. `blocks` blocks of `lanes` outputs; K padded to whole windows.
+struct Rows {
+  const void* values;       // (blocks, slots, lanes)
+  const uint32_t* indices;  // (blocks, words, lanes): the indices of `slots_per_word` slots in each word, low bits first
+  int64_t windows, blocks;
+  int32_t window, slots;    // slots a window
+  const void* x;            // (batch, x_stride) float; int8: int32 with zero upper halves
+  int64_t x_stride;
+  const float* bias;        // (outputs) or null
+  void* y;                  // (batch, y_stride) float; int8: int32 sums
+  int64_t y_stride, outputs, batch;
+  Activation activation;
+};
+
+// How many words hold the indices of all slots of one lane: a word holds whole windows, or a window whole words.
+inline int64_t words_of(int64_t windows, int64_t slots, int64_t in_word) {
+  if (slots > in_word) return windows * ((slots + in_word - 1) / in_word);
+  const int64_t together = in_word / slots;
+  return (windows + together - 1) / together;
+}
+
+struct Kernels {
+  const char* name;
+  int32_t lanes;          // float32 in a vector
+  int32_t panel_vectors;  // most vectors of columns that `panel` takes at once
+  // Groups [first, last) of a weight, counted as outer * (length / m, rounded up). Any dtype but int8.
+  void (*keep)(const Groups&, int32_t dtype, const void* weight, uint8_t* keep, int64_t first, int64_t last);
+  void (*prune)(const Groups&, int32_t dtype, const void* weight, void* out, int64_t first, int64_t last);
+  void (*decay)(const Groups&, int32_t dtype, const void* weight, void* grad, float decay, int64_t first, int64_t last);
+  int64_t (*differ)(const uint8_t* a, const uint8_t* b, int64_t bytes);  // bits that differ
+  void (*panel)(const Panel&, int32_t dtype);                            // float32, bfloat16, int8
+  void (*rows)(const Rows&, int32_t dtype, int64_t first, int64_t last);  // blocks
+  void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
+  int64_t (*peak)(int64_t rounds, float* result);  // for benchmarks; result: one vector
+  bool (*supported)();
+};
+
+}  // namespace openwork

@@ -1,0 +1,22 @@
+// In place of instruction sets that the machine lacks, whose files need not be compiled to test the others.
+#include "../kernels.h"
+
+namespace openwork {
+namespace {
+
+constexpr Kernels absent(const char* name) {
+  return {name, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, [] { return false; }};
+}
+
+}  // namespace
+
+#ifdef NO_AVX2
+extern const Kernels kAvx2;
+const Kernels kAvx2 = absent("avx2");
+#endif
+#ifdef NO_AVX512
+extern const Kernels kAvx512, kAvx512Vnni;
+const Kernels kAvx512 = absent("avx512"), kAvx512Vnni = absent("avx512vnni");
+#endif
+
+}  // namespace openwork

@@ -1,0 +1,155 @@
+"""Rows of a benchmark: times beside those of the baseline in the same run, and the share of what the machine can do."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.metadata
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import openwork.kernels as kernels
+from openwork.kernels.native import library
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of one operator. Times in microseconds: 20th, 50th and 80th percentile. `ratio` is the baseline's
+    median over this median: above 1 where this is faster. `bound_us` is what the machine's peak and bandwidth allow,
+    the larger of operations over peak and bytes over bandwidth, and `roofline` its share of the median."""
+
+    op: str
+    shape: str
+    pattern: str
+    dtype: str
+    impl: str
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    baseline: str
+    baseline_p50_us: float
+    ratio: float
+    bound_us: float
+    roofline: float
+    threads: int
+    machine: str
+    isa: str
+    torch: str
+    openwork: str
+    date: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one run found this machine to do, on the threads in use: float32 operations and copied bytes a second."""
+
+    flops: float
+    bandwidth: float
+
+    def bound(self, flops: float, size: float) -> float:
+        """The least seconds for so many operations on so many bytes."""
+        return max(flops / self.flops, size / self.bandwidth)
+
+
+def machine() -> Machine:
+    """Peak of the multiply-add loop (times the threads), and of moving 128 MiB: copying, both ways counted, or a dot
+    product, whichever is faster."""
+    lib, best = library(), 0.0
+    result = torch.full((64,), 0.5)
+    for _ in range(5 if lib else 0):
+        start = time.perf_counter()
+        done = lib.openwork_peak(2_000_000, result.data_ptr())
+        best = max(best, done / (time.perf_counter() - start))
+    source = torch.zeros(32 * 2**20)
+    target = torch.empty_like(source)
+    copying = min(_seconds(lambda: target.copy_(source)) for _ in range(5))
+    reading = min(_seconds(lambda: torch.dot(source, target)) for _ in range(5))
+    return Machine(best * torch.get_num_threads() or float("nan"), 2 * source.nbytes / min(copying, reading))
+
+
+def alternating(variants: Mapping[str, Callable[[], object]], *, seconds: float, flush: bool) -> dict[str, list[float]]:
+    """Times of each, in seconds. They take turns; `flush` writes through the caches before each, so that none finds its
+    data there."""
+    waste = torch.zeros(16 * 2**20) if flush else None
+    for each in variants.values():
+        each()
+    rounds = max(5, min(100, round(seconds / max(1e-6, sum(_seconds(each) for each in variants.values())))))
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, each in variants.items():
+            if waste is not None:
+                waste.add_(1)
+            times[name].append(_seconds(each))
+    return times
+
+
+def rows(
+    op: str,
+    shape: str,
+    times: Mapping[str, list[float]],
+    baselines: Iterable[str],
+    about: Mapping[str, tuple[str, str]],
+    bounds: Mapping[str, float],
+) -> list[Row]:
+    """One row for each variant, against the fastest of `baselines`. `about`: variant -> (pattern, dtype)."""
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    best = min(baselines, key=lambda name: medians[name])
+    made = []
+    for name, each in times.items():
+        p20, p50, p80 = (1e6 * q for q in (quantile(each, 0.2), medians[name], quantile(each, 0.8)))
+        bound, (pattern, dtype) = bounds.get(name, float("nan")), about.get(name, ("dense", "float32"))
+        against = (best, 1e6 * medians[best], medians[best] / medians[name])
+        limit = (1e6 * bound, bound / medians[name])
+        made.append(Row(op, shape, pattern, dtype, name, p20, p50, p80, *against, *limit, **_where()))
+    return made
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value below which a share of them lies, the nearest there is.
+
+    >>> quantile([3.0, 1.0, 2.0], 0.5)
+    2.0
+    """
+    return sorted(values)[round(share * (len(values) - 1))]
+
+
+def write_csv(path: Path, found: Iterable[Row]) -> None:
+    """All rows as CSV with a header, replacing the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [each.name for each in fields(Row)])
+        writer.writeheader()
+        for row in found:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _where() -> dict[str, Any]:
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    version = importlib.metadata.version("openwork")
+    here = {"threads": torch.get_num_threads(), "machine": _processor(), "isa": kernels.status().isa or "none"}
+    return here | {"torch": torch.__version__, "openwork": version, "date": today}
+
+
+def _processor() -> str:
+    """The processor's name: /proc/cpuinfo knows more than the standard library does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    known = dict(line.split(":", 1) for line in lines if ":" in line)
+    values = {key.strip(): value.strip() for key, value in known.items()}
+    name, family, model = (values.get(key, "?") for key in ("model name", "cpu family", "model"))
+    return f"{name} family {family} model {model}"

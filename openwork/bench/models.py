@@ -1,0 +1,137 @@
+"""Benchmarks of whole models: a forward pass, deployed, beside every dense way to run it."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from openwork.bench.measure import Row, alternating, rows
+from openwork.deploy import deploy
+from openwork.folding import fold_batch_norm
+from openwork.pattern import Pattern
+from openwork.planning import Plan
+from openwork.sparsify import project
+
+
+class Encoder(nn.Module):
+    """The encoder of BERT-base and ViT-B: 12 blocks of width 768 with 12 heads; torch's attention on separate linear
+    layers, so that all of its products can be sparse."""
+
+    def __init__(self, width: int = 768, heads: int = 12, blocks: int = 12):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Block(nn.Module):
+    """One layer of it, normalized first."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, W = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(attended.transpose(1, 2).reshape(B, T, W))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+def build(name: str, batch: int) -> tuple[nn.Module, torch.Tensor]:
+    """A model and an example: "resnet50" at 224 pixels (torchvision), "encoder" of 197 tokens (BERT-base, ViT-B)."""
+    torch.manual_seed(0)
+    if name == "encoder":
+        return Encoder().eval(), torch.randn(batch, 197, 768)
+    from openwork.tasks.torchvision_compat import ensure_torchvision
+
+    return ensure_torchvision().models.get_model(name, weights=None).eval(), torch.randn(batch, 3, 224, 224)
+
+
+def forward_passes(
+    name: str,
+    batches: Sequence[int],
+    patterns: Sequence[Pattern],
+    stored: Sequence[torch.dtype],
+    *,
+    seconds: float,
+    compiled: bool,
+) -> Iterator[Row | tuple[Plan, tuple[int, int]]]:
+    """Rows of each model and batch, all variants taking turns: dense (eager, channels_last, compiled), deployed.
+    Yields the plans of the deployed ones as well, each with the `memory` of its model."""
+    for batch in batches:
+        model, x = build(name, batch)
+        dense = copy.deepcopy(model)
+        with torch.inference_mode():
+            fold_batch_norm(dense, x)
+        variants: dict[str, Callable[[], object]] = {"dense eager": partial(dense, x)}
+        if x.ndim == 4:
+            last = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            variants["dense channels_last"] = partial(last, x.to(memory_format=torch.channels_last))
+        if compiled:
+            variants["dense compiled"] = partial(torch.compile(copy.deepcopy(dense)), x)
+        baselines, about = list(variants), {}
+        for pattern in patterns:
+            sparse = copy.deepcopy(model)
+            project(sparse, pattern)
+            for dtype in stored:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    fast = deploy(sparse, x, pattern=pattern, stored=dtype)
+                short = str(dtype).removeprefix("torch.")
+                variants[f"deployed {pattern} {short}"] = partial(fast, x)
+                about[f"deployed {pattern} {short}"] = (str(pattern), short)
+                yield fast.deployment, memory(fast, x)  # type: ignore[misc]
+        with torch.inference_mode():
+            times = alternating(variants, seconds=seconds, flush=False)
+        yield from rows(name, f"batch {batch}", times, baselines, about, {})
+
+
+def memory(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
+    """Bytes of a model's parameters and buffers, and by how much the peak of a fresh process grew while it loaded the
+    model and ran it once."""
+    held = {each.data_ptr(): each.nbytes for each in (*model.parameters(), *model.buffers())}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save((model, example), f"{folder}/model.pt")
+        words = [sys.executable, "-m", "openwork.bench.models", f"{folder}/model.pt", str(torch.get_num_threads())]
+        printed = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    return sum(held.values()), int(printed.split()[-1])
+
+
+def _grown(file: str, threads: int) -> int:
+    import openwork.tasks.torchvision_compat as compat
+
+    compat.ensure_torchvision()
+    torch.set_num_threads(threads)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+    before = _kilobytes("VmRSS")
+    model, example = torch.load(file, weights_only=False, mmap=True)
+    with torch.inference_mode():
+        model(example)
+    return 1024 * (_kilobytes("VmHWM") - before)
+
+
+def _kilobytes(field: str) -> int:
+    """A line of this process's status, which Linux has."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+if __name__ == "__main__":
+    print(_grown(sys.argv[1], int(sys.argv[2])))

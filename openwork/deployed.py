@@ -1,0 +1,209 @@
+"""What `deploy` puts in the place of a layer: a module whose weight lies as a kernel reads it. For inference only.
+
+Its state dict is that of the layer it replaced: `weight` dense with zeros, `bias`. So a deployed model is saved and
+loaded like the finalized one, on any machine; loading packs the weight for the machine at hand, unpickling too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import openwork.kernels as kernels
+from openwork.layout import (
+    WINDOWS,
+    Panel,
+    Rows,
+    conv_rows,
+    from_conv_rows,
+    from_panel,
+    from_rows,
+    panel,
+    quantized,
+    rows,
+)
+from openwork.ops.products import panel_numbers, rows_numbers
+from openwork.pattern import Pattern
+
+Kind = Literal["panel", "rows"]
+"""Which kernel: lanes that are columns of the input, for many tokens or pixels, or lanes that are outputs, for few."""
+
+
+def packed(weight: Tensor, pattern: Pattern, kind: Kind, stored: torch.dtype) -> Panel | Rows:
+    """A weight (O, K) as the kernel of this machine reads it, its values in the dtype `stored`."""
+    scales = None
+    if stored == torch.int8:
+        weight, scales = quantized(weight)
+    weight = weight.detach().to(stored).contiguous()
+    if kind == "rows":
+        return rows(weight, pattern, lanes=kernels.lanes(), scales=scales)
+    return panel(weight, pattern, columns=kernels.panel_columns(), scales=scales)
+
+
+def kinds_for(weight: Tensor, pattern: Pattern) -> tuple[Kind, ...]:
+    """The kernels that can take a weight."""
+    return ("panel", "rows") if weight.ndim == 2 and pattern.m in WINDOWS else ("panel",)
+
+
+class _Packed(nn.Module):
+    """The weight of one layer."""
+
+    values: Tensor
+    positions: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, pattern: Pattern, kind: Kind, stored: torch.dtype):
+        nn.Module.__init__(self)
+        self.pattern, self.kind, self.stored, self.dtype = pattern, kind, stored, weight.dtype
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        self._pack(weight)
+        self.register_state_dict_post_hook(_write_dense)
+        self.register_load_state_dict_pre_hook(_read_dense)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made anew at each call: what was packed, or its int8 or bfloat16 approximation."""
+        numbers = from_panel(self._layout()) if self.kind == "panel" else from_rows(self._layout())
+        if self.scales is not None:
+            numbers = numbers.float() * self.scales[:, None]
+        return self._from_rows(numbers.to(self.dtype))
+
+    def _pack(self, weight: Tensor) -> None:
+        layout = packed(self._to_rows(weight), self.pattern, self.kind, self.stored)
+        positions = layout.words if isinstance(layout, Rows) else layout.positions
+        for name, tensor in (("values", layout.values), ("positions", positions), ("scales", layout.scales)):
+            self.register_buffer(name, tensor, persistent=False)
+        self.numbers = rows_numbers(layout) if isinstance(layout, Rows) else panel_numbers(layout)
+
+    def _layout(self) -> Any:
+        tensors = (self.values, self.positions, self.scales, self.pattern)
+        if self.kind == "rows":
+            _, _, lanes, O, K = self.numbers
+            return Rows(*tensors, (O, K), lanes)
+        _, _, tile, columns, O, K = self.numbers
+        return Panel(*tensors, (O, K), tile, columns)
+
+    def _to_rows(self, weight: Tensor) -> Tensor:
+        """The layer's weight as (O, K)."""
+        raise NotImplementedError
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        here = kernels.lanes() if self.kind == "rows" else kernels.panel_columns()
+        if self.numbers[2 if self.kind == "rows" else 3] != here:
+            self._pack(self.weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """Only moves that keep the packed weight as it is: casts would tear values and positions apart."""
+        probe = fn(torch.zeros(1))
+        if probe.device.type != "cpu" or probe.dtype != torch.float32:
+            raise TypeError(
+                f"{type(self).__name__} is packed for this CPU in {self.stored}: convert the model, then deploy"
+            )
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.pattern}, {tuple(self.numbers[3 if self.kind == 'rows' else 4 :])}, {self.stored}, {self.kind}"
+
+
+class SparseLinear(_Packed):
+    """A linear layer (..., K) -> (..., O) with a packed weight, `relu` applied to the result where set. `transposed`:
+    the layer it stands for keeps its weight as (K, O)."""
+
+    relu = False
+
+    def __init__(self, layer: Any, pattern: Pattern, kind: Kind, stored: torch.dtype, *, transposed: bool = False):
+        self.transposed = transposed
+        super().__init__(layer.weight, layer.bias, pattern, kind, stored)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.kind == "rows"
+        product = torch.ops.openwork.rows_linear.default if rows else torch.ops.openwork.panel_linear.default
+        y = product(x.float(), self.values, self.positions, self.scales, self.bias, self.numbers, self.relu)
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+    def _to_rows(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.transposed else weight
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        return rows.t().contiguous() if self.transposed else rows
+
+
+class SparseConv2d(_Packed):
+    """A convolution (N, C, H, W) -> (N, O, ., .) with a packed weight, in either memory format. A one-dimensional one,
+    (N, C, L) with a kernel of one dim, is a convolution of images one pixel high."""
+
+    relu = False
+
+    def __init__(self, conv: nn.Conv2d | nn.Conv1d, pattern: Pattern, stored: torch.dtype):
+        self.flat = isinstance(conv, nn.Conv1d)
+        self.kernel = [1] * self.flat + list(conv.kernel_size)
+        self.stride = [1] * self.flat + list(conv.stride)
+        self.dilation = [1] * self.flat + list(conv.dilation)
+        self.padding = [0] * self.flat + symmetric_padding(conv)
+        self.groups, self.channels = conv.groups, conv.in_channels // conv.groups
+        super().__init__(conv.weight, conv.bias, pattern, "panel", stored)
+
+    def forward(self, x: Tensor) -> Tensor:
+        unbatched = x.ndim == (2 if self.flat else 3)
+        image = x.unsqueeze(0) if unbatched else x
+        image = image.unsqueeze(2) if self.flat else image
+        layout = (self.values, self.positions, self.scales, self.bias, self.numbers)
+        geometry = (self.kernel, self.stride, self.padding, self.dilation, self.groups, self.relu)
+        y = torch.ops.openwork.panel_conv2d.default(image.float(), *layout, *geometry)
+        y = y.squeeze(2) if self.flat else y
+        y = y.squeeze(0) if unbatched else y
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+    def _to_rows(self, weight: Tensor) -> Tensor:
+        return conv_rows(weight.unsqueeze(2) if self.flat else weight, self.pattern)
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        weight = from_conv_rows(rows, self.channels, (self.kernel[0], self.kernel[1]))
+        return weight.squeeze(2) if self.flat else weight
+
+
+def demand_undeployed(model: nn.Module, verb: str) -> None:
+    """Refuse a deployed model where its weights must be at hand, and say what to do instead."""
+    found = [name for name, module in model.named_modules() if isinstance(module, _Packed)]
+    if found:
+        raise ValueError(
+            f"{verb}: {len(found)} layers are deployed ({found[0]}, ...), their weights packed for this machine; "
+            "do it with the model that was deployed, or load this one's state dict into a plain model"
+        )
+
+
+def symmetric_padding(conv: nn.Conv2d | nn.Conv1d) -> list[int]:
+    """The zeros added on both sides of each dim. Raises ValueError where the sides differ, or are not zeros."""
+    if conv.padding_mode != "zeros":
+        raise ValueError(f"padding_mode={conv.padding_mode!r}: kernels pad with zeros")
+    if conv.padding == "valid":
+        return [0] * len(conv.kernel_size)
+    if not isinstance(conv.padding, str):
+        return list(conv.padding)
+    both = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    if any(each % 2 for each in both):
+        raise ValueError(f"padding='same' of a kernel {conv.kernel_size} pads one side more than the other")
+    return [each // 2 for each in both]
+
+
+def _write_dense(module: _Packed, state: dict[str, Any], prefix: str, _: object) -> None:
+    state[prefix + "weight"] = module.weight
+    if module.bias is not None:
+        state[prefix + "bias"] = module.bias.to(module.dtype)
+
+
+def _read_dense(
+    module: _Packed, state: dict[str, Any], prefix: str, _: object, strict: bool, missing: list[str], *rest: object
+) -> None:
+    weight = state.pop(prefix + "weight", None)
+    if weight is None:
+        missing.append(prefix + "weight")
+    else:
+        module._pack(weight)

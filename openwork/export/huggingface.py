@@ -1,0 +1,104 @@
+"""A folder as the Hugging Face Hub has them: dense weights with zeros, the compressed file, a model card."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from openwork.candidates import AxisChoice, PatternChoice, Remainder
+from openwork.checkpoint import Entry, describe, save
+from openwork.container import write
+from openwork.contents import FILE
+from openwork.export.finished import exportable
+from openwork.modelstate import tensors_by_name, ties
+from openwork.parametrization import unwrap
+from openwork.promise import promises
+
+DENSE, CARD = "model.safetensors", "README.md"
+_BEGIN, _END = "<!-- openwork: begin -->", "<!-- openwork: end -->"
+
+
+def to_huggingface(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    pattern: PatternChoice | None = None,
+    exclude: Sequence[str] = (),
+    axis: AxisChoice = "input",
+    remainder: Remainder = "skip",
+    method: str = "",
+) -> str:
+    """Write a folder that `from_pretrained` and any safetensors reader load, with the compressed file beside; returns
+    the part about sparsity of its model card.
+
+    A model with `save_pretrained` (transformers and others) writes its own files, with the zeros in them; of any other
+    the weights are written as model.safetensors. README.md is made, or gets the part about
+    sparsity, which is replaced when it is written again. `pattern` to `remainder` as in `ow.save`; `method` is
+    named in the card, and known for a model that is still sparsified.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    held = promises(unwrap(model))
+    method = method or ", ".join(sorted({promise.method.name for _, _, promise in held}))
+    save(model, folder / FILE, pattern=pattern, exclude=exclude, axis=axis, remainder=remainder)
+    _write_dense(exportable(model), folder)
+    snippet = card(describe(folder / FILE), method)
+    _put_into(folder / CARD, snippet)
+    return snippet
+
+
+def card(entries: Sequence[Entry], method: str = "") -> str:
+    """The part of a model card that says how sparse a compressed file is, in Markdown."""
+    sparse = [each for each in entries if each.pattern is not None and not each.alias_of]
+    dense = sum(_dense_bytes(each) for each in entries if not each.alias_of)
+    stored = sum(each.bytes for each in entries)
+    counts = Counter(str(each.pattern) for each in sparse)
+    listed = ", ".join(f"{text} in {n} weights" for text, n in counts.items()) or "none"
+    weights = sum(_size(each) for each in sparse)
+    kept = sum(each.density * _size(each) for each in sparse)
+    rows = {
+        "pattern": f"{listed} (at most N non-zero of every M consecutive along the input channels)",
+        "method": method or "not recorded",
+        "density of the sparse weights": f"{kept / weights:.4f}" if weights else "-",
+        "sparse share of all parameters": f"{weights / max(1, sum(_size(e) for e in entries if not e.alias_of)):.3f}",
+        "compressed file": f"`{FILE}`, {stored:,} bytes of {dense:,} ({stored / max(1, dense):.3f})",
+    }
+    lines = [_BEGIN, "## N:M sparsity", "", "| | |", "|---|---|"]
+    lines += [f"| {what} | {found} |" for what, found in rows.items()]
+    loads = f"Any library loads `{DENSE}`, dense with exact zeros; `ow.load(folder)` reads the compressed file."
+    lines += ["", loads]
+    return "\n".join([*lines, _END, ""])
+
+
+def _write_dense(model: Any, folder: Path) -> None:
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+        return
+    tensors = tensors_by_name(model)
+    own = {name: each for name, each in tensors.items() if name not in ties(tensors, {})}
+    layout = {name: (each.dtype, tuple(each.shape)) for name, each in own.items()}
+    write(folder / DENSE, layout, own.items(), {"format": "pt"})
+
+
+def _put_into(path: Path, snippet: str) -> None:
+    """Replace the part between the marks, or append it."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, begin, rest = text.partition(_BEGIN)
+    after = rest.partition(_END)[2].lstrip("\n") if begin else ""
+    path.write_text((before.rstrip("\n") + "\n\n" + snippet + after).lstrip("\n"), encoding="utf-8")
+
+
+def _size(entry: Entry) -> int:
+    size = 1
+    for length in entry.shape:
+        size *= length
+    return size
+
+
+def _dense_bytes(entry: Entry) -> int:
+    return _size(entry) * entry.dtype.itemsize

@@ -1,0 +1,127 @@
+"""ONNX: what ONNX Runtime, OpenVINO and TensorRT load. The zeros lie in constant weights of `Gemm` and `Conv`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from openwork.candidates import AxisChoice, PatternChoice, Remainder
+from openwork.container import replacing
+from openwork.export.finished import arguments, demand_equal, exportable, outputs
+from openwork.export.products import KEY, Product, as_metadata, check_onnx, products
+from openwork.gemms import quiet
+from openwork.modelstate import Placed, masked_by_name, patterns
+from openwork.parametrization import unwrap
+from openwork.pattern import Pattern
+
+_PROTOBUF_LIMIT = 2_000_000_000  # bytes; weights of larger models lie in a second file
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. `products`: each product by a constant. `difference`: the largest difference of ONNX Runtime's
+    outputs to the model's, as a share of the largest output; None where onnxruntime is not installed."""
+
+    products: tuple[Product, ...]
+    difference: float | None
+
+
+def to_onnx(
+    model: nn.Module,
+    example: Any,
+    path: str | os.PathLike[str],
+    *,
+    pattern: PatternChoice | None = None,
+    exclude: Sequence[str] = (),
+    axis: AxisChoice = "input",
+    remainder: Remainder = "skip",
+    dynamic_shapes: Any = None,
+) -> Exported:
+    """Write a model as ONNX, and check the file before it takes its place: the ONNX checker, N:M along the axis that
+    each product sums over, and ONNX Runtime's outputs for `example`.
+
+    `example` is a tensor, a tuple of arguments or a mapping of keyword arguments. A model that is still sparsified is
+    exported as finalized; a plain one is held to `pattern` (`exclude`, `axis` and `remainder` as in `ow.save`).
+    `dynamic_shapes` as in torch.export.export: without it the file takes inputs of the example's shape alone. Weights
+    of more than 2 GB go to `path`.data.
+    Raises NotSparse, ValueError from the checker, RuntimeError for other outputs, and what torch.onnx.export raises.
+    """
+    inner = unwrap(model)
+    promised = patterns(inner, masked_by_name(inner), pattern, exclude, axis, remainder)
+    plain = exportable(model)
+    with quiet(plain):
+        exported = _program(plain, example, dynamic_shapes)
+    exported.model.metadata_props[KEY] = as_metadata(_kept(exported.model, promised))
+    with replacing(path, ".part.onnx") as part:
+        _save(exported.model, part, Path(path))
+        found = check_onnx(part)
+        difference = _compare(part, plain, example)
+    return Exported(found, difference)
+
+
+def _program(model: nn.Module, example: Any, dynamic_shapes: Any) -> Any:
+    import onnx_ir
+
+    from openwork.export.gemm import matmuls_to_gemms
+
+    args, kwargs = arguments(model, example)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own, about its own pytree
+        program: Any = torch.onnx.export(
+            model, args, kwargs=kwargs, dynamo=True, dynamic_shapes=dynamic_shapes, optimize=False, verbose=False
+        )
+    matmuls_to_gemms(program.model.graph)
+    program.optimize()
+    # The exporter notes the path and line of the user's code at every node: larger files, and private.
+    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)
+    return program
+
+
+def _kept(model: Any, promised: Mapping[str, Placed]) -> dict[str, Pattern]:
+    """The promises on weights that are multiplied under their name, along their axis; a warning names the others."""
+    multiplied = {(product.name, product.axis) for product, _ in products(model)}
+    kept = {name: pattern for name, (pattern, axis) in promised.items() if (name, axis) in multiplied}
+    if lost := [name for name in promised if name not in kept]:
+        warnings.warn(
+            f"the exporter rewrote {', '.join(lost[:3])} ({len(lost)} in all), so the file promises nothing of them; "
+            "openwork verify shows what they became",
+            stacklevel=3,
+        )
+    return kept
+
+
+def _save(model: Any, part: Path, target: Path) -> None:
+    import onnx_ir
+
+    size = sum(each.const_value.nbytes for each in model.graph.initializers.values())
+    onnx_ir.save(model, part, external_data=f"{target.name}.data" if size > _PROTOBUF_LIMIT else None)
+
+
+def _compare(path: Path, model: nn.Module, example: Any) -> float | None:
+    try:
+        import onnxruntime
+    except ImportError:
+        warnings.warn("onnxruntime is not installed: the outputs of the file were not compared", stacklevel=3)
+        return None
+    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    args, kwargs = arguments(model, example)
+    given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+    needed = [each.name for each in session.get_inputs()]
+    if len(given) != len(needed):
+        raise RuntimeError(f"the example has {len(given)} tensors, the file takes {len(needed)}: {', '.join(needed)}")
+    feed = {name: _for_onnx(each) for name, each in zip(needed, given, strict=True)}
+    found = [torch.from_numpy(np.asarray(each)) for each in session.run(None, feed)]
+    return demand_equal("ONNX Runtime", found, outputs(model, example))
+
+
+def _for_onnx(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().numpy()

@@ -1,0 +1,158 @@
+"""Which products of an ONNX file multiply by a constant, and how sparse that is along the axis they sum over."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openwork.axis import Axis, reduction_size
+from openwork.candidates import matches
+from openwork.container import is_text_mapping, strict_json
+from openwork.masks import kept_per_group
+from openwork.pattern import Pattern
+from openwork.verify import NotSparse, tightest
+
+KEY = "openwork"  # in the metadata of the file: {"fc.weight": "2:4"}, what was promised of each constant
+IN_GEMM = ("Gemm", "Conv")  # where TensorRT looks for sparse tactics
+
+
+@dataclass(frozen=True)
+class Product:
+    """One node that multiplies by a constant, and the constant. `pattern` is what it was held to where `promised`, else
+    the tightest that it satisfies, or None where that is dense. `density` is the share that is not zero."""
+
+    op: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    axis: Axis
+    density: float
+    pattern: Pattern | None = None
+    promised: bool = False
+
+
+def check_onnx(
+    path: str | os.PathLike[str], pattern: str | Pattern | None = None, exclude: Sequence[str] = ()
+) -> tuple[Product, ...]:
+    """Every product by a constant in an ONNX file; raises NotSparse with those that are denser than they should be.
+
+    Held to what `to_onnx` wrote into the file, or to `pattern` (but where M does not divide the axis, and but what the
+    globs in `exclude` name); without either nothing is held, and the tightest pattern of each is found. A constant that
+    is summed over along two axes is held along one of them. Raises ValueError for a file that is not valid ONNX.
+    """
+    model = _loaded(path)
+    promised = _promised(model.metadata_props.get(KEY, "{}"))
+    found: dict[object, Product] = {}
+    broken = dict.fromkeys(promised, "promised by the file, but no product multiplies by it")
+    kept_by = set()
+    for product, mask in products(model):
+        asked = promised.get(product.name)
+        if pattern is not None and not any(matches(glob, product.name) for glob in exclude):
+            asked = Pattern.parse(pattern)
+            asked = asked if reduction_size(product.shape, product.axis) % asked.m == 0 else None
+        problem = _denser(mask, product.axis, asked) if asked else ""
+        if problem:
+            broken[product.name] = problem
+        elif asked:
+            kept_by.add(product.name)
+        found[product.op, product.name, product.axis] = _described(product, mask, None if problem else asked)
+    if broken := {name: problem for name, problem in broken.items() if name not in kept_by}:
+        raise NotSparse(broken)
+    return tuple(found.values())
+
+
+def _denser(mask: Tensor, axis: Axis, asked: Pattern) -> str:
+    kept = kept_per_group(mask, asked, axis)
+    wrong = int((kept > asked.n).sum())
+    return f"{wrong} of {kept.numel()} groups hold more than {asked} (the worst {int(kept.max())})" if wrong else ""
+
+
+def _described(product: Product, mask: Tensor, held: Pattern | None) -> Product:
+    if held is not None:
+        return replace(product, pattern=held, promised=True)
+    tight = tightest(mask, product.axis)
+    return replace(product, pattern=tight if tight.n < tight.m else None)
+
+
+def _loaded(path: str | os.PathLike[str]) -> Any:
+    import onnx
+    import onnx_ir
+
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"there is no file {os.fspath(path)}")
+    try:  # the checker also refuses external data outside of the folder, so it comes first
+        onnx.checker.check_model(os.fspath(path))
+        return onnx_ir.load(path)
+    except Exception as error:  # protobuf, onnx and onnx_ir each have their own
+        raise ValueError(f"{os.fspath(path)} is no valid ONNX file: {str(error)[:500]}") from error
+
+
+def _promised(text: str) -> dict[str, Pattern]:
+    found = strict_json(text)
+    if not is_text_mapping(found):
+        raise ValueError(f"the metadata {KEY!r} of the file does not map names to patterns: it was damaged")
+    return {name: Pattern.parse(each) for name, each in found.items()}
+
+
+def products(model: Any) -> Iterator[tuple[Product, Tensor]]:
+    """(the product, which of its weights are not zero) of an onnx_ir.Model, also inside of branches and functions."""
+    import onnx_ir
+
+    for graph in (model.graph, *model.functions.values()):
+        for node in onnx_ir.traversal.RecursiveGraphIterator(graph):
+            for place, axis in _operands(node):
+                constant = _constant(node.inputs[place]) if place < len(node.inputs) else None
+                if constant is not None and constant[1].ndim >= 2 and constant[1].size:
+                    name, weight = constant
+                    mask = torch.from_numpy(weight != 0)
+                    share = float(mask.float().mean())
+                    yield Product(node.op_type, name, tuple(mask.shape), str(weight.dtype), axis(mask), share), mask
+
+
+def _operands(node: Any) -> list[tuple[int, Any]]:
+    """(input, its reduction axis as a function of it) of a node that multiplies matrices."""
+
+    def attribute(name: str, default: int) -> int:
+        return node.attributes[name].as_int() if name in node.attributes else default
+
+    match node.op_type:
+        case "Gemm":
+            return [(0, lambda _: Axis(1 - attribute("transA", 0))), (1, lambda _: Axis(attribute("transB", 0)))]
+        case "MatMul":
+            return [(0, lambda weight: Axis(weight.ndim - 1)), (1, lambda weight: Axis(weight.ndim - 2))]
+        case "Conv":
+            return [(1, lambda _: Axis(1))]
+        case "ConvTranspose":
+            return [(1, lambda _: Axis(0, blocks=attribute("group", 1)))]
+        case "LSTM" | "GRU" | "RNN":
+            return [(1, lambda _: Axis(2)), (2, lambda _: Axis(2))]
+    return []
+
+
+def _constant(value: Any) -> tuple[str, Any] | None:
+    """Name and numpy array of a constant, seen through what only moves or converts it."""
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return value.name, value.const_value.numpy()
+    node = value.producer()
+    if node is None:
+        return None
+    if node.op_type == "Constant" and "value" in node.attributes:
+        return value.name, node.attributes["value"].as_tensor().numpy()
+    inner = _constant(node.inputs[0]) if node.op_type in ("Identity", "Transpose", "Cast") else None
+    if inner is None or node.op_type != "Transpose":
+        return inner
+    axes = node.attributes["perm"].as_ints() if "perm" in node.attributes else None
+    return inner[0], inner[1].transpose(axes)
+
+
+def as_metadata(promised: dict[str, Pattern]) -> str:
+    """What `check_onnx` reads again."""
+    return json.dumps({name: str(each) for name, each in sorted(promised.items())})

@@ -1,0 +1,69 @@
+"""torch.export and AOTInductor: a model as a program, which needs its Python code no more."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from openwork.container import replacing
+from openwork.export.finished import arguments, demand_equal, exportable, outputs
+from openwork.gemms import quiet
+
+_ENDING = ".part.pt2"  # both loaders look at the ending
+
+
+def to_torch_export(
+    model: nn.Module, example: Any, path: str | os.PathLike[str], *, dynamic_shapes: Any = None
+) -> float:
+    """Write a model as a program of torch.export, which `torch.export.load(path).module()` runs; returns the largest
+    difference of its outputs to the model's, as a share of the largest output.
+
+    A model that is still sparsified is exported as finalized. `example` and `dynamic_shapes` as in `to_onnx`. A process
+    that loads a deployed model imports openwork first, which knows its operators. Raises RuntimeError for other
+    outputs, and what torch.export raises.
+    """
+    plain = exportable(model)
+    with replacing(path, _ENDING) as part:
+        torch.export.save(_anonymous(_traced(plain, example, dynamic_shapes)), part)
+        return _difference(plain, example, torch.export.load(part).module())
+
+
+def to_aot_inductor(
+    model: nn.Module, example: Any, path: str | os.PathLike[str], *, dynamic_shapes: Any = None
+) -> float:
+    """Write a model compiled for this kind of machine, which `torch._inductor.aoti_load_package(path)` runs without
+    compiling anything; the rest as in `to_torch_export`. Needs a C++ compiler, here but not where it is loaded.
+    """
+    plain = exportable(model)
+    with replacing(path, _ENDING) as part:
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(
+                _traced(plain, example, dynamic_shapes), package_path=os.fspath(part)
+            )
+        return _difference(plain, example, torch._inductor.aoti_load_package(os.fspath(part)))
+
+
+def _traced(model: nn.Module, example: Any, dynamic_shapes: Any) -> torch.export.ExportedProgram:
+    args, kwargs = arguments(model, example)
+    with quiet(model):
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+
+
+def _anonymous(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Without the example, and without the path and line of the user's code at every node: both would be saved."""
+    for module in program.graph_module.modules():
+        for node in getattr(getattr(module, "graph", None), "nodes", ()):
+            node.meta.pop("stack_trace", None)
+    program.example_inputs = None
+    return program
+
+
+def _difference(model: nn.Module, example: Any, loaded: Any) -> float:
+    args, kwargs = arguments(model, example)
+    with torch.no_grad():
+        found = [each for each in tree_leaves(loaded(*args, **kwargs)) if isinstance(each, torch.Tensor)]
+    return demand_equal("the exported program", found, outputs(model, example))

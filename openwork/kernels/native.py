@@ -1,0 +1,181 @@
+"""The native library: found, loaded, checked. Without it everything works, slower, and `status` says why.
+
+It is plain C++ behind a C interface (`csrc/`), so one build serves every Python and torch. It runs on torch's own
+threads, through the C symbols that libtorch exports for that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_ABI = 1
+_FILE = Path(__file__).with_name("libopenwork.so")
+
+
+class Groups(Structure):
+    """Where the groups of a weight lie in memory: see csrc/kernels.h."""
+
+    _fields_ = (("outer", c_int64), ("length", c_int64), ("inner", c_int64), ("n", c_int32), ("m", c_int32))
+
+
+class PanelWeight(Structure):
+    """The weight of a product whose lanes are columns of the input: see csrc/api.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("values", "offsets", "scales", "bias")),
+        *((name, c_int32) for name in ("dtype", "n", "m", "tile")),
+        *((name, c_int64) for name in ("K", "O")),
+    )
+
+
+class LinearCall(Structure):
+    _fields_ = (
+        ("weight", PanelWeight),
+        *((name, c_void_p) for name in ("x", "y", "scratch")),
+        *((name, c_int64) for name in ("B", "x_stride", "y_stride")),
+        ("activation", c_int32),
+    )
+
+
+class ConvCall(Structure):
+    _fields_ = (
+        ("weight", PanelWeight),
+        *((name, c_void_p) for name in ("x", "x_scales", "y", "scratch")),
+        *((name, c_int64) for name in ("threads", "N", "channels", "H", "W", "outH", "outW")),
+        *((name, c_int32) for name in ("groups", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w")),
+        ("kernel_w", c_int32),
+        ("activation", c_int32),
+    )
+
+
+class Rows(Structure):
+    """A product whose lanes are outputs: see csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("values", "indices")),
+        *((name, c_int64) for name in ("windows", "blocks")),
+        *((name, c_int32) for name in ("window", "slots")),
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        *((name, c_void_p) for name in ("bias", "y")),
+        *((name, c_int64) for name in ("y_stride", "outputs", "batch")),
+        ("activation", c_int32),
+    )
+
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+
+# Name -> (result, arguments).
+_FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "openwork_abi": (c_int32, ()),
+    "openwork_use_threads": (None, (c_void_p,)),
+    "openwork_use_isa": (c_char_p, (c_char_p,)),
+    "openwork_isa": (c_char_p, (c_int32,)),
+    "openwork_lanes": (c_int32, ()),
+    "openwork_panel_columns": (c_int32, ()),
+    "openwork_size_of": (c_int64, (c_int32,)),
+    "openwork_keep": (None, (POINTER(Groups), c_int32, c_void_p, c_void_p)),
+    "openwork_prune": (None, (POINTER(Groups), c_int32, c_void_p, c_void_p)),
+    "openwork_decay": (None, (POINTER(Groups), c_int32, c_void_p, c_void_p, c_float)),
+    "openwork_differ": (c_int64, (c_void_p, c_void_p, c_int64)),
+    "openwork_pack_bits": (None, (c_void_p, c_void_p, c_int64)),
+    "openwork_peak": (c_int64, (c_int64, c_void_p)),
+    "openwork_linear_scratch": (c_int64, (POINTER(LinearCall),)),
+    "openwork_linear": (None, (POINTER(LinearCall),)),
+    "openwork_conv_scratch": (c_int64, (POINTER(ConvCall),)),
+    "openwork_conv": (None, (POINTER(ConvCall),)),
+    "openwork_rows": (None, (POINTER(Rows), c_int32)),
+}
+
+
+@dataclass(frozen=True)
+class Status:
+    """What runs the operators. `isa` is the instruction set in use, None where there is no native library, and then
+    `reason` says why. `available` are the instruction sets that this machine could use, best first; `threads` is
+    "torch" or, where libtorch does not export its thread pool, "none"."""
+
+    isa: str | None
+    available: tuple[str, ...] = ()
+    threads: str = "none"
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.isa is None:
+            return f"no native kernels: {self.reason}"
+        return f"native kernels: {self.isa} (of {', '.join(self.available)}), threads of {self.threads}"
+
+
+def status() -> Status:
+    """What is loaded and, if nothing, why."""
+    lib, reason = _open()
+    if lib is None:
+        return Status(None, reason=reason)
+    return Status(lib.openwork_isa(-1).decode(), _available(lib), "torch" if _thread_pool() else "none")
+
+
+def library() -> Any:
+    """The native library, or None."""
+    return _open()[0]
+
+
+def use_isa(name: str | None) -> str:
+    """Choose an instruction set of `status().available`, or the best for None, and return its name. Weights packed for
+    another one must be packed again. The variable OPENWORK_ISA does the same when the library is loaded."""
+    lib = library()
+    if lib is None:
+        raise RuntimeError(str(status()))
+    if lib.openwork_use_isa(name.encode() if name else None) is None:
+        raise ValueError(f"instruction set {name!r}; this machine and build have {', '.join(_available(lib))}")
+    return str(lib.openwork_isa(-1).decode())
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@functools.cache
+def _open() -> tuple[Any, str]:
+    """The library, or None and the reason."""
+    if os.environ.get("OPENWORK_ISA") == "none":
+        return None, "OPENWORK_ISA=none"
+    if not _FILE.exists():
+        return None, f"{_FILE.name} was not built: it takes a C++17 compiler (gcc 9, clang 12 or newer) at installation"
+    try:
+        lib = ctypes.CDLL(str(_FILE))
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(lib, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return None, f"{_FILE.name} does not load: {error}; install again"
+    if lib.openwork_abi() != _ABI:
+        return None, f"{_FILE.name} has interface {lib.openwork_abi()}, needed {_ABI}: install again"
+    wanted = os.environ.get("OPENWORK_ISA") or None
+    if lib.openwork_use_isa(wanted.encode() if wanted else None) is None:
+        raise ValueError(f"OPENWORK_ISA={wanted}; this machine and build have none, {', '.join(_available(lib))}")
+    lib.openwork_use_threads(_thread_pool())
+    return lib, ""
+
+
+def _available(lib: Any) -> tuple[str, ...]:
+    names = (lib.openwork_isa(rank) for rank in range(16))
+    return tuple(name.decode() for name in names if name)
+
+
+@functools.cache
+def _thread_pool() -> int | None:
+    """The address of libtorch's `torch_parallel_for`, which is C and needs no headers."""
+    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+        return ctypes.cast(torch_cpu.torch_parallel_for, c_void_p).value
+    except (OSError, AttributeError):
+        return None

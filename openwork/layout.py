@@ -1,0 +1,240 @@
+"""How kernels want a compressed weight in memory. Made from the dense weight when a layer is deployed, never stored.
+
+    O = outputs, K = inputs, T = slots of one output, L = lanes of a vector, m and n as in the pattern
+
+Two layouts, for products whose lanes are different things (csrc/panel.inl, csrc/rows.inl):
+
+    Panel   lanes are columns of the input (tokens, pixels): many of them. Any pattern.
+    Rows    lanes are outputs: one input or a few. M in 2, 4, 8, 16, 32.
+
+Both keep N slots of every group, zeros included, so all outputs have equally many and no pointers are needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openwork.axis import Axis
+from openwork.masks import keep_largest, kept_per_group
+from openwork.pattern import Pattern
+
+_CACHE = 20 * 1024  # bytes of input that a tile may take of the first-level cache, of which 32 KiB are the smallest
+WINDOWS = {2: 4, 4: 4, 8: 8, 16: 16, 32: 32}
+"""M -> inputs that one permutation chooses from."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """`values` (T * O,) float32, bfloat16, or int16 holding int8 weights; `positions` (T * O + 1,) int16 holding
+    uint16.
+
+    The order is tile, output, slot; `tile` inputs make a tile. A position is where the input is in its tile, in bytes:
+    a tile has a row of `columns` numbers (float32, or int16 for int8 weights) for each input. `scales` (O,) are those
+    of int8 weights.
+    """
+
+    values: Tensor
+    positions: Tensor
+    scales: Tensor | None
+    pattern: Pattern
+    shape: tuple[int, int]
+    tile: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`values` (O / L, T, L) in float32, bfloat16 or int8; `words` (O / L, words, L) int32: indices, low bits first."""
+
+    values: Tensor
+    words: Tensor
+    scales: Tensor | None
+    pattern: Pattern
+    shape: tuple[int, int]
+    lanes: int
+
+
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight as int8 and one scale an output: (O, ...) -> int8 (O, ...), float32 (O,). weight ~ int8 * scale.
+
+    Raises ValueError where the weight is not finite: int8 has no such numbers.
+
+    >>> quantized(torch.tensor([[1.27, -0.5]]))
+    (tensor([[127, -50]], dtype=torch.int8), tensor([0.0100]))
+    """
+    scales = scale_of(weight.float().flatten(1).abs().amax(1))
+    if not scales.isfinite().all():
+        raise ValueError(
+            f"the weight {tuple(weight.shape)} holds numbers that are not finite, which int8 cannot: store float32"
+        )
+    return (weight.float() / scales.view(-1, *[1] * (weight.ndim - 1))).round().to(torch.int8), scales
+
+
+def scale_of(largest: Tensor) -> Tensor:
+    """What whole numbers from -127 to 127 are multiplied with, from the largest magnitude: NaN and infinity stay, zeros
+    and what is next to them (below 2**-126 floats lose digits) give 1.
+
+    >>> scale_of(torch.tensor([254.0, 0.0, torch.nan]))
+    tensor([2., 1., nan])
+    """
+    scale = largest / 127
+    return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+
+
+def panel(weight: Tensor, pattern: Pattern, *, columns: int, scales: Tensor | None = None) -> Panel:
+    """The panel layout of a weight (O, K) in float32, bfloat16, or int8 with its `scales`.
+
+    `columns` are those that the kernel takes at once. Raises ValueError where a group holds more than N non-zeros.
+    """
+    _demand_pattern(weight, pattern)
+    O, K = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -K % pattern.m))
+    tile, row = tile_of(weight.dtype, pattern, columns), columns * _input_bytes(weight.dtype)
+    values, positions = [], []
+    for part in padded.split(tile, dim=1):
+        keep = keep_largest(_magnitude(part), pattern, Axis(1))
+        slots = part[keep].view(O, -1)
+        position = (torch.arange(part.shape[1], device=weight.device) * row).expand_as(keep)[keep].view(O, -1)
+        if weight.dtype == torch.int8 and slots.shape[1] % 2:  # the kernel takes them in pairs
+            slots, position = (torch.nn.functional.pad(each, (0, 1)) for each in (slots, position))
+        values.append(slots.reshape(-1))
+        positions.append(position.reshape(-1))
+    stored = torch.cat(values).to(torch.int16) if weight.dtype == torch.int8 else torch.cat(values)
+    ends = torch.cat([*positions, positions[0].new_zeros(1)])
+    wrapped = torch.where(ends < 2**15, ends, ends - 2**16).to(torch.int16)
+    return Panel(stored, wrapped, scales, pattern, (O, K), tile, columns)
+
+
+def from_panel(layout: Panel) -> Tensor:
+    """Inverse of `panel`: the dense weight (O, K), zeros filled in; of an int8 weight the int8 numbers."""
+    O, K = layout.shape
+    int8 = layout.values.dtype == torch.int16
+    row = layout.columns * _input_bytes(torch.int8 if int8 else torch.float32)
+    dense = layout.values.new_zeros(O, -(-K // layout.pattern.m) * layout.pattern.m)
+    positions = (layout.positions.long() & 0xFFFF) // row
+    at = 0
+    for part in dense.split(layout.tile, dim=1):
+        count, stored = slots_of(part.shape[1], layout.pattern, int8)
+        values = layout.values[at : at + O * stored].view(O, stored)[:, :count]
+        position = positions[at : at + O * stored].view(O, stored)[:, :count]
+        part.scatter_(1, position, values)
+        at += O * stored
+    dense = dense[:, :K].contiguous()
+    return dense.to(torch.int8) if int8 else dense
+
+
+def slots_of(inputs: int, pattern: Pattern, int8: bool) -> tuple[int, int]:
+    """Slots of one output in a tile of so many inputs, and how many are stored.
+
+    >>> slots_of(24, Pattern(1, 8), int8=True)
+    (3, 4)
+    """
+    count = inputs // pattern.m * pattern.n
+    return count, count + (count % 2 if int8 else 0)
+
+
+def tile_of(dtype: torch.dtype, pattern: Pattern, columns: int) -> int:
+    """How many inputs make a tile, a multiple of M: so that what all outputs read stays in the cache."""
+    # Of few products a tile the sums cost more than cache misses: sparser weights have larger tiles (measured).
+    cache = _CACHE * max(1.0, 0.25 / pattern.density) ** 1.5
+    row = columns * _input_bytes(dtype)
+    return max(1, int(min(0xFFFF, cache) // row) // pattern.m) * pattern.m  # positions have 16 bits
+
+
+def conv_rows(weight: Tensor, pattern: Pattern) -> Tensor:
+    """A convolution's weight (O, C, R, S) as that of a product: (O, R * S * C), channels innermost, C padded to M."""
+    return torch.nn.functional.pad(weight.movedim(1, -1), (0, -weight.shape[1] % pattern.m)).flatten(1)
+
+
+def from_conv_rows(rows: Tensor, channels: int, kernel: tuple[int, int]) -> Tensor:
+    """Inverse of `conv_rows`: (O, R * S * C) -> (O, C, R, S)."""
+    return rows.view(len(rows), *kernel, -1)[..., :channels].movedim(-1, 1).contiguous()
+
+
+def rows(weight: Tensor, pattern: Pattern, *, lanes: int, scales: Tensor | None = None) -> Rows:
+    """The rows layout of a weight (O, K) in float32, bfloat16, or int8 with its `scales`. Raises ValueError where a
+    group holds more than N non-zeros, or for an M without a permutation."""
+    if pattern.m not in WINDOWS:
+        raise ValueError(f"M={pattern.m} has no layout by rows; needed one of {', '.join(map(str, WINDOWS))}")
+    _demand_pattern(weight, pattern)
+    window = WINDOWS[pattern.m]
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % window, 0, -weight.shape[0] % lanes))
+    keep = keep_largest(_magnitude(padded), pattern, Axis(1))
+    blocks, windows = padded.shape[0] // lanes, padded.shape[1] // window
+    values = padded[keep].view(blocks, lanes, -1).transpose(1, 2).contiguous()
+    index = (
+        (torch.arange(padded.shape[1], device=weight.device) % window)
+        .expand_as(keep)[keep]
+        .view(blocks, lanes, windows, -1)
+    )
+    return Rows(values, _words(index, window), scales, pattern, (weight.shape[0], weight.shape[1]), lanes)
+
+
+def from_rows(layout: Rows) -> Tensor:
+    """Inverse of `rows`: the dense weight, zeros filled in; of an int8 weight the int8 numbers."""
+    O, K = layout.shape
+    window = WINDOWS[layout.pattern.m]
+    slots = window // layout.pattern.m * layout.pattern.n
+    blocks, lanes, windows = layout.words.shape[0], layout.lanes, -(-K // window)
+    index = _indices(layout.words, window, slots)[..., : windows * slots].reshape(blocks * lanes, windows, slots)
+    values = layout.values.transpose(1, 2).reshape(blocks * lanes, windows, slots)
+    dense = values.new_zeros(blocks * lanes, windows, window).scatter_(2, index, values)
+    return dense.view(blocks * lanes, -1)[:O, :K].contiguous()
+
+
+def index_bits(window: int) -> int:
+    """Bits of an index in a word: as many as the permutation reads, rounded up so that words divide evenly."""
+    return {4: 2, 8: 4, 16: 4, 32: 8}[window]
+
+
+def _words(index: Tensor, window: int) -> Tensor:
+    """Indices (blocks, L, windows, slots) -> int32 (blocks, words, L). A word holds whole windows, or a window
+    words."""
+    bits = index_bits(window)
+    in_word = 32 // bits
+    slots = index.shape[-1]
+    if slots > in_word:
+        index = torch.nn.functional.pad(index, (0, -slots % in_word))
+        index = index.reshape(*index.shape[:2], -1, in_word)
+    else:
+        together = in_word // slots
+        index = torch.nn.functional.pad(index, (0, 0, 0, -index.shape[2] % together))
+        index = index.reshape(*index.shape[:2], -1, together * slots)
+    word = (index << torch.arange(index.shape[-1], device=index.device) * bits).sum(-1)
+    return torch.where(word < 2**31, word, word - 2**32).to(torch.int32).transpose(1, 2).contiguous()
+
+
+def _indices(words: Tensor, window: int, slots: int) -> Tensor:
+    """Inverse of `_words`, spare bits left out: (blocks, words, L) -> int64 (blocks, L, slots in order)."""
+    bits = index_bits(window)
+    in_word = 32 // bits
+    used = in_word // slots * slots if slots <= in_word else in_word
+    index = (words.transpose(1, 2).long().unsqueeze(-1) >> torch.arange(used, device=words.device) * bits) & (
+        window - 1
+    )
+    if slots > in_word:
+        index = index.reshape(*index.shape[:2], -1, -(-slots // in_word) * in_word)[..., :slots]
+    return index.flatten(2)
+
+
+def _magnitude(weight: Tensor) -> Tensor:
+    return weight.float().abs() if weight.dtype == torch.int8 else weight.abs()
+
+
+def _input_bytes(dtype: torch.dtype) -> int:
+    return 2 if dtype == torch.int8 else 4
+
+
+def _demand_pattern(weight: Tensor, pattern: Pattern) -> None:
+    if weight.ndim != 2 or not weight.numel():
+        raise ValueError(
+            f"weight of shape {tuple(weight.shape)}; a layout needs one of outputs and inputs, at least one of each"
+        )
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.int8):
+        raise TypeError(f"weight of {weight.dtype}; kernels take float32, bfloat16 and int8")
+    most = int(kept_per_group(weight, pattern, Axis(1)).max())
+    if most > pattern.n:
+        raise ValueError(f"a group of the weight {tuple(weight.shape)} holds {most} non-zeros; needed {pattern}")

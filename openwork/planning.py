@@ -1,0 +1,229 @@
+"""Measure, on this machine, what each sparse layer costs dense and sparse. Nothing is assumed faster."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openwork.deployed import Kind, SparseConv2d, SparseLinear, kinds_for, symmetric_padding
+from openwork.gemms import run
+from openwork.onednn import prepacked_linear
+from openwork.pattern import Pattern
+from openwork.report import aligned
+
+MARGIN = 0.97
+"""A sparse layer is chosen where it takes less than this share of the dense time: below, it may be noise."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight of a plan. Times in seconds for one forward of the example, all calls of the layer; `dense` is the
+    best of those measured, named by `dense_by`; `kind` is the kernel chosen, None where the layer stays dense, and
+    `reason` says why."""
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: Pattern | None
+    inputs: tuple[tuple[int, ...], ...] = ()
+    dense: float = 0.0
+    dense_by: str = ""
+    sparse: float = 0.0
+    kind: Kind | None = None
+    reason: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """Dense time over sparse time: above 1 where sparse is faster."""
+        return self.dense / self.sparse if self.sparse else 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` measured, layer by layer. `str()` is a table. `whole` are the times of whole models in seconds, which
+    only `deploy` measures."""
+
+    layers: tuple[Layer, ...]
+    stored: torch.dtype
+    machine: str
+    whole: Mapping[str, float]
+
+    @property
+    def chosen(self) -> dict[str, Kind]:
+        return {each.name: each.kind for each in self.layers if each.kind}
+
+    def __str__(self) -> str:
+        header = ["weight", "shape", "pattern", "inputs", "dense us", "by", "sparse us", "ratio", "choice", "reason"]
+        lines = [_cells(each) for each in self.layers]
+        whole = [f"whole model, {name}: {seconds * 1e3:.2f} ms" for name, seconds in self.whole.items()]
+        summary = f"{len(self.chosen)} of {len(self.layers)} weights run sparse, stored in {self.stored}"
+        return "\n".join([self.machine, *aligned(header, lines), summary, *whole])
+
+
+def machine() -> str:
+    """What the times of a plan belong to."""
+    import openwork.kernels as kernels
+
+    return f"{torch.get_num_threads()} threads, torch {torch.__version__}, {kernels.status()}"
+
+
+def measure_layers(
+    model: nn.Module, example: Any, patterns: Mapping[str, Pattern | str], stored: torch.dtype
+) -> tuple[Layer, ...]:
+    """Time every layer of a plain model in eval mode on the inputs that `example` brings it. `patterns`: weight name ->
+    its pattern, or the reason why it has none."""
+    seen = _inputs(model, example)
+    times: dict[Any, Layer] = {}
+    layers = []
+    for name, pattern in patterns.items():
+        module_name, _, tensor = name.rpartition(".")
+        module, inputs = model.get_submodule(module_name), seen.get(module_name, [])
+        weight = getattr(module, tensor)
+        shape = tuple(weight.shape)
+        reason = pattern if isinstance(pattern, str) else cannot(module, tensor, pattern, stored, inputs)
+        if reason or not isinstance(pattern, Pattern):
+            layers.append(Layer(name, shape, None if isinstance(pattern, str) else pattern, reason=reason))
+            continue
+        alike = (repr(module), shape, pattern, tuple((tuple(x.shape), x.stride()) for x in inputs))
+        if alike not in times:
+            times[alike] = _timed(module, pattern, inputs, stored)
+        found = times[alike]
+        layers.append(
+            Layer(
+                name, shape, pattern, found.inputs, found.dense, found.dense_by, found.sparse, found.kind, found.reason
+            )
+        )
+    return tuple(layers)
+
+
+def cannot(module: nn.Module, tensor: str, pattern: Pattern, stored: torch.dtype, inputs: Sequence[Tensor]) -> str:
+    """Why there is no kernel for a weight; empty where there is one."""
+    if tensor != "weight" or not (type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)):
+        return f"no kernel for {type(module).__name__}.{tensor}"
+    weight = module.weight
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"{weight.dtype} on {weight.device}: kernels are for float32 and bfloat16 on a CPU"
+    if pattern.n == pattern.m:
+        return "the pattern is dense"
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        try:
+            symmetric_padding(module)
+        except ValueError as error:
+            return str(error)
+    return "" if inputs else "the example does not reach it"
+
+
+def sparse_module(module: Any, pattern: Pattern, kind: Kind, stored: torch.dtype) -> SparseLinear | SparseConv2d:
+    """What stands in for a layer."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return SparseConv2d(module, pattern, stored)
+    return SparseLinear(module, pattern, kind, stored, transposed=_is_hf_conv1d(module))
+
+
+def fastest(variants: Mapping[str, Callable[[], object]], seconds: float = 0.1) -> dict[str, float]:
+    """The median time of each, in seconds. They take turns, so that a busy moment meets all of them."""
+    for each in variants.values():
+        each()
+    start = time.perf_counter()
+    for each in variants.values():
+        each()
+    rounds = max(3, min(50, round(seconds * len(variants) / (time.perf_counter() - start))))
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, each in variants.items():
+            start = time.perf_counter()
+            each()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def _timed(module: nn.Module, pattern: Pattern, inputs: list[Tensor], stored: torch.dtype) -> Layer:
+    weight: Any = module.weight
+    oriented = weight.t() if _is_hf_conv1d(module) else weight
+    kinds = kinds_for(oriented, pattern)
+    totals: Counter[str] = Counter()
+    shapes = Counter(tuple(x.shape) for x in inputs)
+    made = {kind: sparse_module(module, pattern, kind, stored) for kind in kinds}
+    for shape, calls in shapes.items():
+        x = next(each for each in inputs if tuple(each.shape) == shape)
+        variants: dict[str, Callable[[], object]] = dict(_dense_variants(module, oriented, x))
+        variants |= {kind: _call(each, x) for kind, each in made.items()}
+        for name, seconds in fastest(variants).items():
+            totals[name] += seconds * calls  # type: ignore[assignment]
+    dense_by = min((name for name in totals if name not in kinds), key=lambda name: totals[name])
+    kind = min(kinds, key=lambda name: totals[name])
+    dense, sparse = float(totals[dense_by]), float(totals[kind])
+    wins = sparse < MARGIN * dense
+    return Layer(
+        "",
+        (),
+        pattern,
+        tuple(shapes),
+        dense,
+        dense_by,
+        sparse,
+        kind if wins else None,
+        "" if wins else "dense is faster",
+    )
+
+
+def _dense_variants(module: nn.Module, weight: Tensor, x: Tensor) -> dict[str, Callable[[], object]]:
+    variants: dict[str, Callable[[], object]] = {"torch": _call(module, x)}
+    if weight.ndim == 2:
+        flat = x.reshape(-1, x.shape[-1])
+        prepacked = prepacked_linear(weight.detach(), getattr(module, "bias", None), len(flat))
+        if prepacked is not None and x.dtype == weight.dtype:
+            variants["oneDNN prepacked"] = _call(prepacked, flat)
+    elif weight.ndim == 4 and x.ndim == 4:
+        other = nn.Conv2d.__new__(nn.Conv2d)
+        other.__dict__.update(module.__dict__)
+        other._parameters = {**module._parameters}
+        other._parameters["weight"] = nn.Parameter(weight.detach().to(memory_format=torch.channels_last))
+        variants["channels_last"] = _call(other, x.to(memory_format=torch.channels_last))
+    return variants
+
+
+def _call(function: Callable[[Tensor], object], x: Tensor) -> Callable[[], object]:
+    return lambda: function(x)
+
+
+def _inputs(model: nn.Module, example: Any) -> dict[str, list[Tensor]]:
+    """What each layer is called with, by its name."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if arguments and isinstance(arguments[0], Tensor):
+                known = [x for x in seen.setdefault(name, []) if x.shape == arguments[0].shape]
+                seen[name].append(known[0] if known else arguments[0].detach())
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(note(name))
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)
+    ]
+    try:
+        run(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _is_hf_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def _cells(each: Layer) -> list[str]:
+    inputs = " ".join("x".join(map(str, shape)) for shape in each.inputs)
+    times = [f"{each.dense * 1e6:.0f}", each.dense_by, f"{each.sparse * 1e6:.0f}", f"{each.ratio:.2f}"]
+    cells = [each.name, "x".join(map(str, each.shape)), str(each.pattern or "-"), inputs]
+    return [*cells, *(times if each.inputs else ["-"] * 4), each.kind or "dense", each.reason]

@@ -1,0 +1,88 @@
+"""Builds the native library `openwork/kernels/libopenwork.so` from csrc/: plain C++17, no Python and no torch headers.
+
+Everything else is in pyproject.toml. Each file of an instruction set gets its own flags; the library chooses at run
+time. Without a compiler the package is installed all the same and works without the library, slower.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-g0",
+]
+FLAGS += ["-Wno-maybe-uninitialized"]  # gcc's own AVX-512 headers
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+ISAS = {
+    "x86_64": {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512vnni": [*AVX512, "-mavx512vnni"]},
+    "aarch64": {"neon": []},
+}
+MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+SOURCES = {"dispatch": [], "product": [], "scalar": [], **ISAS.get(MACHINE, {})}
+
+
+class BuildNative(build_ext):
+    """One shared library with flags for each file, named without the version of Python."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def build_extension(self, extension: Extension) -> None:
+        target = Path(self.get_ext_fullpath(extension.name))
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                objects = list(pool.map(self._compile, SOURCES.items()))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.compiler.link_shared_object(
+                [each for one in objects for each in one], str(target), target_lang="c++", extra_postargs=["-pthread"]
+            )
+        except Exception as error:
+            print(f"warning: the native library was not built, openwork will run without it: {error}", file=sys.stderr)
+            target.unlink(missing_ok=True)
+
+    def _compile(self, source: tuple[str, list[str]]) -> list[str]:
+        name, flags = source
+        depends = [str(path) for path in Path("csrc").iterdir()]
+        return self.compiler.compile(
+            [f"csrc/{name}.cpp"], self.build_temp, include_dirs=["csrc"], extra_postargs=FLAGS + flags, depends=depends
+        )
+
+    def copy_extensions_to_source(self) -> None:
+        if any(Path(path).exists() for path in self.get_outputs()):
+            super().copy_extensions_to_source()
+
+
+class AnyPython(bdist_wheel):
+    """The library is loaded with ctypes: one wheel for every Python on a platform."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("openwork.kernels.libopenwork", [f"csrc/{name}.cpp" for name in SOURCES])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
+)

@@ -1,0 +1,5 @@
+"""transformers and lightning import torchvision, which may be broken where it was built for another torch."""
+
+from openwork.tasks.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()
