@@ -23,6 +23,7 @@ from openwork.tasks.config import Config, build_method, data_folder, differences
 from openwork.tasks.imagefolder import imagefolder
 from openwork.tasks.models import build_model
 from openwork.tasks.rundir import RunDir, first_process, read_lines
+from openwork.tasks.sharding import gather, whole_twin
 
 _PICTURE = 32, 96  # rows and columns of the mask picture
 
@@ -103,7 +104,9 @@ def train(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         return done
     picture = pictured_layer(report)
     start = mask_rows(net, picture)
+    twin = whole_twin(config, net)
     module, trainer = fit(config, data, net, run, callbacks)
+    net = module.net = gather(net, twin)
     end = mask_rows(net, picture)
     if build_method(config).sparse:  # dense training promises nothing
         ow.verify(net)

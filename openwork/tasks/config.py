@@ -13,6 +13,7 @@ from typing import Any
 
 import openwork as ow
 
+FSDP2 = "fsdp2"  # ours: Lightning has no name for it
 METHODS = ("dense", "asp", "ste", "sr-ste")
 DATASETS = ("digits", "fashion-mnist=DIR", "cifar10=DIR", "imagefolder=DIR")
 
@@ -64,8 +65,9 @@ class Common:
     dropout: float = flag(0.0, "before the last layer (resnet8, resnet20, ...)")
     precision: str = flag("32-true", "Lightning's precision: 32-true, bf16-mixed, 16-mixed, ...")
     accumulate: int = flag(1, "micro-batches per optimizer step")
-    devices: int = flag(1, "processes or GPUs")
-    strategy: str = flag("auto", "Lightning's strategy: auto, ddp, ...")
+    devices: int = flag(1, "processes or GPUs of each machine")
+    nodes: int = flag(1, "machines, each with --devices processes")
+    strategy: str = flag("auto", "how processes share the work: auto, ddp, fsdp2, or another of Lightning's")
     accelerator: str = flag("auto", "Lightning's accelerator: auto, cpu, gpu, ...")
     threads: int = flag(0, "CPU threads of torch (0: torch's own choice)")
     workers: int = flag(2, "processes that decode images (imagefolder)")
@@ -128,18 +130,35 @@ class CompareConfig(Common):
 def check_common(config: Common) -> None:
     if config.preset and config.preset not in PRESETS:
         raise ValueError(f"preset {config.preset!r} is not known; use one of {', '.join(PRESETS)}")
-    for name in ("epochs", "batch_size", "accumulate", "devices", "checkpoint_every", "topology_every", "log_every"):
+    for name in (
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "devices",
+        "nodes",
+        "checkpoint_every",
+        "topology_every",
+        "log_every",
+    ):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    parts = config.accumulate * config.devices
+    check_strategy(config)
+    parts = config.accumulate * config.devices * config.nodes
     if config.batch_size % parts:
         raise ValueError(
             f"batch_size {config.batch_size} is the size of an optimizer step and must divide by "
-            f"accumulate x devices = {parts}; use {config.batch_size // parts * parts or parts}"
+            f"accumulate x devices x nodes = {parts}; use {config.batch_size // parts * parts or parts}"
         )
     if config.warmup >= config.epochs:
         raise ValueError(
             f"warmup of {config.warmup} epochs leaves nothing of {config.epochs}; shorten it or train longer"
+        )
+
+
+def check_strategy(config: Common) -> None:
+    if config.strategy.startswith("fsdp") and config.strategy != FSDP2:
+        raise ValueError(
+            f"strategy {config.strategy!r} is Lightning's FSDP1, which cannot hold masked weights; use {FSDP2}"
         )
 
 

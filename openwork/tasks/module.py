@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import openwork as ow
-from openwork.tasks.config import Config
+from openwork.tasks.config import FSDP2, Config
 from openwork.tasks.draws import batch_indices, seed_step
 from openwork.tasks.models import allow_torchvision
 from openwork.tasks.rundir import RunDir
+from openwork.tasks.sharding import build_strategy, shard
 from openwork.tasks.stepping import Batches, Stopwatch, lr_factor
 
 allow_torchvision()  # lightning imports it through torchmetrics
@@ -42,6 +43,7 @@ class ClassificationModule(pl.LightningModule):
         self._watch = Stopwatch()
         self._losses: list[Tensor] = []
         self._restored: dict[str, Any] = {}
+        self._sharded = False
 
     @property
     def epoch(self) -> int:
@@ -63,6 +65,11 @@ class ClassificationModule(pl.LightningModule):
         return Batches(np.array_split(mine, math.ceil(len(mine) / 256)), self.data.val_batches)
 
     # optimisation
+
+    def configure_model(self) -> None:
+        if self.config.strategy == FSDP2 and self.trainer.state.fn == "fit" and not self._sharded:
+            shard(self.net, self.device_mesh["data_parallel"])
+            self._sharded = True
 
     def configure_optimizers(self) -> Any:
         c = self.config
@@ -196,7 +203,8 @@ def build_trainer(config: Config, out: Path, callbacks: Sequence[pl.Callback] = 
         precision=config.precision,  # type: ignore[arg-type]
         accumulate_grad_batches=config.accumulate,
         devices=config.devices,
-        strategy=config.strategy,
+        num_nodes=config.nodes,
+        strategy=build_strategy(config),
         accelerator=config.accelerator,
         logger=TensorBoardLogger(out, name="tensorboard", version=""),
         callbacks=list(callbacks),
