@@ -102,9 +102,15 @@ def compare(words: list[str]) -> int:
     from openwork.tasks.config import comparison
     from openwork.tasks.parser import parse
 
-    about = "Train several methods from the same seeds."
-    config = parse(comparison(task.config), words[1:], f"openwork compare {task.name}", about)
-    _show_table(run(config, lambda line: print(line, flush=True)), task.metrics)
+    about = "Train several methods from the same seeds. --json prints results.json instead of the table."
+    as_json = "--json" in words  # results.json on stdout instead of the table
+    words = [word for word in words[1:] if word != "--json"]
+    config = parse(comparison(task.config), words, f"openwork compare {task.name}", about)
+    rows = run(config, lambda line: print(line, flush=True, file=sys.stderr if as_json else sys.stdout))
+    if as_json:
+        print((Path(config.out) / "results.json").read_text(encoding="utf-8"))
+        return 0
+    _show_table(rows, task.metrics)
     print(f"report: {(Path(config.out) / 'report.html').resolve()}")
     return 0
 

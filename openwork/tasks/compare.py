@@ -18,7 +18,7 @@ import torch
 
 from openwork.tasks.config import CompareConfig, Config, differences, field_names, values_of
 from openwork.tasks.rundir import RunDir, write_text, write_yaml
-from openwork.tasks.summary import Row, headline, rows_of
+from openwork.tasks.summary import Row, headline, metrics_of, rows_of
 
 
 def planned_runs(config: CompareConfig) -> list[Config]:
@@ -83,15 +83,27 @@ def compare(config: CompareConfig, say: Callable[[str], None]) -> list[Row]:
             list(pool.map(lambda run: run_one(run, say), stage))
     results = [_result(run) for run in runs]
     rows = rows_of(results)
-    write_text(
-        Path(config.out) / "results.json", json.dumps(_document(config, rows, time.perf_counter() - start), indent=1)
-    )
+    document = _document(config, results, rows, time.perf_counter() - start)
+    write_text(Path(config.out) / "results.json", json.dumps(document, indent=1))
     _write_page(Path(config.out))
     return rows
 
 
-def _document(config: CompareConfig, rows: Sequence[Row], seconds: float) -> dict[str, Any]:
-    return {"config": values_of(config), "rows": [asdict(row) for row in rows], "seconds_of_this_call": seconds}
+def _document(
+    config: CompareConfig, results: Sequence[dict[str, Any]], rows: Sequence[Row], seconds: float
+) -> dict[str, Any]:
+    keys = [metric.key for metric in metrics_of(results)]
+    return {
+        "config": values_of(config),
+        "machine": results[0]["machine"],
+        "metrics": results[0]["metrics"],
+        "rows": [asdict(row) for row in rows],
+        "runs": [
+            {key: r["config"][key] for key in ("method", "pattern", "decay", "seed")} | {key: r[key] for key in keys}
+            for r in results
+        ],
+        "seconds_of_this_call": seconds,
+    }
 
 
 def _result(run: Config) -> dict[str, Any]:
