@@ -12,10 +12,18 @@ import pytest
 from plain_loop import distance
 from safetensors.torch import load_file
 
-from openwork.tasks.config import Config
+from openwork.tasks.classification import ClassificationConfig as Config
 from openwork.tasks.rundir import read_lines
 
-RECIPE = {"accelerator": "cpu", "limit": 128, "epochs": 2, "topology_every": 2, "progress": False, "threads": 1}
+RECIPE = {
+    "accelerator": "cpu",
+    "limit": 128,
+    "epochs": 2,
+    "clip": 0.5,
+    "topology_every": 2,
+    "progress": False,
+    "threads": 1,
+}
 STEPS = [2, 4]  # 128 images, 64 a step, twice
 FLAGS = [word for name, value in RECIPE.items() for word in (f"--{name}", str(value).lower())]
 TRAIN = ["-m", "openwork.cli", "train", "classification", *FLAGS]
@@ -101,7 +109,7 @@ def test_a_killed_run_is_restarted_by_torchrun_and_ends_the_same(row, sharded, t
     """Both processes are killed after three of four steps; the checkpoint lies after two."""
     config = RECIPE | {"devices": 2, "strategy": "fsdp2", "resume": True, "out": str(tmp_path / "run")}
     script = Path(__file__).with_name("run_and_kill.py")
-    torchrun([*TWO, "--max-restarts", "1", str(script), json.dumps(config), "3"])
+    torchrun([*TWO, "--max-restarts", "1", str(script), "classification", json.dumps(config), "3"])
     assert is_the_same(tmp_path / "run", sharded) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (sharded / "metrics.jsonl").read_text()
     what = "a recipe by flags: killed (SIGKILL), restarted by `torchrun --max-restarts 1 ... --resume`, FSDP2"
