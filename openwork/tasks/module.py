@@ -19,16 +19,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import openwork as ow
-from openwork.tasks.config import FSDP2, Config
+from openwork.tasks.config import Config
 from openwork.tasks.draws import batch_indices, seed_step
 from openwork.tasks.models import allow_torchvision
 from openwork.tasks.rundir import RunDir
-from openwork.tasks.sharding import build_strategy, shard
+from openwork.tasks.sharding import shard
 from openwork.tasks.stepping import Batches, Stopwatch, lr_factor
 from openwork.tasks.task import Task
 
 allow_torchvision()  # lightning imports it through torchmetrics
 import lightning.pytorch as pl  # noqa: E402
+
+from openwork.tasks.strategy import build_strategy  # noqa: E402
 
 
 class TaskModule(pl.LightningModule):
@@ -69,7 +71,8 @@ class TaskModule(pl.LightningModule):
     # optimisation
 
     def configure_model(self) -> None:
-        if self.config.strategy == FSDP2 and self.trainer.state.fn == "fit" and not self._sharded:
+        """Lightning calls it before the optimizer is made, again for validation, and has a mesh for FSDP2 only."""
+        if self.device_mesh is not None and self.trainer.state.fn == "fit" and not self._sharded:
             shard(self.net, self.device_mesh["data_parallel"])
             self._sharded = True
 

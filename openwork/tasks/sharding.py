@@ -1,4 +1,4 @@
-"""FSDP2 for the recipes, through Lightning's ModelParallelStrategy: each block and the network are sharded.
+"""FSDP2 for the recipes: each block and the network are sharded.
 
 A sharded network cannot be finalized. So training works on a sharded one, and its weights are gathered in a whole copy.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -16,16 +15,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from openwork.tasks.config import FSDP2, Common
-
-
-def build_strategy(config: Common) -> Any:
-    """What Lightning's trainer takes for `config.strategy`."""
-    if config.strategy != FSDP2:
-        return config.strategy
-    from lightning.pytorch.strategies import ModelParallelStrategy
-
-    # one file for each checkpoint, as with the other strategies
-    return ModelParallelStrategy(config.devices * config.nodes, 1, save_distributed_checkpoint=False)
 
 
 def shard(net: nn.Module, mesh: DeviceMesh) -> None:

@@ -2,10 +2,10 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -35,19 +35,25 @@ def torchrun(*commands):
     """Run them side by side to their end, and end them and their children where one fails or takes too long."""
     python = [sys.executable, "-m", "torch.distributed.run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen([*python, *each], stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
-        for each in commands
-    ]
+    with tempfile.TemporaryFile("w+") as told:
+        started = [subprocess.Popen([*python, *each], stderr=told, env=environment) for each in commands]
+        try:
+            codes = [process.wait(LIMIT) for process in started]
+        finally:
+            for process in started:
+                end(process)
+        told.seek(0)
+        assert not any(codes), told.read()
+
+
+def end(process):
+    """By SIGTERM first: a torchrun ends its processes then, which are no part of its process group."""
+    process.terminate()
     try:
-        for process in started:
-            told = process.communicate(timeout=LIMIT)[1]
-            assert process.returncode == 0, told
-    finally:
-        for process in started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def two_processes(strategy, out):
