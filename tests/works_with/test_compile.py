@@ -8,7 +8,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
-from works_with.harness import Way, demand, nets_of, run
+from works_with.harness import FOR_THE_PAGE, Way, demand, nets_of, run
 from works_with.nets import ResNet, Transformer, batches, loss_of, made
 
 
@@ -68,17 +68,12 @@ def fresh():
 @pytest.mark.usefixtures("fresh")
 def test_the_whole_model_is_one_graph_compiled_once(row):
     """20 steps, and no recompilation in any."""
-    results = {}
+    results, way = {}, Way(resumes=FOR_THE_PAGE)
     for kind in nets_of(Way()):
-        results[kind], graphs, dense = compiled(kind, whole_model, resumes=False)
-        assert graphs == [dense] == [{"forward": 1, "backward": 1}]
-    demand(
-        row,
-        "Compilation",
-        "`torch.compile(model, fullgraph=True)`: one graph, compiled once",
-        Way(resumes=False),
-        results,
-    )
+        results[kind], graphs, dense = compiled(kind, whole_model, resumes=way.resumes)
+        assert dense == {"forward": 1, "backward": 1}
+        assert graphs == [dense] * (1 + way.resumes)
+    demand(row, "Compilation", "`torch.compile(model, fullgraph=True)`: one graph, compiled once", way, results)
 
 
 @pytest.mark.usefixtures("fresh")
