@@ -15,6 +15,7 @@ from torch import nn
 import openwork as ow
 from openwork import planning
 from openwork.deployed import SparseConv2d, SparseLinear
+from openwork.tasks.torchvision_compat import ensure_torchvision
 
 
 class Net(nn.Module):
@@ -213,10 +214,10 @@ class Odd(nn.Module):
 
 def test_what_no_kernel_takes_is_dense_for_a_reason(path):
     model = trained(Odd(), exclude=["embed", "head"])
-    names = [each for each in ow.verify(model, exclude=["embed", "head"], pattern="2:4").sparse]
+    names = set(ow.verify(model, exclude=["embed", "head"], pattern="2:4").sparse)
     ow.save(model, path, pattern="2:4", exclude=["embed", "head"])
     x = torch.arange(6).view(1, 6)
-    with pytest.raises(ValueError, match="one side more|pad with zeros"):
+    with pytest.raises(ValueError, match="kernels pad with zeros"):
         ow.load_deployed(path, without_values(Odd), x, chosen={"mirror.weight": "panel"})
     fast = ow.load_deployed(path, without_values(Odd), x, chosen={"fc.weight": "panel"})
     equal(fast, model, x)
@@ -227,14 +228,14 @@ def test_what_no_kernel_takes_is_dense_for_a_reason(path):
         "mirror.weight": "as chosen",
         "embed.weight": "dense in the file",
         "head.weight": "dense in the file",
-        "a.weight": "tied to another tensor",
+        "a.weight": "dense in the file",  # sparsify and save leave tied weights alone
         "attention.in_proj_weight": "no kernel for MultiheadAttention.in_proj_weight",
         "attention.out_proj.weight": "no kernel for NonDynamicallyQuantizableLinear.weight",
         "rnn.weight_ih_l0": "no kernel for LSTM.weight_ih_l0",
         "rnn.weight_hh_l0": "no kernel for LSTM.weight_hh_l0",
         "up.weight": "no kernel for ConvTranspose1d.weight",
     }
-    assert set(names) <= {*reasons, "b.weight"}
+    assert names <= {*reasons, "b.weight"}
 
 
 def test_an_encoder_layer_of_torch(path):
@@ -250,6 +251,7 @@ def test_an_encoder_layer_of_torch(path):
 
 
 def test_layers_of_transformers_that_keep_their_weights_transposed(path):
+    ensure_torchvision()
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=32, use_cache=False)
     model = transformers.GPT2LMHeadModel(config).eval()
@@ -283,9 +285,9 @@ def test_a_choice_that_cannot_be_is_named(path, saved, chosen):
 
 
 def test_models_that_do_not_fit_are_refused(path, saved):
+    model = Net()
+    ow.sparsify(model, "2:4", exclude=["stem"])
     with pytest.raises(ValueError, match="the model is sparsified"):
-        model = Net()
-        ow.sparsify(model, "2:4", exclude=["stem"])
         ow.load_deployed(path, model, EXAMPLE)
     with pytest.raises(ValueError, match="the model lacks"):
         ow.load_deployed(path, nn.Sequential(nn.Linear(8, 8)), EXAMPLE)
