@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -313,7 +314,7 @@ import json, re, sys, torch, openwork as ow
 def now(key): return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
 path, chosen = sys.argv[1], json.loads(sys.argv[2])
 with torch.device("meta"):
-    model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(16)))
+    model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(8)))
 x = torch.randn(1, 2048)
 torch.nn.Linear(2048, 2048)(x)
 open("/proc/self/clear_refs", "w").write("5")
@@ -325,17 +326,14 @@ print(sum(each.nbytes for each in fast.buffers() if each is not None) / 2**20)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux to measure peaks of memory")
-@pytest.mark.parametrize("kind", ["panel", "rows"])
-def test_memory_holds_the_packed_layers_and_one_dense_one(path, kind):
-    model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(16)))
-    ow.project(model, "2:4")
-    ow.save(model, path, pattern="2:4")
-    chosen = {f"{i}.weight": kind for i in range(16)}
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(path), json.dumps(chosen)], capture_output=True, text=True, timeout=300
-    )
+def test_memory_holds_the_packed_layers_and_one_dense_one(path):
+    one = nn.Linear(2048, 2048, bias=False)
+    ow.project(one, "1:4")
+    ow.save(nn.Sequential(*(copy.deepcopy(one) for _ in range(8))), path, pattern="1:4")
+    chosen = {f"{i}.weight": "panel" if i % 2 else "rows" for i in range(8)}
+    arguments = [sys.executable, "-c", PEAK, str(path), json.dumps(chosen)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     peak, packed = map(float, done.stdout.split())
-    dense, file = 16 * 16, path.stat().st_size / 2**20
-    print(peak, packed, file)
-    assert peak < packed + file + 16 < dense
+    layer, file = 16.0, path.stat().st_size / 2**20  # MiB
+    assert packed < peak < packed + file + layer < 8 * layer
