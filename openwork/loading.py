@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from openwork.axis import Axis
+from openwork.candidates import known_axis
 from openwork.container import Stored
 from openwork.contents import Contents, opened
 from openwork.deploy import STORED
@@ -201,9 +202,9 @@ def _cannot_stream(each: Stored | Sparse | Bitmask, where: list[_Place]) -> str:
         return "it is the whole model"
     if key != "weight" or not has_kernel(module):
         return f"no kernel for {type(module).__name__}.{key}"
-    inputs = Axis(1) if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) else Axis(0)  # transformers' Conv1D
-    along = inputs if each.axis.flat and len(each.shape) == 2 and each.shape[1] % each.pattern.m == 0 else each.axis
-    return "" if along == inputs == Axis(1) or each.axis == inputs else "its groups do not run along the inputs"
+    flat_rows = each.axis.flat and len(each.shape) == 2 and each.shape[1] % each.pattern.m == 0
+    along, _ = known_axis(module, key)
+    return "" if along == (Axis(1) if flat_rows else each.axis) else "its groups do not run along the inputs"
 
 
 def _fill(where: list[_Place], tensor: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from openwork.axis import Axis
-from openwork.candidates import AxisChoice, PatternChoice, Remainder, decide
+from openwork.candidates import HELD, AxisChoice, PatternChoice, Remainder, decide
 from openwork.container import CODES
 from openwork.contents import Contents
 from openwork.deployed import demand_undeployed
@@ -89,12 +89,12 @@ def patterns(
         return promised | {name: (each.pattern, each.axis) for name, each in masked.items() if each.method.sparse}
     if pattern is None:
         return _inferred(model, exclude, axis)
-    decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder)
+    decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder, dtypes=HELD)
     return {each.name: (each.pattern, each.axis) for each in decided if each.pattern and each.axis}
 
 
 def _inferred(model: nn.Module, exclude: Sequence[str], axis: AxisChoice) -> dict[str, Placed]:
-    decided = decide(model, Pattern(1, 1), exclude=exclude, axis=axis)
+    decided = decide(model, Pattern(1, 1), exclude=exclude, axis=axis, dtypes=HELD)
     found = {}
     for each in decided:
         if each.pattern and each.axis:

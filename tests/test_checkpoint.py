@@ -70,6 +70,33 @@ def test_a_plain_model_comes_back_bit_for_bit(path, text, dtype):
     }
 
 
+@pytest.mark.parametrize("text", ["2:4", "3:7", "1:16", "32:64"])
+def test_weights_of_int8_are_compressed_too(path, text):
+    floats = small_net()
+    ow.project(floats, text, remainder="pad")
+    model = nn.Sequential(*(each for each in floats if isinstance(each, nn.Linear)))
+    for each in model:
+        each.weight = nn.Parameter((each.weight * 1000).round().clamp(-128, 127).to(torch.int8), requires_grad=False)
+    ow.save(model, path, pattern=text, remainder="pad")
+    assert {each.name: (each.dtype, str(each.pattern)) for each in check(path) if each.pattern} == {
+        name: (torch.int8, text) for name in ("0.weight", "1.weight")
+    }
+    assert same_state(ow.load(path), model.state_dict())
+    twin = nn.Sequential(*(each for each in small_net() if isinstance(each, nn.Linear)))
+    for each in twin:
+        each.weight = nn.Parameter(torch.zeros_like(each.weight, dtype=torch.int8), requires_grad=False)
+    assert same_state(ow.load(path, into=twin).state_dict(), model.state_dict())
+    if text == "2:4":
+        assert len(ow.verify(model, pattern=text).sparse) == 2
+        model[0].weight.fill_(1)
+        with pytest.raises(ow.NotSparse, match=r"0\.weight"):
+            ow.verify(model, pattern=text)
+        with pytest.raises(ow.NotSparse, match=r"0\.weight"):
+            ow.save(model, path, pattern=text)
+        with pytest.raises(ValueError, match=r"no parameter of two dims or more|needed .* or bfloat16"):
+            ow.sparsify(model, text)
+
+
 def test_buffers_of_every_dtype_come_back(path):
     model = sparse_net()
     for dtype in container.CODES:
