@@ -1,7 +1,8 @@
 """Which weights can be sparse, along which axis, and why the others are left alone.
 
-A candidate is every floating-point parameter with two or more dims; to be stored or verified, one of int8 too. What a weight's reduction axis is follows from the
-module that owns it; a parameter of an unknown module needs `axis={glob: dim}`.
+A candidate is every floating-point parameter with two or more dims; to be stored or verified, one of int8 too. What a
+weight's reduction axis is follows from the module that owns it; a parameter of an unknown module needs
+`axis={glob: dim}`.
 """
 
 from __future__ import annotations
@@ -68,8 +69,10 @@ def decide(
     remainder: Remainder = "skip",
     dtypes: Sequence[torch.dtype] = TRAINED,
 ) -> list[Candidate]:
-    """Every candidate of `model` with its decision; those of other `dtypes` are left alone. Raises ValueError where a glob matches nothing, where `remainder`
-    is "error" and M does not divide an axis, or where nothing is left to be sparse."""
+    """Every candidate of `model` with its decision; those of other `dtypes` are left alone.
+
+    Raises ValueError where a glob matches nothing, where `remainder` is "error" and M does not divide an axis, or where
+    nothing is left to be sparse."""
     demand_undeployed(model, "finding the weights that can be sparse")
     if remainder not in ("skip", "pad", "error"):
         raise ValueError(f"remainder={remainder!r}; needed 'skip', 'pad' or 'error'")

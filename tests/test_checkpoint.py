@@ -78,9 +78,9 @@ def test_weights_of_int8_are_compressed_too(path, text):
     for each in model:
         each.weight = nn.Parameter((each.weight * 1000).round().clamp(-128, 127).to(torch.int8), requires_grad=False)
     ow.save(model, path, pattern=text, remainder="pad")
-    assert {each.name: (each.dtype, str(each.pattern)) for each in check(path) if each.pattern} == {
-        name: (torch.int8, text) for name in ("0.weight", "1.weight")
-    }
+    assert {each.name: (each.dtype, str(each.pattern)) for each in check(path) if each.pattern} == dict.fromkeys(
+        ("0.weight", "1.weight"), (torch.int8, text)
+    )
     assert same_state(ow.load(path), model.state_dict())
     twin = nn.Sequential(*(each for each in small_net() if isinstance(each, nn.Linear)))
     for each in twin:
