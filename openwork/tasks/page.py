@@ -47,3 +47,9 @@ def heading(text: str) -> str:
 def figure(caption: str, html: str) -> str:
     """A figure around HTML that is escaped already."""
     return f"<figure><figcaption>{escape(caption)}</figcaption>{html}</figure>"
+
+
+def sentence(label: str, parts: Iterable[tuple[str, bool]]) -> str:
+    """A labelled line of text from (text, whether it is marked) pairs."""
+    words = [f"<mark>{escape(text)}</mark>" if is_marked else escape(text) for text, is_marked in parts]
+    return f'<p class="sentence"><span class="label">{escape(label)}</span> {" ".join(words)}</p>'
