@@ -49,7 +49,8 @@ def figure(caption: str, html: str) -> str:
     return f"<figure><figcaption>{escape(caption)}</figcaption>{html}</figure>"
 
 
-def sentence(label: str, parts: Iterable[tuple[str, bool]]) -> str:
-    """A labelled line of text from (text, whether it is marked) pairs."""
+def sentence(parts: Iterable[tuple[str, bool]], label: str = "") -> str:
+    """A line of text from (text, whether it is marked) pairs, under its label."""
     words = [f"<mark>{escape(text)}</mark>" if is_marked else escape(text) for text, is_marked in parts]
-    return f'<p class="sentence"><span class="label">{escape(label)}</span> {" ".join(words)}</p>'
+    above = f'<span class="label">{escape(label)}</span>' if label else ""
+    return f'<p class="sentence">{above}{" ".join(words)}</p>'

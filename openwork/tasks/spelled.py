@@ -6,7 +6,7 @@ Whether a pair is for training or for validation follows from its text, so that 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count, islice
 from zlib import crc32
 
@@ -180,14 +180,14 @@ def _appointment(draws: Draws) -> Pair:
 _KINDS: tuple[Callable[[Draws], Pair], ...] = (_number, _amount, _date, _span, _appointment)
 
 
-def pair(index: int) -> Pair:
-    """Sentence `index` of an endless list.
+def sentences(start: int, end: int) -> list[Pair]:
+    """Those of an endless list from `start` to before `end`.
 
-    >>> pair(8)
-    ('eighty-eight', 'achtundachtzig')
+    >>> sentences(8, 9)
+    [('eighty-eight', 'achtundachtzig')]
     """
-    kind, *draws = uniform(0, 0, np.array([index]), 6)[0]
-    return _KINDS[int(kind * len(_KINDS))](np.array(draws))
+    draws = uniform(0, 0, np.arange(start, end), 6)
+    return [_KINDS[int(each[0] * len(_KINDS))](each[1:]) for each in draws]
 
 
 def for_validation(sentence: str) -> bool:
@@ -195,7 +195,8 @@ def for_validation(sentence: str) -> bool:
     return crc32(sentence.encode()) % 10 == 0
 
 
-def pairs(number: int, validation: bool) -> Iterator[Pair]:
+def pairs(number: int, validation: bool) -> list[Pair]:
     """The first sentences of the list that are for this part."""
-    every = (pair(index) for index in count())
-    return islice((each for each in every if for_validation(each[0]) == validation), number)
+    blocks = (sentences(start, start + 1000) for start in count(step=1000))
+    mine = (pair for block in blocks for pair in block if for_validation(pair[0]) == validation)
+    return list(islice(mine, number))

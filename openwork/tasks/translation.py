@@ -187,8 +187,8 @@ def corpus_of(config: TranslationConfig) -> Corpus:
     """The pairs that --data names, so many of them as --limit and --limit_val say."""
     _, folder = source_of(config)
     if folder is None:
-        train = list(spelled.pairs(config.limit or _SPELLED[0], False))
-        val = list(spelled.pairs(config.limit_val or _SPELLED[1], True))
+        train = spelled.pairs(config.limit or _SPELLED[0], False)
+        val = spelled.pairs(config.limit_val or _SPELLED[1], True)
         side = ("en", "de").index(config.languages[0])
         return Corpus(*(partial(_turned, part, side) for part in (train, val)))
     parts = (("train", config.limit), (config.validation, config.limit_val))
@@ -264,8 +264,8 @@ def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float,
 
 
 def picture(index: int, source: str, reference: str, translation: str) -> Picture:
-    truth = sentence("source", [(source, False)]) + sentence("reference", [(reference, False)])
-    return Picture(f"Sentence {index + 1}", truth, sentence("translation", marked(translation, reference)))
+    truth = sentence([(source, False)], "source") + sentence([(reference, False)], "reference")
+    return Picture(f"Sentence {index + 1}", truth, sentence(marked(translation, reference)))
 
 
 def marked(text: str, reference: str) -> list[tuple[str, bool]]:

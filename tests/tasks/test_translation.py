@@ -19,7 +19,8 @@ from openwork.tasks import subwords, translation
 from openwork.tasks.draws import batch_indices
 from openwork.tasks.recipe import prepare, read_run, train
 from openwork.tasks.rundir import read_lines
-from openwork.tasks.translation import TASK, bleu, collate, marked, translate
+from openwork.tasks.sentences import collate
+from openwork.tasks.translation import TASK, bleu, marked, translate
 from openwork.tasks.translation import TranslationConfig as Config
 
 SMALL = {
