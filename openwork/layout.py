@@ -47,7 +47,8 @@ class Panel:
 
 @dataclass(frozen=True)
 class Rows:
-    """`values` (O / L, T, L) in float32, bfloat16 or int8; `words` (O / L, words, L) int32: indices, low bits first."""
+    """`values` (O / L, T, L) in float32 or int8, or (O / L, T / 2, L, 2) in bfloat16, two slots side by side;
+    `words` (O / L, words, L) int32: indices, low bits first."""
 
     values: Tensor
     words: Tensor
@@ -164,7 +165,8 @@ def rows(weight: Tensor, pattern: Pattern, *, lanes: int, scales: Tensor | None 
     padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % window, 0, -weight.shape[0] % lanes))
     keep = keep_largest(_magnitude(padded), pattern, Axis(1))
     blocks, windows = padded.shape[0] // lanes, padded.shape[1] // window
-    values = padded[keep].view(blocks, lanes, -1).transpose(1, 2).contiguous()
+    values = padded[keep].view(blocks, lanes, -1).transpose(1, 2)
+    values = _paired(values) if weight.dtype == torch.bfloat16 else values.contiguous()
     index = (
         (torch.arange(padded.shape[1], device=weight.device) % window)
         .expand_as(keep)[keep]
@@ -180,9 +182,17 @@ def from_rows(layout: Rows) -> Tensor:
     slots = window // layout.pattern.m * layout.pattern.n
     blocks, lanes, windows = layout.words.shape[0], layout.lanes, -(-K // window)
     index = _indices(layout.words, window, slots)[..., : windows * slots].reshape(blocks * lanes, windows, slots)
-    values = layout.values.transpose(1, 2).reshape(blocks * lanes, windows, slots)
+    values = layout.values.transpose(2, 3).flatten(1, 2) if layout.values.ndim == 4 else layout.values
+    values = values[:, : windows * slots].transpose(1, 2).reshape(blocks * lanes, windows, slots)
     dense = values.new_zeros(blocks * lanes, windows, window).scatter_(2, index, values)
     return dense.view(blocks * lanes, -1)[:O, :K].contiguous()
+
+
+def _paired(values: Tensor) -> Tensor:
+    """(blocks, T, L) -> (blocks, T / 2 rounded up, L, 2)."""
+    blocks, count, lanes = values.shape
+    even = torch.nn.functional.pad(values, (0, 0, 0, count % 2))
+    return even.reshape(blocks, -1, 2, lanes).transpose(2, 3).contiguous()
 
 
 def index_bits(window: int) -> int:
