@@ -59,7 +59,14 @@ class TaskModule(pl.LightningModule):
         epoch, start = divmod(self.step, self.steps_per_epoch)
         take = [micro * world + rank for micro in range(c.accumulate)]
         indices = batch_indices(
-            c.seed, epoch, self.data.train_count, c.batch_size, start=start, split=c.accumulate * world, take=take
+            c.seed,
+            epoch,
+            self.data.train_count,
+            c.batch_size,
+            start=start,
+            split=c.accumulate * world,
+            take=take,
+            sizes=self.task.sizes(self.data),
         )
         return Batches(indices, lambda chosen: self.data.train_batches(chosen, c.seed, epoch))
 

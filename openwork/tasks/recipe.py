@@ -97,6 +97,8 @@ def train(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     run = open_run(config)
     if (done := run.read_result()) is not None:
         return done
+    if first_process():
+        task.keep(data, run.path)
     picture = pictured_layer(report)
     start = mask_rows(net, picture)
     twin = whole_twin(config, net)
@@ -106,10 +108,11 @@ def train(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     if build_method(config).sparse:  # dense training promises nothing
         ow.verify(net)
     ow.finalize(net)
+    task.before_last_validation(config, net)
     trainer.validate(module, verbose=False)
     result = summary(config, report, net, run)
     result |= module.score | {"metrics": described(task.metrics), "steps": module.step, "skipped": data.skipped}
-    result |= {"mask": {"layer": picture, "start": start, "end": end}}
+    result |= {"notes": task.notes(config, data), "mask": {"layer": picture, "start": start, "end": end}}
     if trainer.is_global_zero:
         save_model(net, str(run.model), metadata={"recipe": f"{config.pattern} {config.method}"})
         write_text(run.pictures, json.dumps([asdict(each) for each in task.pictures(config, net.eval(), data)]))
