@@ -115,7 +115,7 @@ def measure_layers(
 
 def cannot(module: nn.Module, tensor: str, pattern: Pattern, stored: torch.dtype, inputs: Sequence[Tensor]) -> str:
     """Why there is no kernel for a weight; empty where there is one."""
-    if tensor != "weight" or not (type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)):
+    if tensor != "weight" or not has_kernel(module):
         return f"no kernel for {type(module).__name__}.{tensor}"
     weight, gpu = module.weight, on_gpu(module.weight.device)
     if not gpu and (weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16)):
@@ -148,6 +148,11 @@ def _gpu_reasons(module: Any, pattern: Pattern, stored: torch.dtype, inputs: Seq
 
 def _why_not(module: Any, pattern: Pattern, stored: torch.dtype, inputs: Sequence[Tensor]) -> str:
     return "; ".join(dict.fromkeys(_gpu_reasons(module, pattern, stored, inputs).values()))
+
+
+def has_kernel(module: nn.Module) -> bool:
+    """Whether there are kernels for the weight of a module of this class."""
+    return type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)
 
 
 def sparse_module(module: Any, pattern: Pattern, kind: Any, stored: torch.dtype) -> PackedLayer:
@@ -323,9 +328,7 @@ def _inputs(model: nn.Module, example: Any) -> dict[str, list[Tensor]]:
         return hook
 
     hooks = [
-        module.register_forward_pre_hook(note(name))
-        for name, module in model.named_modules()
-        if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)
+        module.register_forward_pre_hook(note(name)) for name, module in model.named_modules() if has_kernel(module)
     ]
     try:
         run(model, example)
