@@ -20,6 +20,8 @@ from openwork.onednn import prepacked_linear
 from openwork.pattern import Pattern
 from openwork.report import aligned
 
+_CPU = torch.device("cpu")
+
 MARGIN = 0.97
 """A sparse layer is chosen where it takes less than this share of the dense time: below, it may be noise."""
 
@@ -68,7 +70,7 @@ class Plan:
         return "\n".join([self.machine, *aligned(header, lines), summary, *whole])
 
 
-def machine(device: torch.device) -> str:
+def machine(device: torch.device = _CPU) -> str:
     """What the times of a plan belong to."""
     import openwork.kernels as kernels
 
