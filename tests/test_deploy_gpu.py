@@ -341,6 +341,7 @@ def test_a_deployed_model_is_the_model(monkeypatch: Any) -> None:
 def test_the_operator_compiles(monkeypatch: Any) -> None:
     layer = sparse(nn.Linear(64, 32))
     made, x = GpuLinear(layer, ow.Pattern(2, 4), "cusparselt", torch.bfloat16), torch.randn(4, 64).bfloat16()
+    made.search(x)
     compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), made(x))
 

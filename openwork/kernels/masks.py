@@ -8,15 +8,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from openwork.axis import Axis
 from openwork.kernels import triton
+from openwork.kernels.groups import groups_in_memory
 from openwork.kernels.native import DTYPES, Groups, library
 from openwork.ops.masks import (
     _add_decayed,
@@ -47,20 +46,6 @@ def in_one_pass(weight: Tensor) -> bool:
 def takes_lists(weight: Tensor) -> bool:
     """Whether the operators on lists are one launch for weights like this one, instead of one for each."""
     return weight.is_cuda
-
-
-def groups_in_memory(weight: Tensor, n: int, m: int, axis: Axis) -> Groups | None:
-    """How the groups of a weight lie in its memory, whatever the order of its dims there; None where they do not lie in
-    three nested loops: views with gaps or overlaps, flat groups of a weight that is not contiguous."""
-    if axis.flat:
-        return Groups(1, weight.numel(), 1, n, m) if weight.is_contiguous() else None
-    order = sorted(range(weight.ndim), key=lambda dim: (weight.stride(dim), weight.shape[dim] != 1), reverse=True)
-    sizes = [weight.shape[dim] for dim in order]
-    if any(weight.stride(d) != math.prod(sizes[i + 1 :]) for i, d in enumerate(order) if weight.shape[d] != 1):
-        return None
-    at = order.index(axis.dim)
-    length = sizes[at] // axis.blocks
-    return Groups(math.prod(sizes[:at]) * axis.blocks, length, math.prod(sizes[at + 1 :]), n, m)
 
 
 def keep_largest(score: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> Tensor:

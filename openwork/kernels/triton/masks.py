@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openwork.kernels.masks import groups_in_memory
+from openwork.kernels.groups import groups_in_memory
 from openwork.kernels.native import Groups
 from openwork.kernels.triton.floats import INTEGERS, KINDS, WORDS, rounded, to_float32
 from openwork.kernels.triton.launch import on_device, programs, table
