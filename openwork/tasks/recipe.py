@@ -21,6 +21,7 @@ import openwork as ow
 from openwork.tasks import find
 from openwork.tasks.config import Config, differences, values_of
 from openwork.tasks.rundir import RunDir, first_process, read_lines, write_text
+from openwork.tasks.sharding import gather, whole_twin
 from openwork.tasks.task import Task, build_method, described
 
 _PICTURE = 32, 96  # rows and columns of the mask picture
@@ -100,7 +101,9 @@ def train(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         task.keep(data, run.path)
     picture = pictured_layer(report)
     start = mask_rows(net, picture)
+    twin = whole_twin(config, net)
     module, trainer = fit(task, config, data, net, run, callbacks)
+    net = module.net = gather(net, twin)
     end = mask_rows(net, picture)
     if build_method(config).sparse:  # dense training promises nothing
         ow.verify(net)
