@@ -1,4 +1,7 @@
-"""Inline SVG: line charts, mask pictures, images. Colours come from the page's style sheet, so both themes are readable."""
+"""Inline SVG: line charts, mask pictures, images.
+
+Colours come from the page's style sheet, so both themes are readable.
+"""
 
 from __future__ import annotations
 

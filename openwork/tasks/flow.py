@@ -15,7 +15,7 @@ from openwork.tasks.charts import image
 from openwork.tasks.config import Config, Source, flag, flag_of, source_of
 from openwork.tasks.flowdata import Pairs
 from openwork.tasks.page import figure, grid
-from openwork.tasks.task import Metric, Picture, Task, percent
+from openwork.tasks.task import Metric, Picture, Task
 from openwork.tasks.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
@@ -78,7 +78,7 @@ class FlowConfig(Config):
     data: str = flag_of(sources)
     model: str = flag("raft_tiny", f"one of {', '.join(_MODELS)}")
     remainder: str = flag("pad", "where M does not divide a weight's axis: skip, pad, error")
-    size: list[int] = flag([_SIDE, _SIDE], "height and width of the training frames")
+    size: list[int] = flag([128, 128], "height and width of the training frames")
     updates: int = flag(6, "how often RAFT updates its estimate, in training")
     val_updates: int = flag(6, "the same in validation, and of the exported network")
     gamma: float = flag(0.8, "weight of an update's loss, relative to the next update's")
@@ -135,7 +135,9 @@ def raft_tiny() -> RAFT:
         raft.FeatureEncoder(block=raft.BottleneckBlock, layers=(32, 32, 64, 64, width), norm_layer=norm)
         for width, norm in ((64, nn.InstanceNorm2d), (96, None))
     )
-    motion = raft.MotionEncoder(in_channels_corr=corr.out_channels, corr_layers=(48,), flow_layers=(32, 16), out_channels=32)
+    motion = raft.MotionEncoder(
+        in_channels_corr=corr.out_channels, corr_layers=(48,), flow_layers=(32, 16), out_channels=32
+    )
     recurrent = raft.RecurrentBlock(input_size=80, hidden_size=48, kernel_size=(3,), padding=(1,))
     head = raft.FlowHead(in_channels=48, hidden_size=64)
     update = raft.UpdateBlock(motion_encoder=motion, recurrent_block=recurrent, flow_head=head)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from openwork.tasks.draws import uniform
 from openwork.tasks.flowfiles import bad, read_flow
-from openwork.tasks.imagefolder import open_image
+from openwork.tasks.imagefolder import open_image, readable
 from openwork.tasks.scenes import BACKGROUND, render, scene
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
@@ -79,14 +79,8 @@ def photos_of(folder: Path, skip_bad: bool) -> tuple[list[Tensor], int]:
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
     if not paths:
         raise FileNotFoundError(f"photos: no images ({', '.join(sorted(_SUFFIXES))}) in {folder}")
-    photos = []
-    for path in paths:
-        try:
-            photos.append(_unit(np.asarray(open_image(path))))
-        except ValueError:
-            if not skip_bad:
-                raise
-    return photos, len(paths) - len(photos)
+    kept = [path for path in paths if readable(path)] if skip_bad else paths
+    return [_unit(np.asarray(open_image(path))) for path in kept], len(paths) - len(kept)
 
 
 def scenes_of(photos: Sequence[Tensor], size: tuple[int, int], train: int, val: int, skipped: int = 0) -> Scenes:
@@ -165,9 +159,7 @@ def scaled(pair: Pairs, size: tuple[int, int], factor: float) -> Pairs:
     height, width = pair.known.shape
     factor = max(factor, size[0] / height, size[1] / width)
     to = max(size[0], round(height * factor)), max(size[1], round(width * factor))
-    first, second, flow = (
-        F.interpolate(each[None], to, mode="bilinear", align_corners=False)[0] for each in pair[:3]
-    )
+    first, second, flow = (F.interpolate(each[None], to, mode="bilinear", align_corners=False)[0] for each in pair[:3])
     flow = flow * torch.tensor([to[1] / width, to[0] / height])[:, None, None]
     return Pairs(first, second, flow, torch.ones(to, dtype=torch.bool))
 
@@ -300,8 +292,13 @@ def flying_chairs(folder: Path) -> tuple[list[PairPath], list[PairPath]]:
             f"{lists[0]} must hold a 1 or a 2 for each pair: it has {len(marks)} entries "
             f"({', '.join(sorted(set(marks))[:5])}) for {len(flows)} flows in {folder / 'data'}"
         )
-    pairs = [PairPath(*(Path(str(f).replace("_flow.flo", end)) for end in ("_img1.ppm", "_img2.ppm")), f) for f in flows]
-    return tuple([pair for pair, mark in zip(pairs, marks, strict=True) if mark == part] for part in "12")  # type: ignore[return-value]
+    pairs = [PairPath(*(_beside(flow, part) for part in ("img1.ppm", "img2.ppm")), flow) for flow in flows]
+    train, val = ([pair for pair, mark in zip(pairs, marks, strict=True) if mark == part] for part in "12")
+    return _demand_both("flyingchairs", folder, CHAIRS, train, val)
+
+
+def _beside(flow: Path, part: str) -> Path:
+    return flow.with_name(flow.name.replace("flow.flo", part))
 
 
 def flying_things(folder: Path) -> tuple[list[PairPath], list[PairPath]]:

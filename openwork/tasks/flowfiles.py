@@ -44,7 +44,10 @@ def read_flo(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_pfm(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A portable float map of three channels (u, v, unused), rows from the bottom up; a negative scale: little-endian."""
+    """A portable float map of three channels (u, v, unused), rows from the bottom up.
+
+    A negative scale in its header means little-endian.
+    """
     raw = path.read_bytes()
     header = re.match(rb"(P[Ff])\s+(\d+)\s+(\d+)\s+([-+.\deE]+)\n", raw)
     if header is None:

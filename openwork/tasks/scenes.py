@@ -127,4 +127,3 @@ def scene(photos: Sequence[Tensor], draw: np.random.Generator, height: int, widt
         motion = ground @ affine(draw, ranges(_OBJECT_MOTION), outline.centre)
         layers.append(Layer(*place(1.0), motion, outline))
     return layers
-
