@@ -334,7 +334,7 @@ def sintel(folder: Path, held_out: int = 5) -> tuple[list[PairPath], list[PairPa
     pairs: tuple[list[PairPath], list[PairPath]] = [], []
     for number, name in enumerate(scenes):
         for passed in ("clean", "final"):
-            pairs[number % held_out == held_out - 1] += _sintel_scene(folder / "training", passed, name)
+            pairs[number % held_out == held_out - 1].extend(_sintel_scene(folder / "training", passed, name))
     return _demand_both("sintel", folder, SINTEL, *pairs)
 
 
