@@ -33,8 +33,8 @@ _SHOWN = 3
 @dataclass(frozen=True)
 class FlowConfig(Config):
     """Defaults: RAFT's usual recipe (AdamW, weight decay 1e-4, gradient clipped to norm 1, a short linear warm-up and
-    linear decay to zero, gamma 0.8) on frames of 128 pixels, with a third of its updates. Every convolution is sparse, as
-    in the paper, those with 2 and 3 input channels by padding.
+    linear decay to zero, gamma 0.8) on frames of 128 pixels, with a third of its updates. Every convolution is sparse,
+    as in the paper, those with 2 and 3 input channels by padding.
     """
 
     task: ClassVar[str] = "flow"

@@ -212,6 +212,9 @@ class _Reader(Dataset[Pairs]):
 class _Checker(Dataset[bool]):
     paths: Sequence[PairPath]
 
+    def __len__(self) -> int:
+        return len(self.paths)
+
     def __getitem__(self, index: int) -> bool:
         try:
             read_pair(self.paths[index])

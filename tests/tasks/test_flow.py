@@ -192,8 +192,8 @@ def test_photos_that_are_bad_or_small_are_told(tmp_path):
 def marked_pair(height=40, width=48):
     """Frames whose colour is their own place, moved by (2, -1): every flow vector can be checked from the frames."""
     y, x = torch.meshgrid(torch.arange(height).float(), torch.arange(width).float(), indexing="ij")
-    first = torch.stack([x, y, x * 0]) / 100
-    second = torch.stack([x - 2, y + 1, x * 0]) / 100
+    first = torch.stack([x, y, x * 0]) / 300
+    second = torch.stack([x - 2, y + 1, x * 0]) / 300
     return Pairs(first, second, torch.stack([x * 0 + 2, y * 0 - 1]), torch.ones(height, width, dtype=torch.bool))
 
 
@@ -220,7 +220,7 @@ def test_mirroring_and_scaling_take_the_flow_along():
 
 def test_a_crop_is_the_same_part_of_everything():
     pair = marked_pair(200, 240)
-    sparse = pair._replace(known=pair.first[0] > 0.5)  # sparse flow is not scaled
+    sparse = pair._replace(known=pair.first[0] > 0.3)  # sparse flow is not scaled
     draws = np.array([0.9, 0.5, 0.5, 0.9, 0.9, 0.5, 0.5, 0.0])  # not mirrored, light as it is
     out = augmented(sparse, (128, 128), draws)
     top, left = 36, 56
@@ -409,9 +409,15 @@ def trained(tmp_path_factory):
 
 
 def test_the_loss_falls(trained):
-    losses = [r["train_loss"] for r in read_lines(trained[0] / "metrics.jsonl") if "train_loss" in r]
-    assert len(losses) == 24
-    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+    out, _ = trained
+    assert len([r for r in read_lines(out / "metrics.jsonl") if "train_loss" in r]) == 24
+    data, net, _ = prepare(*read_run(out))
+    (batch,) = data.val_batches([np.arange(4)])  # scenes differ much, so the same ones before and after
+    with torch.no_grad():
+        before = TASK.loss(net, batch)
+        ow.finalize(net)
+        net.load_state_dict(load_file(out / "model.safetensors"))
+        assert TASK.loss(net, batch) < 0.8 * before
 
 
 def test_every_mask_is_exact_and_the_saved_network_scores_what_the_result_says(trained):
