@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -82,16 +82,16 @@ class FlowConfig(Config):
     updates: int = flag(4, "how often RAFT updates its estimate, in training")
     val_updates: int = flag(4, "the same in validation, and of the exported network")
     gamma: float = flag(0.8, "weight of an update's loss, relative to the next update's")
-    scenes: int = flag(160, "scenes in an epoch (scenes, photos); every epoch has new ones")
+    scenes: int = flag(320, "scenes in an epoch (scenes, photos); every epoch has new ones")
     val_scenes: int = flag(64, "scenes for validation (scenes, photos)")
     freeze_bn: bool = flag(False, "keep batch normalization as it is (raft_large, all stages but the first)")
-    epochs: int = flag(10, "passes over the training data")
+    epochs: int = flag(5, "passes over the training data")
     batch_size: int = flag(4, "samples per optimizer step, over all devices and micro-batches")
     optimizer: str = flag("adamw", "one of sgd, adam, adamw")
     lr: float = flag(4e-4, "peak learning rate")
     weight_decay: float = flag(1e-4, "on all parameters")
     clip: float = flag(1.0, "largest norm of the gradient (0: not clipped)")
-    warmup: float = flag(0.5, "epochs of linear warm-up, before the schedule")
+    warmup: float = flag(0.25, "epochs of linear warm-up, before the schedule")
     schedule: str = flag("linear", "of the learning rate: cosine, linear, steps, inverse-sqrt, constant")
     out: str = flag("runs/flow", "run directory")
 
@@ -202,7 +202,9 @@ class Flow(Task):
             if folder is not None:
                 photos, skipped = flowdata.photos_of(folder, config.skip_bad)
             counts = config.limit or config.scenes, config.limit_val or config.val_scenes
-            return flowdata.scenes_of(photos, size, *counts, skipped)
+            # Beside a CPU that trains, more processes would only get in its way.
+            workers = config.workers if torch.cuda.is_available() else 0
+            return replace(flowdata.scenes_of(photos, size, *counts), workers=workers, skipped=skipped)
         read = {
             "flyingchairs": flowdata.flying_chairs,
             "flyingthings3d": flowdata.flying_things,

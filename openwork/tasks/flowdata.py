@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -37,34 +37,52 @@ def stacked(samples: Sequence[Pairs]) -> Pairs:
     return Pairs(*map(torch.stack, zip(*samples, strict=True)))
 
 
+def _load(
+    dataset: Dataset[Pairs],
+    batches: Sequence[np.ndarray],
+    workers: int,
+    collate: Callable[[Sequence[Pairs]], Pairs],
+) -> Iterator[Pairs]:
+    # Its own generator: a DataLoader otherwise takes a number from torch's global one.
+    lists, generator = [batch.tolist() for batch in batches], torch.Generator()
+    yield from DataLoader(dataset, batch_sampler=lists, num_workers=workers, collate_fn=collate, generator=generator)
+
+
 # Scenes
 
 
 @dataclass(frozen=True)
+class _SceneMaker(Dataset[Pairs]):
+    photos: Sequence[Tensor]
+    size: tuple[int, int]
+    key: tuple[int, int, int]  # stream, seed, epoch
+
+    def __getitem__(self, index: int) -> Pairs:
+        layers = scene(self.photos, np.random.default_rng((*self.key, index)), *self.size)
+        first, second, flow = render(layers, *self.size)
+        return Pairs(first * 2 - 1, second * 2 - 1, flow, torch.ones(self.size, dtype=torch.bool))
+
+
+@dataclass(frozen=True)
 class Scenes:
-    """Scenes made when they are used: new ones in every epoch, for validation always the same, of other photos."""
+    """Scenes made when they are used: new ones in every epoch, for validation always the same, of other photos.
+
+    `workers` processes make them; with 0 the training process does.
+    """
 
     train_photos: Sequence[Tensor]
     val_photos: Sequence[Tensor]
     size: tuple[int, int]  # height, width
     train_count: int
     val_count: int
+    workers: int = 0
     skipped: int = 0
 
-    def _batch(self, photos: Sequence[Tensor], keys: Iterable[tuple[int, ...]]) -> Pairs:
-        samples = []
-        for key in keys:
-            first, second, flow = render(scene(photos, np.random.default_rng(key), *self.size), *self.size)
-            samples.append(Pairs(first * 2 - 1, second * 2 - 1, flow, torch.ones(self.size, dtype=torch.bool)))
-        return stacked(samples)
-
     def train_batches(self, batches: Sequence[np.ndarray], seed: int, epoch: int) -> Iterator[Pairs]:
-        for indices in batches:
-            yield self._batch(self.train_photos, [(_TRAIN, seed, epoch, int(index)) for index in indices])
+        return _load(_SceneMaker(self.train_photos, self.size, (_TRAIN, seed, epoch)), batches, self.workers, stacked)
 
     def val_batches(self, batches: Sequence[np.ndarray]) -> Iterator[Pairs]:
-        for indices in batches:
-            yield self._batch(self.val_photos, [(_VAL, 0, 0, int(index)) for index in indices])
+        return _load(_SceneMaker(self.val_photos, self.size, (_VAL, 0, 0)), batches, self.workers, stacked)
 
 
 def sample_photos() -> list[Tensor]:
@@ -83,7 +101,7 @@ def photos_of(folder: Path, skip_bad: bool) -> tuple[list[Tensor], int]:
     return [_unit(np.asarray(open_image(path))) for path in kept], len(paths) - len(kept)
 
 
-def scenes_of(photos: Sequence[Tensor], size: tuple[int, int], train: int, val: int, skipped: int = 0) -> Scenes:
+def scenes_of(photos: Sequence[Tensor], size: tuple[int, int], train: int, val: int) -> Scenes:
     """Scenes of photos: the last fifth of them is for validation, of fewer than five the right third of each."""
     if len(photos) >= 5:
         cut = -(len(photos) // 5)
@@ -97,7 +115,7 @@ def scenes_of(photos: Sequence[Tensor], size: tuple[int, int], train: int, val: 
             f"scenes of {size[1]} x {size[0]} pixels need photos, or parts of photos, of {needed[1]} x {needed[0]} "
             "for training and for validation; make --size smaller or give larger photos (--data photos=DIR)"
         )
-    return Scenes(*large, size, train, val, skipped)
+    return Scenes(large[0], large[1], size, train, val)
 
 
 def _unit(image: np.ndarray) -> Tensor:
@@ -241,21 +259,11 @@ class PairFiles:
     def val_count(self) -> int:
         return len(self.val_paths)
 
-    def _load(self, reader: _Reader, batches: Sequence[np.ndarray], collate: object) -> Iterator[Pairs]:
-        # Its own generator: a DataLoader otherwise takes a number from torch's global one.
-        yield from DataLoader(
-            reader,
-            batch_sampler=[batch.tolist() for batch in batches],
-            num_workers=self.workers,
-            collate_fn=collate,  # type: ignore[arg-type]
-            generator=torch.Generator(),
-        )
-
     def train_batches(self, batches: Sequence[np.ndarray], seed: int, epoch: int) -> Iterator[Pairs]:
-        return self._load(_Reader(self.train_paths, self.size, seed, epoch), batches, stacked)
+        return _load(_Reader(self.train_paths, self.size, seed, epoch), batches, self.workers, stacked)
 
     def val_batches(self, batches: Sequence[np.ndarray]) -> Iterator[Pairs]:
-        return self._load(_Reader(self.val_paths, self.size), batches, padded)
+        return _load(_Reader(self.val_paths, self.size), batches, self.workers, padded)
 
 
 def files_of(

@@ -1,6 +1,7 @@
 """Optical flow: data sets, loss and score by hand, the SR-STE term of reused weights, and runs end to end."""
 
 import copy
+import dataclasses
 import json
 import re
 import signal
@@ -21,6 +22,7 @@ from openwork.tasks import flowdata
 from openwork.tasks.flow import TASK, build_raft, coloured, errors_of, freeze_batch_norm, sequence_loss
 from openwork.tasks.flow import FlowConfig as Config
 from openwork.tasks.flowdata import Pairs, augmented, mirrored, padded, read_pair, scaled
+from openwork.tasks.parser import parse
 from openwork.tasks.recipe import prepare, read_run, train
 from openwork.tasks.rundir import read_lines
 
@@ -352,6 +354,15 @@ def test_what_is_left_dense_is_reported_with_its_reason():
     assert all("not a multiple of 4" in reason for reason in report.skipped.values())
     _, _, report = prepare(TASK, Config(pattern="1:16"))
     assert not report.skipped
+
+
+def test_the_paper_s_preset_is_what_its_authors_ran():
+    config = parse(Config, ["--preset", "paper", "--data", "flyingchairs=DIR"], "openwork train flow", "")
+    assert (config.model, config.size, config.updates, config.clip) == ("raft_large", [368, 496], 12, 1.0)
+    assert 22_232 // config.batch_size * config.epochs == 200_088  # steps
+    _, _, report = prepare(TASK, dataclasses.replace(config, data="scenes", size=[128, 128], val_updates=1))
+    assert not report.skipped
+    assert "mask_predictor.conv.weight" in report.sparse
 
 
 def test_frozen_batch_normalization_is_what_it_was():
