@@ -6,85 +6,132 @@ nothing else reads that output. So any Python control flow is allowed, as long a
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from openwork.gemms import run
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass
+class _Pair:
+    """A layer and the module that read its output: how many operators had read the output after it, and its dims."""
+
+    layer: str
+    follower: str
+    output: int
+    dims: int
+    reads: int = 0
 
 
 def fold_batch_norm(model: nn.Module, example: Any) -> list[str]:
     """Fold every batch normalization that directly follows a layer into it, in place, and return the layers' names.
 
-    The model must be in eval mode. Zeros stay zeros: a normalization scales whole outputs.
+    Only those in eval mode, which scale by what they recorded. Zeros stay zeros: a normalization scales whole outputs.
     """
-    pairs = _followed(model, example, _NORMS)
     folded = []
-    for name, (layer, norm_name, norm) in pairs.items():
-        if norm.running_mean is None or (isinstance(layer, nn.Linear) and not isinstance(norm, nn.BatchNorm1d)):
+    for pair in _followed(model, example, _NORMS):
+        layer, norm = model.get_submodule(pair.layer), model.get_submodule(pair.follower)
+        batched = 2 if isinstance(layer, nn.Linear) else layer.weight.ndim  # type: ignore[union-attr, operator]
+        if norm.training or norm.running_mean is None or pair.dims != batched:  # else its channels are another dim
             continue
-        fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        _replace(model, name, fuse(layer, norm))
-        _replace(model, norm_name, nn.Identity())
-        folded.append(name)
+        _fold(layer, norm)
+        replace(model, norm, nn.Identity())
+        folded.append(pair.layer)
     return folded
 
 
 def following_relu(model: nn.Module, example: Any) -> dict[str, str]:
     """Layer -> the `nn.ReLU` module that is its only reader and is used for nothing else."""
-    return {name: relu for name, (_, relu, _) in _followed(model, example, (nn.ReLU,)).items()}
+    return {pair.layer: pair.follower for pair in _followed(model, example, (nn.ReLU,))}
 
 
-def _followed(
-    model: nn.Module, example: Any, followers: tuple[type[nn.Module], ...]
-) -> dict[str, tuple[nn.Module, str, Any]]:
-    """Layer name -> (layer, follower's name, follower), for pairs that meet in one place and are each called once."""
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another one wherever the model holds it: it may do so under several names."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def as_it_was_made(module: nn.Module) -> bool:
+    """Whether calling a module does what its class says: no hooks, no other `forward` put into the instance."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _fold(layer: Any, norm: Any) -> None:
+    """layer := norm(layer), in float32 at least. New parameters: others may share the old ones."""
+    weight, bias = layer.weight, layer.bias
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    with torch.no_grad():
+        scale = (norm.running_var.to(exact) + norm.eps).rsqrt()
+        shift = -norm.running_mean.to(exact) if bias is None else bias.to(exact) - norm.running_mean.to(exact)
+        scale = scale if norm.weight is None else scale * norm.weight.to(exact)
+        shift = shift * scale if norm.bias is None else shift * scale + norm.bias.to(exact)
+        scaled = weight.to(exact) * scale.view(-1, *[1] * (weight.ndim - 1))
+    layer.weight = nn.Parameter(scaled.to(weight.dtype), weight.requires_grad)
+    layer.bias = nn.Parameter(shift.to(weight.dtype), weight.requires_grad)
+
+
+def _followed(model: nn.Module, example: Any, followers: tuple[type[nn.Module], ...]) -> list[_Pair]:
+    """Layers and followers that meet in one place, each called once, with nothing else that reads what is between."""
     watcher = _Readers()
-    calls: Counter[nn.Module] = Counter()
+    calls: Counter[str] = Counter()
     made: dict[int, str] = {}
-    read: dict[str, tuple[nn.Module, str, Any]] = {}
-    hooks = []
+    pairs: dict[str, _Pair] = {}
 
-    def after(name: str) -> Any:
-        def hook(module: nn.Module, _: Any, output: Any) -> None:
-            calls[module] += 1
-            if isinstance(output, Tensor):
-                made[id(output)] = name
-                watcher.watch(output)
+    def layer_ran(name: str) -> Any:
+        def hook(module: nn.Module, _: Any, output: Tensor) -> None:
+            calls[name] += 1
+            made[id(output)] = name
+            watcher.watch(output)
 
         return hook
 
-    def before(name: str) -> Any:
+    def follower_runs(name: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            calls[module] += 1
+            calls[name] += 1
             layer = made.get(id(arguments[0])) if arguments else None
             if layer is not None:
-                read[layer] = (model.get_submodule(layer), name, module)
+                pairs[layer] = _Pair(layer, name, id(arguments[0]), arguments[0].ndim)
 
         return hook
 
+    def follower_ran(module: nn.Module, arguments: tuple[Any, ...], _: Any) -> None:
+        layer = made.get(id(arguments[0])) if arguments else None
+        if layer is not None:
+            pairs[layer].reads = watcher.reads[id(arguments[0])]
+
+    hooks = []
     for name, module in model.named_modules():
-        if type(module) in _LAYERS or type(module).__name__ in ("SparseLinear", "SparseConv2d"):
-            hooks.append(module.register_forward_hook(after(name)))
-        elif type(module) in followers:
-            hooks.append(module.register_forward_pre_hook(before(name)))
+        if type(module) in _LAYERS and as_it_was_made(module):
+            hooks.append(module.register_forward_hook(layer_ran(name)))
+        elif type(module) in followers and as_it_was_made(module):
+            hooks += [
+                module.register_forward_pre_hook(follower_runs(name)),
+                module.register_forward_hook(follower_ran),
+            ]
     try:
         with torch.no_grad(), watcher:
-            run(model, example)
+            result = run(model, example)
     finally:
         for hook in hooks:
             hook.remove()
-    once = {id(output): watcher.reads[id(output)] == 1 for output in watcher.outputs}
-    layers = {layer: each for output, layer in made.items() if once[output] and (each := read.get(layer))}
-    return {name: each for name, each in layers.items() if calls[each[0]] == 1 and calls[each[2]] == 1}
+    held = watcher.held()  # while the caller's `result` lives
+    del result
+    single = [pair for pair in pairs.values() if calls[pair.layer] == calls[pair.follower] == 1 and pair.reads == 1]
+    # What worked in place turned the output into its own: whoever reads that reads the same.
+    in_place = {pair.layer for pair in single if getattr(model.get_submodule(pair.follower), "inplace", False)}
+    return [p for p in single if p.layer in in_place or (watcher.reads[p.output] == 1 and p.output not in held)]
 
 
 class _Readers(TorchDispatchMode):
@@ -98,14 +145,20 @@ class _Readers(TorchDispatchMode):
     def watch(self, output: Tensor) -> None:
         self.outputs.append(output)
 
+    def held(self) -> set[int]:
+        """Those that the model returned or keeps, by their id; call it once, at the end."""
+        references = {id(output): weakref.ref(output) for output in self.outputs}
+        self.outputs.clear()
+        return {key for key, reference in references.items() if reference() is not None}
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        memory = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        memory = {_memory(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)} - {0}
         for output in self.outputs:
             if output.untyped_storage().data_ptr() in memory:
                 self.reads[id(output)] += 1
         return func(*args, **(kwargs or {}))
 
 
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+def _memory(tensor: Tensor) -> int:
+    """Where a tensor's numbers lie; 0 for those that have no single place (sparse ones)."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
