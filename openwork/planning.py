@@ -6,14 +6,18 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from openwork.axis import Axis
 from openwork.deployed import Kind, SparseConv2d, SparseLinear, kinds_for, symmetric_padding
+from openwork.folding import as_it_was_made
 from openwork.gemms import run
+from openwork.layout import conv_rows
+from openwork.masks import kept_per_group
 from openwork.onednn import prepacked_linear
 from openwork.pattern import Pattern
 from openwork.report import aligned
@@ -46,13 +50,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` measured, layer by layer. `str()` is a table. `whole` are the times of whole models in seconds, which
-    only `deploy` measures."""
+    """What `plan` measured, layer by layer. `str()` is a table. Only `deploy` measures the rest: `whole` are the times
+    of whole models in seconds, `difference` how far the outputs of what it returned are from those of the model it got,
+    on the example: the largest difference over the largest magnitude."""
 
     layers: tuple[Layer, ...]
     stored: torch.dtype
     machine: str
-    whole: Mapping[str, float]
+    whole: Mapping[str, float] = field(default_factory=dict)
+    difference: float | None = None
 
     @property
     def chosen(self) -> dict[str, Kind]:
@@ -63,6 +69,8 @@ class Plan:
         lines = [_cells(each) for each in self.layers]
         whole = [f"whole model, {name}: {seconds * 1e3:.2f} ms" for name, seconds in self.whole.items()]
         summary = f"{len(self.chosen)} of {len(self.layers)} weights run sparse, stored in {self.stored}"
+        if self.difference is not None:
+            whole.append(f"outputs differ from the given model's by {self.difference:.1g} of the largest")
         return "\n".join([self.machine, *aligned(header, lines), summary, *whole])
 
 
@@ -90,15 +98,10 @@ def measure_layers(
         if reason or not isinstance(pattern, Pattern):
             layers.append(Layer(name, shape, None if isinstance(pattern, str) else pattern, reason=reason))
             continue
-        alike = (repr(module), shape, pattern, tuple((tuple(x.shape), x.stride()) for x in inputs))
+        alike = (repr(module), shape, weight.dtype, pattern, tuple((tuple(x.shape), x.stride()) for x in inputs))
         if alike not in times:
             times[alike] = _timed(module, pattern, inputs, stored)
-        found = times[alike]
-        layers.append(
-            Layer(
-                name, shape, pattern, found.inputs, found.dense, found.dense_by, found.sparse, found.kind, found.reason
-            )
-        )
+        layers.append(replace(times[alike], name=name, shape=shape))
     return tuple(layers)
 
 
@@ -106,6 +109,8 @@ def cannot(module: nn.Module, tensor: str, pattern: Pattern, stored: torch.dtype
     """Why there is no kernel for a weight; empty where there is one."""
     if tensor != "weight" or not (type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)):
         return f"no kernel for {type(module).__name__}.{tensor}"
+    if not as_it_was_made(module):
+        return "it has hooks, or a forward of its own, which no kernel runs"
     weight = module.weight
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         return f"{weight.dtype} on {weight.device}: kernels are for float32 and bfloat16 on a CPU"
@@ -116,7 +121,26 @@ def cannot(module: nn.Module, tensor: str, pattern: Pattern, stored: torch.dtype
             symmetric_padding(module)
         except ValueError as error:
             return str(error)
-    return "" if inputs else "the example does not reach it"
+    if int(kept_per_group(_rows(module, pattern), pattern, Axis(1)).max()) > pattern.n:
+        return "its groups run along another axis than products sum over"
+    if stored == torch.int8 and not weight.isfinite().all():
+        return "its weight holds numbers that are not finite, which int8 cannot"
+    others = {str(x.dtype if _plain(x) else x.layout) for x in inputs} - {str(weight.dtype)}
+    if others:
+        return f"its inputs are {', '.join(sorted(others))}, its weight {weight.dtype}"
+    return "" if inputs else "the example does not call it"
+
+
+def _plain(x: Tensor) -> bool:
+    return x.layout is torch.strided and not x.is_nested
+
+
+def _rows(module: Any, pattern: Pattern) -> Tensor:
+    """A layer's weight as that of a product: (O, K)."""
+    weight: Tensor = module.weight
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return conv_rows(weight.unsqueeze(2) if weight.ndim == 3 else weight, pattern)
+    return weight.t() if _is_hf_conv1d(module) else weight
 
 
 def sparse_module(module: Any, pattern: Pattern, kind: Kind, stored: torch.dtype) -> SparseLinear | SparseConv2d:
@@ -148,6 +172,7 @@ def _timed(module: nn.Module, pattern: Pattern, inputs: list[Tensor], stored: to
     oriented = weight.t() if _is_hf_conv1d(module) else weight
     kinds = kinds_for(oriented, pattern)
     totals: Counter[str] = Counter()
+    measured: Counter[str] = Counter()
     shapes = Counter(tuple(x.shape) for x in inputs)
     made = {kind: sparse_module(module, pattern, kind, stored) for kind in kinds}
     for shape, calls in shapes.items():
@@ -156,7 +181,9 @@ def _timed(module: nn.Module, pattern: Pattern, inputs: list[Tensor], stored: to
         variants |= {kind: _call(each, x) for kind, each in made.items()}
         for name, seconds in fastest(variants).items():
             totals[name] += seconds * calls  # type: ignore[assignment]
-    dense_by = min((name for name in totals if name not in kinds), key=lambda name: totals[name])
+            measured[name] += 1
+    everywhere = [name for name in totals if measured[name] == len(shapes)]
+    dense_by = min((name for name in everywhere if name not in kinds), key=lambda name: totals[name])
     kind = min(kinds, key=lambda name: totals[name])
     dense, sparse = float(totals[dense_by]), float(totals[kind])
     wins = sparse < MARGIN * dense
@@ -198,15 +225,15 @@ def _inputs(model: nn.Module, example: Any) -> dict[str, list[Tensor]]:
     seen: dict[str, list[Tensor]] = {}
 
     def note(name: str) -> Any:
-        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if arguments and isinstance(arguments[0], Tensor):
-                known = [x for x in seen.setdefault(name, []) if x.shape == arguments[0].shape]
-                seen[name].append(known[0] if known else arguments[0].detach())
+        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+            x = (*arguments, *keywords.values())[0]
+            alike = [each for each in seen.setdefault(name, []) if _plain(x) and _plain(each) and _alike(each, x)]
+            seen[name].append(alike[0] if alike else x.detach())  # one of each kind is held
 
         return hook
 
     hooks = [
-        module.register_forward_pre_hook(note(name))
+        module.register_forward_pre_hook(note(name), with_kwargs=True)
         for name, module in model.named_modules()
         if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)
     ]
@@ -216,6 +243,10 @@ def _inputs(model: nn.Module, example: Any) -> dict[str, list[Tensor]]:
         for hook in hooks:
             hook.remove()
     return seen
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.dtype == y.dtype
 
 
 def _is_hf_conv1d(module: nn.Module) -> bool:
