@@ -130,11 +130,9 @@ def _converted(model: nn.Module, found: Plan, example: Any) -> nn.Module:
         if dense is model:
             return made
         replace(model, dense, made)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(m, SparseLinear) for m in module.children()
-        ):
-            module.activation_relu_or_gelu = 0  # torch's fused path would read the dense weights
+    for encoder in (each for each in model.modules() if isinstance(each, nn.TransformerEncoderLayer)):
+        if any(isinstance(each, SparseLinear) for each in encoder.children()):
+            encoder.activation_relu_or_gelu = 0  # torch's fused path would read the dense weights
     return model
 
 
@@ -159,11 +157,12 @@ def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
 
 
 def _share(a: Tensor, b: Tensor) -> float:
-    apart = torch.where(
-        (a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs().nan_to_num(nan=math.inf, posinf=math.inf)
-    ).max()
+    same = (a == b) | (a.isnan() & b.isnan())
+    if same.all():
+        return 0.0
+    apart = torch.where(same, 0.0, (a - b).abs()).max()  # NaN where one is
     largest = torch.where(a.isfinite(), a.abs(), 0.0).max()
-    return 0.0 if apart == 0 else float(apart / largest)
+    return math.inf if apart.isnan() else float(apart / largest)
 
 
 def _winner(whole: Mapping[str, float]) -> str:

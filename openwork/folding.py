@@ -41,7 +41,7 @@ def fold_batch_norm(model: nn.Module, example: Any) -> list[str]:
     folded = []
     for pair in _followed(model, example, _NORMS):
         layer, norm = model.get_submodule(pair.layer), model.get_submodule(pair.follower)
-        batched = 2 if isinstance(layer, nn.Linear) else layer.weight.ndim  # type: ignore[union-attr, operator]
+        batched = 2 if isinstance(layer, nn.Linear) else layer.weight.ndim
         if norm.training or norm.running_mean is None or pair.dims != batched:  # else its channels are another dim
             continue
         _fold(layer, norm)

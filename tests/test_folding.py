@@ -121,6 +121,10 @@ def shared_weight_of_another_layer() -> Net:
     return model
 
 
+NORM_IN_FORWARD = lambda m, x: nn.functional.batch_norm(m.conv(x), m.norm.running_mean, m.norm.running_var)  # noqa: E731
+NORMS = lambda m, x: m.norm(m.conv(x)) + m.norm(m.other(x))  # noqa: E731
+
+
 def part(forward: Callable[..., object], **others: nn.Module) -> Callable[[], Net]:
     return lambda: Net(forward, **{"conv": conv(padding=1), "norm": nn.BatchNorm2d(8), **others})
 
@@ -131,7 +135,7 @@ LEFT = {
     "read twice": (part(lambda m, x: m.norm(y := m.conv(x)) + y), IMAGES),
     "read by a view": (part(lambda m, x: m.norm(y := m.conv(x)) + y.flatten(1).sum()), IMAGES),
     "called twice": (part(lambda m, x: m.norm(m.conv(m.conv(x)))), IMAGES),
-    "a normalization for two layers": (part(lambda m, x: m.norm(m.conv(x)) + m.norm(m.other(x)), other=conv(padding=1)), IMAGES),
+    "a normalization for two layers": (part(NORMS, other=conv(padding=1)), IMAGES),
     "a normalization called twice": (part(lambda m, x: m.norm(m.norm(m.conv(x)))), IMAGES),
     "changed in place before": (part(lambda m, x: m.norm(m.conv(x).mul_(2))), IMAGES),
     "ReLU between": (lambda: nn.Sequential(conv(), nn.ReLU(inplace=True), nn.BatchNorm2d(8)), IMAGES),
@@ -143,7 +147,7 @@ LEFT = {
     "a hook on the layer": (lambda: hooked("conv"), IMAGES),
     "a hook on the normalization": (lambda: hooked("norm"), IMAGES),
     "another forward": (own_forward, IMAGES),
-    "functional": (part(lambda m, x: nn.functional.batch_norm(m.conv(x), m.norm.running_mean, m.norm.running_var)), IMAGES),
+    "functional": (part(NORM_IN_FORWARD), IMAGES),
     "a transposed convolution": (lambda: nn.Sequential(nn.ConvTranspose2d(8, 8, 3), nn.BatchNorm2d(8)), IMAGES),
 }  # fmt: skip
 
@@ -201,11 +205,12 @@ def relu(inplace: bool) -> nn.Sequential:
     return nn.Sequential(conv(), nn.ReLU(inplace=inplace), conv())
 
 
+CONV = {"conv": "norm"}
 RELUS = {
     "after a convolution": (lambda: relu(False), {"0": "1"}),
     "in place, and read by the next": (lambda: relu(True), {"0": "1"}),
-    "in place, the result not used": (part(lambda m, x: (y := m.conv(x), m.norm(y))[0], norm=nn.ReLU(True)), {"conv": "norm"}),
-    "in place, and returned": (part(lambda m, x: m.norm(m.conv(x)), norm=nn.ReLU(True)), {"conv": "norm"}),
+    "in place, the result not used": (part(lambda m, x: (y := m.conv(x), m.norm(y))[0], norm=nn.ReLU(True)), CONV),
+    "in place, and returned": (part(lambda m, x: m.norm(m.conv(x)), norm=nn.ReLU(True)), CONV),
     "read before it, in place": (part(lambda m, x: (y := m.conv(x)).sum() + m.norm(y), norm=nn.ReLU(True)), {}),
     "read after it": (part(lambda m, x: m.norm(y := m.conv(x)) + y, norm=nn.ReLU()), {}),
     "returned before it": (part(lambda m, x: (m.norm(y := m.conv(x)), y), norm=nn.ReLU()), {}),
