@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from openwork.deployed import SparseConv2d, SparseLinear
 from openwork.gemms import run
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -38,21 +39,45 @@ def fold_batch_norm(model: nn.Module, example: Any) -> list[str]:
 
     Only those in eval mode, which scale by what they recorded. Zeros stay zeros: a normalization scales whole outputs.
     """
-    folded = []
-    for pair in _followed(model, example, _NORMS):
-        layer, norm = model.get_submodule(pair.layer), model.get_submodule(pair.follower)
-        batched = 2 if isinstance(layer, nn.Linear) else layer.weight.ndim
-        if norm.training or norm.running_mean is None or pair.dims != batched:  # else its channels are another dim
-            continue
-        _fold(layer, norm)
+    pairs = foldable(model, example)
+    for layer, norm in pairs.values():
+        layer.weight, layer.bias = fuse(layer, layer.weight, norm)
         replace(model, norm, nn.Identity())
-        folded.append(pair.layer)
-    return folded
+    return [*pairs]
+
+
+def foldable(model: nn.Module, example: Any) -> dict[str, tuple[Any, Any]]:
+    """Layer name -> (layer, the batch normalization that follows it directly)."""
+    found = {}
+    for pair in _followed(model, example, _LAYERS, _NORMS):
+        layer: Any = model.get_submodule(pair.layer)
+        norm: Any = model.get_submodule(pair.follower)
+        batched = layer.weight.ndim  # with other dims, the normalization's channels are not the layer's outputs
+        if not norm.training and norm.running_mean is not None and pair.dims == batched:
+            found[pair.layer] = (layer, norm)
+    return found
+
+
+def fuse(layer: Any, weight: Tensor, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight and bias of a layer with that weight and a batch normalization after it, in one; computed in float32 at
+    least. They are new parameters: others may share the old ones."""
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    with torch.no_grad():
+        scale = (norm.running_var.to(exact) + norm.eps).rsqrt()
+        shift = (
+            -norm.running_mean.to(exact) if layer.bias is None else layer.bias.to(exact) - norm.running_mean.to(exact)
+        )
+        scale = scale if norm.weight is None else scale * norm.weight.to(exact)
+        shift = shift * scale if norm.bias is None else shift * scale + norm.bias.to(exact)
+        scaled = weight.to(exact) * scale.view(-1, *[1] * (weight.ndim - 1))
+    learns = weight.requires_grad
+    return nn.Parameter(scaled.to(weight.dtype), learns), nn.Parameter(shift.to(weight.dtype), learns)
 
 
 def following_relu(model: nn.Module, example: Any) -> dict[str, str]:
     """Layer -> the `nn.ReLU` module that is its only reader and is used for nothing else."""
-    return {pair.layer: pair.follower for pair in _followed(model, example, (nn.ReLU,))}
+    layers = (*_LAYERS, SparseConv2d, SparseLinear)
+    return {pair.layer: pair.follower for pair in _followed(model, example, layers, (nn.ReLU,))}
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -64,25 +89,15 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def as_it_was_made(module: nn.Module) -> bool:
-    """Whether calling a module does what its class says: no hooks, no other `forward` put into the instance."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    """Whether calling a module does what its class says: no hooks but ours, no `forward` put into the instance."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    theirs = [each for each in hooks if not str(getattr(each, "__module__", "")).startswith("openwork.")]
+    return not theirs and "forward" not in module.__dict__
 
 
-def _fold(layer: Any, norm: Any) -> None:
-    """layer := norm(layer), in float32 at least. New parameters: others may share the old ones."""
-    weight, bias = layer.weight, layer.bias
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    with torch.no_grad():
-        scale = (norm.running_var.to(exact) + norm.eps).rsqrt()
-        shift = -norm.running_mean.to(exact) if bias is None else bias.to(exact) - norm.running_mean.to(exact)
-        scale = scale if norm.weight is None else scale * norm.weight.to(exact)
-        shift = shift * scale if norm.bias is None else shift * scale + norm.bias.to(exact)
-        scaled = weight.to(exact) * scale.view(-1, *[1] * (weight.ndim - 1))
-    layer.weight = nn.Parameter(scaled.to(weight.dtype), weight.requires_grad)
-    layer.bias = nn.Parameter(shift.to(weight.dtype), weight.requires_grad)
-
-
-def _followed(model: nn.Module, example: Any, followers: tuple[type[nn.Module], ...]) -> list[_Pair]:
+def _followed(
+    model: nn.Module, example: Any, layers: tuple[type[nn.Module], ...], followers: tuple[type[nn.Module], ...]
+) -> list[_Pair]:
     """Layers and followers that meet in one place, each called once, with nothing else that reads what is between."""
     watcher = _Readers()
     calls: Counter[str] = Counter()
@@ -113,7 +128,7 @@ def _followed(model: nn.Module, example: Any, followers: tuple[type[nn.Module], 
 
     hooks = []
     for name, module in model.named_modules():
-        if type(module) in _LAYERS and as_it_was_made(module):
+        if type(module) in layers and as_it_was_made(module):
             hooks.append(module.register_forward_hook(layer_ran(name)))
         elif type(module) in followers and as_it_was_made(module):
             hooks += [

@@ -107,7 +107,7 @@ def measure_layers(
 
 def cannot(module: nn.Module, tensor: str, pattern: Pattern, stored: torch.dtype, inputs: Sequence[Tensor]) -> str:
     """Why there is no kernel for a weight; empty where there is one."""
-    if tensor != "weight" or not (type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)):
+    if tensor != "weight" or not has_kernel(module):
         return f"no kernel for {type(module).__name__}.{tensor}"
     if not as_it_was_made(module):
         return "it has hooks, or a forward of its own, which no kernel runs"
@@ -128,7 +128,7 @@ def cannot(module: nn.Module, tensor: str, pattern: Pattern, stored: torch.dtype
     others = {str(x.dtype if _plain(x) else x.layout) for x in inputs} - {str(weight.dtype)}
     if others:
         return f"its inputs are {', '.join(sorted(others))}, its weight {weight.dtype}"
-    return "" if inputs else "the example does not call it"
+    return "" if inputs else "the example does not reach it"
 
 
 def _plain(x: Tensor) -> bool:
@@ -141,6 +141,11 @@ def _rows(module: Any, pattern: Pattern) -> Tensor:
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return conv_rows(weight.unsqueeze(2) if weight.ndim == 3 else weight, pattern)
     return weight.t() if _is_hf_conv1d(module) else weight
+
+
+def has_kernel(module: nn.Module) -> bool:
+    """Whether there are kernels for the weight of a module of this class."""
+    return type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)
 
 
 def sparse_module(module: Any, pattern: Pattern, kind: Kind, stored: torch.dtype) -> SparseLinear | SparseConv2d:
@@ -235,7 +240,7 @@ def _inputs(model: nn.Module, example: Any) -> dict[str, list[Tensor]]:
     hooks = [
         module.register_forward_pre_hook(note(name), with_kwargs=True)
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)
+        if has_kernel(module)
     ]
     try:
         run(model, example)

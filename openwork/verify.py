@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from openwork.axis import Axis, reduction_size
-from openwork.candidates import AxisChoice, Candidate, PatternChoice, decide
+from openwork.candidates import HELD, AxisChoice, Candidate, PatternChoice, decide
 from openwork.gemms import Use, watch
 from openwork.masks import kept_per_group
 from openwork.parametrization import plain_class, plain_name, unwrap
@@ -94,7 +94,7 @@ def _asked(
     model: nn.Module, pattern: PatternChoice | None, exclude: Sequence[str], axis: AxisChoice
 ) -> tuple[_Promises, tuple[Row, ...]]:
     """What a plain model is held to, and the weights that are not, with the reasons."""
-    decided = decide(model, pattern or Pattern(1, 1), exclude=exclude, axis=axis)
+    decided = decide(model, pattern or Pattern(1, 1), exclude=exclude, axis=axis, dtypes=HELD)
     if pattern is None:
         decided = [_inferred(each) if each.pattern else each for each in decided]
         _warn_of_inferred(decided)

@@ -50,7 +50,7 @@ def test_layers_are_chosen_by_their_times(monkeypatch):
     assert conv.inputs == ((2, 8, 6, 6),)
     assert conv.ratio == pytest.approx(0.7 / 0.4)
     assert (a.dense_by, a.dense, a.sparse, a.kind) == ("oneDNN prepacked", 1.0, 0.6, "rows")  # called twice
-    assert (unused.kind, unused.reason, unused.dense) == (None, "the example does not call it", 0.0)
+    assert (unused.kind, unused.reason, unused.dense) == (None, "the example does not reach it", 0.0)
     assert (b.kind, b.reason, b.pattern) == (None, "excluded by 'b'", None)
     assert found.chosen == {"conv.weight": "panel", "a.weight": "rows"}
     assert (found.whole, found.difference) == ({}, None)
@@ -218,7 +218,7 @@ def test_the_table(monkeypatch):
     conv = next(line for line in cells if line[0] == "conv.weight")
     assert conv == ["conv.weight", "8x8x3x3", "2:4", "2x8x6x6", "1000", "torch", "500", "2.00", "panel"]
     assert [line[-2:] for line in cells if line[0] in ("b.weight", "unused.weight")] == [
-        ["dense", "the example does not call it"], ["dense", "excluded by 'b'"]]  # fmt: skip
+        ["dense", "the example does not reach it"], ["dense", "excluded by 'b'"]]  # fmt: skip
     assert summary == "2 of 4 weights run sparse, stored in torch.float32"
 
 
