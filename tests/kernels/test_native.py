@@ -64,8 +64,9 @@ def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
         pytest.skip(str(STATUS))
     native._open.cache_clear()
     try:
+        expected = f"has interface {native._ABI}, needed 99: install again"
         monkeypatch.setattr(native, "_ABI", 99)
-        assert "has interface 1, needed 99: install again" in str(ow.kernels.status())
+        assert expected in str(ow.kernels.status())
     finally:
         monkeypatch.undo()
         native._open.cache_clear()
