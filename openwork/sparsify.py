@@ -19,6 +19,7 @@ from openwork.methods import SRSTE, Method
 from openwork.parametrization import (
     ForwardScope,
     Masked,
+    keep_all,
     mask_weights,
     masked_modules,
     masked_weights,
@@ -130,11 +131,12 @@ def project(
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
     """The masks that a sparsified model has now, by weight: bool, the weight's shape, True means kept."""
-    return {
-        f"{name}.{tensor}".lstrip("."): masked.keep(weight)
+    found = {
+        f"{name}.{tensor}".lstrip("."): (masked, weight)
         for name, module in masked_modules(unwrap(model))
         for tensor, masked, weight in masked_weights(module)
     }
+    return dict(zip(found, keep_all(found.values()), strict=True))
 
 
 def _mask(decided: list[Candidate], method: Method, scope: ForwardScope) -> None:
