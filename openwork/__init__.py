@@ -16,6 +16,7 @@ from openwork.methods import SRSTE as SRSTE
 from openwork.methods import STE as STE
 from openwork.methods import Dense as Dense
 from openwork.methods import Method as Method
+from openwork.methods import TransposableSRSTE as TransposableSRSTE
 from openwork.metrics import churn as churn
 from openwork.metrics import sad as sad
 from openwork.pattern import Pattern as Pattern
@@ -26,6 +27,7 @@ from openwork.sparsify import masks as masks
 from openwork.sparsify import project as project
 from openwork.sparsify import sparsify as sparsify
 from openwork.topology import Topology as Topology
+from openwork.transposable import topn_transposable as topn_transposable
 from openwork.verify import NotSparse as NotSparse
 from openwork.verify import verify as verify
 

@@ -102,6 +102,8 @@ class Handle:
         if (overflow is not None and bool(overflow)) or creates_state_only(optimizer):
             return
         self.steps += 1
+        for masked, weight in held_weights(optimizer, self._model):
+            masked.count_step(weight)
         if self._before and self.topology:
             self.topology.record(self.steps, self._before, _whole_masks(self._model))
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent / "openwork"
 # Each file and folder of the package stands in exactly one layer; a new one is added here.
 LAYERS = (
     {"pattern"},
-    {"masks", "axis", "schedule", "metrics", "topology", "packing", "layout"},
+    {"masks", "axis", "schedule", "metrics", "topology", "packing", "layout", "transposable", "entropic"},
     {"ops"},
     {"methods", "kernels"},
     {
