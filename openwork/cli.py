@@ -7,13 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-TASKS = ("classification",)
-
 USAGE = """\
 openwork: train N:M sparse networks from scratch
 
-  openwork train classification     one network with one method; --help shows every flag and its default
-  openwork compare classification   dense, ASP, STE and SR-STE from the same seeds: one table, one report.html
+  openwork train TASK               one network with one method; --help shows every flag and its default
+  openwork compare TASK             dense, ASP, STE and SR-STE from the same seeds: one table, one report.html
   openwork report RUN               rebuild report.html of a run or a comparison
   openwork inspect FILE             what a compressed file holds, from its header alone
   openwork verify FILE              the same after reading all of it; fails if any weight is not as it says
@@ -22,6 +20,7 @@ openwork: train N:M sparse networks from scratch
   openwork bench                    time masks, products, whole models beside their dense baselines; writes CSV
   openwork export SOURCE --out OUT  a run or a file as ONNX, a program of torch.export, a folder for Hugging Face, ...
 
+TASK is one of: classification. Without --data each trains on something small that needs no download.
 Flags may stand in a YAML file: --config FILE; flags after it override it.
 """
 
@@ -62,24 +61,25 @@ def _explain(error: Exception) -> str:
     return str(error)
 
 
-def _task(words: list[str], verb: str) -> list[str]:
-    """The words after the task's name."""
+def _task(words: list[str], verb: str) -> Any:
+    """The task that the first word names."""
+    from openwork.tasks import TASKS, find
+
     if words and words[0] in TASKS:
-        return words[1:]
+        return find(words[0])
     asked = f"there is no task {words[0]!r}" if words and not words[0].startswith("-") else "a task is missing"
     raise ValueError(f"{asked}; write openwork {verb} {{{','.join(TASKS)}}}")
 
 
 def train(words: list[str]) -> int:
-    words = _task(words, "train")
-    quiet = "--quiet" in words  # a worker of compare: no report.html and no table of its own
-    from openwork.tasks.config import Config
+    task = _task(words, "train")
+    quiet = "--quiet" in words  # a worker of compare: no table of its own
     from openwork.tasks.parser import parse
-
-    config = parse(Config, [w for w in words if w != "--quiet"], "openwork train classification", "Train one network.")
-    from openwork.tasks.classification import train as run
+    from openwork.tasks.recipe import train as run
     from openwork.tasks.rundir import first_process
 
+    words = [word for word in words[1:] if word != "--quiet"]
+    config = parse(task.config, words, f"openwork train {task.name}", "Train one network.")
     result = run(config)
     if not quiet and first_process():
         _show_result(result, Path(config.out))
@@ -87,45 +87,50 @@ def train(words: list[str]) -> int:
 
 
 def _show_result(result: dict[str, Any], out: Path) -> None:
+    from openwork.tasks.summary import headline
+
     print(result["summary"])
-    print(
-        f"accuracy of the finalized network: {result['val_accuracy']:.2%}, "
-        f"density of its sparse layers {result['density']:.3f}"
-    )
+    if result["skipped"]:
+        print(f"{result['skipped']} samples could not be read and were left out")
+    print(f"{headline(result)} of the finalized network, density of its sparse layers {result['density']:.3f}")
     print(f"report: {(out / 'report.html').resolve()}")
 
 
 def compare(words: list[str]) -> int:
-    words = _task(words, "compare")
-    from openwork.tasks.config import CompareConfig
+    task = _task(words, "compare")
+    from openwork.tasks.compare import compare as run
+    from openwork.tasks.config import comparison
     from openwork.tasks.parser import parse
 
-    config = parse(
-        CompareConfig, words, "openwork compare classification", "Train several methods from the same seeds."
-    )
-    from openwork.tasks.compare import compare as run
-
-    _show_table(run(config, lambda line: print(line, flush=True)))
+    about = "Train several methods from the same seeds. --json prints results.json instead of the table."
+    as_json = "--json" in words  # results.json on stdout instead of the table
+    words = [word for word in words[1:] if word != "--json"]
+    config = parse(comparison(task.config), words, f"openwork compare {task.name}", about)
+    rows = run(config, lambda line: print(line, flush=True, file=sys.stderr if as_json else sys.stdout))
+    if as_json:
+        print((Path(config.out) / "results.json").read_text(encoding="utf-8"))
+        return 0
+    _show_table(rows, task.metrics)
     print(f"report: {(Path(config.out) / 'report.html').resolve()}")
     return 0
 
 
-def _show_table(rows: Sequence[Any]) -> None:
-    from openwork.tasks.summary import HEADER, NOTES, cells, plain_table
+def _show_table(rows: Sequence[Any], metrics: Sequence[Any]) -> None:
+    from openwork.tasks.summary import cells, header, notes, plain_table
 
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        print(plain_table(rows))
+        print(plain_table(rows, metrics))
     else:
-        table = Table(*HEADER)
+        table = Table(*header(metrics))
         for row in rows:
-            table.add_row(*cells(row))
+            table.add_row(*cells(row, metrics))
         console = Console()
-        wide = console.width if console.is_terminal else 160
+        wide = console.width if console.is_terminal else 180
         Console(width=wide).print(table)
-    print("\n".join(NOTES))
+    print("\n".join(notes(metrics)))
 
 
 def report(words: list[str]) -> int:

@@ -74,7 +74,7 @@ def _is_run(source: str) -> bool:
 
 
 def _of_run(folder: Path) -> Finished:
-    from openwork.tasks.classification import finished
+    from openwork.tasks.recipe import finished
 
     net, example, config = finished(folder)
     pattern = None if config.method == "dense" else config.pattern

@@ -12,7 +12,7 @@ from openwork.cli import main
 @pytest.mark.parametrize("words", [[], ["--help"]])
 def test_usage(words, capsys):
     assert main(words) == 0
-    assert "openwork compare classification" in capsys.readouterr().out
+    assert "openwork compare TASK" in capsys.readouterr().out
 
 
 def test_help_needs_nothing_of_the_training_extra():

@@ -1,220 +1,103 @@
-"""`openwork train classification`: one network, one method, one run directory."""
+"""`openwork train classification`: images into classes."""
 
 from __future__ import annotations
 
-import logging
-import os
-import platform
-import statistics
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_model, save_model
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-import openwork as ow
 from openwork.tasks import datasets
-from openwork.tasks.config import Config, build_method, data_folder, differences
+from openwork.tasks.config import Config, Source, flag, flag_of, source_of
 from openwork.tasks.imagefolder import imagefolder
 from openwork.tasks.models import build_model
-from openwork.tasks.rundir import RunDir, first_process, read_lines
-
-_PICTURE = 32, 96  # rows and columns of the mask picture
+from openwork.tasks.task import Task, percent
 
 
-def load_data(config: Config) -> Any:
-    """The data set that `config.data` names."""
-    name, folder = data_folder(config.data)
-    if folder is None:
-        return datasets.digits().limited(config.limit)
-    if name == "imagefolder":
-        return imagefolder(folder, config.image_size, config.workers).limited(config.limit)
-    readers = {"fashion-mnist": datasets.fashion_mnist, "cifar10": datasets.cifar10}
-    return readers[name](folder).limited(config.limit)
+@dataclass(frozen=True)
+class ClassificationConfig(Config):
+    """Defaults: the SR-STE authors' ImageNet recipe (SGD, momentum 0.9, weight decay 5e-5 on everything, linear
+    warm-up, cosine to zero per step, decay 2e-4; github.com/aojunzz/NM-sparsity, classification/configs) scaled to
+    the digits.
+    """
 
-
-def load_weights(net: nn.Module, source: Path) -> None:
-    """Dense weights from a run directory or a .safetensors file."""
-    path = source / "model.safetensors" if source.is_dir() else source
-    if not path.exists():
-        raise FileNotFoundError(
-            f"--init {source}: there is no {path}; give a finished run directory or a .safetensors file"
-        )
-    try:
-        load_model(net, path)
-    except RuntimeError as error:
-        raise ValueError(
-            f"--init {path} does not fit this model; train it with the same --model and --data ({error})"
-        ) from error
-
-
-def prepare(config: Config) -> tuple[Any, nn.Module, ow.Report]:
-    """Data, the network with its initial weights and masks, and the report on them: the same for the same config."""
-    data = load_data(config)
-    torch.manual_seed(config.seed)
-    net = build_model(config.model, classes=data.classes, channels=data.shape[0], dropout=config.dropout)
-    if config.init:
-        load_weights(net, Path(config.init))
-    example = torch.zeros(1, *data.shape)
-    report = ow.sparsify(net, config.pattern, build_method(config), exclude=config.exclude, example=example)
-    return data, net, report
-
-
-def finished(folder: Path) -> tuple[nn.Module, Tensor, Config]:
-    """The network of a finished run with its weights, one validation image for it, and the run's configuration."""
-    config = Config(**RunDir(folder).read_config())
-    data = load_data(config)
-    net = build_model(config.model, classes=data.classes, channels=data.shape[0], dropout=config.dropout)
-    load_weights(net, folder)
-    ((images, _),) = data.val_batches([np.array([0])])
-    return net.eval(), images, config
-
-
-def open_run(config: Config) -> RunDir:
-    """The run directory, new or to be resumed; refuses to mix two runs."""
-    run = RunDir(Path(config.out))
-    if not first_process():  # the first one has checked
-        return run
-    if not run.config.exists():
-        run.write_config(asdict(config))
-        return run
-    if not config.resume:
-        raise FileExistsError(f"{run.path} already holds a run; add --resume to continue it, or choose another --out")
-    if changed := differences(run.read_config(), config):
-        raise ValueError(
-            f"{run.path} was started with another configuration ({'; '.join(changed)}); "
-            "resume it with its own, or choose another --out"
-        )
-    return run
-
-
-def train(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
-    """Trains, verifies, finalizes and evaluates; returns the result that it also writes to the run directory."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    data, net, report = prepare(config)  # before the directory: bad input leaves nothing behind
-    run = open_run(config)
-    if (done := run.read_result()) is not None:
-        return done
-    picture = pictured_layer(report)
-    start = mask_rows(net, picture)
-    module, trainer = fit(config, data, net, run, callbacks)
-    end = mask_rows(net, picture)
-    if build_method(config).sparse:  # dense training promises nothing
-        ow.verify(net)
-    ow.finalize(net)
-    trainer.validate(module, verbose=False)
-    result = summary(config, report, net, run) | module.score | {"mask": {"layer": picture, "start": start, "end": end}}
-    if trainer.is_global_zero:
-        save_model(net, str(run.model), metadata={"recipe": f"{config.pattern} {config.method}"})
-        run.write_result(result)
-        write_page(run)
-    run.close()
-    return result
-
-
-def fit(config: Config, data: Any, net: nn.Module, run: RunDir, callbacks: Sequence[Any]) -> tuple[Any, Any]:
-    """Runs Lightning's loops from the start or from the last checkpoint."""
-    from openwork.tasks.module import ClassificationModule, build_trainer
-
-    hush()
-
-    module = ClassificationModule(net, config, data, run)
-    trainer = build_trainer(config, run.path, callbacks)
-    checkpoint = str(run.checkpoint) if run.checkpoint.exists() else None
-    if checkpoint is None and trainer.is_global_zero:
-        run.rewind({})  # lines of a run that was killed before its first checkpoint
-    trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
-    return module, trainer
-
-
-def hush() -> None:
-    """Only Lightning's warnings, and of those and torch's none that concern their own insides or torch's DataLoader."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*smaller than the logging interval.*",
-        ".*TF32 acceleration on top of oneDNN.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-
-
-def write_page(run: RunDir) -> None:
-    from openwork.tasks.report import write_report
-
-    write_report(run.path)
-
-
-def summary(config: Config, report: ow.Report, net: nn.Module, run: RunDir) -> dict[str, Any]:
-    """Everything a table or page needs, in JSON's types."""
-    topology = read_lines(run.path / "topology.jsonl")
-    steps = [s for record in read_lines(run.path / "times.jsonl") for s in record["seconds"]]
-    weights = dict(net.named_parameters())
-    sparse = [weights[name] for name in report.sparse]
-    return {
-        "config": asdict(config),
-        "density": sum(int(w.count_nonzero()) for w in sparse) / sum(w.numel() for w in sparse),
-        "macs_dense": report.macs_dense,
-        "macs": report.macs_dense if config.method == "dense" else report.macs_sparse,
-        "sad_start": topology[-1]["sad_start"] / topology[-1]["weights"] if topology else None,
-        "churn": statistics.fmean(r["sad_step"] / r["weights"] for r in topology) if topology else None,
-        "seconds_per_step": statistics.median(steps) if steps else None,
-        "layers": [layer(row) for row in report.rows],
-        "summary": report.summary,
-        "machine": machine(),
+    task: ClassVar[str] = "classification"
+    sources: ClassVar[Sequence[Source]] = (
+        Source("digits"),
+        Source(
+            "fashion-mnist",
+            "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz and the two t10k files",
+        ),
+        Source("cifar10", "data_batch_1 to data_batch_5 and test_batch, as python or .bin files"),
+        Source("imagefolder", "train/CLASS/*.jpg and val/CLASS/*.jpg"),
+    )
+    # arXiv:2102.04010 and its code: 120 epochs, batch 256, all convolutions sparse, the last layer dense.
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {
+            "model": "resnet50",
+            "pattern": "2:4",
+            "patterns": ["2:4"],
+            "decay": 2e-4,
+            "exclude": ["fc"],
+            "epochs": 120,
+            "batch_size": 256,
+            "lr": 0.1,
+            "momentum": 0.9,
+            "weight_decay": 5e-5,
+            "warmup": 5,
+            "topology_every": 1000,
+            "checkpoint_every": 2000,
+        }
     }
 
-
-def layer(row: Any) -> dict[str, Any]:
-    return {
-        "name": row.name,
-        "shape": list(row.shape),
-        "pattern": str(row.pattern) if row.pattern else None,
-        "reason": row.reason,
-        "density": row.density,
-        "kept_energy": row.kept_energy,
-        "weights": row.weights,
-        "macs_dense": row.macs_dense,
-        "macs_sparse": row.macs_sparse,
-    }
+    data: str = flag_of(sources)
+    model: str = flag("resnet8", "resnet8, resnet20, ... (small images), any torchvision name, timm/NAME")
+    dropout: float = flag(0.0, "before the last layer (resnet8, resnet20, ...)")
+    image_size: int = flag(224, "side of the images (imagefolder)")
+    out: str = flag("runs/classification", "run directory")
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "openwork": getattr(ow, "__version__", ""),
-    }
-    return {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}
+class Classification(Task):
+    name = "classification"
+    config = ClassificationConfig
+    metrics = (percent("val_accuracy", "accuracy"), percent("val_top5", "top-5"))
+
+    def load_data(self, config: ClassificationConfig) -> Any:
+        source, folder = source_of(config)
+        if folder is None:
+            return datasets.digits().limited(config.limit, config.limit_val)
+        if source == "imagefolder":
+            found: Any = imagefolder(folder, config.image_size, config.workers, config.skip_bad)
+        else:
+            found = {"fashion-mnist": datasets.fashion_mnist, "cifar10": datasets.cifar10}[source](folder)
+        return found.limited(config.limit, config.limit_val)
+
+    def build(self, config: ClassificationConfig, data: Any) -> nn.Module:
+        return build_model(config.model, classes=data.classes, channels=data.shape[0], dropout=config.dropout)
+
+    def example(self, data: Any) -> Tensor:
+        ((images, _),) = data.val_batches([np.array([0])])
+        return images
+
+    def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(net(images), labels)
+
+    def records(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Any]:
+        """Loss, whether the best guess is right, whether one of the best five is."""
+        images, labels = batch
+        logits = net(images).float()
+        guesses = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return list(torch.stack([losses, guesses[:, 0], guesses.any(1)], dim=1).double().cpu().numpy())
+
+    def score(self, records: Sequence[Any], data: Any) -> dict[str, float]:
+        loss, first, five = (sum(column) / len(records) for column in zip(*records, strict=True))
+        return {"val_loss": float(loss), "val_accuracy": float(first), "val_top5": float(five)}
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def pictured_layer(report: ow.Report) -> str:
-    """The sparse weight that fills the mask picture best; of several, the one in the middle."""
-    filled = {
-        row.name: min(row.shape[0], _PICTURE[0]) * min(row.weights // row.shape[0], _PICTURE[1])
-        for row in report.rows
-        if row.pattern
-    }
-    best = [name for name, squares in filled.items() if squares == max(filled.values())]
-    return best[len(best) // 2]
-
-
-def mask_rows(net: nn.Module, name: str) -> list[str]:
-    """A corner of a layer's mask, one string of 0 and 1 per output; neighbours in a string share a group."""
-    mask: Tensor = ow.masks(net)[name]
-    rows = mask.movedim(1, -1).flatten(1)[: _PICTURE[0], : _PICTURE[1]]
-    return ["".join("1" if kept else "0" for kept in row) for row in rows.tolist()]
+TASK = Classification()

@@ -1,4 +1,4 @@
-"""`openwork compare classification`: methods side by side from the same seeds, each run in a process of its own."""
+"""`openwork compare TASK`: methods side by side from the same seeds, each run in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from openwork.tasks.config import CompareConfig, Config, differences, field_names
+from openwork.tasks.config import CompareConfig, Config, differences, field_names, values_of
 from openwork.tasks.rundir import RunDir, write_text, write_yaml
-from openwork.tasks.summary import Row, rows_of
+from openwork.tasks.summary import Row, headline, metrics_of, rows_of
 
 
 def planned_runs(config: CompareConfig) -> list[Config]:
     """Every run of a comparison. Dense comes once per seed, also where only ASP needs it; ASP starts from it."""
-    shared = {name: value for name, value in asdict(config).items() if name in field_names(Config)}
+    shared = {name: value for name, value in asdict(config).items() if name in field_names(config.run)}
     choices = _choices(config)
     threads = max(1, (config.threads or _cores()) // jobs_of(config, len(choices)))
     shared |= {"threads": threads, "progress": False}
@@ -32,7 +32,7 @@ def planned_runs(config: CompareConfig) -> list[Config]:
         out = Path(config.out) / _run_name(method, pattern, decay, seed)
         init = str(Path(config.out) / _run_name("dense", config.patterns[0], 0.0, seed)) if method == "asp" else ""
         runs.append(
-            Config(
+            config.run(
                 **shared
                 | {"method": method, "pattern": pattern, "decay": decay, "seed": seed, "init": init, "out": str(out)}
             )
@@ -83,15 +83,27 @@ def compare(config: CompareConfig, say: Callable[[str], None]) -> list[Row]:
             list(pool.map(lambda run: run_one(run, say), stage))
     results = [_result(run) for run in runs]
     rows = rows_of(results)
-    write_text(
-        Path(config.out) / "results.json", json.dumps(_document(config, rows, time.perf_counter() - start), indent=1)
-    )
+    document = _document(config, results, rows, time.perf_counter() - start)
+    write_text(Path(config.out) / "results.json", json.dumps(document, indent=1))
     _write_page(Path(config.out))
     return rows
 
 
-def _document(config: CompareConfig, rows: Sequence[Row], seconds: float) -> dict[str, Any]:
-    return {"config": asdict(config), "rows": [asdict(row) for row in rows], "seconds_of_this_call": seconds}
+def _document(
+    config: CompareConfig, results: Sequence[dict[str, Any]], rows: Sequence[Row], seconds: float
+) -> dict[str, Any]:
+    keys = [metric.key for metric in metrics_of(results)]
+    return {
+        "config": values_of(config),
+        "machine": results[0]["machine"],
+        "metrics": results[0]["metrics"],
+        "rows": [asdict(row) for row in rows],
+        "runs": [
+            {key: r["config"][key] for key in ("method", "pattern", "decay", "seed")} | {key: r[key] for key in keys}
+            for r in results
+        ],
+        "seconds_of_this_call": seconds,
+    }
 
 
 def _result(run: Config) -> dict[str, Any]:
@@ -115,13 +127,13 @@ def run_one(run: Config, say: Callable[[str], None]) -> None:
     directory = RunDir(Path(run.out))
     name = Path(run.out).name
     if (result := directory.read_result()) is not None:
-        say(f"{name}: {result['val_accuracy']:.2%} (finished before)")
+        say(f"{name}: {headline(result)} (finished before)")
         return
     run = replace(run, resume=directory.config.exists())
     path = directory.path / "worker.yaml"
     write_yaml(path, asdict(run))
     start = time.perf_counter()
-    command = [sys.executable, "-m", "openwork.cli", "train", "classification", "--config", str(path), "--quiet"]
+    command = [sys.executable, "-m", "openwork.cli", "train", run.task, "--config", str(path), "--quiet"]
     with (directory.path / "log.txt").open("a", encoding="utf-8") as log:
         code = subprocess.run(
             command, stdout=log, stderr=subprocess.STDOUT, env=_environment(run), check=False
@@ -129,7 +141,7 @@ def run_one(run: Config, say: Callable[[str], None]) -> None:
     if code:
         tail = (directory.path / "log.txt").read_text(encoding="utf-8", errors="replace")[-1500:]
         raise RuntimeError(f"run {name} ended with exit code {code}; the end of {directory.path / 'log.txt'}:\n{tail}")
-    say(f"{name}: {_result(run)['val_accuracy']:.2%} ({time.perf_counter() - start:.0f} s)")
+    say(f"{name}: {headline(_result(run))} ({time.perf_counter() - start:.0f} s)")
 
 
 def _environment(run: Config) -> dict[str, str]:

@@ -1,39 +1,21 @@
-"""What a classification run is made of: one field per flag, the paper's preset, and checks that say what to do.
+"""What a run is made of: one field per flag, presets, and checks that say what to do.
 
-Defaults: the SR-STE authors' ImageNet recipe (SGD, momentum 0.9, weight decay 5e-5 on everything, linear warm-up,
-cosine to zero per step, decay 2e-4; github.com/aojunzz/NM-sparsity, classification/configs) scaled to the digits.
+A task derives its own class from `Config`, with defaults and fields of its own; `comparison` makes the class for
+`openwork compare` of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast, get_type_hints
 
 import openwork as ow
+from openwork.tasks.stepping import SCHEDULES
 
 METHODS = ("dense", "asp", "ste", "sr-ste")
-DATASETS = ("digits", "fashion-mnist=DIR", "cifar10=DIR", "imagefolder=DIR")
-
-# arXiv:2102.04010 and its code: 120 epochs, batch 256, all convolutions sparse, the last layer dense.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "model": "resnet50",
-        "pattern": "2:4",
-        "patterns": ["2:4"],
-        "decay": 2e-4,
-        "exclude": ["fc"],
-        "epochs": 120,
-        "batch_size": 256,
-        "lr": 0.1,
-        "momentum": 0.9,
-        "weight_decay": 5e-5,
-        "warmup": 5,
-        "topology_every": 1000,
-        "checkpoint_every": 2000,
-    }
-}
+OPTIMIZERS = ("sgd", "adam", "adamw")
 
 # These say where and how a run happens, not what it computes: they may differ between a run and its resumption.
 _PLACE = ("out", "resume", "threads", "progress", "preset", "workers")
@@ -49,33 +31,62 @@ def flag(default: Any, text: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Common:
-    """The fields that `train` and `compare` share."""
+class Source:
+    """A data set by name. `layout` says what its folder must hold; "" where it needs none."""
 
-    data: str = flag("digits", f"one of {', '.join(DATASETS)}")
-    model: str = flag("resnet8", "resnet8, resnet20, ... (small images), any torchvision name, timm/NAME")
+    name: str
+    layout: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}=DIR" if self.layout else self.name
+
+
+def flag_of(sources: Sequence[Source]) -> Any:
+    """The field `data`; the first source is the default."""
+    return flag(sources[0].name, f"one of {', '.join(map(str, sources))}")
+
+
+@dataclass(frozen=True)
+class Common:
+    """The fields that `train` and `compare` share, for every task."""
+
+    task: ClassVar[str]
+    sources: ClassVar[Sequence[Source]]
+    presets: ClassVar[dict[str, dict[str, Any]]]
+
+    data: str = flag("", "the data set")
+    model: str = flag("", "the network")
     exclude: list[str] = flag([], "globs of layers to leave dense; nothing is excluded by default")
     epochs: int = flag(15, "passes over the training data")
     batch_size: int = flag(64, "samples per optimizer step, over all devices and micro-batches")
+    optimizer: str = flag("sgd", f"one of {', '.join(OPTIMIZERS)}")
     lr: float = flag(0.1, "peak learning rate")
     momentum: float = flag(0.9, "of SGD")
-    weight_decay: float = flag(5e-5, "of SGD, on all parameters")
-    warmup: float = flag(1.0, "epochs of linear warm-up, before cosine to zero")
-    dropout: float = flag(0.0, "before the last layer (resnet8, resnet20, ...)")
+    betas: list[float] = flag([0.9, 0.999], "of Adam and AdamW")
+    eps: float = flag(1e-8, "of Adam and AdamW")
+    weight_decay: float = flag(5e-5, "on all parameters")
+    clip: float = flag(0.0, "largest norm of the gradient (0: not clipped)")
+    warmup: float = flag(1.0, "epochs of linear warm-up, before the schedule")
+    schedule: str = flag("cosine", f"of the learning rate: {', '.join(SCHEDULES)}")
+    drops: list[float] = flag([], "epochs after which the schedule steps divides the rate by ten")
     precision: str = flag("32-true", "Lightning's precision: 32-true, bf16-mixed, 16-mixed, ...")
     accumulate: int = flag(1, "micro-batches per optimizer step")
     devices: int = flag(1, "processes or GPUs")
     strategy: str = flag("auto", "Lightning's strategy: auto, ddp, ...")
     accelerator: str = flag("auto", "Lightning's accelerator: auto, cpu, gpu, ...")
     threads: int = flag(0, "CPU threads of torch (0: torch's own choice)")
-    workers: int = flag(2, "processes that decode images (imagefolder)")
-    image_size: int = flag(224, "side of the images (imagefolder)")
-    limit: int = flag(0, "use only so many training images (0: all)")
+    workers: int = flag(2, "processes that load samples from files")
+    limit: int = flag(0, "use only so many training samples (0: all)")
+    limit_val: int = flag(0, "use only so many validation samples (0: all)")
+    skip_bad: bool = flag(False, "leave out samples that cannot be read, and count them, instead of stopping")
     checkpoint_every: int = flag(500, "optimizer steps between checkpoints; one more after each epoch")
     topology_every: int = flag(20, "optimizer steps between records of the masks")
     log_every: int = flag(10, "optimizer steps between lines of metrics.jsonl")
     progress: bool = flag(True, "show a progress bar")
-    preset: str = flag("", f"recipe that fills the defaults: {', '.join(PRESETS)}")
+    preset: str = flag("", "recipe that fills the defaults, if the task has one: paper")
+
+    def check(self) -> None:
+        """What only this task can say about its values."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class Config(Common):
     decay: float = flag(2e-4, "SR-STE's decay of pruned weights")
     seed: int = flag(0, "of initial weights, sample order and augmentation")
     init: str = flag("", "dense weights to start from: a run directory or a .safetensors file (asp needs it)")
-    out: str = flag("runs/classification", "run directory")
+    out: str = flag("runs/run", "run directory")
     resume: bool = flag(False, "continue the run in --out from its last checkpoint")
 
     def __post_init__(self) -> None:
@@ -100,11 +111,14 @@ class Config(Common):
                 "method asp prunes a trained dense network: train one with --method dense --out DENSE, "
                 "then give --init DENSE"
             )
+        self.check()
 
 
 @dataclass(frozen=True)
 class CompareConfig(Common):
     """Several methods from the same seeds."""
+
+    run: ClassVar[type[Config]]
 
     methods: list[str] = flag(["dense", "asp", "ste", "sr-ste"], "which methods to train")
     patterns: list[str] = flag(["2:4"], "one or several N:M")
@@ -123,14 +137,46 @@ class CompareConfig(Common):
             raise ValueError("methods, patterns, decays and seeds each need at least one value")
         if self.jobs < 0:
             raise ValueError(f"jobs is {self.jobs}; it must be at least 1, or 0 for one per core")
+        self.run.check(cast(Config, self))
+
+
+def comparison(run: type[Config]) -> type[CompareConfig]:
+    """The configuration of `openwork compare` for a task: the fields of its runs but those that a comparison varies."""
+    varied = {each.name for each in fields(Config)} - {each.name for each in fields(Common)}
+    hints, own = get_type_hints(run), {each.name for each in fields(run)} - varied
+    default = f"runs/compare-{run.task}"
+    return make_dataclass(
+        f"Compare{run.__name__}",
+        [(each.name, hints[each.name], _copy(each)) for each in fields(run) if each.name in own]
+        + [("out", str, flag(default, "directory of the comparison, one subdirectory per run"))],
+        bases=(CompareConfig,),
+        frozen=True,
+        namespace={"task": run.task, "sources": run.sources, "presets": run.presets, "run": run},
+    )
+
+
+def _copy(each: Any) -> Any:
+    if callable(each.default_factory):
+        return field(default_factory=each.default_factory, metadata=each.metadata)
+    return field(default=each.default, metadata=each.metadata)
 
 
 def check_common(config: Common) -> None:
-    if config.preset and config.preset not in PRESETS:
-        raise ValueError(f"preset {config.preset!r} is not known; use one of {', '.join(PRESETS)}")
+    if config.preset and config.preset not in config.presets:
+        raise ValueError(f"preset {config.preset!r} is not known; use one of {', '.join(config.presets)}")
     for name in ("epochs", "batch_size", "accumulate", "devices", "checkpoint_every", "topology_every", "log_every"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    for name in ("limit", "limit_val", "clip", "warmup"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must not be negative")
+    for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name} {getattr(config, name)!r} is not known; use one of {', '.join(known)}")
+    if len(config.betas) != 2:
+        raise ValueError(f"betas are {config.betas}; Adam takes two")
+    if config.schedule == "steps" and not config.drops:
+        raise ValueError("the schedule steps needs the epochs of its steps: --drops 8 11")
     parts = config.accumulate * config.devices
     if config.batch_size % parts:
         raise ValueError(
@@ -143,14 +189,14 @@ def check_common(config: Common) -> None:
         )
 
 
-def build_method(config: Config) -> Any:
-    makers = {"dense": ow.Dense, "asp": ow.ASP, "ste": ow.STE, "sr-ste": lambda: ow.SRSTE(decay=config.decay)}
-    return makers[config.method]()
+def values_of(config: Common) -> dict[str, Any]:
+    """All fields, with the name of the task, as a run directory keeps them."""
+    return {"task": config.task, **asdict(config)}
 
 
 def recipe(config: Common | dict[str, Any]) -> dict[str, Any]:
     """The fields that decide what a run computes."""
-    values = config if isinstance(config, dict) else asdict(config)
+    values = config if isinstance(config, dict) else values_of(config)
     return {name: value for name, value in values.items() if name not in _PLACE}
 
 
@@ -164,23 +210,18 @@ def field_names(cls: type) -> Sequence[str]:
     return [f.name for f in fields(cls)]
 
 
-def data_folder(spec: str) -> tuple[str, Path | None]:
-    """("fashion-mnist", folder) for "fashion-mnist=FOLDER"; the folder exists."""
-    name, _, folder = spec.partition("=")
-    known = [d.partition("=")[0] for d in DATASETS]
+def source_of(config: Common) -> tuple[str, Path | None]:
+    """("fashion-mnist", folder) for --data fashion-mnist=FOLDER; the folder exists. No folder where none is needed."""
+    name, _, folder = config.data.partition("=")
+    known = {source.name: source for source in config.sources}
     if name not in known:
-        raise ValueError(f"data {spec!r} is not known; use one of {', '.join(DATASETS)}")
-    if name == "digits":
+        raise ValueError(f"data {config.data!r} is not known; use one of {', '.join(map(str, config.sources))}")
+    if not known[name].layout:
+        if folder:
+            raise ValueError(f"data {config.data!r}: {name} takes no folder; write --data {name}")
         return name, None
     if not folder:
-        raise ValueError(f"data {spec!r} lacks its folder; write {name}=DIR")
+        raise ValueError(f"data {config.data!r} lacks its folder; write {name}=DIR")
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"data {spec!r}: there is no folder {folder}; {_LAYOUT[name]}")
+        raise FileNotFoundError(f"data {config.data!r}: there is no folder {folder}; it must hold {known[name].layout}")
     return name, Path(folder)
-
-
-_LAYOUT = {
-    "fashion-mnist": "it must hold train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz and the two t10k files",
-    "cifar10": "it must hold data_batch_1 to data_batch_5 and test_batch, as python or .bin files",
-    "imagefolder": "it must hold train/CLASS/*.jpg and val/CLASS/*.jpg",
-}

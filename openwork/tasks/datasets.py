@@ -6,7 +6,7 @@ import gzip
 import pickle
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,7 @@ class Images:
     std: tuple[float, ...]
     pad: int  # random shift by up to so many pixels
     flip: bool
-
-    @property
-    def classes(self) -> int:
-        return int(self.train_y.max()) + 1
+    classes: int
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,12 +49,19 @@ class Images:
     def val_count(self) -> int:
         return len(self.val_y)
 
-    def limited(self, count: int) -> Images:
-        """The same data with only the first `count` training images (0: all)."""
-        return (
-            self
-            if not count
-            else Images(**{**vars(self), "train_x": self.train_x[:count], "train_y": self.train_y[:count]})
+    @property
+    def skipped(self) -> int:
+        return 0
+
+    def limited(self, train: int, val: int) -> Images:
+        """The same data with only the first images of each part (0: all)."""
+        first, second = train or None, val or None
+        return replace(
+            self,
+            train_x=self.train_x[:first],
+            train_y=self.train_y[:first],
+            val_x=self.val_x[:second],
+            val_y=self.val_y[:second],
         )
 
     def normalized(self, images: Tensor) -> Tensor:
@@ -78,7 +82,8 @@ def _images(name: str, arrays: Sequence[np.ndarray], pad: int, flip: bool) -> Im
     train_x, train_y, val_x, val_y = (torch.from_numpy(np.ascontiguousarray(a)) for a in arrays)
     mean = tuple(float(train_x[:, c].double().mean()) for c in range(train_x.shape[1]))
     std = tuple(float(train_x[:, c].double().std()) for c in range(train_x.shape[1]))
-    return Images(name, train_x, train_y.long(), val_x, val_y.long(), mean, std, pad, flip)
+    classes = int(train_y.max()) + 1
+    return Images(name, train_x, train_y.long(), val_x, val_y.long(), mean, std, pad, flip, classes)
 
 
 def digits() -> Images:

@@ -25,13 +25,34 @@ def _pixels(image: Any) -> Tensor:
     return (array - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
 
 
+def open_image(path: Path) -> Any:
+    """The decoded image, a PIL image in RGB; ValueError names the file where it cannot be decoded."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:  # PIL raises all three, by format
+        raise ValueError(
+            f"{path} cannot be decoded ({error}); repair or remove it, or add --skip_bad to leave such files out"
+        ) from error
+
+
+def readable(path: Path) -> bool:
+    try:
+        open_image(path)
+    except ValueError:
+        return False
+    return True
+
+
 def train_image(path: Path, size: int, draws: np.ndarray) -> Tensor:
     """One augmented training image: random resized crop and mirror, drawn from `draws` (23,)."""
     from PIL import Image
 
-    with Image.open(path) as file:
-        image = file.convert("RGB")
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=crop_box(*image.size, draws[:-1]))
+    image = open_image(path)
+    box = crop_box(image.width, image.height, draws[:-1])
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
     return _pixels(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws[-1] < 0.5 else image)
 
 
@@ -39,8 +60,7 @@ def val_image(path: Path, size: int) -> Tensor:
     """One validation image: shorter side to 8/7 of `size` (256 for 224), centre crop."""
     from PIL import Image
 
-    with Image.open(path) as file:
-        image = file.convert("RGB")
+    image = open_image(path)
     scale = round(size * 256 / 224) / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -72,6 +92,7 @@ class ImageFolder:
     classes: int
     size: int
     workers: int
+    skipped: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -85,10 +106,9 @@ class ImageFolder:
     def val_count(self) -> int:
         return len(self.val_files)
 
-    def limited(self, count: int) -> ImageFolder:
-        """The same data with only `count` training images, evenly spaced (0: all)."""
-        step = max(1, len(self.train_files) // count) if count else 1
-        return replace(self, train_files=self.train_files[::step][: count or None])
+    def limited(self, train: int, val: int) -> ImageFolder:
+        """The same data with only so many images of each part, evenly spaced (0: all)."""
+        return replace(self, train_files=_spaced(self.train_files, train), val_files=_spaced(self.val_files, val))
 
     def _load(self, reader: _Reader, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
         # Its own generator: a DataLoader otherwise takes a number from torch's global one.
@@ -100,6 +120,11 @@ class ImageFolder:
 
     def val_batches(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
         return self._load(_Reader(self.val_files, self.size), batches)
+
+
+def _spaced(files: Sequence[tuple[Path, int]], count: int) -> Sequence[tuple[Path, int]]:
+    step = max(1, len(files) // count) if count else 1
+    return files[::step][: count or None]
 
 
 def _files(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
@@ -115,8 +140,11 @@ def _files(folder: Path, names: Sequence[str]) -> list[tuple[Path, int]]:
     return found
 
 
-def imagefolder(folder: Path, size: int, workers: int) -> ImageFolder:
-    """Reads DIR/train/CLASS/* and DIR/val/CLASS/*; the classes are the sorted folder names of train."""
+def imagefolder(folder: Path, size: int, workers: int, skip_bad: bool = False) -> ImageFolder:
+    """Reads DIR/train/CLASS/* and DIR/val/CLASS/*; the classes are the sorted folder names of train.
+
+    `skip_bad` decodes every image once and leaves out those that cannot be.
+    """
     for part in ("train", "val"):
         if not (folder / part).is_dir():
             raise FileNotFoundError(
@@ -130,6 +158,9 @@ def imagefolder(folder: Path, size: int, workers: int) -> ImageFolder:
             f"imagefolder: {folder}/val has classes that train lacks: {', '.join(strange[:5])}; "
             "remove them or add them to train"
         )
-    return ImageFolder(
-        "imagefolder", _files(folder / "train", names), _files(folder / "val", names), len(names), size, workers
-    )
+    train, val = _files(folder / "train", names), _files(folder / "val", names)
+    found = len(train) + len(val)
+    if skip_bad:
+        train, val = ([each for each in files if readable(each[0])] for files in (train, val))
+    skipped = found - len(train) - len(val)
+    return ImageFolder("imagefolder", train, val, len(names), size, workers, skipped)

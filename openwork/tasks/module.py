@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import openwork as ow
@@ -24,20 +24,21 @@ from openwork.tasks.draws import batch_indices, seed_step
 from openwork.tasks.models import allow_torchvision
 from openwork.tasks.rundir import RunDir
 from openwork.tasks.stepping import Batches, Stopwatch, lr_factor
+from openwork.tasks.task import Task
 
 allow_torchvision()  # lightning imports it through torchmetrics
 import lightning.pytorch as pl  # noqa: E402
 
 
-class ClassificationModule(pl.LightningModule):
-    def __init__(self, net: nn.Module, config: Config, data: Any, run: RunDir) -> None:
+class TaskModule(pl.LightningModule):
+    def __init__(self, task: Task, net: nn.Module, config: Config, data: Any, run: RunDir) -> None:
         super().__init__()
-        self.net, self.config, self.data, self.run = net, config, data, run
+        self.task, self.net, self.config, self.data, self.run = task, net, config, data, run
         self.step = 0
         self.steps_per_epoch = data.train_count // config.batch_size
         if not self.steps_per_epoch:
             raise ValueError(
-                f"batch_size {config.batch_size} exceeds the {data.train_count} training images; make it smaller"
+                f"batch_size {config.batch_size} exceeds the {data.train_count} training samples; make it smaller"
             )
         self._watch = Stopwatch()
         self._losses: list[Tensor] = []
@@ -60,22 +61,26 @@ class ClassificationModule(pl.LightningModule):
 
     def val_dataloader(self) -> Batches:
         mine = np.arange(self.trainer.global_rank, self.data.val_count, self.trainer.world_size)
-        return Batches(np.array_split(mine, math.ceil(len(mine) / 256)), self.data.val_batches)
+        parts = max(1, math.ceil(len(mine) / self.task.eval_batch))
+        return Batches(np.array_split(mine, parts), self.data.val_batches)
 
     # optimisation
 
     def configure_optimizers(self) -> Any:
-        c = self.config
-        optimizer = torch.optim.SGD(self.net.parameters(), lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
-        self.topology = ow.Topology(every=c.topology_every)
+        optimizer = self.task.optimizer(self.config, self.net)
+        self.topology = ow.Topology(every=self.config.topology_every)
         self.handle = ow.attach(optimizer, self.net, topology=self.topology)
-        warmup, total = round(c.warmup * self.steps_per_epoch), c.epochs * self.steps_per_epoch
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, warmup, total))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        return F.cross_entropy(self.net(images), labels)
+    def _lr_factor(self, step: int) -> float:
+        c, each = self.config, self.steps_per_epoch
+        return lr_factor(
+            step, round(c.warmup * each), c.epochs * each, c.schedule, [round(drop * each) for drop in c.drops]
+        )
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.task.loss(self.net, batch)
 
     def on_train_start(self) -> None:
         if self._restored:
@@ -120,9 +125,7 @@ class ClassificationModule(pl.LightningModule):
     @property
     def _last_lr(self) -> float:
         """The rate that the step just done used: the schedule has moved on already."""
-        c = self.config
-        warmup, total = round(c.warmup * self.steps_per_epoch), c.epochs * self.steps_per_epoch
-        return c.lr * lr_factor(self.step - 1, warmup, total)
+        return self.config.lr * self._lr_factor(self.step - 1)
 
     def _log_topology(self) -> None:
         for record in self.topology.records[self._recorded :]:
@@ -134,26 +137,29 @@ class ClassificationModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._watch.skip()
-        self._totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, images
+        self._records: list[Any] = []
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        logits = self.net(images)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        correct = (logits.argmax(1) == labels).sum()
-        self._totals += torch.stack(
-            [loss.double(), correct.double(), torch.tensor(float(len(labels)), device=self.device).double()]
-        )
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._records += self.task.records(self.net, batch)
 
     def on_validation_epoch_end(self) -> None:
-        loss, correct, images = self.trainer.strategy.reduce(self._totals, reduce_op="sum").tolist()
-        self.score = {"val_loss": loss / images, "val_accuracy": correct / images}
-        self.log("val_accuracy", self.score["val_accuracy"], prog_bar=True, logger=False, sync_dist=True)
+        self.score = self.task.score(self._gathered(), self.data)
+        first = self.task.metrics[0].key
+        self.log(first, self.score[first], prog_bar=True, logger=False, rank_zero_only=True)
         if self.trainer.state.fn == "fit":
             self._write(
                 "metrics.jsonl", {"step": self.step, "epoch": (self.step - 1) // self.steps_per_epoch, **self.score}
             )
-            self._tensorboard({"val/loss": self.score["val_loss"], "val/accuracy": self.score["val_accuracy"]})
+            self._tensorboard({f"val/{key.removeprefix('val_')}": value for key, value in self.score.items()})
+
+    def _gathered(self) -> list[Any]:
+        """The records of all processes, in the order of the samples: process r had samples r, r + world, ..."""
+        world = self.trainer.world_size
+        if world == 1:
+            return self._records
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, self._records)
+        return [parts[i % world][i // world] for i in range(sum(map(len, parts)))]
 
     # log lines and checkpoints
 
@@ -195,6 +201,7 @@ def build_trainer(config: Config, out: Path, callbacks: Sequence[pl.Callback] = 
         max_epochs=config.epochs,
         precision=config.precision,  # type: ignore[arg-type]
         accumulate_grad_batches=config.accumulate,
+        gradient_clip_val=config.clip or None,
         devices=config.devices,
         strategy=config.strategy,
         accelerator=config.accelerator,

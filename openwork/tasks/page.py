@@ -38,3 +38,12 @@ def legend(entries: Iterable[tuple[str, str]]) -> str:
 
 def grid(kind: str, figures: Iterable[str]) -> str:
     return f'<div class="{kind}">{"".join(figures)}</div>'
+
+
+def heading(text: str) -> str:
+    return f"<h3>{escape(text)}</h3>"
+
+
+def figure(caption: str, html: str) -> str:
+    """A figure around HTML that is escaped already."""
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{html}</figure>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -10,7 +11,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import jsonargparse
 import yaml
 
-from openwork.tasks.config import PRESETS, Common
+from openwork.tasks.config import Common
 
 T = TypeVar("T", bound=Common)
 
@@ -33,16 +34,17 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
-def build_parser(cls: type, prog: str, about: str) -> jsonargparse.ArgumentParser:
+def build_parser(cls: type[Common], prog: str, about: str) -> jsonargparse.ArgumentParser:
     """One flag per field, with its help text and default; `--config FILE` fills them from YAML."""
     jsonargparse.set_loader("openwork", load_yaml, exceptions=(yaml.YAMLError,))
     parser = jsonargparse.ArgumentParser(prog=prog, description=about, parser_mode="openwork", exit_on_error=True)
     parser.add_argument("--config", action="config", help="YAML file with any of these fields; flags override it")
+    parser.add_argument("--task", default=cls.task, help=argparse.SUPPRESS)  # as the config.yaml of a run has it
     hints = get_type_hints(cls)
     for field in fields(cls):
         kind, text, default = hints[field.name], field.metadata["help"], _default(field)
-        if field.name == "resume":
-            parser.add_argument("--resume", action="store_true", help=text)
+        if kind is bool and not default:
+            parser.add_argument(f"--{field.name}", action="store_true", help=text)
         elif get_origin(kind) is list:
             parser.add_argument(f"--{field.name}", type=get_args(kind)[0], nargs="*", default=default, help=text)
         else:
@@ -58,10 +60,12 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, about: str) -> T:
     """Defaults, then the preset, then --config, then flags."""
     parser, words = build_parser(cls, prog, about), [_normal(word) for word in argv]
     values = parser.parse_args(words)
-    if preset := PRESETS.get(values.preset):
+    if preset := cls.presets.get(values.preset):
         names = {field.name for field in fields(cls)}
         parser.set_defaults({name: value for name, value in preset.items() if name in names})
         values = parser.parse_args(words)
+    if values.task != cls.task:
+        raise ValueError(f"this is a configuration of the task {values.task}, not of {cls.task}: {prog} cannot use it")
     return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from openwork.tasks.charts import Line, line_chart, mask_picture
-from openwork.tasks.page import grid, legend, page, paragraph, table
+from openwork.tasks.page import figure, grid, heading, legend, page, paragraph, table
 from openwork.tasks.rundir import RunDir, read_lines, write_text
-from openwork.tasks.summary import HEADER, NOTES, cells, label_of, rows_of
+from openwork.tasks.summary import cells, header, label_of, metrics_of, notes, rows_of
+from openwork.tasks.task import Metric
 
 _COLORS = 8  # in the style sheet
 _METHODS = ("dense", "asp", "ste", "sr-ste")
@@ -38,11 +39,13 @@ def build_page(runs: Sequence[tuple[Path, Result]]) -> str:
     results = [result for _, result in runs]
     shown = pictured(results)
     config, machine = results[0]["config"], results[0]["machine"]
-    data = config["data"].partition("=")[0]
+    data, metrics = config["data"].partition("=")[0], metrics_of(results)
+    rows = [cells(row, metrics) for row in rows_of(results)]
     subtitle = f"{len(runs)} run{'s' * (len(runs) > 1)} of {config['epochs']} epochs on {machine['device']}"
     sections = [
-        ("Results", table(HEADER, [cells(row) for row in rows_of(results)]) + paragraph(" ".join(NOTES), "note")),
+        ("Results", table(header(metrics), rows) + paragraph(" ".join(notes(metrics)), "note")),
         ("Curves", curves(runs)),
+        *pictures(runs),
         (f"Layers: {label_of(shown['config'])}", layers(shown)),
         (f"One mask: {shown['mask']['layer']}, {label_of(shown['config'])}", mask(shown)),
         ("How it was run", facts(results)),
@@ -57,7 +60,7 @@ def pictured(results: Sequence[Result]) -> Result:
 
 
 def curves(runs: Sequence[tuple[Path, Result]]) -> str:
-    """Loss, accuracy, SAD and churn over the steps, a line per run, a colour per method."""
+    """Loss, metrics, SAD and churn over the steps, a line per run, a colour per method."""
     labels = list(dict.fromkeys(label_of(result["config"]) for _, result in runs))
     color = {label: i % _COLORS for i, label in enumerate(labels)}
 
@@ -73,7 +76,7 @@ def curves(runs: Sequence[tuple[Path, Result]]) -> str:
     figures = [
         line_chart("Training loss", lines(metric, lambda r: r.get("train_loss")), floor=0),
         line_chart("Validation loss", lines(metric, lambda r: r.get("val_loss")), floor=0),
-        line_chart("Validation accuracy", lines(metric, lambda r: r.get("val_accuracy")), percent=True),
+        *[_metric_chart(each, lines) for each in metrics_of([result for _, result in runs])],
         line_chart(
             "SAD from the start, share of weights", lines("topology.jsonl", _share("sad_start")), percent=True, floor=0
         ),
@@ -82,6 +85,36 @@ def curves(runs: Sequence[tuple[Path, Result]]) -> str:
         ),
     ]
     return legend((f"c{color[label]}", label) for label in labels) + grid("charts", figures)
+
+
+def _metric_chart(metric: Metric, lines: Callable[..., list[Line]]) -> str:
+    percent = metric.unit == "%"
+    title = f"Validation {metric.label}" + ("" if percent or not metric.unit else f", {metric.unit}")
+    scale = 1 if percent else metric.scale  # the chart makes percents of shares itself
+
+    def value(record: dict[str, Any]) -> float | None:
+        return record[metric.key] * scale if metric.key in record else None
+
+    return line_chart(title, lines("metrics.jsonl", value), percent=percent)
+
+
+def pictures(runs: Sequence[tuple[Path, Result]]) -> list[tuple[str, str]]:
+    """What networks say of a few validation samples beside what is right: one run per method, its first seed."""
+    shown: dict[str, list[dict[str, str]]] = {}
+    for run, result in runs:
+        if found := RunDir(run).read_pictures():
+            shown.setdefault(label_of(result["config"]), found)
+    if not shown:
+        return []
+    samples = zip(*shown.values(), strict=True)
+    return [("Samples", "".join(_sample(list(shown), sample) for sample in samples))]
+
+
+def _sample(labels: Sequence[str], views: Sequence[dict[str, str]]) -> str:
+    figures = [("as it is", views[0]["truth"])] + [
+        (label, view["predicted"]) for label, view in zip(labels, views, strict=True)
+    ]
+    return heading(views[0]["name"]) + grid("samples", [figure(caption, html) for caption, html in figures])
 
 
 def _share(key: str) -> Callable[[dict[str, Any]], float]:

@@ -8,14 +8,26 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+
+SCHEDULES = ("cosine", "linear", "steps", "inverse-sqrt", "constant")
 
 
-def lr_factor(step: int, warmup: int, total: int) -> float:
-    """Linear warm-up over `warmup` steps, then half a cosine that reaches 0 at `total`."""
+def lr_factor(step: int, warmup: int, total: int, schedule: str = "cosine", drops: Sequence[int] = ()) -> float:
+    """Linear warm-up over `warmup` steps, then the schedule. Cosine and linear reach 0 at `total`; "steps" divides by
+    ten at each of `drops`; "inverse-sqrt" falls with the root of the steps since the start (Vaswani et al. 2017).
+    """
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    done = (step - warmup) / max(1, total - warmup)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == "linear":
+        return 1 - done
+    if schedule == "steps":
+        return 0.1 ** sum(step >= drop for drop in drops)
+    if schedule == "inverse-sqrt":
+        return math.sqrt(max(1, warmup) / (step + 1))
+    return 1.0
 
 
 class Batches:
@@ -27,7 +39,7 @@ class Batches:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
         return self._load(self._indices)
 
 

@@ -7,20 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from openwork.tasks.task import Metric
+
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one pattern and decay, over its seeds. Accuracies and shares in [0, 1], times in seconds.
+    """One method at one pattern and decay, over its seeds. Shares in [0, 1], times in seconds.
 
-    `std` is the sample standard deviation; None with one seed. `delta` is the mean difference to the dense runs of
-    the same seeds, `p` the p-value of its paired t-test (three seeds or more). `budget` counts trainings.
+    `scores` are the means of the metrics by key, the compared one first; of that one, `std` is the sample standard
+    deviation (None with one seed), `delta` the mean difference to the dense runs of the same seeds, `p` the p-value
+    of its paired t-test (three seeds or more). `seconds` is the mean training time, `budget` counts trainings.
     """
 
     method: str
     pattern: str
     decay: float | None
     seeds: list[int]
-    accuracy: float
+    scores: dict[str, float]
     std: float | None
     delta: float | None
     p: float | None
@@ -29,6 +32,8 @@ class Row:
     density: float
     macs: int | None
     seconds_per_step: float | None
+    seconds: float | None
+    steps: int
     epochs: int
     budget: int
 
@@ -41,23 +46,25 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
         groups.setdefault((c["method"], c["pattern"], c["decay"] if c["method"] == "sr-ste" else 0.0), []).append(
             result
         )
-    dense = {r["config"]["seed"]: r["val_accuracy"] for r in results if r["config"]["method"] == "dense"}
+    key = metrics_of(results)[0].key
+    dense = {r["config"]["seed"]: r[key] for r in results if r["config"]["method"] == "dense"}
     return [_row(group, dense) for group in groups.values()]
 
 
 def _row(group: Sequence[dict[str, Any]], dense: dict[int, float]) -> Row:
     c = group[0]["config"]
-    accuracies = [r["val_accuracy"] for r in group]
+    metrics = metrics_of(group)
+    compared = [r[metrics[0].key] for r in group]
     seeds = [r["config"]["seed"] for r in group]
     paired = c["method"] != "dense" and all(seed in dense for seed in seeds)
-    deltas = [a - dense[seed] for a, seed in zip(accuracies, seeds, strict=True)] if paired else []
+    deltas = [a - dense[seed] for a, seed in zip(compared, seeds, strict=True)] if paired else []
     return Row(
         method=c["method"],
         pattern="-" if c["method"] == "dense" else c["pattern"],
         decay=c["decay"] if c["method"] == "sr-ste" else None,
         seeds=seeds,
-        accuracy=statistics.fmean(accuracies),
-        std=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        scores={metric.key: statistics.fmean(r[metric.key] for r in group) for metric in metrics},
+        std=statistics.stdev(compared) if len(compared) > 1 else None,
         delta=statistics.fmean(deltas) if deltas else None,
         p=paired_p(deltas),
         sad_start=_mean(group, "sad_start"),
@@ -65,9 +72,22 @@ def _row(group: Sequence[dict[str, Any]], dense: dict[int, float]) -> Row:
         density=statistics.fmean(r["density"] for r in group),
         macs=group[0]["macs"],
         seconds_per_step=_median(group, "seconds_per_step"),
+        seconds=_mean(group, "seconds"),
+        steps=group[0]["steps"],
         epochs=c["epochs"],
         budget=2 if c["method"] == "asp" else 1,
     )
+
+
+def metrics_of(results: Sequence[dict[str, Any]]) -> list[Metric]:
+    """The metrics of the task that made these results, the compared one first."""
+    return [Metric(**each) for each in results[0]["metrics"]]
+
+
+def headline(result: dict[str, Any]) -> str:
+    """The compared metric of one run, in words."""
+    metric = metrics_of([result])[0]
+    return metric.full_text(result[metric.key])
 
 
 def _mean(group: Sequence[dict[str, Any]], key: str) -> float | None:
@@ -95,39 +115,53 @@ def label_of(config: dict[str, Any]) -> str:
     return " ".join([*parts, f"{config['decay']:g}"] if config["method"] == "sr-ste" else parts)
 
 
-HEADER = (
-    "method",
-    "pattern",
-    "decay",
-    "accuracy %",
-    "to dense",
-    "p",
-    "SAD %",
-    "churn %/step",
-    "density",
-    "MACs",
-    "ms/step",
-    "epochs",
-)
+def header(metrics: Sequence[Metric]) -> list[str]:
+    first, *others = metrics
+    return [
+        "method",
+        "pattern",
+        "decay",
+        first.heading,
+        "to dense",
+        "p",
+        *[metric.heading for metric in others],
+        "SAD %",
+        "churn %/step",
+        "density",
+        "MACs",
+        "ms/step",
+        "time s",
+        "steps",
+        "epochs",
+    ]
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: Row, metrics: Sequence[Metric]) -> list[str]:
     """A row as text, for the terminal and the page."""
-    spread = f"± {100 * row.std:.2f} ({len(row.seeds)} seeds)" if row.std is not None else "(1 seed)"
+    first, *others = metrics
+    many = len(row.seeds)
+    spread = f"± {first.text(row.std)} ({many} seeds)" if row.std is not None else "(1 seed)"
     return [
         row.method,
         row.pattern,
         _text(row.decay, "g"),
-        f"{100 * row.accuracy:.2f} {spread}",
-        _text(row.delta, "+.2f", 100),
+        f"{first.text(row.scores[first.key])} {spread}",
+        first.text(row.delta, "+"),
         _text(row.p, ".3f"),
+        *[metric.text(row.scores[metric.key]) for metric in others],
         _text(row.sad_start, ".1f", 100),
         _text(row.churn, ".3f", 100),
         f"{row.density:.3f}",
         _millions(row.macs),
         _text(row.seconds_per_step, ".1f", 1000),
-        f"{row.epochs}" if row.budget == 1 else f"{row.budget} x {row.epochs}",
+        _text(row.seconds, ".0f"),
+        _times(row.budget, row.steps),
+        _times(row.budget, row.epochs),
     ]
+
+
+def _times(budget: int, count: int) -> str:
+    return f"{count}" if budget == 1 else f"{budget} x {count}"
 
 
 def _text(value: float | None, form: str, scale: float = 1) -> str:
@@ -138,19 +172,24 @@ def _millions(macs: int | None) -> str:
     return "-" if macs is None else f"{macs / 1e6:.3g} M"
 
 
-NOTES = (
-    "accuracy: of the finalized network on the validation images, mean ± sample standard deviation over the seeds;",
-    "to dense: mean difference in points to the dense runs of the same seeds; p: paired t-test, with 3 seeds or more;",
-    "SAD: share of the sparse layers' weights whose membership at the end differs from the start;",
-    "churn: the share that changes in one step, mean over the recorded steps; dense: of the mask it would have;",
-    "ASP starts from the dense run of its seed, so its budget is two trainings.",
-)
+def notes(metrics: Sequence[Metric]) -> list[str]:
+    first = metrics[0]
+    better = "higher" if first.higher_is_better else "lower"
+    return [
+        f"{first.label}: of the finalized network on the validation samples ({better} is better);",
+        "±: sample standard deviation over the seeds; to dense: mean difference to the dense runs of the same seeds;",
+        "p: paired t-test of that difference, with 3 seeds or more;",
+        "SAD: share of the sparse layers' weights whose membership at the end differs from the start;",
+        "churn: the share that changes in one step, mean over the recorded steps; dense: of the mask it would have;",
+        "time: of all training steps, without validation;",
+        "ASP starts from the dense run of its seed, so its budget is two trainings.",
+    ]
 
 
-def plain_table(rows: Sequence[Row]) -> str:
+def plain_table(rows: Sequence[Row], metrics: Sequence[Metric]) -> str:
     """The table as aligned text."""
-    lines = [list(HEADER), *[cells(row) for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    lines = [header(metrics), *[cells(row, metrics) for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )

@@ -1,13 +1,13 @@
-"""A training that kills itself: `run_and_kill.py CONFIG_JSON BATCH` ends by SIGKILL after batch BATCH (0: never)."""
+"""A training that kills itself: `run_and_kill.py TASK CONFIG_JSON BATCH` dies after batch BATCH (0: never)."""
 
 import json
 import os
 import signal
 import sys
 
-from openwork.tasks.classification import train
-from openwork.tasks.config import Config
+from openwork.tasks import find
 from openwork.tasks.module import pl
+from openwork.tasks.recipe import train
 
 
 class Kill(pl.Callback):
@@ -21,4 +21,5 @@ class Kill(pl.Callback):
 
 
 if __name__ == "__main__":
-    train(Config(**json.loads(sys.argv[1])), [Kill(int(sys.argv[2]))])
+    task, config, batch = sys.argv[1:]
+    train(find(task).config(**json.loads(config)), [Kill(int(batch))])

@@ -1,15 +1,16 @@
 """A comparison end to end on a slice of the digits, one of its runs begun before, called twice."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from openwork.tasks.classification import ClassificationConfig
 from openwork.tasks.compare import compare, jobs_of, planned_runs
-from openwork.tasks.config import CompareConfig
+from openwork.tasks.config import comparison, values_of
 from openwork.tasks.rundir import RunDir, read_lines
 
+CompareConfig = comparison(ClassificationConfig)
 SMALL = {"limit": 160, "batch_size": 32, "epochs": 2, "topology_every": 2, "seeds": [0], "threads": 2, "jobs": 2}
 
 
@@ -51,7 +52,7 @@ def compared(tmp_path_factory):
     out = tmp_path_factory.mktemp("compare")
     config = CompareConfig(**SMALL, out=str(out), methods=["dense", "asp", "sr-ste"])
     begun = planned_runs(config)[0]
-    RunDir(Path(begun.out)).write_config(asdict(begun))  # all that a run killed at once leaves
+    RunDir(Path(begun.out)).write_config(values_of(begun))  # all that a run killed at once leaves
     return out, compare(config, lambda line: None)
 
 
@@ -69,7 +70,7 @@ def test_a_comparison_end_to_end(compared):
         "asp",
     ]
     page = (out / "report.html").read_text()
-    assert page.count("<polyline") == 15  # 3 runs, 5 charts
+    assert page.count("<polyline") == 18  # 3 runs, 6 charts
     assert "://" not in page
 
 
@@ -111,6 +112,6 @@ def test_another_configuration_is_refused(compared):
 def test_a_failing_run_is_reported_with_its_log(tmp_path):
     config = CompareConfig(**{**SMALL, "batch_size": 200}, out=str(tmp_path), methods=["dense"])
     with pytest.raises(
-        RuntimeError, match=r"(?s)run dense-seed0 ended with exit code 2.*exceeds the 160 training images"
+        RuntimeError, match=r"(?s)run dense-seed0 ended with exit code 2.*exceeds the 160 training samples"
     ):
         compare(config, lambda line: None)

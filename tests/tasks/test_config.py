@@ -1,10 +1,11 @@
-from dataclasses import asdict
-
 import pytest
 import yaml
 
-from openwork.tasks.config import CompareConfig, Config, data_folder, differences
+from openwork.tasks.classification import ClassificationConfig as Config
+from openwork.tasks.config import comparison, differences, source_of, values_of
 from openwork.tasks.parser import parse
+
+CompareConfig = comparison(Config)
 
 
 def config(*words, cls=Config):
@@ -34,7 +35,7 @@ def test_a_pattern_in_yaml_is_not_a_number_in_base_sixty(tmp_path):
 def test_a_written_configuration_reads_back(tmp_path):
     file = tmp_path / "config.yaml"
     original = Config(pattern="1:16", decay=-3e-5, exclude=["fc"], resume=True, progress=False)
-    file.write_text(yaml.safe_dump(asdict(original)))
+    file.write_text(yaml.safe_dump(values_of(original)))
     assert config("--config", str(file)) == original
 
 
@@ -71,10 +72,10 @@ def test_bad_values_say_what_to_do(words, message):
 )
 def test_bad_data_says_what_is_needed(spec, error, message):
     with pytest.raises(error, match=message):
-        data_folder(spec)
+        source_of(Config(data=spec))
 
 
 def test_differences_name_fields_and_leave_out_where_a_run_happens():
-    old = asdict(Config())
+    old = values_of(Config())
     assert differences(old, Config(out="elsewhere", threads=3, resume=True)) == []
     assert differences(old, Config(lr=0.2)) == ["lr: 0.1 -> 0.2"]

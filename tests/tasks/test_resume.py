@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from openwork.tasks.classification import train
-from openwork.tasks.config import Config
+from openwork.tasks.classification import ClassificationConfig as Config
+from openwork.tasks.recipe import train
 
 # 4 optimizer steps an epoch, of two micro-batches; dropout draws from torch's generator.
 RECIPE = {
@@ -31,7 +31,9 @@ RECIPE = {
 def run(out, kill_after=0, resume=False):
     config = {**RECIPE, "out": str(out), "resume": resume}
     script = Path(__file__).with_name("run_and_kill.py")
-    return subprocess.run([sys.executable, script, json.dumps(config), str(kill_after)], check=False).returncode
+    return subprocess.run(
+        [sys.executable, script, "classification", json.dumps(config), str(kill_after)], check=False
+    ).returncode
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,16 @@
 import pytest
 
-from openwork.tasks.summary import HEADER, cells, paired_p, plain_table, rows_of
+from openwork.tasks.summary import cells, header, paired_p, plain_table, rows_of
+from openwork.tasks.task import described, percent
+
+METRICS = [percent("val_accuracy", "accuracy")]
 
 
 def result(method, seed, accuracy, pattern="2:4", decay=2e-4):
     config = {"method": method, "pattern": pattern, "decay": decay, "seed": seed, "epochs": 5}
     numbers = {"density": 1.0 if method == "dense" else 0.5, "macs": 10**6, "sad_start": 0.25, "churn": 0.002}
-    return {"config": config, "val_accuracy": accuracy, "seconds_per_step": 0.01 * (seed + 1), **numbers}
+    times = {"seconds_per_step": 0.01 * (seed + 1), "seconds": 3.0, "steps": 300}
+    return {"config": config, "val_accuracy": accuracy, "metrics": described(METRICS), **times, **numbers}
 
 
 DENSE = [result("dense", seed, accuracy) for seed, accuracy in enumerate((0.90, 0.92, 0.94))]
@@ -15,7 +19,7 @@ SPARSE = [result("sr-ste", seed, accuracy) for seed, accuracy in enumerate((0.89
 
 def test_rows_pair_seeds_with_dense():
     dense, sparse = rows_of(DENSE + SPARSE)
-    assert dense.accuracy == pytest.approx(0.92)
+    assert dense.scores["val_accuracy"] == pytest.approx(0.92)
     assert dense.std == pytest.approx(0.02)
     assert (dense.delta, dense.p) == (None, None)
     assert sparse.delta == pytest.approx(-0.01)
@@ -27,7 +31,7 @@ def test_rows_pair_seeds_with_dense():
 def test_one_seed_has_no_spread_and_says_so():
     row = rows_of(DENSE[:1])[0]
     assert row.std is None
-    assert cells(row)[HEADER.index("accuracy %")] == "90.00 (1 seed)"
+    assert cells(row, METRICS)[header(METRICS).index("accuracy %")] == "90.00 (1 seed)"
 
 
 def test_two_seeds_have_a_spread_but_no_p_value():
@@ -49,10 +53,10 @@ def test_patterns_and_decays_are_rows_of_their_own_and_asp_costs_two_trainings()
         ("sr-ste", "2:4", -2e-4),
         ("asp", "2:4", None),
     ]
-    assert cells(rows[-1])[-1] == "2 x 5"
+    assert cells(rows[-1], METRICS)[-2:] == ["2 x 300", "2 x 5"]
 
 
 def test_the_plain_table_is_aligned():
-    lines = plain_table(rows_of(DENSE + SPARSE)).splitlines()
+    lines = plain_table(rows_of(DENSE + SPARSE), METRICS).splitlines()
     assert len(lines) == 3
     assert lines[0].index("density") == lines[1].index("1.000") == lines[2].index("0.500")

@@ -10,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import openwork as ow
-from openwork.tasks.classification import load_data, prepare, train
-from openwork.tasks.config import Config
+from openwork.tasks.classification import TASK
+from openwork.tasks.classification import ClassificationConfig as Config
+from openwork.tasks.recipe import prepare, read_run, train
 from openwork.tasks.rundir import read_lines
 from openwork.tasks.stepping import lr_factor
 
@@ -39,7 +40,8 @@ def test_a_run_directory_is_complete(trained):
     assert files <= present
     assert list(out.glob("tensorboard/events*"))
     assert json.loads((out / "result.json").read_text()) == result
-    assert Config(**yaml.safe_load((out / "config.yaml").read_text())) == Config(**result["config"])
+    assert yaml.safe_load((out / "config.yaml").read_text()) == result["config"]
+    assert read_run(out) == (TASK, Config(**SMALL, out=str(out), exclude=["fc"]))
 
 
 def test_metrics_hold_a_line_per_logged_step_and_per_validation(trained):
@@ -62,8 +64,8 @@ def test_the_saved_model_is_sparse_dense_named_and_scores_what_the_result_says(t
     with safe_open(out / "model.safetensors", "pt") as file:
         assert file.metadata()["recipe"] == "2:4 sr-ste"
     weights = load_file(out / "model.safetensors")
-    config = Config(**result["config"])
-    data, net, _ = prepare(config)
+    task, config = read_run(out)
+    data, net, _ = prepare(task, config)
     ow.finalize(net)
     net.load_state_dict(weights)
     ow.verify(net, pattern=dict.fromkeys(sparse_names(result), "2:4"))
@@ -91,7 +93,7 @@ def test_the_report_loads_nothing_from_elsewhere(trained):
 
 
 def test_an_occupied_directory_is_refused(trained):
-    config = trained[1]["config"]
+    config = {key: value for key, value in trained[1]["config"].items() if key != "task"}
     with pytest.raises(FileExistsError, match="add --resume"):
         train(Config(**config))
     with pytest.raises(ValueError, match=r"another configuration \(lr: 0.1 -> 0.05\)"):
@@ -109,12 +111,13 @@ def test_bad_input_leaves_no_directory(tmp_path):
 
 def test_init_of_another_model_is_refused(trained):
     with pytest.raises(ValueError, match="does not fit this model"):
-        prepare(Config(method="asp", model="resnet14", init=str(trained[0])))
+        prepare(TASK, Config(method="asp", model="resnet14", init=str(trained[0])))
 
 
 def test_a_limit_takes_the_first_images():
-    assert load_data(Config(limit=100)).train_count == 100
-    assert load_data(Config()).train_count == 1437
+    assert TASK.load_data(Config(limit=100)).train_count == 100
+    assert TASK.load_data(Config(limit_val=50)).val_count == 50
+    assert TASK.load_data(Config()).train_count == 1437
 
 
 def test_the_schedule_warms_up_and_ends_near_zero():
