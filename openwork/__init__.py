@@ -3,6 +3,8 @@
 This list is the API.
 """
 
+from openwork.accelerate import Acceleration as Acceleration
+from openwork.accelerate import accelerate as accelerate
 from openwork.attach import Handle as Handle
 from openwork.attach import attach as attach
 from openwork.axis import Axis as Axis

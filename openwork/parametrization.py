@@ -28,10 +28,9 @@ from torch.optim.swa_utils import AveragedModel
 from openwork import kernels
 from openwork.axis import Axis
 from openwork.methods import Method, steps_of_a_mask, stores_mask
-from openwork.ops import keep_largest
+from openwork.ops import keep_largest, keep_transposable
 from openwork.pattern import Pattern
 from openwork.sharded import by_groups, elementwise, placed_like, whole
-from openwork.transposable import keep_transposable
 
 _WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
 AGE = "_mask_age"
@@ -115,6 +114,11 @@ def _state(weight: Tensor) -> tuple[int | None, int]:
     except RuntimeError:  # inside torch.func, where it has none
         address = 0
     return None if weight.is_inference() else weight._version, address
+
+
+def change_of(weight: Tensor) -> tuple[object, ...]:
+    """What stays equal as long as a weight has not changed, also for optimizers that raise no version."""
+    return (*_state(weight), _clock.steps)
 
 
 class Masked(nn.Module):

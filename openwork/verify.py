@@ -47,9 +47,9 @@ def verify(
 
     A sparsified model is held to what `sparsify` promised, transposable masks along both axes. A plain one is held to
     `pattern`, on every candidate weight that `exclude` does not name; without `pattern` the tightest N:M of each weight
-    is found, and a warning says that it was inferred. `example` (a tensor, a tuple of arguments or a mapping of keyword arguments) is run as well, in
-    eval mode, watching every weight that reaches a matrix product or convolution. `transposable` holds a plain model to
-    the pattern along the output axes as well.
+    is found, and a warning says that it was inferred. `example` (a tensor, a tuple of arguments or a mapping of keyword
+    arguments) is run as well, in eval mode, watching every weight that reaches a matrix product or convolution.
+    `transposable` holds a plain model to the pattern along the output axes as well.
 
     >>> import torch
     >>> model = nn.Linear(4, 1)

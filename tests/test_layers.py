@@ -32,6 +32,7 @@ LAYERS = (
         "gemms",
         "sharded",
         "planning",
+        "accelerate",
         "deployed",
         "folding",
         "onednn",

@@ -2,6 +2,7 @@
 
 from openwork.kernels import masks as _masks
 from openwork.kernels import products as _products
+from openwork.kernels import transposable as _transposable
 from openwork.kernels.masks import in_one_pass as in_one_pass
 from openwork.kernels.native import Status as Status
 from openwork.kernels.native import status as status
@@ -12,3 +13,4 @@ from openwork.ops.masks import library as _operators
 
 _masks.register(_operators)
 _products.register(_operators)
+_transposable.register(_operators)

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, cast, get_type_hints
 import openwork as ow
 from openwork.tasks.stepping import SCHEDULES
 
-METHODS = ("dense", "asp", "ste", "sr-ste")
+METHODS = ("dense", "asp", "ste", "sr-ste", "transposable-sr-ste")
+DECAYED = ("sr-ste", "transposable-sr-ste")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
 # These say where and how a run happens, not what it computes: they may differ between a run and its resumption.
@@ -82,6 +83,7 @@ class Common:
     checkpoint_every: int = flag(500, "optimizer steps between checkpoints; one more after each epoch")
     topology_every: int = flag(20, "optimizer steps between records of the masks")
     log_every: int = flag(10, "optimizer steps between lines of metrics.jsonl")
+    refresh_every: int = flag(40, "optimizer steps between choices of the masks (transposable-sr-ste)")
     progress: bool = flag(True, "show a progress bar")
     preset: str = flag("", "recipe that fills the defaults, if the task has one: paper")
 
@@ -164,7 +166,16 @@ def _copy(each: Any) -> Any:
 def check_common(config: Common) -> None:
     if config.preset and config.preset not in config.presets:
         raise ValueError(f"preset {config.preset!r} is not known; use one of {', '.join(config.presets)}")
-    for name in ("epochs", "batch_size", "accumulate", "devices", "checkpoint_every", "topology_every", "log_every"):
+    for name in (
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "devices",
+        "checkpoint_every",
+        "topology_every",
+        "log_every",
+        "refresh_every",
+    ):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     for name in ("limit", "limit_val", "clip", "warmup"):

@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA tensors. Imported only where they run."""
