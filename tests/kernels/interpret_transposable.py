@@ -1,13 +1,10 @@
-"""Transposable 2:4 masks in Triton, in its interpreter: equal to the reference bit by bit, ties and NaN included."""
+"""Transposable 2:4 masks in Triton's interpreter: equal to the reference bit by bit, ties and NaN included.
 
-import os
+`test_triton_transposable.py` runs this file, in a process of its own: TRITON_INTERPRET counts when triton is imported.
+"""
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("runs in Triton's interpreter: set TRITON_INTERPRET=1", allow_module_level=True)
 
 from openwork.axis import Axis
 from openwork.kernels.triton.transposable import keep_2_4
