@@ -12,6 +12,7 @@ from openwork.checkpoint import load as load
 from openwork.checkpoint import save as save
 from openwork.deploy import deploy as deploy
 from openwork.deploy import plan as plan
+from openwork.loading import load_deployed as load_deployed
 from openwork.masks import topn as topn
 from openwork.methods import ASP as ASP
 from openwork.methods import SRSTE as SRSTE

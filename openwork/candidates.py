@@ -1,7 +1,8 @@
 """Which weights can be sparse, along which axis, and why the others are left alone.
 
-A candidate is every floating-point parameter with two or more dims. What a weight's reduction axis is follows from the
-module that owns it; a parameter of an unknown module needs `axis={glob: dim}`.
+A candidate is every floating-point parameter with two or more dims; to be stored or verified, one of int8 too. What a
+weight's reduction axis is follows from the module that owns it; a parameter of an unknown module needs
+`axis={glob: dim}`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ AxisChoice = Literal["input", "kernel"] | Mapping[str, int]
 PatternChoice = str | Pattern | Mapping[str, str | Pattern]
 Remainder = Literal["skip", "pad", "error"]
 
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # float8 has no arithmetic
+TRAINED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # float8 has no arithmetic
+HELD = (*TRAINED, torch.int8)
+"""What may be stored and verified as N:M."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,14 @@ def decide(
     exclude: Sequence[str] = (),
     axis: AxisChoice = "input",
     remainder: Remainder = "skip",
+    dtypes: Sequence[torch.dtype] = TRAINED,
     transposable: bool = False,
 ) -> list[Candidate]:
-    """Every candidate of `model` with its decision. `transposable`: M has to divide the output axis
-    too. Raises ValueError where a glob matches nothing, where `remainder` is "error" and M does not divide an axis, or
-    where nothing is left to be sparse."""
+    """Every candidate of `model` with its decision; those of other `dtypes` are left alone. `transposable`: M has to
+    divide the output axis too.
+
+    Raises ValueError where a glob matches nothing, where `remainder` is "error" and M does not divide an axis, or where
+    nothing is left to be sparse."""
     demand_undeployed(model, "finding the weights that can be sparse")
     if remainder not in ("skip", "pad", "error"):
         raise ValueError(f"remainder={remainder!r}; needed 'skip', 'pad' or 'error'")
@@ -78,10 +84,10 @@ def decide(
         raise TypeError(f"exclude={exclude!r} is one string; needed a list of globs, such as [{exclude!r}]")
     if axis not in ("input", "kernel") and not isinstance(axis, Mapping):
         raise ValueError(f"axis={axis!r}; needed 'input', 'kernel' or a mapping from globs to dims")
-    found = _found(model)
+    found = _found(model, dtypes)
     patterns = pattern if isinstance(pattern, Mapping) else {"*": pattern}
     parsed = {glob: Pattern.parse(each) for glob, each in patterns.items()}
-    rules = _Rules(parsed, tuple(exclude), axis, remainder, transposable)
+    rules = _Rules(parsed, tuple(exclude), axis, remainder, tuple(dtypes), transposable)
     if found:
         rules.check_globs([each.names for each in found])
     decided = [rules.decide(each) for each in found]
@@ -109,6 +115,7 @@ class _Rules:
     exclude: tuple[str, ...]
     axis: AxisChoice
     remainder: Remainder
+    dtypes: tuple[torch.dtype, ...]
     transposable: bool
 
     def check_globs(self, found: list[tuple[str, ...]]) -> None:
@@ -160,8 +167,9 @@ class _Rules:
             return None, f"tied to {', '.join(found.aliases)}"
         if isinstance(found.module, parametrize.ParametrizationList) or parametrize.is_parametrized(found.module):
             return None, "its module is already parametrized"
-        if found.weight.dtype not in _DTYPES:
-            return None, f"dtype {found.weight.dtype}: needed float64, float32, float16 or bfloat16"
+        if found.weight.dtype not in self.dtypes:
+            *others, last = (str(each).removeprefix("torch.") for each in self.dtypes)
+            return None, f"dtype {found.weight.dtype}: needed {', '.join(others)} or {last}"
         if isinstance(self.axis, Mapping):
             for glob, dim in self.axis.items():
                 if _any_matches(glob, found.names):
@@ -214,7 +222,7 @@ def _is_hf_conv1d(module: nn.Module) -> bool:
     return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
 
 
-def _found(model: nn.Module) -> list[Candidate]:
+def _found(model: nn.Module, dtypes: Sequence[torch.dtype]) -> list[Candidate]:
     """Every candidate once, under its first name; the others are its aliases."""
     found: dict[int, Candidate] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
@@ -225,7 +233,7 @@ def _found(model: nn.Module) -> list[Candidate]:
             _demand_initialized(new)
             if id(weight) in found:
                 found[id(weight)] = _also_named(found[id(weight)], new)
-            elif weight.is_floating_point() and weight.ndim >= 2 and weight.numel():
+            elif (weight.is_floating_point() or weight.dtype in dtypes) and weight.ndim >= 2 and weight.numel():
                 found[id(weight)] = new
     return list(found.values())
 

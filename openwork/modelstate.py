@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from openwork.axis import Axis
-from openwork.candidates import AxisChoice, PatternChoice, Remainder, decide
+from openwork.candidates import HELD, AxisChoice, PatternChoice, Remainder, decide
 from openwork.container import CODES
 from openwork.contents import Contents
 from openwork.deployed import demand_undeployed
@@ -24,9 +24,9 @@ from openwork.verify import tightest
 Placed = tuple[Pattern, Axis]
 
 
-def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+def tensors_by_name(model: nn.Module, *, empty: bool = False) -> dict[str, Tensor]:
     """Parameters and persistent buffers by dense name, tied ones under each of their names; of masked weights the
-    latent ones. Raises ValueError for what a file cannot hold."""
+    latent ones. Raises ValueError for what a file cannot hold, and, unless `empty`, for tensors without values."""
     demand_undeployed(model, "reading or writing a file")
     masked = masked_by_name(model)
     named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
@@ -41,7 +41,8 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
         )
     found = {name: own[name] for name in names if name in own}
     for name, each in found.items():
-        _demand_plain_tensor(name, each)
+        if not (empty and each.is_meta):
+            _demand_plain_tensor(name, each)
     return found
 
 
@@ -59,7 +60,8 @@ def ties(tensors: Mapping[str, Tensor], masked: Mapping[str, Masked]) -> dict[st
     first: dict[object, str] = {}
     found = {}
     for name, each in tensors.items():
-        place = (each.device, each.data_ptr(), each.dtype, each.shape, each.stride()) if each.numel() else id(each)
+        in_memory = each.numel() and not each.is_meta
+        place = (each.device, each.data_ptr(), each.dtype, each.shape, each.stride()) if in_memory else id(each)
         if name not in masked and first.setdefault(place, name) != name:
             found[name] = first[place]
     return found
@@ -87,12 +89,12 @@ def patterns(
         return promised | {name: (each.pattern, each.axis) for name, each in masked.items() if each.method.sparse}
     if pattern is None:
         return _inferred(model, exclude, axis)
-    decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder)
+    decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder, dtypes=HELD)
     return {each.name: (each.pattern, each.axis) for each in decided if each.pattern and each.axis}
 
 
 def _inferred(model: nn.Module, exclude: Sequence[str], axis: AxisChoice) -> dict[str, Placed]:
-    decided = decide(model, Pattern(1, 1), exclude=exclude, axis=axis)
+    decided = decide(model, Pattern(1, 1), exclude=exclude, axis=axis, dtypes=HELD)
     found = {}
     for each in decided:
         if each.pattern and each.axis:

@@ -104,7 +104,7 @@ def measure_layers(
 
 def cannot(module: nn.Module, tensor: str, pattern: Pattern, stored: torch.dtype, inputs: Sequence[Tensor]) -> str:
     """Why there is no kernel for a weight; empty where there is one."""
-    if tensor != "weight" or not (type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)):
+    if tensor != "weight" or not has_kernel(module):
         return f"no kernel for {type(module).__name__}.{tensor}"
     weight = module.weight
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
@@ -117,6 +117,11 @@ def cannot(module: nn.Module, tensor: str, pattern: Pattern, stored: torch.dtype
         except ValueError as error:
             return str(error)
     return "" if inputs else "the example does not reach it"
+
+
+def has_kernel(module: nn.Module) -> bool:
+    """Whether there are kernels for the weight of a module of this class."""
+    return type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)
 
 
 def sparse_module(module: Any, pattern: Pattern, kind: Kind, stored: torch.dtype) -> SparseLinear | SparseConv2d:
@@ -206,9 +211,7 @@ def _inputs(model: nn.Module, example: Any) -> dict[str, list[Tensor]]:
         return hook
 
     hooks = [
-        module.register_forward_pre_hook(note(name))
-        for name, module in model.named_modules()
-        if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)
+        module.register_forward_pre_hook(note(name)) for name, module in model.named_modules() if has_kernel(module)
     ]
     try:
         run(model, example)

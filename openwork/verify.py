@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from openwork.axis import Axis, reduction_size
-from openwork.candidates import AxisChoice, Candidate, PatternChoice, decide
+from openwork.candidates import HELD, AxisChoice, Candidate, PatternChoice, decide
 from openwork.gemms import Use, watch
 from openwork.masks import kept_per_group
 from openwork.parametrization import plain_class, plain_name, unwrap
@@ -117,7 +117,8 @@ def _asked(
     """What a plain model is held to, the output axes that belong to it, and what is not held to anything, and why."""
     if transposable and pattern is None:
         raise ValueError("transposable=True needs pattern=: what a weight is along two axes is not inferred")
-    decided = decide(model, pattern or Pattern(1, 1), exclude=exclude, axis=axis, transposable=transposable)
+    held = pattern or Pattern(1, 1)
+    decided = decide(model, held, exclude=exclude, axis=axis, dtypes=HELD, transposable=transposable)
     if pattern is None:
         decided = [_inferred(each) if each.pattern else each for each in decided]
         _warn_of_inferred(decided)

@@ -56,6 +56,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "row" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.works_with)
+        if item.get_closest_marker("for_the_page") and "OPENWORK_WORKS_WITH" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="takes long, and others test much of it: make works-with runs it"))
 
 
 class Rows:

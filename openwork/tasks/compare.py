@@ -97,6 +97,7 @@ def _document(
         "config": values_of(config),
         "machine": results[0]["machine"],
         "metrics": results[0]["metrics"],
+        "notes": results[0].get("notes", {}),
         "rows": [asdict(row) for row in rows],
         "runs": [
             {key: r["config"][key] for key in ("method", "pattern", "decay", "seed")} | {key: r[key] for key in keys}

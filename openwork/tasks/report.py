@@ -76,7 +76,7 @@ def curves(runs: Sequence[tuple[Path, Result]]) -> str:
     figures = [
         line_chart("Training loss", lines(metric, lambda r: r.get("train_loss")), floor=0),
         line_chart("Validation loss", lines(metric, lambda r: r.get("val_loss")), floor=0),
-        *[_metric_chart(each, lines) for each in metrics_of([result for _, result in runs])],
+        *[_metric_chart(each, lines) for each in metrics_of([result for _, result in runs]) if each.key != "val_loss"],
         line_chart(
             "SAD from the start, share of weights", lines("topology.jsonl", _share("sad_start")), percent=True, floor=0
         ),
@@ -159,7 +159,9 @@ def _kept(rows: Sequence[str]) -> list[str]:
 
 
 def facts(results: Sequence[Result]) -> str:
-    """Machine, versions and every field of the configuration; several values where the runs differ."""
+    """The task's notes, machine, versions and every field of the configuration; several values where runs differ."""
     config = [[key, ", ".join(dict.fromkeys(str(r["config"][key]) for r in results))] for key in results[0]["config"]]
     machine = [[key, str(value)] for key, value in results[0]["machine"].items()]
-    return grid("facts", [table(("machine", ""), machine), table(("configuration", ""), config)])
+    notes = [[key, value] for key, value in results[0].get("notes", {}).items()]
+    tables = [(("scores", ""), notes)] * bool(notes) + [(("machine", ""), machine), (("configuration", ""), config)]
+    return grid("facts", [table(head, rows) for head, rows in tables])

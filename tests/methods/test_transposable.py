@@ -23,6 +23,7 @@ torch.set_num_threads(1)
 
 LR, MOMENTUM, DECAY, EVERY = 0.1, 0.9, 0.5, 3
 PATTERN = ow.Pattern(2, 4)
+TARGET = torch.tensor([9.0, -9.0, 3.0, -3.0], dtype=torch.float64)  # far away, so that masks move
 METHOD = ow.TransposableSRSTE(decay=DECAY, refresh_every=EVERY)
 
 
@@ -54,7 +55,7 @@ def train(model, data, optimizer=None, forward=None):
         ow.attach(optimizer, model)
     for x in data:
         optimizer.zero_grad()
-        (model if forward is None else forward)(x).square().mean().backward()
+        ((model if forward is None else forward)(x) - TARGET).square().mean().backward()
         optimizer.step()
     return optimizer
 
@@ -81,7 +82,7 @@ def by_hand(start, data):
         used = {name: each.where(keep[name], 0 * each) if name in keep else each.clone() for name, each in w.items()}
         leaves = [each.requires_grad_() for each in used.values()]
         hidden = nn.functional.conv2d(x, used["conv.weight"], padding=1).relu().mean((2, 3))
-        loss = nn.functional.linear(hidden, used["fc.weight"], used["fc.bias"]).square().mean()
+        loss = (nn.functional.linear(hidden, used["fc.weight"], used["fc.bias"]) - TARGET).square().mean()
         for name, gradient in zip(used, torch.autograd.grad(loss, leaves), strict=True):
             if name in keep:
                 gradient = gradient + DECAY * w[name].where(~keep[name], 0 * w[name])

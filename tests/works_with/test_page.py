@@ -10,7 +10,7 @@ TESTS = Path(__file__).parents[1]
 PAGE = TESTS.parent / "docs" / "works-with.md"
 
 
-def tests_with_rows():
+def names_of_tests():
     """Every test that takes `row`, as the page names it."""
     found = set()
     for file in TESTS.rglob("test_*.py"):
@@ -26,7 +26,7 @@ def _takes_row(node):
 
 
 def test_every_line_names_a_test_and_every_such_test_has_a_line():
-    assert set(re.findall(r"`[\w/]+` `test_\w+`", PAGE.read_text(encoding="utf-8"))) == tests_with_rows()
+    assert set(re.findall(r"`[\w/]+` `test_\w+`", PAGE.read_text(encoding="utf-8"))) == names_of_tests()
 
 
 def test_a_line_shows_what_was_found():
