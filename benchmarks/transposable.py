@@ -1,6 +1,7 @@
 """What transposable masks keep, what they cost, and what a short training makes of them. On a CPU, one thread.
 
     python benchmarks/transposable.py masks
+    python benchmarks/transposable.py times
     python benchmarks/transposable.py train FASHION_MNIST_FOLDER --steps 200 --seeds 0 1 2
 
 `masks` needs scipy: the best sum of a tile is the value of a linear program, which is integral.
@@ -94,18 +95,22 @@ def masks() -> None:
     kept_at_2_4("uniform weights", torch.rand(1024, 1024))
     for text, count in (("2:4", 400), ("4:8", 300), ("8:16", 100), ("1:16", 100)):
         against_the_optimum(ow.Pattern.parse(text), million, count)
+
+
+def times() -> None:
+    million = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     score, rows, columns = million.abs(), Axis(1), Axis(0)
-    times = {
+    found = {
         "2:4 of rows, native": seconds(lambda: fastest(score, TWO_OF_FOUR, rows)),
         "2:4 of rows, reference": seconds(lambda: keep_largest(score, TWO_OF_FOUR, rows)),
         "2:4 transposable, exact": seconds(lambda: keep_transposable(score, TWO_OF_FOUR, rows, columns)),
     }
     for text in ("4:8", "8:16"):
         pattern = ow.Pattern.parse(text)
-        times[f"{text} transposable, entropic"] = seconds(
+        found[f"{text} transposable, entropic"] = seconds(
             lambda p=pattern: keep_transposable(score, p, rows, columns), 1
         )
-    for what, each in times.items():
+    for what, each in found.items():
         print(f"{what}: {each * 1e3:.1f} ms for {million.numel()} weights")
 
 
@@ -157,7 +162,7 @@ def train(folder: str, steps: int, seeds: list[int], every: int, decay: float) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["masks", "train"])
+    parser.add_argument("what", choices=["masks", "times", "train"])
     parser.add_argument("folder", nargs="?", help="of Fashion-MNIST's four .gz files")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -167,6 +172,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.what == "masks":
         masks()
+    elif arguments.what == "times":
+        times()
     else:
         train(arguments.folder, arguments.steps, arguments.seeds, arguments.every, arguments.decay)
 

@@ -1,4 +1,4 @@
-"""Transposable masks: the exact ones against all masks there are, the others against the optimum of the linear program."""
+"""Transposable masks: the exact ones against all masks there are, the others against a linear program's optimum."""
 
 import itertools
 
@@ -67,7 +67,7 @@ def test_the_ninety_masks_and_nineteen_classes():
     assert len(list(every_mask(2, 4))) == len(all_masks(TWO_OF_FOUR)) == 90
     sizes = [len(members) for _, members in classes_of_pairs()]
     assert sizes == [6, *[2] * 12, *[1] * 6]
-    of = {columns: members for columns, members in classes_of_pairs()}
+    of = dict(classes_of_pairs())
     assert sum(len(each) * len(of[tuple(2 - c for c in columns)]) for columns, each in of.items()) == 90
 
 
@@ -124,8 +124,14 @@ def test_nan_is_kept_and_infinity_before_numbers(pattern):
 
 @pytest.mark.parametrize(
     ("shape", "axis", "across"),
-    [((8, 12), Axis(1), Axis(0)), ((8, 12), Axis(0), Axis(1)), ((8, 4, 3, 3), Axis(1), Axis(0, blocks=2))]
-    + [((8, 4, 2), Axis(0, blocks=2), Axis(1)), ((3, 4, 8), Axis(2), Axis(1)), ((3, 4, 8), Axis(1), Axis(2))],
+    [
+        ((8, 12), Axis(1), Axis(0)),
+        ((8, 12), Axis(0), Axis(1)),
+        ((8, 4, 3, 3), Axis(1), Axis(0, blocks=2)),
+        ((8, 4, 2), Axis(0, blocks=2), Axis(1)),
+        ((3, 4, 8), Axis(2), Axis(1)),
+        ((3, 4, 8), Axis(1), Axis(2)),
+    ],
 )
 def test_each_tile_of_a_weight_is_solved_alone(shape, axis, across):
     score = draw(*shape).abs()

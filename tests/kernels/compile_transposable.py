@@ -9,7 +9,8 @@ import tempfile
 
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_kernel
 
 from openwork.kernels.triton.transposable import _TILES, _keep
 
@@ -20,7 +21,7 @@ def compiled(capability: int, dtype: str):
     types = {"score": f"*{dtype}", "keep": "*u8"} | dict.fromkeys(NUMBERS, "i32") | {"B": "constexpr"}
     aligned = {(index,): [["tt.divisibility", 16]] for index in (0, 1)}
     source = ASTSource(_keep, types, {"B": _TILES}, aligned)
-    return compile(source, target=GPUTarget("cuda", capability, 32))
+    return compile_kernel(source, target=GPUTarget("cuda", capability, 32))
 
 
 def resources(code: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Training with transposable masks: the equations with a mask that stays for k steps, and what must survive a resume."""
+"""Training with transposable masks: the equations, with a mask that stays for k steps, and what survives a resume."""
 
 import copy
 import io
@@ -223,14 +223,14 @@ def test_finalize_and_the_file_keep_what_the_forward_used(tmp_path):
     ow.verify(other)
     assert torch.equal(ow.finalize(model)(x), y)
     assert type(model.fc) is nn.Linear
-    assert {name for name in model.state_dict()} == {"conv.weight", "fc.weight", "fc.bias"}
+    assert set(model.state_dict()) == {"conv.weight", "fc.weight", "fc.bias"}
 
 
 def test_a_file_of_ordinary_masks_is_refused(tmp_path):
     ow.save(net(ow.SRSTE()), tmp_path / "net.safetensors")
     model = net()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="conv.weight is 2:4 along its reduction axis but not along its output axis"):
+    with pytest.raises(ValueError, match=r"conv\.weight is 2:4 along its reduction axis but not along its output axis"):
         ow.load(tmp_path / "net.safetensors", into=model)
     assert equal(model.state_dict(), before)
 
@@ -310,7 +310,7 @@ def test_the_axes_of_each_kind_of_layer():
         }
     )
     report = ow.sparsify(model, "2:4", ow.TransposableSRSTE(), axis={"experts.up": 1, "experts.odd": 0})
-    across = {name: axis for name, axis in model.__dict__["_openwork_promise"].across.items()}
+    across = dict(model.__dict__["_openwork_promise"].across)
     assert across.pop("grouped.weight") == Axis(0, blocks=2)
     assert across.pop("turned.weight") == Axis(1)
     assert across.pop("experts.up") == Axis(2)
@@ -324,7 +324,7 @@ def test_the_axes_of_each_kind_of_layer():
 
 def test_axes_that_4_does_not_divide():
     model = nn.Sequential(nn.Linear(8, 10), nn.Linear(10, 8))
-    with pytest.raises(ValueError, match="0.weight: output axis has 10 weights, not a multiple of 4"):
+    with pytest.raises(ValueError, match=r"0\.weight: output axis has 10 weights, not a multiple of 4"):
         ow.sparsify(model, "2:4", METHOD)
     with pytest.raises(ValueError, match=r"0.weight \(10, 8\): output axis has 10 weights"):
         ow.sparsify(model, "2:4", METHOD, remainder="error")
