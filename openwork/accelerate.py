@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
+from openwork import semistructured
 from openwork.gemms import quiet, run
 from openwork.methods import is_transposable
 from openwork.parametrization import (
@@ -32,8 +33,10 @@ from openwork.parametrization import (
 )
 from openwork.pattern import Pattern
 from openwork.report import aligned
+from openwork.semistructured import BACKENDS
 
-_MULTIPLE = 16  # of rows and columns that cuSPARSELt takes in 16-bit types
+_BACKEND = "cusparselt"
+_MULTIPLE = 16  # of rows and columns that it takes in 16-bit types
 _SECONDS = 0.05  # that one product is timed for
 
 
@@ -70,17 +73,28 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class SparseTensorCores:
-    """The engine of NVIDIA GPUs from compute capability 8.0 on: torch's semi-structured tensors."""
+    """The engine of NVIDIA GPUs from compute capability 8.0 on: cuSPARSELt, with the algorithm that its own search finds
+    fastest for each shape. A weight that is packed again after each step is not compared with what comes out again;
+    `check` does that once."""
 
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    algorithms: dict[tuple[Any, ...], int] = field(default_factory=dict, compare=False)
 
-    def pack(self, weight: Tensor) -> Any:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The PyTorch API of SparseSemiStructuredTensor")
-            return torch.sparse.to_sparse_semi_structured(weight.contiguous())
+    def pack(self, weight: Tensor) -> semistructured.Packed:
+        weight = weight.contiguous()
+        O, K = weight.shape
+        return semistructured.Packed(*BACKENDS[_BACKEND].pack(weight), _BACKEND, (O, K), (O, K))
 
-    def multiply(self, x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
-        return nn.functional.linear(x, packed, bias)
+    def multiply(self, x: Tensor, packed: semistructured.Packed, bias: Tensor | None) -> Tensor:
+        key = (len(x), packed.shape, x.dtype, bias is None, x.device)
+        if key not in self.algorithms:
+            self.algorithms[key] = semistructured.algorithm_for(x, packed, bias, x.dtype)
+        return semistructured.multiply(x, packed, bias, self.algorithms[key], x.dtype)
+
+    def check(self, weight: Tensor) -> None:
+        """Raise RuntimeError where the library packs a weight wrongly, or its transpose."""
+        for each in (weight, weight.t()):
+            semistructured.pack(each.detach().to(self.dtypes[0]).contiguous(), _BACKEND)
 
 
 def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
@@ -99,7 +113,11 @@ def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
     model = unwrap(model)
     layers = _layers(model)
     _demand_tensor_cores(next(layer.device for layer in layers.values()))
-    return accelerate_with(SparseTensorCores(), model, layers, example)
+    engine = SparseTensorCores()
+    for layer in layers.values():
+        if not layer.reason:
+            engine.check(layer.masked.effective(layer.weight))
+    return accelerate_with(engine, model, layers, example)
 
 
 @dataclass(frozen=True)
@@ -156,19 +174,14 @@ def within_2_4(pattern: Pattern) -> bool:
 
 
 def _demand_tensor_cores(device: torch.device) -> None:
-    anyway = "; training runs without ow.accelerate all the same, at the speed of dense products"
-    if device.type != "cuda" or torch.version.hip:
+    missing = BACKENDS[_BACKEND].missing(device)
+    if missing:
         raise RuntimeError(
-            f"the model is on {device}: sparse tensor cores are in NVIDIA GPUs, of compute capability 8.0 and newer"
-            f"{anyway}"
+            f"the model is on {device}: {missing}; training runs without ow.accelerate all the same, at the speed of "
+            "dense products"
         )
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        raise RuntimeError(
-            f"compute capability {major}.{minor} has no sparse tensor cores: needed 8.0 or newer{anyway}"
-        )
-    if not torch.backends.cusparselt.is_available():
-        raise RuntimeError(f"this torch {torch.__version__} has no cuSPARSELt: install one built with it{anyway}")
+    if warning := semistructured.version_warning(device):
+        warnings.warn(warning, stacklevel=3)
 
 
 def accelerate_with(engine: Engine, model: nn.Module, layers: dict[str, Layer], example: Any) -> Acceleration:

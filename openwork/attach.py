@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from openwork.methods import steps_of_a_mask
-from openwork.parametrization import held_weights, masked_modules, unwrap
+from openwork.parametrization import add_gradient_terms, held_weights, masked_modules, unwrap
 from openwork.promise import promises
 from openwork.sharded import is_sharded, whole
 from openwork.sparsify import masks
@@ -95,9 +95,7 @@ class Handle:
                 "attached and holds none now: something replaced them in the model (fully_shard, which must come "
                 "before the optimizer is built) or in the optimizer (DeepSpeed ZeRO, which is not supported)"
             )
-        for masked, weight in held:
-            if weight.grad is not None and hasattr(masked.method, "gradient_term"):
-                masked.add_gradient_term(weight, scale)
+        add_gradient_terms(held, scale)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         overflow = getattr(optimizer, "found_inf", None)

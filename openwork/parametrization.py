@@ -15,7 +15,7 @@ import functools
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from weakref import ref
 
@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel
 from openwork import kernels
 from openwork.axis import Axis
 from openwork.methods import Method, steps_of_a_mask, stores_mask
-from openwork.ops import keep_largest, keep_transposable
+from openwork.ops import keep_largest, keep_largest_list, keep_transposable
 from openwork.pattern import Pattern
 from openwork.sharded import by_groups, elementwise, placed_like, whole
 
@@ -181,7 +181,7 @@ class Masked(nn.Module):
         """The weight that the layer multiplies with, computed afresh."""
         if not self.method.sparse:
             return weight
-        if hasattr(self.method, "forward_in_one_pass") and self._in_one_pass(weight):
+        if hasattr(self.method, "forward_in_one_pass") and self.ranks_in_one_pass(weight):
             pruned: Tensor = self.method.forward_in_one_pass(weight, self.pattern, self.axis)
             return pruned
         keep = self.keep(weight)
@@ -192,14 +192,19 @@ class Masked(nn.Module):
     def add_gradient_term(self, weight: Tensor, scale: Tensor | None = None) -> None:
         """Add to the weight's gradient what the method adds, in place, times `scale` where the gradient is scaled."""
         gradient: Any = weight.grad
-        simple = scale is None and gradient.dtype == weight.dtype and hasattr(self.method, "add_term_in_one_pass")
-        if simple and self._in_one_pass(weight) and kernels.in_one_pass(gradient):
+        if scale is None and self.adds_in_one_pass(weight):
             self.method.add_term_in_one_pass(gradient, weight, self.pattern, self.axis)  # type: ignore[attr-defined]
         else:
             term = self.gradient_term(weight)
             gradient.add_(term if scale is None else term.mul_(scale.to(term.device)))
 
-    def _in_one_pass(self, weight: Tensor) -> bool:
+    def adds_in_one_pass(self, weight: Tensor) -> bool:
+        """Whether a kernel adds the term to the weight's gradient without making the mask."""
+        gradient: Any = weight.grad
+        simple = gradient.dtype == weight.dtype and hasattr(self.method, "add_term_in_one_pass")
+        return simple and self.ranks_in_one_pass(weight) and kernels.in_one_pass(gradient)
+
+    def ranks_in_one_pass(self, weight: Tensor) -> bool:
         """Whether a kernel finds the mask of the forward on the way: it is not stored, and seen in the weight's
         dtype."""
         return self.mask is None and self.seen_dtype == weight.dtype and kernels.in_one_pass(weight)
@@ -293,6 +298,44 @@ def held_weights(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tup
         for _, masked, weight in masked_weights(module)
         if id(weight) in held
     ]
+
+
+def keep_all(held: Iterable[tuple[Masked, nn.Parameter]]) -> list[Tensor]:
+    """`Masked.keep` of many weights. Those on a GPU that are ranked afresh take one launch for each pattern."""
+    held = list(held)
+    found: dict[int, Tensor] = {}
+    ranked = {i: each for i, each in enumerate(held) if each[0].ranks_in_one_pass(each[1])}
+    for pattern, indices in _in_lists(ranked, lambda masked: masked.pattern):
+        scores = [held[i][0].method.score(held[i][1].detach()) for i in indices]
+        found |= zip(indices, keep_largest_list(scores, pattern, [held[i][0].axis for i in indices]), strict=True)
+    return [found[i] if i in found else masked.keep(weight) for i, (masked, weight) in enumerate(held)]
+
+
+def add_gradient_terms(held: Iterable[tuple[Masked, nn.Parameter]], scale: Tensor | None) -> None:
+    """`Masked.add_gradient_term` of many weights. On a GPU one launch adds those of one method and pattern."""
+    held = [each for each in held if each[1].grad is not None and hasattr(each[0].method, "gradient_term")]
+    simple = {i: each for i, each in enumerate(held) if scale is None and each[0].adds_in_one_pass(each[1])}
+    simple = {i: each for i, each in simple.items() if hasattr(each[0].method, "add_terms_in_one_pass")}
+    done: set[int] = set()
+    for (method, pattern), indices in _in_lists(simple, lambda masked: (masked.method, masked.pattern)):
+        weights = [held[i][1] for i in indices]
+        gradients: Any = [weight.grad for weight in weights]
+        method.add_terms_in_one_pass(gradients, weights, pattern, [held[i][0].axis for i in indices])
+        done |= set(indices)
+    for i, (masked, weight) in enumerate(held):
+        if i not in done:
+            masked.add_gradient_term(weight, scale)
+
+
+def _in_lists(
+    held: Mapping[int, tuple[Masked, nn.Parameter]], alike: Callable[[Masked], Any]
+) -> list[tuple[Any, list[int]]]:
+    """Which of the weights one launch can take together, and what they have alike."""
+    lists: dict[Any, list[int]] = {}
+    for i, (masked, weight) in held.items():
+        if kernels.takes_lists(weight):
+            lists.setdefault((weight.device, alike(masked)), []).append(i)
+    return [(what, indices) for (_, what), indices in lists.items()]
 
 
 def plain_name(name: str) -> str:

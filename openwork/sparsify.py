@@ -19,6 +19,7 @@ from openwork.methods import SRSTE, Method, is_transposable
 from openwork.parametrization import (
     ForwardScope,
     Masked,
+    keep_all,
     mask_weights,
     masked_modules,
     masked_weights,
@@ -134,11 +135,13 @@ def project(
 def masks(model: nn.Module) -> dict[str, Tensor]:
     """The masks that a sparsified model has now, by weight: bool, the weight's shape, True means kept. A method that
     refreshes its masks writes into the stored ones, so they are copied."""
-    return {
-        f"{name}.{tensor}".lstrip("."): masked.keep(weight).clone() if masked.refreshed else masked.keep(weight)
+    found = {
+        f"{name}.{tensor}".lstrip("."): (masked, weight)
         for name, module in masked_modules(unwrap(model))
         for tensor, masked, weight in masked_weights(module)
     }
+    kept = zip(found.items(), keep_all(found.values()), strict=True)
+    return {name: keep.clone() if masked.refreshed else keep for (name, (masked, _)), keep in kept}
 
 
 def _mask(decided: list[Candidate], method: Method, scope: ForwardScope) -> None:

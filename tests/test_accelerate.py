@@ -1,6 +1,7 @@
 """Accelerated training: the same steps as without, through packed products of 2:4 matrices, forward and backward."""
 
 import copy
+import dataclasses
 import importlib
 import pickle
 import warnings
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import openwork as ow
@@ -189,7 +189,7 @@ def test_layers_that_do_not_fit_say_why():
 
 
 def test_on_a_cpu_it_says_what_is_missing_and_that_training_works():
-    with pytest.raises(RuntimeError, match=r"the model is on cpu: sparse tensor cores.*runs without ow.accelerate"):
+    with pytest.raises(RuntimeError, match=r"the model is on cpu: .*training runs without ow.accelerate"):
         ow.accelerate(net())
 
 
@@ -203,13 +203,35 @@ def test_wrong_models_are_refused():
 
 
 def test_torch_s_own_operators_are_called_as_they_want_it(monkeypatch):
-    """No GPU: fake CUDA tensors, which run torch's checks and shapes of semi-structured tensors, not their values."""
-    monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense.new_empty(dense.numel() * 9 // 16))
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    engine = module.SparseTensorCores()
-    with FakeTensorMode():
-        weight = torch.empty(48, 32, dtype=torch.bfloat16, device="cuda")
-        x, bias = weight.new_empty(10, 32), weight.new_empty(48)
-        y = engine.multiply(x, engine.pack(weight), bias)
-        back = engine.multiply(weight.new_empty(10, 48), engine.pack(weight.new_empty(32, 48)), None)
-    assert (y.shape, y.dtype, back.shape) == ((10, 48), torch.bfloat16, (10, 32))
+    """No GPU: in place of cuSPARSELt's operators those of `OnCPU`, at the place where torch's private ones are named."""
+    stand_in, searched = OnCPU((torch.bfloat16,)), []
+
+    def product(x, packed, meta, bias, outputs, algorithm, out):
+        assert (algorithm, out) == (7, torch.bfloat16)
+        return stand_in.multiply(x, packed_parts[packed], bias)
+
+    def pack(weight):
+        assert weight.is_contiguous()
+        made = torch.empty(weight.numel() * 9 // 16, dtype=weight.dtype)
+        packed_parts[made] = stand_in.pack(weight)
+        return made, None
+
+    packed_parts = {}
+    backend = dataclasses.replace(
+        module.BACKENDS["cusparselt"],
+        pack=pack,
+        product=product,
+        search=lambda *found: (searched.append(found), 7)[1],
+        missing=lambda device: "",
+    )
+    monkeypatch.setitem(module.BACKENDS, "cusparselt", backend)
+    monkeypatch.setattr(module.semistructured, "read_algorithms", lambda file: {})
+    monkeypatch.setattr(module.semistructured, "remember_algorithm", lambda *entry: None)
+    monkeypatch.setattr(module.SparseTensorCores, "check", lambda self, weight: None)
+    plain, fast = net(), net()
+    assert list(ow.accelerate(fast).sparse) == ["0.weight", "2.weight"]
+    for model in (plain, fast):
+        with torch.autocast("cpu", torch.bfloat16):
+            trained(model)
+    assert close(plain.state_dict(), fast.state_dict(), 2e-2)
+    assert len(searched) == 3  # two layers forward, and one input that wants a gradient; once for all steps

@@ -73,9 +73,10 @@ def curves(runs: Sequence[tuple[Path, Result]]) -> str:
         return made
 
     metric = "metrics.jsonl"
+    val_loss = lines(metric, lambda r: r.get("val_loss"))  # not every task has one
     figures = [
         line_chart("Training loss", lines(metric, lambda r: r.get("train_loss")), floor=0),
-        line_chart("Validation loss", lines(metric, lambda r: r.get("val_loss")), floor=0),
+        *([line_chart("Validation loss", val_loss, floor=0)] if any(line.points for line in val_loss) else []),
         *[_metric_chart(each, lines) for each in metrics_of([result for _, result in runs]) if each.key != "val_loss"],
         line_chart(
             "SAD from the start, share of weights", lines("topology.jsonl", _share("sad_start")), percent=True, floor=0

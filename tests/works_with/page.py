@@ -57,9 +57,14 @@ def place(row):
     return f"`{file.removeprefix('tests/').removesuffix('.py')}` `{name}`"
 
 
+def run_with(files):
+    """The packages and machines of all results, each once."""
+    packages = sorted({package for file in files for package in file["packages"]})
+    return "; ".join([", ".join(packages), *dict.fromkeys(file["machine"] for file in files)])
+
+
 if __name__ == "__main__":
     files = [json.loads(Path(each).read_text()) for each in sys.argv[1:]]
     for each in [what for file in files for what in file["left out"]]:
         print(each, file=sys.stderr)
-    run_with = "; ".join(dict.fromkeys(file["versions"] for file in files))
-    print(page([row for file in files for row in file["rows"]], run_with), end="")
+    print(page([row for file in files for row in file["rows"]], run_with(files)), end="")

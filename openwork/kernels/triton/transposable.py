@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openwork.transposable import classes_of_pairs, columns_of
+from openwork.kernels.triton.launch import on_device
+from openwork.ops.transposable import _keep_transposable
+from openwork.transposable import PAIRS, classes_of_pairs, columns_of
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 _TILES = 128
@@ -29,10 +31,8 @@ _CLASS = tl.constexpr(tuple(_PLACE[columns] for columns in _ALL))
 _MEETS = tl.constexpr(tuple(_PLACE[tuple(2 - count for count in columns)] for columns in _ALL))
 _LARGEST = tl.constexpr(2.0**96)
 _NAN = tl.constexpr(2.0**110)
-# Bits of the columns that the 6 pairs keep, three bits of index: 4 bits each in one number.
-_BITS = tl.constexpr(
-    sum(sum(1 << c for c in pair) << 4 * k for k, pair in enumerate(((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))))
-)
+# The columns that each of the 6 pairs keeps: 4 bits each, in one number.
+_BITS = tl.constexpr(sum(sum(1 << column for column in pair) << 4 * k for k, pair in enumerate(PAIRS)))
 
 
 @triton.jit
@@ -97,6 +97,11 @@ def _keep(
             tl.store(keep + start + r * out_step + c * in_step, ((bits >> c) & 1).to(tl.uint8), mask=known)
 
 
+def keep_transposable(score: Tensor, n: int, m: int, dim: int, across: int) -> Tensor:
+    found = keep_2_4(score, dim, across) if (n, m) == (2, 4) else None
+    return _keep_transposable(score, n, m, dim, across) if found is None else found
+
+
 def keep_2_4(score: Tensor, dim: int, across: int) -> Tensor | None:
     """The mask of a weight whose axes `dim` (reduction) and `across` (output) are multiples of 4: bool, its strides.
     None where the kernel cannot read the weight as it lies."""
@@ -109,7 +114,7 @@ def keep_2_4(score: Tensor, dim: int, across: int) -> Tensor | None:
     if keep.stride() != score.stride():
         return None
     tiles = score.numel() // 16
-    with torch.cuda.device(score.device) if score.is_cuda else _nowhere():
+    with on_device(score):
         _keep[(triton.cdiv(tiles, _TILES),)](score, keep.view(torch.uint8), tiles, *layout, _TILES)
     return keep
 
@@ -127,9 +132,3 @@ def _layout(score: Tensor, dim: int, across: int) -> tuple[int, ...] | None:
     inner = math.prod(sizes[b + 1 :])
     outer_step = sizes[a] * sizes[b] * inner
     return score.shape[dim] // 4, score.shape[across] // 4, outer_step, score.stride(across), score.stride(dim), inner
-
-
-def _nowhere():  # type: ignore[no-untyped-def]
-    import contextlib
-
-    return contextlib.nullcontext()

@@ -1,7 +1,4 @@
-"""Transposable 2:4 masks in Triton's interpreter: equal to the reference bit by bit, ties and NaN included.
-
-`test_triton_transposable.py` runs this file, in a process of its own: TRITON_INTERPRET counts when triton is imported.
-"""
+"""Transposable 2:4 masks in Triton's interpreter: equal to the reference bit by bit, ties and NaN included."""
 
 import pytest
 import torch
