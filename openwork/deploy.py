@@ -19,12 +19,24 @@ from openwork.folding import fold_batch_norm, following_relu, replace
 from openwork.gemms import run
 from openwork.parametrization import unwrap
 from openwork.pattern import Pattern
-from openwork.planning import MARGIN, Plan, fastest, machine, measure_layers, sparse_module
+from openwork.planning import (
+    MARGIN,
+    Plan,
+    as_graph,
+    fastest,
+    finished,
+    machine,
+    measure_layers,
+    on_gpu,
+    sparse_module,
+)
 from openwork.promise import promises
+from openwork.semistructured import QUANTIZED
 from openwork.sparsify import finalize
 from openwork.verify import verify
 
 STORED = (torch.float32, torch.bfloat16, torch.int8)
+STORED_ON_GPU = (torch.float16, torch.bfloat16, *QUANTIZED)
 
 
 def plan(
@@ -34,18 +46,19 @@ def plan(
     pattern: PatternChoice | None = None,
     exclude: Sequence[str] = (),
     axis: AxisChoice = "input",
-    stored: torch.dtype = torch.float32,
+    stored: torch.dtype | None = None,
 ) -> Plan:
     """Time every sparse layer on the shapes that `example` brings it, dense (the best of torch's default, oneDNN
     prepacked, channels_last) and sparse, and say what `deploy` would choose. The model is not changed.
 
     `example` is a tensor, a tuple of arguments or a mapping of keyword arguments. `pattern`, `exclude` and `axis` as in
-    `verify`. `stored` is the dtype that the sparse kernels keep weights in: bfloat16 and int8 are smaller, and round.
+    `verify`. `stored` is the dtype that sparse kernels keep weights in. On a CPU it is float32, or bfloat16 or int8,
+    which are smaller, and round. On a GPU it is the model's own dtype, or float16, bfloat16, int8, float8_e4m3fn.
     """
     with torch.inference_mode(False):
-        ready, patterns = _ready(model, pattern, exclude, axis, stored)
+        ready, patterns, kept_in = _ready(model, pattern, exclude, axis, stored)
         fold_batch_norm(ready, example)
-        return _plan(ready, example, patterns, stored)
+        return _plan(ready, example, patterns, kept_in)
 
 
 def deploy(
@@ -55,23 +68,26 @@ def deploy(
     pattern: PatternChoice | None = None,
     exclude: Sequence[str] = (),
     axis: AxisChoice = "input",
-    stored: torch.dtype = torch.float32,
+    stored: torch.dtype | None = None,
+    cuda_graph: bool = False,
 ) -> nn.Module:
-    """A copy of the model for inference on this CPU, each layer dense or sparse, whichever was measured faster;
-    arguments as in `plan`. Batch normalization is folded into the layers before it.
+    """A copy of the model for inference on the CPU or GPU that it is on, each layer dense or sparse, whichever was
+    measured faster; arguments as in `plan`. Batch normalization is folded into the layers before it.
 
     The whole model is timed as well, against the same model all dense. If dense wins, the dense one is returned, and a
     warning says so. What was measured is in the result's `deployment`, a `Plan`, with how far outputs on the example
     are from the given model's; of more than rounding explains, a warning says so. The result is saved, loaded, copied
     and pickled like any model: its state dict has dense names and shapes, without normalizations that were folded.
+    `cuda_graph` says that the caller will run it as a CUDA graph: then whole models are timed as graphs, without what
+    launching costs.
     """
     with torch.inference_mode(False):  # also where the caller is in it: what is made here can be loaded into later
-        dense, patterns = _ready(model, pattern, exclude, axis, stored)
+        dense, patterns, kept_in = _ready(model, pattern, exclude, axis, stored)
         expected = _outputs(dense, example)
         fold_batch_norm(dense, example)
-        found = _plan(dense, example, patterns, stored)
+        found = _plan(dense, example, patterns, kept_in)
         sparse = _converted(copy.deepcopy(dense), found, example)
-        whole = _whole(dense, sparse, example, bool(found.chosen))
+        whole = _whole(dense, sparse, example, bool(found.chosen), cuda_graph)
         best = _winner(whole)
         result = dense if best.startswith("dense") else sparse
         result = _channels_last(result) if best.endswith("channels_last") else result
@@ -79,7 +95,7 @@ def deploy(
     found = dataclasses.replace(found, whole=whole, difference=difference)
     if result is dense:
         warnings.warn(f"sparse is not faster than dense here: the dense model is returned\n{found}", stacklevel=2)
-    exact = stored == torch.float32 and all(each.dtype != torch.bfloat16 for each in expected)
+    exact = kept_in == torch.float32 and all(each.dtype == torch.float32 and each.is_cpu for each in expected)
     if difference > (most := 1e-3 if exact else 0.1):  # rounding of float32 makes 1e-6 or so
         warnings.warn(
             f"outputs differ from the given model's by {difference:.1g} of the largest, more than {most:g}: check them "
@@ -95,24 +111,35 @@ def _ready(
     pattern: PatternChoice | None,
     exclude: Sequence[str],
     axis: AxisChoice,
-    stored: torch.dtype,
-) -> tuple[nn.Module, dict[str, Pattern | str]]:
-    """A plain copy in eval mode, and for each weight its pattern or why it has none."""
-    if stored not in STORED:
-        raise ValueError(f"stored={stored}; needed one of {', '.join(map(str, STORED))}")
+    stored: torch.dtype | None,
+) -> tuple[nn.Module, dict[str, Pattern | str], torch.dtype]:
+    """A plain copy in eval mode, for each weight its pattern or why it has none, and the dtype that weights will be
+    stored in."""
     inner = unwrap(model)
-    where = {each.device.type for each in (*inner.parameters(), *inner.buffers())}
-    if where - {"cpu"}:
-        raise ValueError(f"the model is on {', '.join(sorted(where))}; this version deploys on a CPU: model.to('cpu')")
+    tensors = [*inner.parameters(), *inner.buffers()]
+    where = {each.device for each in tensors}
+    if len(where) > 1 or any(each.type not in ("cpu", "cuda") for each in where):
+        found = ", ".join(sorted(map(str, where)))
+        raise ValueError(f"the model is on {found}; needed one CPU or one GPU: model.to('cuda') or model.to('cpu')")
+    gpu = any(on_gpu(each) for each in where)
+    floats = [each.dtype for each in tensors if each.ndim > 1 and each.is_floating_point()]
+    kept_in = stored or (floats[0] if gpu and floats else torch.float32)
+    allowed = STORED_ON_GPU if gpu else STORED
+    if stored is not None and stored not in allowed:
+        raise ValueError(f"stored={stored}; needed one of {', '.join(map(str, allowed))}")
     report = verify(inner, pattern=pattern, exclude=exclude, axis=axis)
     ready = copy.deepcopy(inner)
     ready = (finalize(ready) if promises(ready) else ready).eval().requires_grad_(False)
-    return ready, {row.name: row.pattern or row.reason for row in report.rows}
+    return ready, {row.name: row.pattern or row.reason for row in report.rows}, kept_in
 
 
 def _plan(ready: nn.Module, example: Any, patterns: Mapping[str, Pattern | str], stored: torch.dtype) -> Plan:
     with torch.inference_mode():
-        return Plan(measure_layers(ready, example, patterns, stored), stored, machine())
+        return Plan(measure_layers(ready, example, patterns, stored), stored, machine(_device(ready)))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((each.device for each in model.parameters()), torch.device("cpu"))
 
 
 def _converted(model: nn.Module, found: Plan, example: Any) -> nn.Module:
@@ -125,7 +152,7 @@ def _converted(model: nn.Module, found: Plan, example: Any) -> nn.Module:
         dense = model.get_submodule(name)
         made = sparse_module(dense, layer.pattern, layer.kind, found.stored)
         if name in followed:
-            made.relu = True
+            made.relu = True  # type: ignore[assignment]
             replace(model, model.get_submodule(followed[name]), nn.Identity())
         if dense is model:
             return made
@@ -138,7 +165,8 @@ def _converted(model: nn.Module, found: Plan, example: Any) -> nn.Module:
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
     """The floating tensors that the model returns, copied, with the random numbers of one seed."""
-    with torch.random.fork_rng(devices=()), torch.inference_mode():
+    device = _device(model)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else ()), torch.inference_mode():
         torch.manual_seed(0)
         found = tree_leaves(run(model, example))
     return [each.clone() for each in found if isinstance(each, Tensor) and each.is_floating_point()]
@@ -176,7 +204,7 @@ def _winner(whole: Mapping[str, float]) -> str:
     return best if whole[best] < MARGIN * whole[dense] else dense
 
 
-def _whole(dense: nn.Module, sparse: nn.Module, example: Any, differ: bool) -> dict[str, float]:
+def _whole(dense: nn.Module, sparse: nn.Module, example: Any, differ: bool, graph: bool) -> dict[str, float]:
     """Median seconds of one forward of whole models; images also in channels_last."""
     variants: dict[str, Callable[[], object]] = {"dense": _forward(dense, example)}
     if differ:
@@ -185,7 +213,12 @@ def _whole(dense: nn.Module, sparse: nn.Module, example: Any, differ: bool) -> d
         variants["dense, channels_last"] = _forward(_channels_last(copy.deepcopy(dense)), example)
         if differ:
             variants["sparse, channels_last"] = _forward(_channels_last(copy.deepcopy(sparse)), example)
+    device = _device(dense)
+    if graph and device.type != "cuda":
+        raise ValueError(f"cuda_graph=True for a model on {device}; needed one on a GPU: model.to('cuda')")
     with torch.inference_mode():
+        if device.type == "cuda":
+            variants = {name: finished(as_graph(each) if graph else each) for name, each in variants.items()}
         return fastest(variants, seconds=1.0)
 
 

@@ -273,7 +273,7 @@ def test_mistakes(verb):
         (lambda: verb(net(), X, stored=torch.float16), ValueError,
          r"stored=torch\.float16; needed one of torch\.float32, torch\.bfloat16, torch\.int8"),
         (lambda: verb(Net().to("meta"), X), ValueError,
-         r"the model is on meta; this version deploys on a CPU: model\.to\('cpu'\)"),
+         r"the model is on meta; needed one CPU or one GPU: model"),
         (lambda: verb(net(), X, pattern="2:4", exclude=["nothing"]), ValueError, "nothing"),
         (lambda: verb(net(), X[:, :7], pattern="2:4", exclude=["down"]), RuntimeError, "channels"),
     ):  # fmt: skip

@@ -151,7 +151,7 @@ REASONS = {
     "float64": (
         lambda: nn.Linear(8, 8).double(),
         (2, 8),
-        {"weight": "torch.float64 on cpu: kernels are for float32 and bfloat16 on a CPU"},
+        {"weight": "torch.float64 on cpu: kernels are for float32 and bfloat16 on a CPU, and for NVIDIA GPUs"},
     ),
     "autocast": (
         lambda: Autocast(nn.Linear(8, 8), nn.Linear(8, 8)),
