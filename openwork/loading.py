@@ -27,6 +27,7 @@ from openwork.deploy import STORED
 from openwork.deployed import Kind, SparseConv2d, SparseLinear, kinds_for
 from openwork.fileformat import Sparse
 from openwork.folding import foldable, following_relu, fuse
+from openwork.folding import replace as replace_module
 from openwork.gemms import run
 from openwork.legacy import Bitmask
 from openwork.modelstate import demand_same, tensors_by_name, ties
@@ -225,14 +226,14 @@ def _demand_values(model: nn.Module, layers: set[nn.Module]) -> None:
 
 def _fold(streamed: _Streamed, example: Any) -> None:
     """Fold batch normalization into the layers before it; into streamed ones whenever they are read."""
-    for layer, norm_name, norm in foldable(streamed.model, example).values():
+    for layer, norm in foldable(streamed.model, example).values():
         stream = streamed.layers.get(layer)
         weight, layer.bias = fuse(layer, layer.weight if stream is None else stream.read(), norm)
         if stream is None:
             layer.weight = weight
         else:
             stream.read = partial(_folded, layer, stream.read, norm)
-        _put(streamed.model, norm_name, nn.Identity())
+        replace_module(streamed.model, norm, nn.Identity())
 
 
 def _folded(layer: Any, read: Callable[[], Tensor], norm: Any) -> Tensor:
