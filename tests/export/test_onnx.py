@@ -267,7 +267,7 @@ def test_a_file_and_its_second_file_belong_together_at_every_moment(path, monkey
     to_onnx(new, x, path, pattern="2:4")
     assert seen == [["old"], ["old"], ["new"]]
     assert new.weight.detach().numpy().tobytes() in two_files(path)
-    assert [name.rpartition(".")[2] for name in synced] == ["data", "onnx", path.parent.name] * 2  # then the folder
+    assert [name.rpartition(".")[2] for name in synced[-3:]] == ["data", "onnx", path.parent.name]  # then the folder
 
     monkeypatch.setattr(exporting, "outputs", lambda *_: [torch.zeros(2, 64)])
     with pytest.raises(RuntimeError, match="other outputs"):
