@@ -272,7 +272,7 @@ def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float,
 def picture(index: int, source: str, reference: str, translation: str) -> Picture:
     truth = sentence([(source, False)], "source") + sentence([(reference, False)], "reference")
     found = sentence(marked(translation, reference), "" if translation else "no words")
-    return Picture(f"Sentence {index + 1}; underlined: words that the reference has not got there", truth, found)
+    return Picture(f"Sentence {index + 1}; underlined: not so in the reference", truth, found)
 
 
 def marked(text: str, reference: str) -> list[tuple[str, bool]]:
