@@ -15,9 +15,11 @@ import openwork as ow
 from openwork.tasks.stepping import SCHEDULES
 
 FSDP2 = "fsdp2"  # ours: Lightning has no name for it
-METHODS = ("dense", "asp", "ste", "sr-ste")
-_EVERY = ("checkpoint_every", "topology_every", "log_every")
+METHODS = ("dense", "asp", "ste", "sr-ste", "transposable-sr-ste")
+DECAYED = ("sr-ste", "transposable-sr-ste")
+_EVERY = ("checkpoint_every", "topology_every", "log_every", "refresh_every")
 OPTIMIZERS = ("sgd", "adam", "adamw")
+REMAINDERS = ("skip", "pad", "error")
 
 # These say where and how a run happens, not what it computes: they may differ between a run and its resumption.
 _PLACE = ("out", "resume", "threads", "progress", "preset", "workers")
@@ -59,6 +61,7 @@ class Common:
     data: str = flag("", "the data set")
     model: str = flag("", "the network")
     exclude: list[str] = flag([], "globs of layers to leave dense; nothing is excluded by default")
+    remainder: str = flag("skip", f"where M does not divide a weight's axis: {', '.join(REMAINDERS)}")
     epochs: int = flag(15, "passes over the training data")
     batch_size: int = flag(64, "samples per optimizer step, over all devices and micro-batches")
     optimizer: str = flag("sgd", f"one of {', '.join(OPTIMIZERS)}")
@@ -85,6 +88,7 @@ class Common:
     checkpoint_every: int = flag(500, "optimizer steps between checkpoints; one more after each epoch")
     topology_every: int = flag(20, "optimizer steps between records of the masks")
     log_every: int = flag(10, "optimizer steps between lines of metrics.jsonl")
+    refresh_every: int = flag(40, "optimizer steps between choices of the masks (transposable-sr-ste)")
     progress: bool = flag(True, "show a progress bar")
     preset: str = flag("", "recipe that fills the defaults, if the task has one: paper")
 
@@ -173,7 +177,7 @@ def check_common(config: Common) -> None:
     for name in ("limit", "limit_val", "clip", "warmup"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} is {getattr(config, name)}; it must not be negative")
-    for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+    for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("remainder", REMAINDERS)):
         if getattr(config, name) not in known:
             raise ValueError(f"{name} {getattr(config, name)!r} is not known; use one of {', '.join(known)}")
     if len(config.betas) != 2:

@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 import openwork as ow
+from openwork.candidates import Remainder
 from openwork.tasks import find
 from openwork.tasks.config import Config, differences, values_of
 from openwork.tasks.rundir import RunDir, first_process, read_lines, write_text
@@ -50,7 +51,10 @@ def prepare(task: Task, config: Config) -> tuple[Any, nn.Module, ow.Report]:
     if config.init:
         load_weights(net, Path(config.init))
     example = task.example(data)
-    report = ow.sparsify(net, config.pattern, build_method(config), exclude=config.exclude, example=example)
+    remainder = cast(Remainder, config.remainder)
+    report = ow.sparsify(
+        net, config.pattern, build_method(config), exclude=config.exclude, remainder=remainder, example=example
+    )
     return data, net, report
 
 

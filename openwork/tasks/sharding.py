@@ -42,10 +42,16 @@ def whole_twin(config: Common, net: nn.Module) -> nn.Module:
     return copy.deepcopy(net) if config.strategy == FSDP2 else net
 
 
+def share_statistics(net: nn.Module) -> None:
+    """Give all processes the running statistics of the first: each saw other samples, and its own are saved."""
+    for buffer in net.buffers():
+        if buffer.is_floating_point():
+            dist.broadcast(buffer, 0)
+
+
 def gather(net: nn.Module, twin: nn.Module) -> nn.Module:
     """The whole twin with the weights of `net`, the same on all processes. Each of them must ask."""
     if twin is not net:
         twin.load_state_dict(get_model_state_dict(net, options=StateDictOptions(full_state_dict=True)))
-        for tensor in twin.state_dict().values():  # running statistics differ, as each saw other samples
-            dist.broadcast(tensor, 0)
+        share_statistics(twin)
     return twin

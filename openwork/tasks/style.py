@@ -104,6 +104,9 @@ path.l { fill: var(--c6); }
 .key.p { background: var(--rule); }
 .key.g { background: var(--c2); }
 .key.l { background: var(--c6); }
+.views { display: grid; grid-template-columns: repeat(auto-fit, minmax(96px, 1fr)); gap: 8px; }
+.views figure { padding: 0; border: 0; }
+.views figcaption { font-weight: 400; font-size: 12px; color: var(--soft); min-height: 36px; }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 16px; }
 .sentence { margin: 0 0 6px; overflow-wrap: anywhere; }
 .sentence .label { display: block; color: var(--soft); font-size: 12px; }

@@ -34,7 +34,8 @@ LIMIT = 600  # seconds, for a machine that does much else
 def torchrun(*commands):
     """Run them side by side to their end, and end them and their children where one fails or takes too long."""
     python = [sys.executable, "-m", "torch.distributed.run"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # The second: else restarted processes meet the addresses of the dead ones (pytorch/pytorch issue 135712).
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with tempfile.TemporaryFile("w+") as told:
         started = [subprocess.Popen([*python, *each], stderr=told, env=environment) for each in commands]
         try:
@@ -118,7 +119,7 @@ def test_a_killed_run_is_restarted_by_torchrun_and_ends_the_same(row, sharded, t
     torchrun([*TWO, "--max-restarts", "1", str(script), "classification", json.dumps(config), "3"])
     assert is_the_same(tmp_path / "run", sharded) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (sharded / "metrics.jsonl").read_text()
-    what = "a recipe by flags: killed (SIGKILL), restarted by `torchrun --max-restarts 1 ... --resume`, FSDP2"
+    what = "a recipe by flags: killed (SIGKILL) and restarted by torchrun, [so](scale.md#recipes), FSDP2"
     row("Two processes", what, resumes=True, packages=("lightning",))
 
 
