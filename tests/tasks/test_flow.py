@@ -398,13 +398,12 @@ def test_flags_are_checked(flags, message):
 # --- runs --------------------------------------------------------------------------------------------------------
 
 SMALL = {
-    "limit": 24,
-    "limit_val": 2,
     "batch_size": 2,
     "updates": 2,
     "val_updates": 2,
     "epochs": 2,
     "lr": 1e-3,
+    "workers": 0,
     "topology_every": 4,
     "log_every": 1,
     "checkpoint_every": 7,
@@ -413,22 +412,35 @@ SMALL = {
 }
 
 
+def falling(folder):
+    """26 pairs, two for validation, whose frames fall by 8 pixels: what a network learns in a few steps."""
+    flow = np.zeros((2, 136, 136), np.float32)
+    flow[1] = 8
+    flow[:, 0, 0] = 1e10  # not known everywhere, so that it is not scaled
+    draw = np.random.default_rng(0)
+    (folder / "data").mkdir()
+    for i in range(1, 27):
+        photo = np.array(Image.fromarray(draw.integers(0, 256, (24, 24, 3), np.uint8)).resize((136, 144)))
+        for name, rows in (("img1", photo[8:]), ("img2", photo[:-8])):
+            Image.fromarray(rows).save(folder / f"data/{i:05d}_{name}.ppm")
+        put(folder / f"data/{i:05d}_flow.flo", flo(flow))
+    put(folder / "FlyingChairs_train_val.txt", b"1\n" * 24 + b"2\n" * 2)
+    return f"flyingchairs={folder}"
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "run"
-    return out, train(Config(**SMALL, out=str(out)))
+    folder = tmp_path_factory.mktemp("flow")
+    data = falling(folder)
+    return folder / "run", train(Config(**SMALL, data=data, out=str(folder / "run")))
 
 
 def test_the_loss_falls(trained):
-    out, _ = trained
-    assert len([r for r in read_lines(out / "metrics.jsonl") if "train_loss" in r]) == 24
-    data, net, _ = prepare(*read_run(out))
-    (batch,) = data.val_batches([np.arange(4)])  # scenes differ much, so the same ones before and after
-    with torch.no_grad():
-        before = TASK.loss(net, batch)
-        ow.finalize(net)
-        net.load_state_dict(load_file(out / "model.safetensors"))
-        assert TASK.loss(net, batch) < 0.8 * before
+    out, result = trained
+    losses = [r["train_loss"] for r in read_lines(out / "metrics.jsonl") if "train_loss" in r]
+    assert len(losses) == 24
+    assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
+    assert result["val_epe"] < 8  # of no flow at all
 
 
 def test_every_mask_is_exact_and_the_saved_network_scores_what_the_result_says(trained):
@@ -459,7 +471,8 @@ def test_the_report_shows_frames_and_flow_and_loads_nothing(trained):
 
 @pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_was_not(trained, tmp_path):
-    script, config = Path(__file__).with_name("run_and_kill.py"), {**SMALL, "out": str(tmp_path / "run")}
+    script = Path(__file__).with_name("run_and_kill.py")
+    config = {**SMALL, "data": trained[1]["config"]["data"], "out": str(tmp_path / "run")}
 
     def run(kill_after, **more):
         command = [sys.executable, script, "flow", json.dumps(config | more), str(kill_after)]
