@@ -312,7 +312,7 @@ def test_the_term_counts_once_however_often_the_update_block_is_used(updates):
     """
     decay, rate = 0.5, 0.1
     torch.manual_seed(1)
-    net = build_raft("raft_tiny", updates, updates, 0.8, frozen=False)
+    net = build_raft("raft_small", updates, updates, 0.8, frozen=False)
     plain = copy.deepcopy(net)
     pairs = next(TASK.load_data(Config()).train_batches([np.array([0])], 0, 0))
 
@@ -339,7 +339,7 @@ def test_the_term_counts_once_however_often_the_update_block_is_used(updates):
         now = next(p for key, p in after.items() if plain_name(key) == name)
         assert torch.allclose(now, weight, rtol=1e-4, atol=1e-6), name
         pruned += int((~masks[name]).sum())
-    assert pruned > 100_000
+    assert pruned > 400_000
 
 
 def plain_name(name):
@@ -347,7 +347,7 @@ def plain_name(name):
 
 
 def test_what_is_left_dense_is_reported_with_its_reason():
-    _, _, report = prepare(TASK, Config(model="raft_small", remainder="skip"))
+    _, _, report = prepare(TASK, Config(remainder="skip"))
     gru = {f"update_block.recurrent_block.convgru1.conv{gate}.weight" for gate in "zrq"}
     stems = {f"{part}_encoder.convnormrelu.0.weight" for part in ("feature", "context")}
     assert set(report.skipped) == {*gru, *stems, "update_block.motion_encoder.convflow1.0.weight"}
@@ -386,7 +386,7 @@ def test_frozen_batch_normalization_is_what_it_was():
     [
         ({"size": [120, 128]}, r"size is \[120, 128\]; RAFT needs"),
         ({"size": [128]}, "a height and a width"),
-        ({"model": "raft_huge"}, "model 'raft_huge' is not known; use one of raft_tiny, raft_small, raft_large"),
+        ({"model": "raft_huge"}, "model 'raft_huge' is not known; use one of raft_small, raft_large"),
         ({"updates": 0}, "updates is 0"),
     ],
 )
@@ -436,11 +436,16 @@ def trained(tmp_path_factory):
 
 
 def test_the_loss_falls(trained):
-    out, result = trained
-    losses = [r["train_loss"] for r in read_lines(out / "metrics.jsonl") if "train_loss" in r]
-    assert len(losses) == 24
-    assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
-    assert result["val_epe"] < 8  # of no flow at all
+    out, _ = trained
+    assert len([r for r in read_lines(out / "metrics.jsonl") if "train_loss" in r]) == 24
+    task, config = read_run(out)
+    data, net, _ = prepare(task, config)
+    (batch,) = data.val_batches([np.arange(2)])  # not mirrored, so the same before and after
+    with torch.no_grad():
+        before = task.loss(net, batch)
+        ow.finalize(net)
+        net.load_state_dict(load_file(out / "model.safetensors"))
+        assert task.loss(net, batch) < 0.6 * before
 
 
 def test_every_mask_is_exact_and_the_saved_network_scores_what_the_result_says(trained):
