@@ -73,8 +73,8 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class SparseTensorCores:
-    """The engine of NVIDIA GPUs from compute capability 8.0 on: cuSPARSELt, with the algorithm that its own search finds
-    fastest for each shape. A weight that is packed again after each step is not compared with what comes out again;
+    """The engine of NVIDIA GPUs from compute capability 8.0 on: cuSPARSELt, with the algorithm that its search finds to
+    be fastest for each shape. A weight that is packed again after each step is not compared with what comes out again;
     `check` does that once."""
 
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
