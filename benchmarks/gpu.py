@@ -37,10 +37,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import openwork as ow
-from openwork import kernels, masks, semistructured
+from openwork import kernels, semistructured
 from openwork.axis import Axis
 from openwork.bench.models import Encoder
 from openwork.deployed_gpu import GpuLinear
+from openwork.masks import keep_largest as defined_mask
+from openwork.metrics import pack
 from openwork.ops import add_decayed, add_decayed_list, keep_largest, pack_list, prune
 from openwork.planning import as_graph
 
@@ -174,9 +176,9 @@ def check(bench: Bench) -> Iterator[Row]:
                 done += _check_masks(_ties(shape, dtype, device), pattern, axis)
             weight = _ties((24, 40, 3, 3), dtype, device).to(memory_format=torch.channels_last)
             done += _check_masks(weight, pattern, Axis(1))
-    masks_ = [torch.rand(shape, device=device) < 0.5 for shape in ((7, 9), (100, 100))]
-    packed = pack_list(masks_)
-    assert all(torch.equal(a, ow.metrics.pack(b)) for a, b in zip(packed, masks_, strict=True)), "pack_list"
+    kept = [torch.rand(shape, device=device) < 0.5 for shape in ((7, 9), (100, 100))]
+    bits = pack_list(kept)
+    assert all(torch.equal(a, pack(b)) for a, b in zip(bits, kept, strict=True)), "pack_list"
     for dtype in (torch.bfloat16, torch.float16):
         for rows in (1, 3, 16, 64):
             for text in ("2:4", "1:8", "4:8"):
@@ -194,7 +196,7 @@ def _ties(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 def _check_masks(weight: Tensor, pattern: ow.Pattern, axis: Axis) -> int:
-    keep = masks.keep_largest(weight.abs().cpu(), pattern, axis).to(weight.device)
+    keep = defined_mask(weight.abs().cpu(), pattern, axis).to(weight.device)
     where = f"{pattern} {tuple(weight.shape)} {weight.dtype}"
     integers = torch.int32 if weight.dtype == torch.float32 else torch.int16
     assert torch.equal(keep_largest(weight.abs(), pattern, axis), keep), f"mask {where}"
@@ -275,7 +277,7 @@ def mask_kernels(bench: Bench) -> Iterator[Row]:
                 "prune": partial(prune, weight, pattern, Axis(1)),
                 "mask": partial(keep_largest, weight, pattern, Axis(1)),
                 "SR-STE term": partial(add_decayed, gradient, weight, 2e-4, pattern, Axis(1)),
-                "reference": lambda p=pattern, w=weight: masks.keep_largest(w.abs(), p, Axis(1)),  # type: ignore[misc]
+                "reference": lambda p=pattern, w=weight: defined_mask(w.abs(), p, Axis(1)),  # type: ignore[misc]
             }
             moved = {
                 "copy": 2 * bytes_,

@@ -79,7 +79,8 @@ class GpuLayer(PackedLayer):
         if self.stored in QUANTIZED:
             rows, scales = quantized_weight(rows, self.stored)
         rows = rows.to(self.stored)
-        self.shape, self.algorithms = (rows.shape[0], rows.shape[1]), {}
+        self.shape = (rows.shape[0], rows.shape[1])
+        self.algorithms: dict[int, int] = {}
         if self.kind in semistructured.BACKENDS:
             packed = semistructured.pack(rows, self.kind)
             self.padded, values, positions = packed.padded, packed.values, packed.meta
@@ -103,6 +104,14 @@ class GpuLayer(PackedLayer):
             known = (flat, self._semi_structured(), self.packed_bias, self._out())
             self.algorithms[len(flat)] = semistructured.algorithm_for(*known)
 
+    def algorithm_for(self, rows: int) -> int:
+        """The algorithm that was fastest for so many rows, or for the number next to it that was searched."""
+        found, distance = 0, -1
+        for searched, algorithm in self.algorithms.items():  # no `min(key=...)`: torch.compile does not trace it
+            if distance < 0 or abs(searched - rows) < distance:
+                found, distance = algorithm, abs(searched - rows)
+        return found
+
     def _product(self, x: Tensor) -> Tensor:
         """(B, K) in `stored`, or quantized here, to (B, O) in floats."""
         if self.kind not in semistructured.BACKENDS:
@@ -115,9 +124,8 @@ class GpuLayer(PackedLayer):
         scales = None
         if self.stored in QUANTIZED:
             x, scales = quantized_input(x, self.stored)
-        known = self.algorithms
-        nearest = known[min(known, key=lambda rows: abs(rows - len(x)))] if known else 0
-        y = semistructured.multiply(x, self._semi_structured(), self.packed_bias, nearest, self._out())
+        known = (self.packed_bias, self.algorithm_for(len(x)), self._out())
+        y = semistructured.multiply(x, self._semi_structured(), *known)
         y = y[:, : self.shape[0]]
         if scales is not None:
             assert self.scales is not None

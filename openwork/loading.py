@@ -24,7 +24,7 @@ from openwork.candidates import known_axis
 from openwork.container import Stored
 from openwork.contents import Contents, opened
 from openwork.deploy import STORED
-from openwork.deployed import Kind, kinds_for
+from openwork.deployed import Kind, SparseConv2d, SparseLinear, kinds_for
 from openwork.fileformat import Sparse
 from openwork.folding import foldable, following_relu, fuse
 from openwork.gemms import run
@@ -71,7 +71,7 @@ def load_deployed(
         found = Plan((*layers, *streamed.dense), stored, machine(), {})
         for name, relu in following_relu(streamed.model, example).items():
             layer = streamed.model.get_submodule(name)
-            if hasattr(layer, "relu"):
+            if isinstance(layer, SparseLinear | SparseConv2d):
                 layer.relu = True
                 _put(streamed.model, relu, nn.Identity())
     if not found.chosen:
@@ -277,9 +277,9 @@ def _as_chosen(streamed: _Streamed, chosen: Mapping[str, Kind]) -> Iterator[Laye
             why = ", ".join(possible.get(name, ())) or "none"
             raise ValueError(f"chosen: {name!r} by the kernel {kind!r}; for this weight of the file there is: {why}")
     for layer, each in streamed.layers.items():
-        kind = chosen.get(each.name)
         shapes = tuple(dict.fromkeys(shape for shape, _, _ in each.inputs))
-        yield Layer(each.name, tuple(layer.weight.shape), each.pattern, shapes, kind=kind, reason="as chosen")
+        shape, by = tuple(layer.weight.shape), chosen.get(each.name)
+        yield Layer(each.name, shape, each.pattern, shapes, kind=by, reason="as chosen")
 
 
 def _settle(streamed: _Streamed, found: Layer, stored: torch.dtype) -> None:

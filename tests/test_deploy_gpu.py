@@ -378,6 +378,8 @@ def test_algorithms_are_searched_once_for_each_shape(tmp_path: Path) -> None:
         made.search(torch.randn(2, 50, 64).bfloat16())
     assert SEARCHES == [(8, 64), (104, 64)]
     assert made.algorithms == {3: 7, 100: 7}
+    made.algorithms = {3: 5, 100: 6}
+    assert [made.algorithm_for(rows) for rows in (1, 3, 40, 60, 1000)] == [5, 5, 5, 6, 6]
     (of_machine,) = json.loads((tmp_path / "openwork" / "algorithms.json").read_text()).values()
     kept = "torch.bfloat16 to torch.bfloat16, bias"
     assert of_machine == {f"32x64x8 {kept}": 7, f"32x64x104 {kept}": 7}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
+from openwork.bench import command
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -38,9 +41,18 @@ def test_wrong_arguments_are_refused(words: list[str], complaint: str, capsys: A
     assert complaint in capsys.readouterr().err
 
 
+def test_a_plan_for_a_gpu_needs_one(capsys: Any) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit):
+        command.plan(["encoder", "--device", "cuda"])
+    assert f"--device cuda: torch {torch.__version__} sees no GPU here" in capsys.readouterr().err
+
+
 def test_it_is_a_script() -> None:
     words = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--help"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=True, cwd=ROOT)
+    here = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900, check=True, cwd=ROOT, env=here)
     assert "masks, lists, linear, decode, training, models" in done.stdout
 
 

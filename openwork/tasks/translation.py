@@ -84,14 +84,14 @@ class TranslationConfig(Config):
     dropout: float = flag(0.1, "in every layer and on the embeddings")
     label_smoothing: float = flag(0.1, "share of the label that is spread over the vocabulary")
     beams: int = flag(4, "of beam search in the last validation (1: greedy); those during training are greedy")
-    epochs: int = flag(8, "passes over the training data")
+    epochs: int = flag(5, "passes over the training data")
     batch_size: int = flag(64, "sentence pairs per optimizer step, over all devices and micro-batches")
     optimizer: str = flag("adam", "one of sgd, adam, adamw")
     lr: float = flag(2e-3, "peak learning rate")
     betas: list[float] = flag([0.9, 0.98], "of Adam and AdamW")  # noqa: RUF009
     eps: float = flag(1e-9, "of Adam and AdamW")
     weight_decay: float = flag(0.0, "on all parameters")
-    warmup: float = flag(2.0, "epochs of linear warm-up, before the schedule")
+    warmup: float = flag(1.5, "epochs of linear warm-up, before the schedule")
     schedule: str = flag("inverse-sqrt", "of the learning rate: cosine, linear, steps, inverse-sqrt, constant")
     out: str = flag("runs/translation", "run directory")
 
