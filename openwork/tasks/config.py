@@ -80,6 +80,7 @@ class Common:
     limit_val: int = flag(0, "use only so many validation samples (0: all)")
     skip_bad: bool = flag(False, "leave out samples that cannot be read, and count them, instead of stopping")
     checkpoint_every: int = flag(500, "optimizer steps between checkpoints; one more after each epoch")
+    validate_every: int = flag(1, "epochs between validations; there is one more of the finalized network")
     topology_every: int = flag(20, "optimizer steps between records of the masks")
     log_every: int = flag(10, "optimizer steps between lines of metrics.jsonl")
     progress: bool = flag(True, "show a progress bar")
@@ -164,7 +165,16 @@ def _copy(each: Any) -> Any:
 def check_common(config: Common) -> None:
     if config.preset and config.preset not in config.presets:
         raise ValueError(f"preset {config.preset!r} is not known; use one of {', '.join(config.presets)}")
-    for name in ("epochs", "batch_size", "accumulate", "devices", "checkpoint_every", "topology_every", "log_every"):
+    for name in (
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "devices",
+        "checkpoint_every",
+        "topology_every",
+        "log_every",
+        "validate_every",
+    ):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     for name in ("limit", "limit_val", "clip", "warmup"):
