@@ -57,6 +57,7 @@ def section(document: dict[str, Any]) -> str:
     rows = [cells(Row(**row), metrics) for row in document["rows"]]
     m = document["machine"]
     machine = f"{m['device']}, {m['cores']} cores, {m['threads']} thread(s) a run, torch {m['torch']}."
+    machine += "".join(f" {key}: {value}." for key, value in document.get("notes", {}).items())
     lines = [f"```\n{command(document['config'])}\n```\n", f"{machine}\n", *markdown(header(metrics), rows)]
     return "\n".join([*lines, "", " ".join(notes(metrics)).capitalize()])
 

@@ -1,4 +1,5 @@
-"""Latency of examples/serve.py at batch 1, over HTTP on this machine, beside a call of the same model in this process.
+"""Latency of examples/serve.py at batch 1, over HTTP on this machine, beside calls in this process: the same deployed
+model, and the dense one.
 
     python benchmarks/serving.py [--requests 60]
 
@@ -9,6 +10,7 @@ and 95th percentile in brackets.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import statistics
@@ -18,7 +20,9 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,11 +46,11 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def started(net: Path, port: int) -> subprocess.Popen[bytes]:
+def started(net: Path, chosen: object, port: int) -> subprocess.Popen[bytes]:
     """A server that answers."""
     arguments = [sys.executable, "-c", RUN, "--app-dir", str(SERVE.parent), "serve:app"]
     arguments += ["--port", str(port), "--log-level", "warning"]
-    server = subprocess.Popen(arguments, env={**os.environ, "NET": str(net)})
+    server = subprocess.Popen(arguments, env={**os.environ, "NET": str(net), "CHOSEN": json.dumps(chosen)})
     for _ in range(600):
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=1):
@@ -75,18 +79,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ow.save(model, Path(folder) / "net.safetensors", pattern="2:4")
         port = free_port()
-        server = started(Path(folder) / "net.safetensors", port)
+        start = time.perf_counter()
+        fast = ow.load_deployed(Path(folder) / "net.safetensors", model, x)
+        deployment: Any = fast.deployment
+        timed = time.perf_counter()
+        ow.load_deployed(Path(folder) / "net.safetensors", model, x, chosen=deployment.chosen)
+        print(f"deployed in {timed - start:.1f} s, every layer timed; {time.perf_counter() - timed:.1f} s as chosen")
+        server = started(Path(folder) / "net.safetensors", deployment.chosen, port)
         address, body = f"http://127.0.0.1:{port}/classify", x.numpy().tobytes()
 
         def over_http() -> object:
             return urllib.request.urlopen(urllib.request.Request(address, data=body, method="POST")).read()
 
-        def in_process() -> object:
+        def in_process(network: torch.nn.Module) -> object:
             with torch.inference_mode():
-                return model(x).argmax()
+                return network(x).argmax()
 
-        times: dict[str, list[float]] = {"over HTTP": [], "in process": []}
-        calls: dict[str, Callable[[], object]] = {"over HTTP": over_http, "in process": in_process}
+        calls: dict[str, Callable[[], object]] = {
+            "over HTTP": over_http,
+            "in process": partial(in_process, fast),
+            "in process, dense": partial(in_process, model),
+        }
+        times: dict[str, list[float]] = {name: [] for name in calls}
         try:
             for call in calls.values():
                 call()

@@ -32,7 +32,7 @@ using namespace openwork;
 
 
 // The version of this interface; the loader refuses another.
-OPENWORK_API int32_t openwork_abi() { return 1; }
+OPENWORK_API int32_t openwork_abi() { return 2; }
 
 OPENWORK_API void openwork_use_threads(ParallelFor parallel_for) { parallel_for_of_torch = parallel_for; }
 

@@ -47,7 +47,7 @@ struct Panel {
 // A product whose lanes are outputs ("rows"): for each slot of a window of inputs, lanes of weights meet inputs that a
 // permutation picks. `blocks` blocks of `lanes` outputs; K padded to whole windows.
 struct Rows {
-  const void* values;       // (blocks, slots, lanes)
+  const void* values;       // (blocks, slots, lanes); bfloat16: (blocks, slots / 2 rounded up, lanes, 2)
   const uint32_t* indices;  // (blocks, words, lanes): the indices of `slots_per_word` slots in each word, low bits first
   int64_t windows, blocks;
   int32_t window, slots;    // slots a window

@@ -1,7 +1,8 @@
 """Which weights can be sparse, along which axis, and why the others are left alone.
 
-A candidate is every floating-point parameter with two or more dims. What a weight's reduction axis is follows from the
-module that owns it; a parameter of an unknown module needs `axis={glob: dim}`.
+A candidate is every floating-point parameter with two or more dims; to be stored or verified, one of int8 too. What a
+weight's reduction axis is follows from the module that owns it; a parameter of an unknown module needs
+`axis={glob: dim}`.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ AxisChoice = Literal["input", "kernel"] | Mapping[str, int]
 PatternChoice = str | Pattern | Mapping[str, str | Pattern]
 Remainder = Literal["skip", "pad", "error"]
 
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # float8 has no arithmetic
+TRAINED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # float8 has no arithmetic
+HELD = (*TRAINED, torch.int8)
+"""What may be stored and verified as N:M."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One weight and what was decided for it: `pattern` and `axis`, or the `reason` why not.
+    """One weight and what was decided for it: `pattern` and `axis`, or the `reason` why not. `across` is the output
+    axis, along which it is N:M as well where masks are to be transposable.
 
     `aliases` are the further names of the weight. Where they are names of one module that has several, the weight can
     be sparse; where other modules hold it (`tied`), it is left alone.
@@ -44,6 +48,7 @@ class Candidate:
     weight: nn.Parameter
     pattern: Pattern | None = None
     axis: Axis = field(default_factory=Axis)
+    across: Axis | None = None
     reason: str = ""
     aliases: tuple[str, ...] = ()
     tied: bool = False
@@ -64,9 +69,14 @@ def decide(
     exclude: Sequence[str] = (),
     axis: AxisChoice = "input",
     remainder: Remainder = "skip",
+    dtypes: Sequence[torch.dtype] = TRAINED,
+    transposable: bool = False,
 ) -> list[Candidate]:
-    """Every candidate of `model` with its decision. Raises ValueError where a glob matches nothing, where `remainder`
-    is "error" and M does not divide an axis, or where nothing is left to be sparse."""
+    """Every candidate of `model` with its decision; those of other `dtypes` are left alone. `transposable`: M has to
+    divide the output axis too.
+
+    Raises ValueError where a glob matches nothing, where `remainder` is "error" and M does not divide an axis, or where
+    nothing is left to be sparse."""
     demand_undeployed(model, "finding the weights that can be sparse")
     if remainder not in ("skip", "pad", "error"):
         raise ValueError(f"remainder={remainder!r}; needed 'skip', 'pad' or 'error'")
@@ -74,10 +84,10 @@ def decide(
         raise TypeError(f"exclude={exclude!r} is one string; needed a list of globs, such as [{exclude!r}]")
     if axis not in ("input", "kernel") and not isinstance(axis, Mapping):
         raise ValueError(f"axis={axis!r}; needed 'input', 'kernel' or a mapping from globs to dims")
-    found = _found(model)
+    found = _found(model, dtypes)
     patterns = pattern if isinstance(pattern, Mapping) else {"*": pattern}
     parsed = {glob: Pattern.parse(each) for glob, each in patterns.items()}
-    rules = _Rules(parsed, tuple(exclude), axis, remainder)
+    rules = _Rules(parsed, tuple(exclude), axis, remainder, tuple(dtypes), transposable)
     if found:
         rules.check_globs([each.names for each in found])
     decided = [rules.decide(each) for each in found]
@@ -105,6 +115,8 @@ class _Rules:
     exclude: tuple[str, ...]
     axis: AxisChoice
     remainder: Remainder
+    dtypes: tuple[torch.dtype, ...]
+    transposable: bool
 
     def check_globs(self, found: list[tuple[str, ...]]) -> None:
         names = [name for each in found for name in each]
@@ -132,10 +144,17 @@ class _Rules:
 
     def _divided(self, found: Candidate, axis: Axis, pattern: Pattern) -> Candidate:
         shape = tuple(found.weight.shape)
-        K = reduction_size(shape, axis)
-        if K % pattern.m == 0 or (self.remainder == "pad" and K > 1):
-            return dataclasses.replace(found, pattern=pattern, axis=axis)
-        what = f"reduction axis has {K} weights, not a multiple of {pattern.m}"
+        across, reason = output_axis(found, axis) if self.transposable else (None, "")
+        if reason:
+            return dataclasses.replace(found, reason=reason)
+        lengths = {"reduction": reduction_size(shape, axis)} | (
+            {"output": reduction_size(shape, across)} if across else {}
+        )
+        whole = all(length % pattern.m == 0 for length in lengths.values())
+        if whole or (self.remainder == "pad" and min(lengths.values()) > 1):
+            return dataclasses.replace(found, pattern=pattern, axis=axis, across=across)
+        name, length = next(each for each in lengths.items() if each[1] % pattern.m or each[1] == 1)
+        what = f"{name} axis has {length} weights, not a multiple of {pattern.m}"
         if self.remainder == "error":
             raise ValueError(f"{found.name} {shape}: {what}; exclude it, or use remainder='skip' or 'pad'")
         return dataclasses.replace(found, reason=what)
@@ -148,8 +167,9 @@ class _Rules:
             return None, f"tied to {', '.join(found.aliases)}"
         if isinstance(found.module, parametrize.ParametrizationList) or parametrize.is_parametrized(found.module):
             return None, "its module is already parametrized"
-        if found.weight.dtype not in _DTYPES:
-            return None, f"dtype {found.weight.dtype}: needed float64, float32, float16 or bfloat16"
+        if found.weight.dtype not in self.dtypes:
+            *others, last = (str(each).removeprefix("torch.") for each in self.dtypes)
+            return None, f"dtype {found.weight.dtype}: needed {', '.join(others)} or {last}"
         if isinstance(self.axis, Mapping):
             for glob, dim in self.axis.items():
                 if _any_matches(glob, found.names):
@@ -175,6 +195,22 @@ def known_axis(module: nn.Module, tensor: str) -> tuple[Axis | None, str]:
     return None, f"no known reduction axis in {type(module).__name__}: name it with axis={{glob: dim}}"
 
 
+def output_axis(found: Candidate, axis: Axis) -> tuple[Axis | None, str]:
+    """The axis that the gradient of a layer's input sums over, or None and the reason why it is not known.
+
+    Linear: the rows of the weight, dim 0. A convolution is a product for each position of its kernel, of outputs by
+    inputs; the gradient sums over the outputs, dim 0, within each of its `groups`; in a transposed one that is dim 1.
+    """
+    if axis.flat:
+        return None, "axis='kernel' groups the flattened weight, which has no output axis"
+    module, ndim = found.module, found.weight.ndim
+    if isinstance(module, nn.modules.conv._ConvNd) and axis == _conv_axis(module)[0]:
+        return (Axis(1) if module.transposed else Axis(0, blocks=module.groups)), ""
+    if axis.dim < ndim - 2:
+        return None, f"no known output axis: its reduction axis is dim {axis.dim}, none of the last two"
+    return Axis(2 * ndim - 3 - axis.dim), ""
+
+
 def _conv_axis(module: nn.modules.conv._ConvNd) -> tuple[Axis | None, str]:
     if module.groups > 1 and module.in_channels == module.groups:
         return None, "depthwise: each output has one input channel"
@@ -186,7 +222,7 @@ def _is_hf_conv1d(module: nn.Module) -> bool:
     return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
 
 
-def _found(model: nn.Module) -> list[Candidate]:
+def _found(model: nn.Module, dtypes: Sequence[torch.dtype]) -> list[Candidate]:
     """Every candidate once, under its first name; the others are its aliases."""
     found: dict[int, Candidate] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
@@ -197,7 +233,7 @@ def _found(model: nn.Module) -> list[Candidate]:
             _demand_initialized(new)
             if id(weight) in found:
                 found[id(weight)] = _also_named(found[id(weight)], new)
-            elif weight.is_floating_point() and weight.ndim >= 2 and weight.numel():
+            elif (weight.is_floating_point() or weight.dtype in dtypes) and weight.ndim >= 2 and weight.numel():
                 found[id(weight)] = new
     return list(found.values())
 

@@ -20,7 +20,7 @@ openwork: train N:M sparse networks from scratch
   openwork bench                    time masks, products, whole models beside their dense baselines; writes CSV
   openwork export SOURCE --out OUT  a run or a file as ONNX, a program of torch.export, a folder for Hugging Face, ...
 
-TASK is one of: classification, detection, segmentation.
+TASK is one of: classification, detection, flow, segmentation, translation.
 Without --data each trains on something small that needs no download.
 Flags may stand in a YAML file: --config FILE; flags after it override it.
 """
@@ -210,6 +210,8 @@ def _verify_onnx(words: list[str]) -> int:
     print("\n".join(product_lines(found)))
     held = sum(each.promised for each in found)
     print(f"verified: {held} of {len(found)} products held to what was {'asked' if asked.pattern else 'promised'}")
+    if 0 < held < len(found) and not asked.pattern:
+        print("(found): not promised by the file (the exporter renames the weights of LSTM, GRU, RNN), only seen in it")
     if not held:
         print("the file promises nothing, so the patterns above are only what was found: give --pattern N:M")
     return 0

@@ -136,8 +136,7 @@ def replacing(path: str | os.PathLike[str], ending: str = ".part") -> Iterator[P
     part = target.with_name(f".{secrets.token_hex(8)}{ending}")
     try:
         yield part
-        with open(part, "r+b") as file:
-            os.fsync(file.fileno())
+        sync(part)
         os.replace(part, target)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -148,6 +147,12 @@ def replacing(path: str | os.PathLike[str], ending: str = ".part") -> Iterator[P
             os.fsync(folder)  # the rename itself
         finally:
             os.close(folder)
+
+
+def sync(path: Path) -> None:
+    """Have the contents of a file on the disk before anything that follows."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
 
 
 def strict_json(text: str) -> dict[str, Any]:

@@ -28,7 +28,11 @@ from openwork.ops.products import panel_numbers, rows_numbers
 from openwork.pattern import Pattern
 
 Kind = Literal["panel", "rows"]
-"""Which kernel: lanes that are columns of the input, for many tokens or pixels, or lanes that are outputs, for few."""
+"""Which kernel of a CPU: lanes that are columns of the input, for many tokens or pixels, or lanes that are outputs, for
+few."""
+
+GpuKind = Literal["cusparselt", "cutlass", "gather", "expand"]
+"""Which kernel of a GPU: sparse tensor cores by one library or the other, or the Triton kernels for few tokens."""
 
 
 def packed(weight: Tensor, pattern: Pattern, kind: Kind, stored: torch.dtype) -> Panel | Rows:
@@ -47,15 +51,14 @@ def kinds_for(weight: Tensor, pattern: Pattern) -> tuple[Kind, ...]:
     return ("panel", "rows") if weight.ndim == 2 and pattern.m in WINDOWS else ("panel",)
 
 
-class _Packed(nn.Module):
-    """The weight of one layer."""
+class PackedLayer(nn.Module):
+    """The weight of one layer, packed."""
 
-    values: Tensor
-    positions: Tensor
+    kind: str
     scales: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, pattern: Pattern, kind: Kind, stored: torch.dtype):
+    def __init__(self, weight: Tensor, bias: Tensor | None, pattern: Pattern, kind: str, stored: torch.dtype):
         nn.Module.__init__(self)
         self.pattern, self.kind, self.stored, self.dtype = pattern, kind, stored, weight.dtype
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
@@ -65,7 +68,29 @@ class _Packed(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, made anew at each call: what was packed, or its int8 or bfloat16 approximation."""
+        """The dense weight, made anew at each call: what was packed, or its approximation in `stored`."""
+        raise NotImplementedError
+
+    def _pack(self, weight: Tensor) -> None:
+        raise NotImplementedError
+
+    def _to_rows(self, weight: Tensor) -> Tensor:
+        """The layer's weight as (O, K)."""
+        raise NotImplementedError
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _CpuLayer(PackedLayer):
+    """As the native kernels of a CPU read it."""
+
+    kind: Kind
+    values: Tensor
+    positions: Tensor
+
+    @property
+    def weight(self) -> Tensor:
         numbers = from_panel(self._layout()) if self.kind == "panel" else from_rows(self._layout())
         if self.scales is not None:
             numbers = numbers.float() * self.scales[:, None]
@@ -86,13 +111,6 @@ class _Packed(nn.Module):
         _, _, tile, columns, O, K = self.numbers
         return Panel(*tensors, (O, K), tile, columns)
 
-    def _to_rows(self, weight: Tensor) -> Tensor:
-        """The layer's weight as (O, K)."""
-        raise NotImplementedError
-
-    def _from_rows(self, rows: Tensor) -> Tensor:
-        raise NotImplementedError
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         here = kernels.lanes() if self.kind == "rows" else kernels.panel_columns()
@@ -112,7 +130,7 @@ class _Packed(nn.Module):
         return f"{self.pattern}, {tuple(self.numbers[3 if self.kind == 'rows' else 4 :])}, {self.stored}, {self.kind}"
 
 
-class SparseLinear(_Packed):
+class SparseLinear(_CpuLayer):
     """A linear layer (..., K) -> (..., O) with a packed weight, `relu` applied to the result where set. `transposed`:
     the layer it stands for keeps its weight as (K, O)."""
 
@@ -135,7 +153,7 @@ class SparseLinear(_Packed):
         return rows.t().contiguous() if self.transposed else rows
 
 
-class SparseConv2d(_Packed):
+class SparseConv2d(_CpuLayer):
     """A convolution (N, C, H, W) -> (N, O, ., .) with a packed weight, in either memory format. A one-dimensional one,
     (N, C, L) with a kernel of one dim, is a convolution of images one pixel high."""
 
@@ -171,7 +189,7 @@ class SparseConv2d(_Packed):
 
 def demand_undeployed(model: nn.Module, verb: str) -> None:
     """Refuse a deployed model where its weights must be at hand, and say what to do instead."""
-    found = [name for name, module in model.named_modules() if isinstance(module, _Packed)]
+    found = [name for name, module in model.named_modules() if isinstance(module, PackedLayer)]
     if found:
         raise ValueError(
             f"{verb}: {len(found)} layers are deployed ({found[0]}, ...), their weights packed for this machine; "
@@ -193,14 +211,15 @@ def symmetric_padding(conv: nn.Conv2d | nn.Conv1d) -> list[int]:
     return [each // 2 for each in both]
 
 
-def _write_dense(module: _Packed, state: dict[str, Any], prefix: str, _: object) -> None:
+def _write_dense(module: PackedLayer, state: dict[str, Any], prefix: str, _: object) -> None:
+    state.pop(prefix + "bias", None)  # the order of the layer: weight first
     state[prefix + "weight"] = module.weight
     if module.bias is not None:
         state[prefix + "bias"] = module.bias.to(module.dtype)
 
 
 def _read_dense(
-    module: _Packed, state: dict[str, Any], prefix: str, _: object, strict: bool, missing: list[str], *rest: object
+    module: PackedLayer, state: dict[str, Any], prefix: str, _: object, strict: bool, missing: list[str], *rest: object
 ) -> None:
     weight = state.pop(prefix + "weight", None)
     if weight is None:

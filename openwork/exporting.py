@@ -142,18 +142,8 @@ def _compared(what: str, difference: float | None) -> str:
 
 
 def product_lines(products: Sequence[Product]) -> list[str]:
-    """A table of the products of an ONNX file."""
-    rows = [
-        (
-            each.name,
-            "x".join(map(str, each.shape)),
-            each.dtype,
-            each.op,
-            str(each.pattern or "dense"),
-            f"{each.density:.3f}",
-        )
-        for each in products
-    ]
+    """A table of the products of an ONNX file. "(found)" is said of what the file does not promise."""
+    rows = [_cells(each) for each in products]
     lines = aligned(("weight", "shape", "dtype", "product", "pattern", "density"), rows)
     other = [each.name for each in products if each.pattern and each.op not in IN_GEMM]
     if other:
@@ -163,7 +153,8 @@ def product_lines(products: Sequence[Product]) -> list[str]:
 
 def _cells(each: Product) -> tuple[str, ...]:
     shape = "x".join(map(str, each.shape))
-    return each.name, shape, each.dtype, each.op, str(each.pattern or "dense"), f"{each.density:.3f}"
+    pattern = str(each.pattern or "dense") + " (found)" * (each.pattern is not None and not each.promised)
+    return each.name, shape, each.dtype, each.op, pattern, f"{each.density:.3f}"
 
 
 def write_dense(state: Mapping[str, Tensor], out: str) -> str:

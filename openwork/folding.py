@@ -6,12 +6,13 @@ nothing else reads that output. So any Python control flow is allowed, as long a
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,16 +27,26 @@ def fold_batch_norm(model: nn.Module, example: Any) -> list[str]:
 
     The model must be in eval mode. Zeros stay zeros: a normalization scales whole outputs.
     """
-    pairs = _followed(model, example, _NORMS)
-    folded = []
+    pairs = foldable(model, example)
     for name, (layer, norm_name, norm) in pairs.items():
-        if norm.running_mean is None or (isinstance(layer, nn.Linear) and not isinstance(norm, nn.BatchNorm1d)):
-            continue
-        fuse: Any = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        _replace(model, name, fuse(layer, norm))
+        folded = copy.deepcopy(layer)
+        folded.weight, folded.bias = fuse(layer, layer.weight, norm)
+        _replace(model, name, folded)
         _replace(model, norm_name, nn.Identity())
-        folded.append(name)
-    return folded
+    return [*pairs]
+
+
+def foldable(model: nn.Module, example: Any) -> dict[str, tuple[Any, str, Any]]:
+    """Layer name -> (layer, name of the batch normalization that follows it directly, the normalization)."""
+    return {name: each for name, each in _followed(model, example, _NORMS).items() if each[2].running_mean is not None}
+
+
+def fuse(layer: Any, weight: Tensor, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight and bias of a layer with that weight and a batch normalization after it, in one."""
+    scale = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
+    offset = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
+    both: Any = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+    return both(weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, scale, offset)
 
 
 def following_relu(model: nn.Module, example: Any) -> dict[str, str]:
@@ -53,6 +64,11 @@ def _followed(
     read: dict[str, tuple[nn.Module, str, Any]] = {}
     hooks = []
 
+    def other_dim(layer: str, output: Tensor) -> bool:
+        """Whether a normalization, which has dim 1 for channels, has another one than the layer."""
+        weight: Any = model.get_submodule(layer).weight
+        return output.ndim != weight.ndim
+
     def after(name: str) -> Any:
         def hook(module: nn.Module, _: Any, output: Any) -> None:
             calls[module] += 1
@@ -66,7 +82,7 @@ def _followed(
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             calls[module] += 1
             layer = made.get(id(arguments[0])) if arguments else None
-            if layer is not None:
+            if layer is not None and not (isinstance(module, _NORMS) and other_dim(layer, arguments[0])):
                 read[layer] = (model.get_submodule(layer), name, module)
 
         return hook

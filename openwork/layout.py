@@ -12,6 +12,7 @@ Both keep N slots of every group, zeros included, so all outputs have equally ma
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from openwork.masks import keep_largest, kept_per_group
 from openwork.pattern import Pattern
 
 _CACHE = 20 * 1024  # bytes of input that a tile may take of the first-level cache, of which 32 KiB are the smallest
+_PART = 1 << 18  # weights that are packed at once: bounds temporary memory
 WINDOWS = {2: 4, 4: 4, 8: 8, 16: 16, 32: 32}
 """M -> inputs that one permutation chooses from."""
 
@@ -47,7 +49,8 @@ class Panel:
 
 @dataclass(frozen=True)
 class Rows:
-    """`values` (O / L, T, L) in float32, bfloat16 or int8; `words` (O / L, words, L) int32: indices, low bits first."""
+    """`values` (O / L, T, L) in float32 or int8, or (O / L, T / 2, L, 2) in bfloat16, two slots side by side;
+    `words` (O / L, words, L) int32: indices, low bits first."""
 
     values: Tensor
     words: Tensor
@@ -89,23 +92,26 @@ def panel(weight: Tensor, pattern: Pattern, *, columns: int, scales: Tensor | No
 
     `columns` are those that the kernel takes at once. Raises ValueError where a group holds more than N non-zeros.
     """
-    _demand_pattern(weight, pattern)
+    _demand_packable(weight)
     O, K = weight.shape
-    padded = torch.nn.functional.pad(weight, (0, -K % pattern.m))
+    int8 = weight.dtype == torch.int8
     tile, row = tile_of(weight.dtype, pattern, columns), columns * _input_bytes(weight.dtype)
-    values, positions = [], []
-    for part in padded.split(tile, dim=1):
-        keep = keep_largest(_magnitude(part), pattern, Axis(1))
-        slots = part[keep].view(O, -1)
-        position = (torch.arange(part.shape[1], device=weight.device) * row).expand_as(keep)[keep].view(O, -1)
-        if weight.dtype == torch.int8 and slots.shape[1] % 2:  # the kernel takes them in pairs
-            slots, position = (torch.nn.functional.pad(each, (0, 1)) for each in (slots, position))
-        values.append(slots.reshape(-1))
-        positions.append(position.reshape(-1))
-    stored = torch.cat(values).to(torch.int16) if weight.dtype == torch.int8 else torch.cat(values)
-    ends = torch.cat([*positions, positions[0].new_zeros(1)])
-    wrapped = torch.where(ends < 2**15, ends, ends - 2**16).to(torch.int16)
-    return Panel(stored, wrapped, scales, pattern, (O, K), tile, columns)
+    tiles = [
+        slots_of(len(inputs), pattern, int8) for inputs in torch.arange(-(-K // pattern.m) * pattern.m).split(tile)
+    ]
+    total = O * sum(stored for _, stored in tiles)
+    values = weight.new_zeros(total, dtype=torch.int16 if int8 else weight.dtype)
+    positions = torch.zeros(total + 1, dtype=torch.int16, device=weight.device)
+    for first, part, keep in _parts(weight, pattern, -K % pattern.m):
+        at, outputs = 0, slice(first, first + len(part))
+        for each, kept, (count, stored) in zip(part.split(tile, 1), keep.split(tile, 1), tiles, strict=True):
+            place = slice(at, at + O * stored)
+            values[place].view(O, stored)[outputs, :count] = each[kept].view(-1, count).to(values.dtype)
+            position = torch.arange(each.shape[1], device=weight.device) * row
+            wrapped = torch.where(position < 2**15, position, position - 2**16).to(torch.int16)
+            positions[place].view(O, stored)[outputs, :count] = wrapped.expand_as(kept)[kept].view(-1, count)
+            at += O * stored
+    return Panel(values, positions, scales, pattern, (O, K), tile, columns)
 
 
 def from_panel(layout: Panel) -> Tensor:
@@ -159,18 +165,16 @@ def rows(weight: Tensor, pattern: Pattern, *, lanes: int, scales: Tensor | None 
     group holds more than N non-zeros, or for an M without a permutation."""
     if pattern.m not in WINDOWS:
         raise ValueError(f"M={pattern.m} has no layout by rows; needed one of {', '.join(map(str, WINDOWS))}")
-    _demand_pattern(weight, pattern)
-    window = WINDOWS[pattern.m]
-    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % window, 0, -weight.shape[0] % lanes))
-    keep = keep_largest(_magnitude(padded), pattern, Axis(1))
-    blocks, windows = padded.shape[0] // lanes, padded.shape[1] // window
-    values = padded[keep].view(blocks, lanes, -1).transpose(1, 2).contiguous()
-    index = (
-        (torch.arange(padded.shape[1], device=weight.device) % window)
-        .expand_as(keep)[keep]
-        .view(blocks, lanes, windows, -1)
-    )
-    return Rows(values, _words(index, window), scales, pattern, (weight.shape[0], weight.shape[1]), lanes)
+    _demand_packable(weight)
+    (O, K), window = weight.shape, WINDOWS[pattern.m]
+    values, words = [], []
+    for _, part, keep in _parts(weight, pattern, -K % window, lanes):
+        blocks, windows = len(part) // lanes, part.shape[1] // window
+        kept = part[keep].view(blocks, lanes, -1).transpose(1, 2)
+        values.append(_paired(kept) if weight.dtype == torch.bfloat16 else kept.contiguous())
+        index = (torch.arange(part.shape[1], device=weight.device) % window).expand_as(keep)[keep]
+        words.append(_words(index.view(blocks, lanes, windows, -1), window))
+    return Rows(torch.cat(values), torch.cat(words), scales, pattern, (O, K), lanes)
 
 
 def from_rows(layout: Rows) -> Tensor:
@@ -180,9 +184,17 @@ def from_rows(layout: Rows) -> Tensor:
     slots = window // layout.pattern.m * layout.pattern.n
     blocks, lanes, windows = layout.words.shape[0], layout.lanes, -(-K // window)
     index = _indices(layout.words, window, slots)[..., : windows * slots].reshape(blocks * lanes, windows, slots)
-    values = layout.values.transpose(1, 2).reshape(blocks * lanes, windows, slots)
+    values = layout.values.transpose(2, 3).flatten(1, 2) if layout.values.ndim == 4 else layout.values
+    values = values[:, : windows * slots].transpose(1, 2).reshape(blocks * lanes, windows, slots)
     dense = values.new_zeros(blocks * lanes, windows, window).scatter_(2, index, values)
     return dense.view(blocks * lanes, -1)[:O, :K].contiguous()
+
+
+def _paired(values: Tensor) -> Tensor:
+    """(blocks, T, L) -> (blocks, T / 2 rounded up, L, 2)."""
+    blocks, count, lanes = values.shape
+    even = torch.nn.functional.pad(values, (0, 0, 0, count % 2))
+    return even.reshape(blocks, -1, 2, lanes).transpose(2, 3).contiguous()
 
 
 def index_bits(window: int) -> int:
@@ -220,21 +232,27 @@ def _indices(words: Tensor, window: int, slots: int) -> Tensor:
     return index.flatten(2)
 
 
-def _magnitude(weight: Tensor) -> Tensor:
-    return weight.float().abs() if weight.dtype == torch.int8 else weight.abs()
+def _parts(weight: Tensor, pattern: Pattern, more: int, lanes: int = 1) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Some outputs at a time, so that packing takes little memory beside the weight: the first, their weights with
+    `more` inputs and whole `lanes` of outputs, and which of them have slots."""
+    together = max(1, _PART // (lanes * weight.shape[1])) * lanes
+    for first, part in enumerate(weight.split(together)):
+        padded = torch.nn.functional.pad(part, (0, more, 0, -len(part) % lanes))
+        most = int(kept_per_group(padded, pattern, Axis(1)).max())
+        if most > pattern.n:
+            raise ValueError(f"a group of the weight {tuple(weight.shape)} holds {most} non-zeros; needed {pattern}")
+        magnitude = padded.float().abs() if weight.dtype == torch.int8 else padded.abs()
+        yield first * together, padded, keep_largest(magnitude, pattern, Axis(1))
 
 
 def _input_bytes(dtype: torch.dtype) -> int:
     return 2 if dtype == torch.int8 else 4
 
 
-def _demand_pattern(weight: Tensor, pattern: Pattern) -> None:
+def _demand_packable(weight: Tensor) -> None:
     if weight.ndim != 2 or not weight.numel():
         raise ValueError(
             f"weight of shape {tuple(weight.shape)}; a layout needs one of outputs and inputs, at least one of each"
         )
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.int8):
         raise TypeError(f"weight of {weight.dtype}; kernels take float32, bfloat16 and int8")
-    most = int(kept_per_group(weight, pattern, Axis(1)).max())
-    if most > pattern.n:
-        raise ValueError(f"a group of the weight {tuple(weight.shape)} holds {most} non-zeros; needed {pattern}")

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from openwork.axis import Axis
-from openwork.candidates import AxisChoice, PatternChoice, Remainder, decide
+from openwork.candidates import HELD, AxisChoice, PatternChoice, Remainder, decide
 from openwork.container import CODES
 from openwork.contents import Contents
 from openwork.deployed import demand_undeployed
-from openwork.masks import kept_per_group
-from openwork.parametrization import Masked, masked_modules, masked_weights, plain_name, weight_name
+from openwork.masks import kept_per_group, prune
+from openwork.parametrization import AGE, Masked, masked_modules, masked_weights, plain_name, weight_name
 from openwork.pattern import Pattern
 from openwork.promise import promises
 from openwork.verify import tightest
@@ -24,16 +24,16 @@ from openwork.verify import tightest
 Placed = tuple[Pattern, Axis]
 
 
-def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+def tensors_by_name(model: nn.Module, *, empty: bool = False) -> dict[str, Tensor]:
     """Parameters and persistent buffers by dense name, tied ones under each of their names; of masked weights the
-    latent ones. Raises ValueError for what a file cannot hold."""
+    latent ones. Raises ValueError for what a file cannot hold, and, unless `empty`, for tensors without values."""
     demand_undeployed(model, "reading or writing a file")
     masked = masked_by_name(model)
     named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     own = {weight_name(name) if weight_name(name) in masked else plain_name(name): each for name, each in named}
     names = [plain_name(name) for name in model.state_dict(keep_vars=True)]
-    fixed = {f"{name}_mask" for name, each in masked.items() if each.mask is not None}
-    unknown = [name for name in names if name not in own and name not in fixed]
+    stored = {name + end for name, each in masked.items() if each.mask is not None for end in ("_mask", AGE)}
+    unknown = [name for name in names if name not in own and name not in stored]
     if unknown:
         raise ValueError(
             f"{', '.join(unknown[:3])} in the state dict of {type(model).__name__} is neither parameter nor buffer, "
@@ -41,7 +41,8 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
         )
     found = {name: own[name] for name in names if name in own}
     for name, each in found.items():
-        _demand_plain_tensor(name, each)
+        if not (empty and each.is_meta):
+            _demand_plain_tensor(name, each)
     return found
 
 
@@ -59,7 +60,8 @@ def ties(tensors: Mapping[str, Tensor], masked: Mapping[str, Masked]) -> dict[st
     first: dict[object, str] = {}
     found = {}
     for name, each in tensors.items():
-        place = (each.device, each.data_ptr(), each.dtype, each.shape, each.stride()) if each.numel() else id(each)
+        in_memory = each.numel() and not each.is_meta
+        place = (each.device, each.data_ptr(), each.dtype, each.shape, each.stride()) if in_memory else id(each)
         if name not in masked and first.setdefault(place, name) != name:
             found[name] = first[place]
     return found
@@ -87,12 +89,12 @@ def patterns(
         return promised | {name: (each.pattern, each.axis) for name, each in masked.items() if each.method.sparse}
     if pattern is None:
         return _inferred(model, exclude, axis)
-    decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder)
+    decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder, dtypes=HELD)
     return {each.name: (each.pattern, each.axis) for each in decided if each.pattern and each.axis}
 
 
 def _inferred(model: nn.Module, exclude: Sequence[str], axis: AxisChoice) -> dict[str, Placed]:
-    decided = decide(model, Pattern(1, 1), exclude=exclude, axis=axis)
+    decided = decide(model, Pattern(1, 1), exclude=exclude, axis=axis, dtypes=HELD)
     found = {}
     for each in decided:
         if each.pattern and each.axis:
@@ -141,6 +143,11 @@ def demand_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Maske
             raise ValueError(
                 f"{name} has {most} non-zeros in a group, the model was sparsified at {each.pattern}: "
                 "load into a plain model, or sparsify at the pattern of the file"
+            )
+        if each.across and not torch.equal(prune(weight, each.ranked(weight)), weight):
+            raise ValueError(
+                f"{name} is {each.pattern} along its reduction axis but not along its output axis, and the model was "
+                "sparsified with transposable masks: load into a plain model, or sparsify with ow.SRSTE()"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import openwork as ow
-from openwork import container, contents
+from openwork import container, contents, fileformat
 from openwork.checkpoint import check, describe
 from openwork.contents import opened
 
@@ -67,6 +68,33 @@ def test_a_plain_model_comes_back_bit_for_bit(path, text, dtype):
     assert {each.name: str(each.pattern) for each in describe(path) if each.pattern} == {
         f"{i}.weight": text for i in (0, 3, 4)
     }
+
+
+@pytest.mark.parametrize("text", ["2:4", "3:7", "1:16", "32:64"])
+def test_weights_of_int8_are_compressed_too(path, text):
+    floats = small_net()
+    ow.project(floats, text, remainder="pad")
+    model = nn.Sequential(*(each for each in floats if isinstance(each, nn.Linear)))
+    for each in model:
+        each.weight = nn.Parameter((each.weight * 1000).round().clamp(-128, 127).to(torch.int8), requires_grad=False)
+    ow.save(model, path, pattern=text, remainder="pad")
+    assert {each.name: (each.dtype, str(each.pattern)) for each in check(path) if each.pattern} == dict.fromkeys(
+        ("0.weight", "1.weight"), (torch.int8, text)
+    )
+    assert same_state(ow.load(path), model.state_dict())
+    twin = nn.Sequential(*(each for each in small_net() if isinstance(each, nn.Linear)))
+    for each in twin:
+        each.weight = nn.Parameter(torch.zeros_like(each.weight, dtype=torch.int8), requires_grad=False)
+    assert same_state(ow.load(path, into=twin).state_dict(), model.state_dict())
+    if text == "2:4":
+        assert len(ow.verify(model, pattern=text).sparse) == 2
+        model[0].weight.fill_(1)
+        with pytest.raises(ow.NotSparse, match=r"0\.weight"):
+            ow.verify(model, pattern=text)
+        with pytest.raises(ow.NotSparse, match=r"0\.weight"):
+            ow.save(model, path, pattern=text)
+        with pytest.raises(ValueError, match=r"no parameter of two dims or more|needed .* or bfloat16"):
+            ow.sparsify(model, text)
 
 
 def test_buffers_of_every_dtype_come_back(path):
@@ -488,6 +516,38 @@ def test_describing_reads_no_tensor(path, monkeypatch):
     assert len(describe(path)) == 11
     with pytest.raises(AssertionError, match="a tensor was read"):
         check(path)
+
+
+def test_reads_that_come_in_pieces_are_put_together(path):
+    """As Linux does beyond 2 GB: one call of the system gives no more."""
+
+    class Pieces(io.FileIO):
+        def readinto(self, buffer):
+            return super().readinto(memoryview(buffer)[:1000])
+
+    tensor = torch.arange(9000, dtype=torch.int64)
+    container.write(path, {"a": (tensor.dtype, (9000,))}, [("a", tensor)], {})
+    with io.BufferedReader(Pieces(path)) as file:
+        _, stored = container.read_header(file)
+        assert torch.equal(container.read_tensor(file, stored["a"]), tensor)
+
+
+def test_files_of_more_than_4_gb(path, monkeypatch):
+    """Their large tensor is a hole, which takes no room on the disk."""
+    layout = {"large": (torch.int64, (2**29 + 1,)), "small": (torch.int8, (3,))}
+    put = container._put
+    monkeypatch.setattr(
+        container, "_put", lambda file, tensor, stored: stored.shape == (3,) and put(file, tensor, stored)
+    )
+    small = torch.tensor([1, 2, 3], dtype=torch.int8)
+    model_metadata = fileformat.metadata({}, {})
+    container.write(path, layout, [("large", torch.empty(0)), ("small", small)], model_metadata)
+    assert path.stat().st_size > 2**32
+    assert {each.name: each.shape for each in describe(path)} == {"large": (2**29 + 1,), "small": (3,)}
+    with opened(path) as found:
+        assert torch.equal(found.read("small"), small)
+    with safe_open(path, "pt") as theirs:
+        assert torch.equal(theirs.get_tensor("small"), small)
 
 
 def test_entries(path):

@@ -22,6 +22,7 @@ from plain_loop import (
     plain_loop,
     sgd,
 )
+from sharing import filled_once
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -101,8 +102,7 @@ def one_rank(rank, folder):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(one_rank, (folder,), nprocs=RANKS)
+    folder = filled_once(tmp_path_factory, "ranks", lambda folder: mp.spawn(one_rank, (folder,), nprocs=RANKS))
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ def test_serve(tmp_path, monkeypatch):
     ow.project(model, "2:4")
     ow.save(model, tmp_path / "net.safetensors", pattern="2:4")
     monkeypatch.setenv("NET", str(tmp_path / "net.safetensors"))
+    chosen = {name: "panel" for name in ow.verify(model, pattern="2:4").sparse if not name.startswith("fc")}
+    monkeypatch.setenv("CHOSEN", json.dumps(chosen))  # timing every layer would take long
     spec = importlib.util.spec_from_file_location("serve", EXAMPLES / "serve.py")
     serve = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(serve)
@@ -32,6 +35,7 @@ def test_serve(tmp_path, monkeypatch):
             return x.numpy().tobytes()
 
     x = torch.randn(serve.SHAPE)
+    assert serve.model.deployment.chosen == chosen
     assert asyncio.run(serve.classify(Request())) == {"class": int(model(x).argmax())}
     (route,) = [each for each in serve.app.routes if each.path == "/classify"]
     assert route.methods == {"POST"}

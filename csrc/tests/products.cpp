@@ -145,7 +145,9 @@ void test_rows(const Kernels& kernels, Random& random) {
   r.activation = whole ? openwork::kNone : random_activation(random);
   const int bits = r.window == 4 ? 2 : r.window <= 16 ? 4 : 8;
   const int64_t words = openwork::words_of(r.windows, r.slots, 32 / bits), K = r.windows * r.window;
-  Values values(random, dtype, dtype == openwork::kFloat32 ? 4 : whole ? 1 : 2, r.blocks * r.windows * r.slots * lanes);
+  const bool pairs = dtype == openwork::kBFloat16;
+  const int64_t slots = pairs ? up(r.windows * r.slots, 2) : r.windows * r.slots;  // of a block, as stored
+  Values values(random, dtype, dtype == openwork::kFloat32 ? 4 : whole ? 1 : 2, r.blocks * slots * lanes);
   Guarded<uint32_t> indices(random, r.blocks * words * lanes);
   for (uint32_t& each : indices) each = uint32_t(random.next());
   Guarded<float> x(random, (r.batch - 1) * r.x_stride + K), bias(random, r.outputs), y(random, (r.batch - 1) * r.y_stride + r.outputs);
@@ -172,7 +174,8 @@ void test_rows(const Kernels& kernels, Random& random) {
       for (int64_t w = 0; w < r.windows; w++)
         for (int64_t s = 0; s < r.slots; s++) {
           const int64_t index = index_of(indices, block, words, lanes, int(o % lanes), w, s, r.slots, bits) % r.window;
-          const double value = values[((block * r.windows + w) * r.slots + s) * lanes + o % lanes];
+          const int64_t slot = w * r.slots + s, lane = o % lanes;
+          const double value = values[block * slots * lanes + (pairs ? (slot / 2 * lanes + lane) * 2 + slot % 2 : slot * lanes + lane)];
           sum.add(value * input(b * r.x_stride + w * r.window + index));
         }
       int32_t number;

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from openwork.candidates import AxisChoice, PatternChoice, Remainder
-from openwork.container import replacing
+from openwork.container import replacing, sync
+from openwork.deployed import demand_undeployed
 from openwork.export.finished import arguments, demand_equal, exportable, outputs
 from openwork.export.products import KEY, Product, as_metadata, check_onnx, products
 from openwork.gemms import quiet
@@ -52,19 +56,23 @@ def to_onnx(
     `example` is a tensor, a tuple of arguments or a mapping of keyword arguments. A model that is still sparsified is
     exported as finalized; a plain one is held to `pattern` (`exclude`, `axis` and `remainder` as in `ow.save`).
     `dynamic_shapes` as in torch.export.export: without it the file takes inputs of the example's shape alone. Weights
-    of more than 2 GB go to `path`.data.
+    of more than 2 GB, which one file cannot hold, go to a second one beside it, `path`.<8 hexadecimal digits>.data.
     Raises NotSparse, ValueError from the checker, RuntimeError for other outputs, and what torch.onnx.export raises.
     """
     inner = unwrap(model)
+    demand_undeployed(inner, "exporting to ONNX")
     promised = patterns(inner, masked_by_name(inner), pattern, exclude, axis, remainder)
     plain = exportable(model)
     with quiet(plain):
         exported = _program(plain, example, dynamic_shapes)
     exported.model.metadata_props[KEY] = as_metadata(_kept(exported.model, promised))
-    with replacing(path, ".part.onnx") as part:
-        _save(exported.model, part, Path(path))
+    target = Path(os.path.realpath(path))
+    data = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
+    with replacing(target, ".part.onnx") as part, _deleted_on_error(data):
+        _save(exported.model, part, data)
         found = check_onnx(part)
         difference = _compare(part, plain, example)
+    _delete_former_weights(target, data)
     return Exported(found, difference)
 
 
@@ -93,17 +101,37 @@ def _kept(model: Any, promised: Mapping[str, Placed]) -> dict[str, Pattern]:
     if lost := [name for name in promised if name not in kept]:
         warnings.warn(
             f"the exporter rewrote {', '.join(lost[:3])} ({len(lost)} in all), so the file promises nothing of them; "
-            "openwork verify shows what they became",
+            "openwork verify shows what they became, marked (found)",
             stacklevel=3,
         )
     return kept
 
 
-def _save(model: Any, part: Path, target: Path) -> None:
+@contextmanager
+def _deleted_on_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _delete_former_weights(target: Path, own: Path) -> None:
+    """Delete what held the weights of former files of the name. Each has a name of its own, and goes when no file
+    speaks of it any more: so at every moment the file at `target` finds its weights."""
+    former = re.compile(re.escape(target.name) + r"\.[0-9a-f]{8}\.data")
+    for each in target.parent.iterdir():
+        if former.fullmatch(each.name) and each != own:
+            each.unlink(missing_ok=True)
+
+
+def _save(model: Any, part: Path, data: Path) -> None:
     import onnx_ir
 
     size = sum(each.const_value.nbytes for each in model.graph.initializers.values())
-    onnx_ir.save(model, part, external_data=f"{target.name}.data" if size > _PROTOBUF_LIMIT else None)
+    onnx_ir.save(model, part, external_data=data.name if size > _PROTOBUF_LIMIT else None)
+    if data.exists():
+        sync(data)
 
 
 def _compare(path: Path, model: nn.Module, example: Any) -> float | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-_ABI = 1
+_ABI = 2
 _FILE = Path(__file__).with_name("libopenwork.so")
 
 

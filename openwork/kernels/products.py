@@ -68,7 +68,7 @@ def rows_linear(
     if lib is None:
         return reference.rows_linear(x, values, positions, scales, bias, layout, relu)
     stored = values.dtype == torch.int8 if scales is not None else values.dtype in (torch.float32, torch.bfloat16)
-    sizes = _rows_sizes(tuple(layout))
+    sizes = _rows_sizes(tuple(layout), values.dtype == torch.bfloat16)
     _demand_lanes(layout[2], lib.openwork_lanes())
     _demand(stored and _whole(values, sizes.values), "values", values, layout)
     _demand(positions.dtype == torch.int32 and _whole(positions, sizes.words), "positions", positions, layout)
@@ -201,8 +201,8 @@ class _RowsSizes:
 
 
 @functools.lru_cache(maxsize=4096)
-def _rows_sizes(numbers: tuple[int, ...]) -> _RowsSizes:
-    """What a rows layout consists of. Raises ValueError where the numbers are those of none."""
+def _rows_sizes(numbers: tuple[int, ...], paired: bool) -> _RowsSizes:
+    """What a rows layout consists of, its values `paired` or not. Raises ValueError where the numbers make none."""
     if len(numbers) != 5:
         raise ValueError(f"layout {list(numbers)}; needed n, m, lanes, outputs, inputs")
     n, m, lanes, O, K = numbers
@@ -212,7 +212,8 @@ def _rows_sizes(numbers: tuple[int, ...]) -> _RowsSizes:
     window = WINDOWS[m]
     windows, slots, blocks = -(-K // window), window // m * pattern.n, -(-O // lanes)
     words = blocks * _words(windows, slots, window) * lanes
-    return _RowsSizes(window, slots, windows, blocks, blocks * windows * slots * lanes, words)
+    stored = windows * slots + (windows * slots % 2 if paired else 0)
+    return _RowsSizes(window, slots, windows, blocks, blocks * stored * lanes, words)
 
 
 # Positions that were found good: id -> a reference to the tensor, and in which state of it. So each is looked at once

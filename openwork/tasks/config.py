@@ -14,8 +14,12 @@ from typing import Any, ClassVar, cast, get_type_hints
 import openwork as ow
 from openwork.tasks.stepping import SCHEDULES
 
-METHODS = ("dense", "asp", "ste", "sr-ste")
+FSDP2 = "fsdp2"  # ours: Lightning has no name for it
+METHODS = ("dense", "asp", "ste", "sr-ste", "transposable-sr-ste")
+DECAYED = ("sr-ste", "transposable-sr-ste")
+_EVERY = ("checkpoint_every", "topology_every", "log_every", "validate_every", "refresh_every")
 OPTIMIZERS = ("sgd", "adam", "adamw")
+REMAINDERS = ("skip", "pad", "error")
 
 # These say where and how a run happens, not what it computes: they may differ between a run and its resumption.
 _PLACE = ("out", "resume", "threads", "progress", "preset", "workers")
@@ -57,6 +61,7 @@ class Common:
     data: str = flag("", "the data set")
     model: str = flag("", "the network")
     exclude: list[str] = flag([], "globs of layers to leave dense; nothing is excluded by default")
+    remainder: str = flag("skip", f"where M does not divide a weight's axis: {', '.join(REMAINDERS)}")
     epochs: int = flag(15, "passes over the training data")
     batch_size: int = flag(64, "samples per optimizer step, over all devices and micro-batches")
     optimizer: str = flag("sgd", f"one of {', '.join(OPTIMIZERS)}")
@@ -71,8 +76,9 @@ class Common:
     drops: list[float] = flag([], "epochs after which the schedule steps divides the rate by ten")
     precision: str = flag("32-true", "Lightning's precision: 32-true, bf16-mixed, 16-mixed, ...")
     accumulate: int = flag(1, "micro-batches per optimizer step")
-    devices: int = flag(1, "processes or GPUs")
-    strategy: str = flag("auto", "Lightning's strategy: auto, ddp, ...")
+    devices: int = flag(1, "processes or GPUs of each machine")
+    nodes: int = flag(1, "machines, each with --devices processes")
+    strategy: str = flag("auto", "how processes share the work: auto, ddp, fsdp2, or another of Lightning's")
     accelerator: str = flag("auto", "Lightning's accelerator: auto, cpu, gpu, ...")
     threads: int = flag(0, "CPU threads of torch (0: torch's own choice)")
     workers: int = flag(2, "processes that load samples from files")
@@ -83,6 +89,7 @@ class Common:
     validate_every: int = flag(1, "epochs between validations; there is one more of the finalized network")
     topology_every: int = flag(20, "optimizer steps between records of the masks")
     log_every: int = flag(10, "optimizer steps between lines of metrics.jsonl")
+    refresh_every: int = flag(40, "optimizer steps between choices of the masks (transposable-sr-ste)")
     progress: bool = flag(True, "show a progress bar")
     preset: str = flag("", "recipe that fills the defaults, if the task has one: paper")
 
@@ -165,33 +172,28 @@ def _copy(each: Any) -> Any:
 def check_common(config: Common) -> None:
     if config.preset and config.preset not in config.presets:
         raise ValueError(f"preset {config.preset!r} is not known; use one of {', '.join(config.presets)}")
-    for name in (
-        "epochs",
-        "batch_size",
-        "accumulate",
-        "devices",
-        "checkpoint_every",
-        "topology_every",
-        "log_every",
-        "validate_every",
-    ):
+    for name in ("epochs", "batch_size", "accumulate", "devices", "nodes", *_EVERY):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     for name in ("limit", "limit_val", "clip", "warmup"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} is {getattr(config, name)}; it must not be negative")
-    for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+    for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("remainder", REMAINDERS)):
         if getattr(config, name) not in known:
             raise ValueError(f"{name} {getattr(config, name)!r} is not known; use one of {', '.join(known)}")
     if len(config.betas) != 2:
         raise ValueError(f"betas are {config.betas}; Adam takes two")
     if config.schedule == "steps" and not config.drops:
         raise ValueError("the schedule steps needs the epochs of its steps: --drops 8 11")
-    parts = config.accumulate * config.devices
+    if config.strategy.startswith("fsdp") and config.strategy != FSDP2:
+        raise ValueError(
+            f"strategy {config.strategy!r} is Lightning's FSDP1, which cannot hold masked weights; use {FSDP2}"
+        )
+    parts = config.accumulate * config.devices * config.nodes
     if config.batch_size % parts:
         raise ValueError(
             f"batch_size {config.batch_size} is the size of an optimizer step and must divide by "
-            f"accumulate x devices = {parts}; use {config.batch_size // parts * parts or parts}"
+            f"accumulate x devices x nodes = {parts}; use {config.batch_size // parts * parts or parts}"
         )
     if config.warmup >= config.epochs:
         raise ValueError(

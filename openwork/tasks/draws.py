@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 _GOLDEN = 0x9E3779B97F4A7C15
-_ORDER, _AUGMENT, _STEP = range(3)  # streams: equal keys in different uses give unrelated numbers
+_ORDER, _AUGMENT, _STEP, _BATCHES = range(4)  # streams: equal keys in different uses give unrelated numbers
+_POOL = 100  # batches whose samples are sorted together: more pad less, and mix less
 
 
 def _mix(words: np.ndarray) -> np.ndarray:
@@ -52,13 +53,33 @@ def seed_step(*key: int) -> None:
 
 
 def batch_indices(
-    seed: int, epoch: int, count: int, batch_size: int, *, start: int = 0, split: int = 1, take: Sequence[int] = (0,)
+    seed: int,
+    epoch: int,
+    count: int,
+    batch_size: int,
+    *,
+    start: int = 0,
+    split: int = 1,
+    take: Sequence[int] = (0,),
+    sizes: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """The sample indices of an epoch's batches from batch `start` on; the incomplete last batch is dropped.
 
     Each batch is cut into `split` equal parts (micro-batches times ranks) of which the parts in `take` are returned,
-    so the samples of an optimizer step do not depend on how many devices share it.
+    so the samples of an optimizer step do not depend on how many devices share it. With `sizes` (count,) a batch
+    holds samples of like size, the smallest first.
     """
-    visits = order(seed, epoch, count)
-    rows = visits[: count // batch_size * batch_size].reshape(-1, split, batch_size // split)
+    visits = order(seed, epoch, count)[: count // batch_size * batch_size]
+    if sizes is not None:
+        visits = _alike(visits, sizes, batch_size, seed, epoch)
+    rows = visits.reshape(-1, split, batch_size // split)
     return [row[part] for row in rows[start:] for part in take]
+
+
+def _alike(visits: np.ndarray, sizes: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """The same visits, sorted by size within each pool of batches; then the batches in an order of their own."""
+    pool = _POOL * batch_size
+    parts = [visits[start : start + pool] for start in range(0, len(visits), pool)]
+    rows = np.concatenate([visits[:0], *(part[np.argsort(sizes[part], kind="stable")] for part in parts)])
+    rows = rows.reshape(-1, batch_size)
+    return rows[np.argsort(_hash(seed, _BATCHES, epoch, np.arange(len(rows))), kind="stable")].ravel()

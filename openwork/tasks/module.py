@@ -23,11 +23,14 @@ from openwork.tasks.config import Config
 from openwork.tasks.draws import batch_indices, seed_step
 from openwork.tasks.models import allow_torchvision
 from openwork.tasks.rundir import RunDir
+from openwork.tasks.sharding import shard, share_statistics
 from openwork.tasks.stepping import Batches, Stopwatch, lr_factor
 from openwork.tasks.task import Task
 
 allow_torchvision()  # lightning imports it through torchmetrics
 import lightning.pytorch as pl  # noqa: E402
+
+from openwork.tasks.strategy import build_strategy  # noqa: E402
 
 
 class TaskModule(pl.LightningModule):
@@ -43,6 +46,7 @@ class TaskModule(pl.LightningModule):
         self._watch = Stopwatch()
         self._losses: list[Tensor] = []
         self._restored: dict[str, Any] = {}
+        self._sharded = False
 
     @property
     def epoch(self) -> int:
@@ -55,7 +59,14 @@ class TaskModule(pl.LightningModule):
         epoch, start = divmod(self.step, self.steps_per_epoch)
         take = [micro * world + rank for micro in range(c.accumulate)]
         indices = batch_indices(
-            c.seed, epoch, self.data.train_count, c.batch_size, start=start, split=c.accumulate * world, take=take
+            c.seed,
+            epoch,
+            self.data.train_count,
+            c.batch_size,
+            start=start,
+            split=c.accumulate * world,
+            take=take,
+            sizes=self.task.sizes(self.data),
         )
         return Batches(indices, lambda chosen: self.data.train_batches(chosen, c.seed, epoch))
 
@@ -65,6 +76,12 @@ class TaskModule(pl.LightningModule):
         return Batches(np.array_split(mine, parts), self.data.val_batches)
 
     # optimisation
+
+    def configure_model(self) -> None:
+        """Lightning calls it before the optimizer is made, again for validation, and has a mesh for FSDP2 only."""
+        if self.device_mesh is not None and self.trainer.state.fn == "fit" and not self._sharded:
+            shard(self.net, self.device_mesh["data_parallel"])
+            self._sharded = True
 
     def configure_optimizers(self) -> Any:
         optimizer = self.task.optimizer(self.config, self.net)
@@ -138,6 +155,8 @@ class TaskModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._watch.skip()
         self._records: list[Any] = []
+        if self._sharded:
+            share_statistics(self.net)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._records += self.task.records(self.net, batch)
@@ -203,7 +222,8 @@ def build_trainer(config: Config, out: Path, callbacks: Sequence[pl.Callback] = 
         accumulate_grad_batches=config.accumulate,
         gradient_clip_val=config.clip or None,
         devices=config.devices,
-        strategy=config.strategy,
+        num_nodes=config.nodes,
+        strategy=build_strategy(config),
         accelerator=config.accelerator,
         logger=TensorBoardLogger(out, name="tensorboard", version=""),
         callbacks=list(callbacks),

@@ -47,3 +47,10 @@ def heading(text: str) -> str:
 def figure(caption: str, html: str) -> str:
     """A figure around HTML that is escaped already."""
     return f"<figure><figcaption>{escape(caption)}</figcaption>{html}</figure>"
+
+
+def sentence(parts: Iterable[tuple[str, bool]], label: str = "") -> str:
+    """A line of text from (text, whether it is marked) pairs, under its label."""
+    words = [f"<mark>{escape(text)}</mark>" if is_marked else escape(text) for text, is_marked in parts]
+    above = f'<span class="label">{escape(label)}</span>' if label else ""
+    return f'<p class="sentence">{above}{" ".join(words)}</p>'

@@ -11,16 +11,18 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 import openwork as ow
+from openwork.candidates import Remainder
 from openwork.tasks import find
 from openwork.tasks.config import Config, differences, values_of
 from openwork.tasks.rundir import RunDir, first_process, read_lines, write_text
+from openwork.tasks.sharding import gather, whole_twin
 from openwork.tasks.task import Task, build_method, described
 
 _PICTURE = 32, 96  # rows and columns of the mask picture
@@ -49,7 +51,10 @@ def prepare(task: Task, config: Config) -> tuple[Any, nn.Module, ow.Report]:
     if config.init:
         load_weights(net, Path(config.init))
     example = task.example(data)
-    report = ow.sparsify(net, config.pattern, build_method(config), exclude=config.exclude, example=example)
+    remainder = cast(Remainder, config.remainder)
+    report = ow.sparsify(
+        net, config.pattern, build_method(config), exclude=config.exclude, remainder=remainder, example=example
+    )
     return data, net, report
 
 
@@ -96,17 +101,22 @@ def train(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     run = open_run(config)
     if (done := run.read_result()) is not None:
         return done
+    if first_process():
+        task.keep(data, run.path)
     picture = pictured_layer(report)
     start = mask_rows(net, picture)
+    twin = whole_twin(config, net)
     module, trainer = fit(task, config, data, net, run, callbacks)
+    net = module.net = gather(net, twin)
     end = mask_rows(net, picture)
     if build_method(config).sparse:  # dense training promises nothing
         ow.verify(net)
     ow.finalize(net)
+    task.before_last_validation(config, net)
     trainer.validate(module, verbose=False)
     result = summary(config, report, net, run)
     result |= module.score | {"metrics": described(task.metrics), "steps": module.step, "skipped": data.skipped}
-    result |= {"mask": {"layer": picture, "start": start, "end": end}}
+    result |= {"notes": task.notes(config, data), "mask": {"layer": picture, "start": start, "end": end}}
     if trainer.is_global_zero:
         save_model(net, str(run.model), metadata={"recipe": f"{config.pattern} {config.method}"})
         write_text(run.pictures, json.dumps([asdict(each) for each in task.pictures(config, net.eval(), data)]))

@@ -13,7 +13,7 @@ from openwork.tasks.summary import cells, header, label_of, metrics_of, notes, r
 from openwork.tasks.task import Metric
 
 _COLORS = 8  # in the style sheet
-_METHODS = ("dense", "asp", "ste", "sr-ste")
+_METHODS = ("dense", "asp", "ste", "sr-ste", "transposable-sr-ste")
 
 Result = dict[str, Any]
 
@@ -55,7 +55,7 @@ def build_page(runs: Sequence[tuple[Path, Result]]) -> str:
 
 def pictured(results: Sequence[Result]) -> Result:
     """The run whose layers and mask are shown: an SR-STE one, else one whose mask moves, else any."""
-    rank = ("sr-ste", "ste", "dense", "asp")
+    rank = ("sr-ste", "transposable-sr-ste", "ste", "dense", "asp")
     return min(results, key=lambda result: rank.index(result["config"]["method"]))
 
 
@@ -73,10 +73,11 @@ def curves(runs: Sequence[tuple[Path, Result]]) -> str:
         return made
 
     metric = "metrics.jsonl"
+    val_loss = lines(metric, lambda r: r.get("val_loss"))  # not every task has one
     figures = [
         line_chart("Training loss", lines(metric, lambda r: r.get("train_loss")), floor=0),
-        line_chart("Validation loss", lines(metric, lambda r: r.get("val_loss")), floor=0),
-        *[_metric_chart(each, lines) for each in metrics_of([result for _, result in runs])],
+        *([line_chart("Validation loss", val_loss, floor=0)] if any(line.points for line in val_loss) else []),
+        *[_metric_chart(each, lines) for each in metrics_of([result for _, result in runs]) if each.key != "val_loss"],
         line_chart(
             "SAD from the start, share of weights", lines("topology.jsonl", _share("sad_start")), percent=True, floor=0
         ),
@@ -159,7 +160,9 @@ def _kept(rows: Sequence[str]) -> list[str]:
 
 
 def facts(results: Sequence[Result]) -> str:
-    """Machine, versions and every field of the configuration; several values where the runs differ."""
+    """The task's notes, machine, versions and every field of the configuration; several values where runs differ."""
     config = [[key, ", ".join(dict.fromkeys(str(r["config"][key]) for r in results))] for key in results[0]["config"]]
     machine = [[key, str(value)] for key, value in results[0]["machine"].items()]
-    return grid("facts", [table(("machine", ""), machine), table(("configuration", ""), config)])
+    notes = [[key, value] for key, value in results[0].get("notes", {}).items()]
+    tables = [(("scores", ""), notes)] * bool(notes) + [(("machine", ""), machine), (("configuration", ""), config)]
+    return grid("facts", [table(head, rows) for head, rows in tables])

@@ -13,8 +13,8 @@ LINES = ("metrics.jsonl", "topology.jsonl", "times.jsonl")  # times differ from 
 
 
 def first_process() -> bool:
-    """Whether this is the only process, or the one of several (DDP's) that reads and writes for all."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """Whether this is the only process, or the one of several, on all machines, that reads and writes for all."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -46,6 +46,7 @@ body {
 main { max-width: 1120px; margin: 0 auto; padding: 32px 24px 64px; }
 h1 { font-size: 26px; line-height: 1.2; margin: 0 0 8px; }
 h2 { font-size: 18px; margin: 40px 0 12px; }
+h3 { font-size: 14px; margin: 24px 0 8px; }
 .note { color: var(--soft); font-size: 13px; max-width: 90ch; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
@@ -103,14 +104,15 @@ path.l { fill: var(--c6); }
 .key.p { background: var(--rule); }
 .key.g { background: var(--c2); }
 .key.l { background: var(--c6); }
+.views { display: grid; grid-template-columns: repeat(auto-fit, minmax(96px, 1fr)); gap: 8px; }
+.views figure { padding: 0; border: 0; }
+.views figcaption { font-weight: 400; font-size: 12px; color: var(--soft); min-height: 36px; }
+.samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 16px; }
+.sentence { margin: 0 0 6px; overflow-wrap: anywhere; }
+.sentence .label { display: block; color: var(--soft); font-size: 12px; }
+mark { background: none; color: inherit; border-bottom: 2px solid var(--c6); }
 .facts { display: flex; flex-wrap: wrap; gap: 32px; }
 .facts td { white-space: normal; overflow-wrap: anywhere; max-width: 60ch; }
-.samples {
-  display: grid;
-  grid-template-columns: repeat(auto-fill, minmax(240px, 1fr));
-  gap: 12px;
-  margin-bottom: 16px;
-}
 .photo rect { fill: none; stroke: currentColor; }
 .photo text { fill: #fff; stroke: #000; paint-order: stroke; }
 .photo .c0 { color: var(--c0); }

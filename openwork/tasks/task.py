@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -104,6 +105,20 @@ class Task(ABC):
     def score(self, records: Sequence[Any], data: Any) -> dict[str, float]:
         """The metrics, and `val_loss` where there is one, from the records of all validation samples in order."""
 
+    def sizes(self, data: Any) -> np.ndarray | None:
+        """A size per training sample, where a batch shall hold samples of like size, so that little is padded."""
+        return None
+
+    def before_last_validation(self, config: Any, net: nn.Module) -> None:  # noqa: B027 - few tasks need it
+        """Settings for the validation of the finalized network: what is too slow for that of every epoch."""
+
+    def keep(self, data: Any, folder: Path) -> None:  # noqa: B027 - few tasks need it
+        """Writes into the run directory what the weights are useless without, such as a vocabulary."""
+
+    def notes(self, config: Any, data: Any) -> dict[str, str]:
+        """What a reader of the scores must know besides, for the report: how they were computed, what was left out."""
+        return {}
+
     def optimizer(self, config: Any, net: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(config, net)
 
@@ -123,7 +138,13 @@ def build_optimizer(config: Config, net: nn.Module) -> torch.optim.Optimizer:
 
 
 def build_method(config: Config) -> Any:
-    makers = {"dense": ow.Dense, "asp": ow.ASP, "ste": ow.STE, "sr-ste": lambda: ow.SRSTE(decay=config.decay)}
+    makers: dict[str, Any] = {
+        "dense": ow.Dense,
+        "asp": ow.ASP,
+        "ste": ow.STE,
+        "sr-ste": lambda: ow.SRSTE(decay=config.decay),
+        "transposable-sr-ste": lambda: ow.TransposableSRSTE(config.decay, config.refresh_every),
+    }
     return makers[config.method]()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import warnings
 
@@ -15,6 +17,8 @@ from torch import nn
 from torch.export import Dim
 
 import openwork as ow
+from openwork.cli import main
+from openwork.deployed import SparseLinear
 from openwork.export import check_onnx, to_onnx
 from openwork.export import onnx as exporting
 from openwork.export.finished import demand_equal
@@ -150,7 +154,7 @@ def test_every_form_of_a_product(path):
     assert {(each.op, each.axis.dim) for each in done.products} == {("Gemm", 0), ("Gemm", 1), ("MatMul", 1)}
 
 
-def test_convolutions_of_other_kinds_and_recurrent_layers(path):
+def test_convolutions_of_other_kinds_and_recurrent_layers(path, capsys):
     class Other(nn.Module):
         def __init__(self):
             super().__init__()
@@ -172,6 +176,15 @@ def test_convolutions_of_other_kinds_and_recurrent_layers(path):
         (op, "2:4") for op in ("LSTM", "LSTM", "GRU", "GRU", "ConvTranspose", "Conv")
     ]
     assert {each.name for each in done.products if each.promised} == {"up.weight", "conv.weight"}
+    assert main(["verify", str(path)]) == 0
+    *table, other, verified, note = capsys.readouterr().out.splitlines()
+    assert [line.split()[3:-1] for line in table[1:]] == [
+        [op, "2:4", *["(found)"] * (op in ("LSTM", "GRU"))]
+        for op in ("LSTM", "LSTM", "GRU", "GRU", "ConvTranspose", "Conv")
+    ]
+    assert other.startswith("not Gemm or Conv, so TensorRT takes no sparse tactic: ")
+    assert verified == "verified: 2 of 6 products held to what was promised"
+    assert note.startswith("(found): not promised by the file (the exporter renames the weights of LSTM, GRU, RNN)")
 
 
 def test_a_transformer_of_transformers(path):
@@ -201,16 +214,65 @@ def test_the_file_tells_nothing_of_the_machine(path, tmp_path):
     assert str(tmp_path).encode() not in content
 
 
+def two_files(path) -> bytes:
+    """What lies in the second file; there is one, of the right name."""
+    (data,) = [each for each in path.parent.iterdir() if each != path and not each.name.startswith(".")]
+    assert re.fullmatch(r"net\.onnx\.[0-9a-f]{8}\.data", data.name)
+    return data.read_bytes()
+
+
 def test_large_weights_lie_in_a_second_file(path, monkeypatch):
     monkeypatch.setattr(exporting, "_PROTOBUF_LIMIT", 1000)
     model = nn.Linear(64, 64)
     ow.project(model, "2:4")
     to_onnx(model, torch.randn(2, 64), path, pattern="2:4")
-    assert sorted(each.name for each in path.parent.iterdir()) == ["net.onnx", "net.onnx.data"]
+    assert model.weight.detach().numpy().tobytes() in two_files(path)
     assert path.stat().st_size < 2000
     x = torch.randn(2, 64)
     torch.testing.assert_close(ran(path, x)[0], model(x))
     assert [str(each.pattern) for each in check_onnx(path)] == ["2:4"]
+
+
+def test_a_file_and_its_second_file_belong_together_at_every_moment(path, monkeypatch):
+    """Looked at where the new file takes its place: before, all is old; after, all is new. The old weights go last."""
+    monkeypatch.setattr(exporting, "_PROTOBUF_LIMIT", 1000)
+    old, new = nn.Linear(64, 64).eval(), nn.Linear(64, 64).eval()
+    x = torch.randn(2, 64)
+    for model in (old, new):
+        ow.project(model, "2:4")
+    seen, synced = [], []
+    replace, sync = os.replace, os.fsync
+
+    def moment():
+        seen.append(
+            next(name for name, model in (("old", old), ("new", new)) if torch.allclose(ran(path, x)[0], model(x)))
+        )
+
+    def watched_replace(*names):
+        if path.exists():
+            moment()
+        replace(*names)
+        moment()
+
+    def watched_sync(file):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{file}")))
+        sync(file)
+
+    monkeypatch.setattr(os, "replace", watched_replace)
+    monkeypatch.setattr(os, "fsync", watched_sync)
+    to_onnx(old, x, path, pattern="2:4")
+    to_onnx(new, x, path, pattern="2:4")
+    assert seen == ["old", "old", "new"]
+    assert new.weight.detach().numpy().tobytes() in two_files(path)
+    assert [name.rpartition(".")[2] for name in synced] == ["data", "onnx", path.parent.name] * 2  # then the folder
+
+    monkeypatch.setattr(exporting, "outputs", lambda *_: [torch.zeros(2, 64)])
+    with pytest.raises(RuntimeError, match="other outputs"):
+        to_onnx(old, x, path, pattern="2:4")
+    assert new.weight.detach().numpy().tobytes() in two_files(path)
+    monkeypatch.undo()
+    to_onnx(new, x, path, pattern="2:4")  # small enough again: one file
+    assert [each.name for each in path.parent.iterdir()] == ["net.onnx"]
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------
@@ -222,6 +284,17 @@ def test_a_denser_model_is_refused_and_the_old_file_stays(path):
         to_onnx(nn.Linear(8, 4), torch.randn(2, 8), path, pattern="2:4")
     assert path.read_bytes() == b"old"
     assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_a_deployed_model_is_refused_by_name(path):
+    layer = nn.Linear(8, 4)
+    ow.project(layer, "2:4")
+    model = nn.Sequential(SparseLinear(layer, ow.Pattern(2, 4), "panel", torch.float32))
+    with pytest.raises(
+        ValueError, match=r"exporting to ONNX: 1 layers are deployed \(0, \.\.\.\).*the model that was deployed"
+    ):
+        to_onnx(model, torch.randn(2, 8), path)
+    assert not path.exists()
 
 
 def test_other_outputs_are_refused(path, monkeypatch):

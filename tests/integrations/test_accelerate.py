@@ -55,6 +55,7 @@ def test_the_loop_takes_the_steps_of_the_equations(arguments, clip, tolerance):
     assert gemms.seen == STEPS * arguments.get("gradient_accumulation_steps", 1) * (2 * len(KIND.dims) - 1)
 
 
+@pytest.mark.for_the_page
 def test_twelve_blocks_take_the_steps_of_the_equations(row):
     """The nets and the limit of `works_with`."""
     differences = {}

@@ -60,6 +60,7 @@ def test_lightning_takes_the_steps_of_the_equations(tmp_path, kind, arguments, t
     assert gemms.seen == STEPS * arguments.get("accumulate_grad_batches", 1) * each_batch
 
 
+@pytest.mark.for_the_page
 def test_twelve_blocks_take_the_steps_of_the_equations(row, tmp_path):
     """The nets and the limit of `works_with`."""
     differences, (arguments, _) = {}, WAYS[HARDEST]

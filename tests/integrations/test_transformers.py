@@ -70,6 +70,7 @@ def test_the_trainer_takes_the_steps_of_the_equations(tmp_path, arguments, updat
     assert gemms.seen == STEPS * micro_batches * len(hf.DIMS) * 2  # forward, and backward to the input
 
 
+@pytest.mark.for_the_page
 def test_twelve_blocks_take_the_steps_of_the_equations(row, tmp_path):
     """With AdamW, clipping and two micro-batches."""
     arguments, dims = HALVES | CLIP, hf.dims_of(12)

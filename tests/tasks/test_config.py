@@ -50,7 +50,7 @@ def test_negative_decays_and_dashes():
     [
         (["--method", "asp"], "asp prunes a trained dense network: .* --init DENSE"),
         (["--method", "magic"], "use one of dense, asp, ste, sr-ste"),
-        (["--batch-size", "30", "--accumulate", "4"], "must divide by accumulate x devices = 4; use 28"),
+        (["--batch-size", "30", "--accumulate", "4"], "must divide by accumulate x devices x nodes = 4; use 28"),
         (["--epochs", "1"], "warmup of 1.0 epochs leaves nothing"),
         (["--log-every", "0"], "log_every is 0; it must be at least 1"),
         (["--preset", "papr"], "use one of paper"),

@@ -126,3 +126,13 @@ def test_the_schedule_warms_up_and_ends_near_zero():
     assert factors[10] == 1
     assert factors == sorted(factors[:10]) + sorted(factors[10:], reverse=True)
     assert 0 < factors[-1] < 1e-3
+
+
+def test_remainder_says_what_happens_to_axes_that_m_does_not_divide():
+    """All of resnet8's axes are multiples of 16 but the first one."""
+    _, _, report = prepare(TASK, Config(pattern="3:5", remainder="pad"))
+    assert {row.name for row in report.rows if not row.pattern} == {"conv1.weight"}  # one channel
+    with pytest.raises(ValueError, match="not a multiple of 5"):
+        prepare(TASK, Config(pattern="3:5", remainder="error"))
+    with pytest.raises(ValueError, match="remainder 'drop' is not known; use one of skip, pad, error"):
+        Config(remainder="drop")

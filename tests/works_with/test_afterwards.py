@@ -212,7 +212,11 @@ def test_dynamic_quantization_of_torch(row):
     ow.verify(model, pattern="2:4", exclude=["head"])
     what = "torch.ao's `quantize_dynamic` on a finalized model"
     row("Quantization", what, note="read back, the weights are 2:4: `module.weight().dequantize()`")
-    row("Quantization", "`ow.verify` of a model quantized so", error=" ".join(str(caught.value).split()))
+    row(
+        "Quantization",
+        "`ow.verify` of a model that `quantize_dynamic` quantized",
+        error=" ".join(str(caught.value).split()),
+    )
 
 
 # --- export ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Compilation, each with the test of `harness.py`, and with as many graphs as the dense model has, never more."""
 
-import os
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
@@ -9,7 +8,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
-from works_with.harness import Way, demand, nets_of, run
+from works_with.harness import FOR_THE_PAGE, Way, demand, nets_of, run
 from works_with.nets import ResNet, Transformer, batches, loss_of, made
 
 
@@ -69,17 +68,12 @@ def fresh():
 @pytest.mark.usefixtures("fresh")
 def test_the_whole_model_is_one_graph_compiled_once(row):
     """20 steps, and no recompilation in any."""
-    results = {}
+    results, way = {}, Way(resumes=FOR_THE_PAGE)
     for kind in nets_of(Way()):
-        results[kind], graphs, dense = compiled(kind, whole_model, resumes=False)
-        assert graphs == [dense] == [{"forward": 1, "backward": 1}]
-    demand(
-        row,
-        "Compilation",
-        "`torch.compile(model, fullgraph=True)`: one graph, compiled once",
-        Way(resumes=False),
-        results,
-    )
+        results[kind], graphs, dense = compiled(kind, whole_model, resumes=way.resumes)
+        assert dense == {"forward": 1, "backward": 1}
+        assert graphs == [dense] * (1 + way.resumes)
+    demand(row, "Compilation", "`torch.compile(model, fullgraph=True)`: one graph, compiled once", way, results)
 
 
 @pytest.mark.usefixtures("fresh")
@@ -110,8 +104,8 @@ def test_loss_and_backward_in_one_compiled_function(row):
 
 
 @pytest.mark.slow
+@pytest.mark.for_the_page
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.skipif("OPENWORK_WORKS_WITH" not in os.environ, reason="takes minutes: runs for docs/works-with.md only")
 def test_with_the_default_backend(row):
     """Inductor's code is not watched: its products are in it."""
     way = Way(wrap=lambda model, _: torch.compile(model, fullgraph=True), watched_inside=True, resumes=False)

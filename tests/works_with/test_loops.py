@@ -181,6 +181,9 @@ WAYS = {
         "fp16 autocast, `GradScaler`, fused SGD": Way(
             make=lambda model: sgd_of(model, fused=True), always=True, **FP16
         ),
+        "`GradScaler` in fp32, fused AdamW, which takes `grad_scale`": Way(
+            make=lambda model: adamw_of(model, fused=True), update="adamw", scaler=True
+        ),
         "fp16 autocast, `GradScaler`, clipping, 2 micro-batches": Way(clipped_micro_batches, **FP16, **CLIPPED),
         "bf16 autocast": Way(always=True, **BF16),
         "bf16 parameters, against the equations in bf16": Way(

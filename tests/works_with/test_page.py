@@ -4,13 +4,13 @@ import ast
 import re
 from pathlib import Path
 
-from works_with.page import line, page
+from works_with.page import line, page, run_with
 
 TESTS = Path(__file__).parents[1]
 PAGE = TESTS.parent / "docs" / "works-with.md"
 
 
-def tests_with_rows():
+def names_of_tests():
     """Every test that takes `row`, as the page names it."""
     found = set()
     for file in TESTS.rglob("test_*.py"):
@@ -26,7 +26,7 @@ def _takes_row(node):
 
 
 def test_every_line_names_a_test_and_every_such_test_has_a_line():
-    assert set(re.findall(r"`[\w/]+` `test_\w+`", PAGE.read_text(encoding="utf-8"))) == tests_with_rows()
+    assert set(re.findall(r"`[\w/]+` `test_\w+`", PAGE.read_text(encoding="utf-8"))) == names_of_tests()
 
 
 def test_a_line_shows_what_was_found():
@@ -45,3 +45,8 @@ def test_a_line_shows_what_was_found():
         text.index("## What works") < text.index("| plain |") < text.index("## What does not") < text.index("| bad |")
     )
     assert "| bad | ValueError: a / b | `a/test_b` `test_d` |" in text
+
+
+def test_several_results_make_one_list_of_versions():
+    one, other = ({"packages": ["torch 1", name], "machine": "a machine"} for name in ("b 2", "a 3"))
+    assert run_with([one, other]) == "a 3, b 2, torch 1; a machine"

@@ -3,11 +3,14 @@
 The processes are started once for all tests (`ranks.py`); each leaves what it found in a file.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from plain_loop import distance
+from sharing import filled_once
 from works_with import ranks
 from works_with.harness import Way, demand, reference
 
@@ -20,19 +23,22 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("ranks")
-
-
-def started(work, count, folder):
+def start(work, count, folder):
     mp.spawn(ranks.start, (work, count, folder), nprocs=count)
+
+
+def left_by(count, folder):
     return [torch.load(folder / f"{count}-{rank}.pt", weights_only=False) for rank in range(count)]
 
 
 @pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return filled_once(tmp_path_factory, "works_with", partial(start, ranks.two, 2))
+
+
+@pytest.fixture(scope="module")
 def two(folder):
-    return started(ranks.two, 2, folder)
+    return left_by(2, folder)
 
 
 @pytest.mark.parametrize("name", ranks.WAYS | ranks.SPLIT)
@@ -66,18 +72,26 @@ def test_a_process_holds_no_masks_of_whole_layers_for_the_step(two):
         assert found["held"] == [0, unsharded]
 
 
-def test_a_checkpoint_of_two_processes_is_continued_by_one_and_by_four(row, two, folder):
+def continued(row, saved, ends):
+    """The line of the page, after comparing what each process ended with."""
+    for weights, steps in ends:
+        assert steps == ranks.STEPS
+        assert distance(weights, saved) < TOLERANCE
+        assert distance(weights, reference(Way(), ranks.SAVED)) < TOLERANCE
+    what = f"`torch.distributed.checkpoint`, saved by 2 processes under FSDP2, continued by {len(ends)}"
+    found = {ranks.SAVED.__name__: distance(ends[0][0], saved)}
+    row("Two processes", what, difference=found, tolerance=TOLERANCE)
+
+
+def test_a_checkpoint_of_two_processes_is_continued_by_one(row, two, folder):
     """Saved by torch.distributed.checkpoint in the middle, model and optimizer."""
-    saved, name = two[0]["saved"], ranks.SAVED.__name__
-    one = ranks.load_and_go_on(ranks.SAVED, folder / "checkpoint", Way())
-    four = started(ranks.four, 4, folder)
-    what = "`torch.distributed.checkpoint`, saved by 2 processes under FSDP2, continued by"
-    for count, ends in {"1": [one], "4": four}.items():
-        for weights, steps in ends:
-            assert steps == ranks.STEPS
-            assert distance(weights, saved) < TOLERANCE
-            assert distance(weights, reference(Way(), ranks.SAVED)) < TOLERANCE
-        row("Two processes", f"{what} {count}", difference={name: distance(ends[0][0], saved)}, tolerance=TOLERANCE)
+    continued(row, two[0]["saved"], [ranks.load_and_go_on(ranks.SAVED, folder / "checkpoint", Way())])
+
+
+@pytest.mark.for_the_page
+def test_a_checkpoint_of_two_processes_is_continued_by_four(row, two, folder):
+    start(ranks.four, 4, folder)
+    continued(row, two[0]["saved"], left_by(4, folder))
 
 
 REFUSED = {

@@ -105,13 +105,23 @@ def test_zero_of_deepspeed(row, deepspeed, stage):
     _, wrapped = engine(deepspeed, model, optimizer, stage)
     error = told(lambda: ow.attach(wrapped, model))
     assert "flattened copies of the weights" in error
-    row("Optimizer", f"DeepSpeed ZeRO, stage {stage}", error=error, packages=("deepspeed",))
+    row(
+        "Optimizer",
+        f"DeepSpeed ZeRO, stage {stage}, attached after `deepspeed.initialize`",
+        error=error,
+        packages=("deepspeed",),
+    )
     model, optimizer = net()
     ow.attach(optimizer, model)
     running, _ = engine(deepspeed, model, optimizer, stage)
     error = told(lambda: step(running))
     assert "holds none now" in error
-    row("Optimizer", f"DeepSpeed ZeRO, stage {stage}, attached before", error=error, packages=("deepspeed",))
+    row(
+        "Optimizer",
+        f"DeepSpeed ZeRO, stage {stage}, attached before `deepspeed.initialize`",
+        error=error,
+        packages=("deepspeed",),
+    )
 
 
 def trained(method, deepspeed=None, stage=0):

@@ -1,0 +1,47 @@
+"""Fuzz the reader of files for as long as you like, guided by the branches that it takes:
+
+    pip install atheris
+    python tests/attacks/fuzz.py -max_total_time=600 [folder to keep what was tried]
+
+Stops at the first file that raises anything but ValueError, or is accepted although safetensors or a second look
+disagrees (`hold` of test_attacks.py), and writes it to crash-*. Not run by the tests: atheris is no dependency.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+sys.path[0] = str(Path(__file__).parents[1])  # its own folder has a file of the name `attacks`
+PARTS = ("container", "contents", "fileformat", "legacy", "packing")
+with atheris.instrument_imports(include=[f"openwork.{each}" for each in PARTS]):
+    from attacks.attacks import ALL
+    from attacks.forge import good
+    from attacks.test_attacks import hold
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path, seeds = Path(folder) / "net.safetensors", Path(folder) / "seeds"
+        seeds.mkdir()
+        contents = {"good": good(), **{str(i): content for i, (content, _) in enumerate(ALL.values())}}
+        for name, content in contents.items():
+            if len(content) < 10_000:
+                (seeds / name).write_bytes(content)
+
+        def one(data: bytes) -> None:
+            end = data.rfind(b"]}}") + 3
+            if len(data) > 8 and data[7] & 1:  # half of the files get a length that fits, which keeps the rest in play
+                data = max(0, end - 8).to_bytes(8, "little") + data[8:]
+            path.write_bytes(data)
+            hold(path)
+
+        atheris.Setup([*sys.argv, str(seeds), "-max_len=4096"], one)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
