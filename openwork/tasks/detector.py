@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,8 +17,13 @@ from openwork.tasks.cocoscore import Found
 from openwork.tasks.config import Config, flag, source_of
 from openwork.tasks.objects import CocoImages, ObjectData, Sample, ShapeImages, make_data
 from openwork.tasks.overlay import Marked, overlay
+from openwork.tasks.pasting import paste, run_lengths
 from openwork.tasks.shapes import CLASSES, Shapes, photographs
 from openwork.tasks.task import Picture, Task
+from openwork.tasks.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()
+from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
 
 _TRAIN, _VAL = 640, 100  # generated images of an epoch, and of the validation
 _SHOWN = 4  # validation images in the report
@@ -112,21 +117,21 @@ class DetectorTask(Task):
         _, folder = source_of(config)
         limits = {"limit": config.limit, "limit_val": config.limit_val, "workers": config.workers}
         if folder is None:
-            train, val = (
+            shapes = [
                 ShapeImages(Shapes(photographs(is_train), count, config.image_size), self.masks)
                 for is_train, count in ((True, _TRAIN), (False, _VAL))
-            )
-            return make_data(CLASSES, train, val, **limits)
+            ]
+            return make_data(CLASSES, *shapes, **limits)
         read = [coco.read_part(*paths, masks=self.masks, skip_bad=config.skip_bad) for paths in coco.parts(folder)]
         if read[0].classes != read[1].classes:
             raise ValueError(f"{folder}: training and validation have different categories; they must be the same")
-        train, val = (
+        files = [
             CocoImages(part.entries, config.image_size, config.longest, self.masks, config.upside_down) for part in read
-        )
-        return make_data(read[0].classes, train, val, skipped=sum(part.skipped for part in read), **limits)
+        ]
+        return make_data(read[0].classes, *files, skipped=sum(part.skipped for part in read), **limits)
 
     def build(self, config: Any, data: ObjectData) -> nn.Module:
-        norm = rcnn.FrozenBatchNorm2d if config.frozen_norm else nn.BatchNorm2d
+        norm = FrozenBatchNorm2d if config.frozen_norm else nn.BatchNorm2d
         body = rcnn.resnet_body(config.model, config.width, norm)
         if config.backbone:
             rcnn.load_backbone(body, Path(config.backbone))
@@ -153,6 +158,14 @@ class DetectorTask(Task):
     def records(self, net: nn.Module, batch: Sequence[Sample]) -> list[Found]:
         found = net(images_of(batch))
         return [found_in(sample, each) for sample, each in zip(batch, found, strict=True)]
+
+    def notes(self, config: Any, data: ObjectData) -> dict[str, str]:
+        objects = len(data.truth["annotations"])
+        return {
+            "scores": f"pycocotools {version('pycocotools')}, at most 100 detections an image",
+            "validation": f"{data.val_count} images, {objects} objects, {len(data.classes)} classes",
+            "MACs": "of one image; how many regions reach the heads depends on the image",
+        }
 
     def pictures(self, config: Any, net: nn.Module, data: ObjectData) -> list[Picture]:
         """The first validation images, with what is in them and what the network is sure of."""
@@ -182,41 +195,6 @@ def found_in(sample: Sample, found: dict[str, Tensor]) -> Found:
     )
 
 
-def paste(masks: Tensor, boxes: Tensor, seen: tuple[int, int], size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Masks as the head gives them, (N, 28, 28) in [0, 1], put into boxes (N, 4) of an image of `seen` pixels, at the
-    file's `size`: N of bool (height, width).
-
-    Each pixel's centre takes the interpolated value there. torchvision cuts its training masks half a pixel to the
-    right and below (roi_align without `aligned`), which is undone here; its own pasting rounds boxes to pixels.
-    """
-    for mask, (x1, y1, x2, y2) in zip(masks, boxes.tolist(), strict=True):
-        across = (x1, x2, seen[1] / size[1], size[1], mask.shape[1])
-        down = (y1, y2, seen[0] / size[0], size[0], mask.shape[0])
-        (left, columns), (top, rows) = _samples(*across), _samples(*down)
-        whole = np.zeros(size, bool)
-        whole[top : top + len(rows), left : left + len(columns)] = (rows @ mask @ columns.T).numpy() > 0.5
-        yield whole
-
-
-def _samples(low: float, high: float, step: float, pixels: int, bins: int) -> tuple[int, Tensor]:
-    """Along one axis: the first pixel of the file that a box may reach, and the share of each bin in each pixel from
-    there on, (pixels reached, bins). A pixel of the file is `step` pixels wide."""
-    shifted_low, shifted_high = low + 0.5, high + 0.5
-    first = min(max(0, math.floor(shifted_low / step) - 1), pixels)
-    last = max(first, min(pixels, math.ceil(shifted_high / step) + 1))
-    centres = (torch.arange(first, last) + 0.5) * step
-    at = (centres - shifted_low) / max(high - low, 1e-6) * bins - 0.5
-    inside = ((centres >= shifted_low) & (centres <= shifted_high)).float()
-    shares = (1 - (at.clamp(0, bins - 1)[:, None] - torch.arange(bins)).abs()).clamp(min=0)
-    return first, shares * inside[:, None]
-
-
-def run_lengths(masks: Iterable[np.ndarray]) -> list[dict[str, Any]]:
-    from pycocotools import mask as rle
-
-    return [rle.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
-
-
 def picture(net: nn.Module, sample: Sample, data: ObjectData, number: int) -> Picture:
     """A validation image with what is right, and with what the network is sure of."""
     image, _ = sample
@@ -235,7 +213,7 @@ def picture(net: nn.Module, sample: Sample, data: ObjectData, number: int) -> Pi
     truth = [
         mark(e["bbox"], e["category_id"], data.classes[e["category_id"] - 1], e.get("segmentation")) for e in right
     ]
-    masks = found.masks or [None] * len(found.scores_N)
+    masks: Sequence[Any] = found.masks or [None] * len(found.scores_N)
     said = [
         mark(
             found.boxes_N4[i],

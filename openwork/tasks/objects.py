@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -117,7 +118,7 @@ class ShapeImages:
 
     def truth(self, classes: Sequence[str]) -> dict[str, Any]:
         side = self.shapes.size
-        entries = [coco.Entry(coco.Path(), i, side, side, self._annotations(i)) for i in range(len(self))]
+        entries = [coco.Entry(Path(), i, side, side, self._annotations(i)) for i in range(len(self))]
         return coco.truth(classes, entries, self.masks)
 
     def _annotations(self, index: int) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ class Segmentation(DetectorTask):
     masks = True
 
     def score(self, records: Sequence[Found], data: ObjectData) -> dict[str, float]:
-        scores = {}
+        scores: dict[str, float] = {}
         for what, kind in (("mask", "segm"), ("box", "bbox")):
             found = average_precision(data.truth, records, kind)
             scores |= {f"val_{what}_{key}": found[key] for key in ("ap", "ap50")}
