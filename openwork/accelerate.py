@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from openwork import semistructured
 from openwork.gemms import quiet, run
@@ -73,8 +72,8 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class SparseTensorCores:
-    """The engine of NVIDIA GPUs from compute capability 8.0 on: cuSPARSELt, with the algorithm that its own search finds
-    fastest for each shape. A weight that is packed again after each step is not compared with what comes out again;
+    """The engine of NVIDIA GPUs from compute capability 8.0 on: cuSPARSELt, with the algorithm that its search finds to
+    be fastest for each shape. A weight that is packed again after each step is not compared with what comes out again;
     `check` does that once."""
 
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
@@ -215,8 +214,8 @@ class Product:
     def __reduce__(self) -> tuple[Any, ...]:
         return Product, (self.engine,)
 
-    @torch.compiler.disable
-    def __call__(self, x: Tensor, layer: nn.Module) -> Tensor:
+    def multiply(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """What the layer gives for an input."""
         weight: Any = layer.weight
         bias: Any = layer.bias
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -275,8 +274,11 @@ class _SparseLinear(torch.autograd.Function):
 def _accelerated_class(original: Any, sparse: Any) -> type[nn.Module]:
     """The class of accelerated layers: `sparse`, which reads a masked weight, with another forward."""
 
+    between_graphs: Any = torch.compiler.disable(Product.multiply)  # here, as it imports the compiler
+
     def forward(self: nn.Module, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
-        return self.__dict__["_openwork_product"](input, self)
+        y: Tensor = between_graphs(self.__dict__["_openwork_product"], input, self)
+        return y
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         _, (_, names), state = sparse.__reduce_ex__(self, protocol)
@@ -331,5 +333,7 @@ def _times(engine: Engine, layer: Layer, x: Tensor) -> tuple[float, float]:
 
 
 def _seconds(function: Any) -> float:
+    from torch.utils.benchmark import Timer  # it imports the compiler, which takes long
+
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=_SECONDS).median)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from openwork.candidates import AxisChoice, PatternChoice
-from openwork.deployed import SparseLinear
+from openwork.deployed import PackedLayer
 from openwork.folding import fold_batch_norm, following_relu, replace
 from openwork.gemms import run
 from openwork.parametrization import unwrap
@@ -113,8 +113,7 @@ def _ready(
     axis: AxisChoice,
     stored: torch.dtype | None,
 ) -> tuple[nn.Module, dict[str, Pattern | str], torch.dtype]:
-    """A plain copy in eval mode, for each weight its pattern or why it has none, and the dtype that weights will be
-    stored in."""
+    """A plain copy in eval mode; for each weight its pattern or why it has none; the dtype to store weights in."""
     inner = unwrap(model)
     tensors = [*inner.parameters(), *inner.buffers()]
     where = {each.device for each in tensors}
@@ -158,15 +157,15 @@ def _converted(model: nn.Module, found: Plan, example: Any) -> nn.Module:
             return made
         replace(model, dense, made)
     for encoder in (each for each in model.modules() if isinstance(each, nn.TransformerEncoderLayer)):
-        if any(isinstance(each, SparseLinear) for each in encoder.children()):
+        if any(isinstance(each, PackedLayer) for each in encoder.children()):
             encoder.activation_relu_or_gelu = 0  # torch's fused path would read the dense weights
     return model
 
 
 def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
     """The floating tensors that the model returns, copied, with the random numbers of one seed."""
-    device = _device(model)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else ()), torch.inference_mode():
+    gpus = {each.device.index for each in model.parameters() if each.is_cuda}
+    with torch.random.fork_rng(devices=gpus), torch.inference_mode():
         torch.manual_seed(0)
         found = tree_leaves(run(model, example))
     return [each.clone() for each in found if isinstance(each, Tensor) and each.is_floating_point()]

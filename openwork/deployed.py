@@ -229,7 +229,7 @@ def symmetric_padding(conv: nn.Conv2d | nn.Conv1d) -> list[int]:
 
 
 def _write_dense(module: PackedLayer, state: dict[str, Any], prefix: str, _: object) -> None:
-    bias = state.pop(prefix + "bias", None)  # the order of the layer: weight first
+    bias = state.pop(prefix + "bias", None)  # the order is that of the dense layer
     state[prefix + "weight"] = module.weight
     if bias is not None:
         state[prefix + "bias"] = bias.to(module.dtype)

@@ -24,7 +24,7 @@ from openwork.candidates import known_axis
 from openwork.container import Stored
 from openwork.contents import Contents, opened
 from openwork.deploy import STORED
-from openwork.deployed import Kind, SparseConv2d, SparseLinear, kinds_for
+from openwork.deployed import SparseConv2d, SparseLinear, kinds_for
 from openwork.fileformat import Sparse
 from openwork.folding import foldable, following_relu, fuse
 from openwork.folding import replace as replace_module
@@ -46,7 +46,7 @@ def load_deployed(
     model: nn.Module,
     example: Any,
     *,
-    chosen: Mapping[str, Kind] | None = None,
+    chosen: Mapping[str, str] | None = None,
     stored: torch.dtype = torch.float32,
 ) -> nn.Module:
     """What `ow.deploy` makes of the model in a file, read layer by layer: memory holds the packed layers and one dense
@@ -270,7 +270,7 @@ def _random(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype)
     return torch.empty_strided(shape, stride, dtype=dtype).normal_()
 
 
-def _as_chosen(streamed: _Streamed, chosen: Mapping[str, Kind]) -> Iterator[Layer]:
+def _as_chosen(streamed: _Streamed, chosen: Mapping[str, str]) -> Iterator[Layer]:
     """The layers as `chosen` wants them. Raises ValueError where it names what cannot be."""
     possible = {each.name: kinds_for(layer.weight, each.pattern) for layer, each in streamed.layers.items()}
     for name, kind in chosen.items():
@@ -279,8 +279,8 @@ def _as_chosen(streamed: _Streamed, chosen: Mapping[str, Kind]) -> Iterator[Laye
             raise ValueError(f"chosen: {name!r} by the kernel {kind!r}; for this weight of the file there is: {why}")
     for layer, each in streamed.layers.items():
         shapes = tuple(dict.fromkeys(shape for shape, _, _ in each.inputs))
-        shape, by = tuple(layer.weight.shape), chosen.get(each.name)
-        yield Layer(each.name, shape, each.pattern, shapes, kind=by, reason="as chosen")
+        by = next((kind for kind in possible[each.name] if kind == chosen.get(each.name)), None)
+        yield Layer(each.name, tuple(layer.weight.shape), each.pattern, shapes, kind=by, reason="as chosen")
 
 
 def _settle(streamed: _Streamed, found: Layer, stored: torch.dtype) -> None:

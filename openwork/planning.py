@@ -111,8 +111,8 @@ def measure_layers(
             layers.append(Layer(name, shape, None if isinstance(pattern, str) else pattern, reason=reason))
             continue
         kinds = tuple(gpu_kinds(module, pattern, stored, inputs)) if on_gpu(weight.device) else ()
-        forms = tuple((tuple(x.shape), x.stride()) for x in inputs)
-        alike = (repr(module), shape, weight.dtype, pattern, kinds, forms)
+        calls = tuple((tuple(x.shape), x.stride()) for x in inputs)
+        alike = (repr(module), shape, weight.dtype, pattern, kinds, calls)
         if alike not in times:
             times[alike] = _timed(module, pattern, inputs, stored)
         layers.append(replace(times[alike], name=name, shape=shape))
@@ -142,11 +142,11 @@ def cannot(module: nn.Module, tensor: str, pattern: Pattern, stored: torch.dtype
         return "its groups run along another axis than products sum over"
     if stored == torch.int8 and not weight.isfinite().all():
         return "its weight holds numbers that are not finite, which int8 cannot"
+    if not inputs:
+        return "the example does not reach it"
     others = {str(x.dtype if _plain(x) else x.layout) for x in inputs} - {str(weight.dtype)}
     if others:
         return f"its inputs are {', '.join(sorted(others))}, its weight {weight.dtype}"
-    if not inputs:
-        return "the example does not reach it"
     return "" if not gpu or gpu_kinds(module, pattern, stored, inputs) else _why_not(module, pattern, stored, inputs)
 
 

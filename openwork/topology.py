@@ -57,6 +57,8 @@ class Topology:
         totals = {key: sum(layer[key] for layer in layers.values()) for key in keys}
         if not self._keep:
             self.snapshots = {0: self.snapshots[0]}
+        elif len(self.snapshots) > 1:  # on a GPU stay the first and the last
+            self.snapshots[max(self.snapshots)] = {name: bits.cpu() for name, bits in last.items()}
         self.snapshots[step] = now
         self.records.append({"step": step, **totals, "layers": layers})
         return self.records[-1]

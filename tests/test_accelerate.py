@@ -203,7 +203,7 @@ def test_wrong_models_are_refused():
 
 
 def test_torch_s_own_operators_are_called_as_they_want_it(monkeypatch):
-    """No GPU: in place of cuSPARSELt's operators those of `OnCPU`, at the place where torch's private ones are named."""
+    """No GPU: in place of cuSPARSELt's operators those of `OnCPU`, where torch's private ones are named."""
     stand_in, searched = OnCPU((torch.bfloat16,)), []
 
     def product(x, packed, meta, bias, outputs, algorithm, out):

@@ -15,7 +15,7 @@ from torch import nn
 
 import openwork as ow
 from openwork.deployed import SparseConv2d, SparseLinear
-from openwork.tasks.torchvision_compat import ensure_torchvision
+from openwork.tasks.models import allow_torchvision
 
 X = torch.randn(2, 8, 9, 9)
 
@@ -209,8 +209,7 @@ def test_torchs_fused_encoder_layer_runs_the_sparse_weights(sparse_wins, monkeyp
 
 
 def test_a_model_of_transformers(sparse_wins):
-    pytest.importorskip("torchvision")
-    ensure_torchvision()  # which transformers imports where it is installed
+    allow_torchvision()  # which transformers imports where it is installed
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=2, n_head=2)
     model = transformers.GPT2LMHeadModel(config).eval()

@@ -252,6 +252,23 @@ def test_compiled_training_is_eager_training():
     assert len(graphs) == 1  # refreshing the masks compiles nothing anew
 
 
+@pytest.mark.parametrize(("parts", "scale"), [(2, 1.0), (1, 1024.0), (2, 1024.0)])
+def test_accumulation_and_a_loss_scale_change_nothing(parts, scale):
+    plain, model, data = net(), net(), batches(7)
+    train(plain, data)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+    ow.attach(optimizer, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    for x in data:
+        optimizer.zero_grad()
+        for part in x.chunk(parts):
+            scaler.scale((model(part) - TARGET).square().mean() / parts).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert close(latent(model), latent(plain))
+    assert equal(ow.masks(model), ow.masks(plain))
+
+
 def test_a_skipped_step_does_not_age_the_masks():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
