@@ -79,8 +79,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ow.save(model, Path(folder) / "net.safetensors", pattern="2:4")
         port = free_port()
+        start = time.perf_counter()
         fast = ow.load_deployed(Path(folder) / "net.safetensors", model, x)
         deployment: Any = fast.deployment
+        timed = time.perf_counter()
+        ow.load_deployed(Path(folder) / "net.safetensors", model, x, chosen=deployment.chosen)
+        print(f"deployed in {timed - start:.1f} s, every layer timed; {time.perf_counter() - timed:.1f} s as chosen")
         server = started(Path(folder) / "net.safetensors", deployment.chosen, port)
         address, body = f"http://127.0.0.1:{port}/classify", x.numpy().tobytes()
 

@@ -1,7 +1,7 @@
 """What `deploy` puts in the place of a layer: a module whose weight lies as a kernel reads it. For inference only.
 
 Its state dict is that of the layer it replaced: `weight` dense with zeros, `bias`. So a deployed model is saved and
-loaded like the finalized one, on any machine; loading packs the weight for the machine at hand, unpickling too.
+loaded like a plain one, on any machine; loading packs the weight for the machine at hand, unpickling too.
 """
 
 from __future__ import annotations
@@ -28,18 +28,23 @@ from openwork.ops.products import panel_numbers, rows_numbers
 from openwork.pattern import Pattern
 
 Kind = Literal["panel", "rows"]
-"""Which kernel: lanes that are columns of the input, for many tokens or pixels, or lanes that are outputs, for few."""
+"""Which kernel of a CPU: lanes that are columns of the input, for many tokens or pixels, or lanes that are outputs, for
+few."""
+
+GpuKind = Literal["cusparselt", "cutlass", "gather", "expand"]
+"""Which kernel of a GPU: sparse tensor cores by one library or the other, or the Triton kernels for few tokens."""
 
 
 def packed(weight: Tensor, pattern: Pattern, kind: Kind, stored: torch.dtype) -> Panel | Rows:
     """A weight (O, K) as the kernel of this machine reads it, its values in the dtype `stored`."""
-    scales = None
-    if stored == torch.int8:
-        weight, scales = quantized(weight)
-    weight = weight.detach().to(stored).contiguous()
+    numbers, scales = quantized(weight.detach()) if stored == torch.int8 else (weight.detach().to(stored), None)
+    return _laid_out(numbers, scales, pattern, kind)
+
+
+def _laid_out(numbers: Tensor, scales: Tensor | None, pattern: Pattern, kind: Kind) -> Panel | Rows:
     if kind == "rows":
-        return rows(weight, pattern, lanes=kernels.lanes(), scales=scales)
-    return panel(weight, pattern, columns=kernels.panel_columns(), scales=scales)
+        return rows(numbers.contiguous(), pattern, lanes=kernels.lanes(), scales=scales)
+    return panel(numbers.contiguous(), pattern, columns=kernels.panel_columns(), scales=scales)
 
 
 def kinds_for(weight: Tensor, pattern: Pattern) -> tuple[Kind, ...]:
@@ -47,17 +52,17 @@ def kinds_for(weight: Tensor, pattern: Pattern) -> tuple[Kind, ...]:
     return ("panel", "rows") if weight.ndim == 2 and pattern.m in WINDOWS else ("panel",)
 
 
-class _Packed(nn.Module):
-    """The weight of one layer."""
+class PackedLayer(nn.Module):
+    """The weight of one layer, packed."""
 
-    values: Tensor
-    positions: Tensor
+    kind: str
     scales: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, pattern: Pattern, kind: Kind, stored: torch.dtype):
+    def __init__(self, weight: Tensor, bias: Tensor | None, pattern: Pattern, kind: str, stored: torch.dtype):
         nn.Module.__init__(self)
         self.pattern, self.kind, self.stored, self.dtype = pattern, kind, stored, weight.dtype
+        self.dense_shape = tuple(weight.shape)
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self._pack(weight)
         self.register_state_dict_post_hook(_write_dense)
@@ -65,14 +70,42 @@ class _Packed(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, made anew at each call: what was packed, or its int8 or bfloat16 approximation."""
-        numbers = from_panel(self._layout()) if self.kind == "panel" else from_rows(self._layout())
+        """The dense weight, made anew at each call: what was packed, or its approximation in `stored`."""
+        raise NotImplementedError
+
+    def _pack(self, weight: Tensor) -> None:
+        raise NotImplementedError
+
+    def _to_rows(self, weight: Tensor) -> Tensor:
+        """The layer's weight as (O, K)."""
+        raise NotImplementedError
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _CpuLayer(PackedLayer):
+    """As the native kernels of a CPU read it."""
+
+    kind: Kind
+    values: Tensor
+    positions: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        numbers = self._numbers()
         if self.scales is not None:
             numbers = numbers.float() * self.scales[:, None]
         return self._from_rows(numbers.to(self.dtype))
 
+    def _numbers(self) -> Tensor:
+        """What is packed, as (O, K): of an int8 weight the int8 numbers."""
+        return from_panel(self._layout()) if self.kind == "panel" else from_rows(self._layout())
+
     def _pack(self, weight: Tensor) -> None:
-        layout = packed(self._to_rows(weight), self.pattern, self.kind, self.stored)
+        self._take(packed(self._to_rows(weight.cpu()), self.pattern, self.kind, self.stored))
+
+    def _take(self, layout: Panel | Rows) -> None:
         positions = layout.words if isinstance(layout, Rows) else layout.positions
         for name, tensor in (("values", layout.values), ("positions", positions), ("scales", layout.scales)):
             self.register_buffer(name, tensor, persistent=False)
@@ -86,18 +119,18 @@ class _Packed(nn.Module):
         _, _, tile, columns, O, K = self.numbers
         return Panel(*tensors, (O, K), tile, columns)
 
-    def _to_rows(self, weight: Tensor) -> Tensor:
-        """The layer's weight as (O, K)."""
-        raise NotImplementedError
-
-    def _from_rows(self, rows: Tensor) -> Tensor:
-        raise NotImplementedError
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         here = kernels.lanes() if self.kind == "rows" else kernels.panel_columns()
         if self.numbers[2 if self.kind == "rows" else 3] != here:
-            self._pack(self.weight)
+            self._take(_laid_out(self._numbers(), self.scales, self.pattern, self.kind))
+
+    def _demand_inference(self, x: Tensor) -> None:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__} is for inference, and its input requires grad: call the deployed model under "
+                "torch.inference_mode(), or train the model that was deployed"
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Only moves that keep the packed weight as it is: casts would tear values and positions apart."""
@@ -112,7 +145,7 @@ class _Packed(nn.Module):
         return f"{self.pattern}, {tuple(self.numbers[3 if self.kind == 'rows' else 4 :])}, {self.stored}, {self.kind}"
 
 
-class SparseLinear(_Packed):
+class SparseLinear(_CpuLayer):
     """A linear layer (..., K) -> (..., O) with a packed weight, `relu` applied to the result where set. `transposed`:
     the layer it stands for keeps its weight as (K, O)."""
 
@@ -122,11 +155,12 @@ class SparseLinear(_Packed):
         self.transposed = transposed
         super().__init__(layer.weight, layer.bias, pattern, kind, stored)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name it has in torch
+        self._demand_inference(input)
         rows = self.kind == "rows"
         product = torch.ops.openwork.rows_linear.default if rows else torch.ops.openwork.panel_linear.default
-        y = product(x.float(), self.values, self.positions, self.scales, self.bias, self.numbers, self.relu)
-        return y if x.dtype == torch.float32 else y.to(x.dtype)
+        y = product(input.float(), self.values, self.positions, self.scales, self.bias, self.numbers, self.relu)
+        return y if input.dtype == torch.float32 else y.to(input.dtype)
 
     def _to_rows(self, weight: Tensor) -> Tensor:
         return weight.t() if self.transposed else weight
@@ -135,7 +169,7 @@ class SparseLinear(_Packed):
         return rows.t().contiguous() if self.transposed else rows
 
 
-class SparseConv2d(_Packed):
+class SparseConv2d(_CpuLayer):
     """A convolution (N, C, H, W) -> (N, O, ., .) with a packed weight, in either memory format. A one-dimensional one,
     (N, C, L) with a kernel of one dim, is a convolution of images one pixel high."""
 
@@ -150,16 +184,17 @@ class SparseConv2d(_Packed):
         self.groups, self.channels = conv.groups, conv.in_channels // conv.groups
         super().__init__(conv.weight, conv.bias, pattern, "panel", stored)
 
-    def forward(self, x: Tensor) -> Tensor:
-        unbatched = x.ndim == (2 if self.flat else 3)
-        image = x.unsqueeze(0) if unbatched else x
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name it has in torch
+        self._demand_inference(input)
+        unbatched = input.ndim == (2 if self.flat else 3)
+        image = input.unsqueeze(0) if unbatched else input
         image = image.unsqueeze(2) if self.flat else image
         layout = (self.values, self.positions, self.scales, self.bias, self.numbers)
         geometry = (self.kernel, self.stride, self.padding, self.dilation, self.groups, self.relu)
         y = torch.ops.openwork.panel_conv2d.default(image.float(), *layout, *geometry)
         y = y.squeeze(2) if self.flat else y
         y = y.squeeze(0) if unbatched else y
-        return y if x.dtype == torch.float32 else y.to(x.dtype)
+        return y if input.dtype == torch.float32 else y.to(input.dtype)
 
     def _to_rows(self, weight: Tensor) -> Tensor:
         return conv_rows(weight.unsqueeze(2) if self.flat else weight, self.pattern)
@@ -171,7 +206,7 @@ class SparseConv2d(_Packed):
 
 def demand_undeployed(model: nn.Module, verb: str) -> None:
     """Refuse a deployed model where its weights must be at hand, and say what to do instead."""
-    found = [name for name, module in model.named_modules() if isinstance(module, _Packed)]
+    found = [name for name, module in model.named_modules() if isinstance(module, PackedLayer)]
     if found:
         raise ValueError(
             f"{verb}: {len(found)} layers are deployed ({found[0]}, ...), their weights packed for this machine; "
@@ -193,17 +228,30 @@ def symmetric_padding(conv: nn.Conv2d | nn.Conv1d) -> list[int]:
     return [each // 2 for each in both]
 
 
-def _write_dense(module: _Packed, state: dict[str, Any], prefix: str, _: object) -> None:
+def _write_dense(module: PackedLayer, state: dict[str, Any], prefix: str, _: object) -> None:
+    bias = state.pop(prefix + "bias", None)  # the order is that of the dense layer
     state[prefix + "weight"] = module.weight
-    if module.bias is not None:
-        state[prefix + "bias"] = module.bias.to(module.dtype)
+    if bias is not None:
+        state[prefix + "bias"] = bias.to(module.dtype)
 
 
 def _read_dense(
-    module: _Packed, state: dict[str, Any], prefix: str, _: object, strict: bool, missing: list[str], *rest: object
+    module: PackedLayer,
+    state: dict[str, Any],
+    prefix: str,
+    _: object,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
 ) -> None:
     weight = state.pop(prefix + "weight", None)
     if weight is None:
         missing.append(prefix + "weight")
+    elif tuple(weight.shape) != module.dense_shape:
+        errors.append(f"{prefix}weight is {tuple(weight.shape)}; the layer that was deployed has {module.dense_shape}")
     else:
-        module._pack(weight)
+        try:
+            module._pack(weight)
+        except ValueError as error:
+            errors.append(f"{prefix}weight: {error}; deploy the model that it belongs to")

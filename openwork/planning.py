@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from openwork.deployed import Kind, SparseConv2d, SparseLinear, kinds_for, symmetric_padding
+from openwork import deployed_gpu, semistructured
+from openwork.axis import Axis
+from openwork.deployed import GpuKind, Kind, PackedLayer, SparseConv2d, SparseLinear, kinds_for, symmetric_padding
+from openwork.folding import as_it_was_made
 from openwork.gemms import run
+from openwork.layout import conv_rows
+from openwork.masks import kept_per_group
 from openwork.onednn import prepacked_linear
 from openwork.pattern import Pattern
 from openwork.report import aligned
+
+_CPU = torch.device("cpu")
 
 MARGIN = 0.97
 """A sparse layer is chosen where it takes less than this share of the dense time: below, it may be noise."""
@@ -35,7 +43,7 @@ class Layer:
     dense: float = 0.0
     dense_by: str = ""
     sparse: float = 0.0
-    kind: Kind | None = None
+    kind: Kind | GpuKind | None = None
     reason: str = ""
 
     @property
@@ -46,16 +54,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` measured, layer by layer. `str()` is a table. `whole` are the times of whole models in seconds, which
-    only `deploy` measures."""
+    """What `plan` measured, layer by layer. `str()` is a table. Only `deploy` measures the rest: `whole` are the times
+    of whole models in seconds, `difference` how far the outputs of what it returned are from those of the model it got,
+    on the example: the largest difference over the largest magnitude."""
 
     layers: tuple[Layer, ...]
     stored: torch.dtype
     machine: str
-    whole: Mapping[str, float]
+    whole: Mapping[str, float] = field(default_factory=dict)
+    difference: float | None = None
 
     @property
-    def chosen(self) -> dict[str, Kind]:
+    def chosen(self) -> dict[str, Kind | GpuKind]:
         return {each.name: each.kind for each in self.layers if each.kind}
 
     def __str__(self) -> str:
@@ -63,14 +73,24 @@ class Plan:
         lines = [_cells(each) for each in self.layers]
         whole = [f"whole model, {name}: {seconds * 1e3:.2f} ms" for name, seconds in self.whole.items()]
         summary = f"{len(self.chosen)} of {len(self.layers)} weights run sparse, stored in {self.stored}"
+        if self.difference is not None:
+            whole.append(f"outputs differ from the given model's by {self.difference:.1g} of the largest")
         return "\n".join([self.machine, *aligned(header, lines), summary, *whole])
 
 
-def machine() -> str:
+def machine(device: torch.device = _CPU) -> str:
     """What the times of a plan belong to."""
     import openwork.kernels as kernels
 
+    if on_gpu(device):
+        warned = semistructured.version_warning(device)
+        return semistructured.machine(device) + (f" ({warned})" if warned else "")
     return f"{torch.get_num_threads()} threads, torch {torch.__version__}, {kernels.status()}"
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether layers there take the kernels of a GPU."""
+    return device.type == "cuda"
 
 
 def measure_layers(
@@ -90,15 +110,12 @@ def measure_layers(
         if reason or not isinstance(pattern, Pattern):
             layers.append(Layer(name, shape, None if isinstance(pattern, str) else pattern, reason=reason))
             continue
-        alike = (repr(module), shape, pattern, tuple((tuple(x.shape), x.stride()) for x in inputs))
+        kinds = tuple(gpu_kinds(module, pattern, stored, inputs)) if on_gpu(weight.device) else ()
+        calls = tuple((tuple(x.shape), x.stride()) for x in inputs)
+        alike = (repr(module), shape, weight.dtype, pattern, kinds, calls)
         if alike not in times:
             times[alike] = _timed(module, pattern, inputs, stored)
-        found = times[alike]
-        layers.append(
-            Layer(
-                name, shape, pattern, found.inputs, found.dense, found.dense_by, found.sparse, found.kind, found.reason
-            )
-        )
+        layers.append(replace(times[alike], name=name, shape=shape))
     return tuple(layers)
 
 
@@ -106,9 +123,12 @@ def cannot(module: nn.Module, tensor: str, pattern: Pattern, stored: torch.dtype
     """Why there is no kernel for a weight; empty where there is one."""
     if tensor != "weight" or not has_kernel(module):
         return f"no kernel for {type(module).__name__}.{tensor}"
-    weight = module.weight
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
-        return f"{weight.dtype} on {weight.device}: kernels are for float32 and bfloat16 on a CPU"
+    if not as_it_was_made(module):
+        return "it has hooks, or a forward of its own, which no kernel runs"
+    weight: Any = module.weight
+    gpu = on_gpu(weight.device)
+    if not gpu and (weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16)):
+        return f"{weight.dtype} on {weight.device}: kernels are for float32 and bfloat16 on a CPU, and for NVIDIA GPUs"
     if pattern.n == pattern.m:
         return "the pattern is dense"
     if isinstance(module, nn.Conv1d | nn.Conv2d):
@@ -116,7 +136,46 @@ def cannot(module: nn.Module, tensor: str, pattern: Pattern, stored: torch.dtype
             symmetric_padding(module)
         except ValueError as error:
             return str(error)
-    return "" if inputs else "the example does not reach it"
+        if gpu and module.groups > 1:
+            return f"a convolution in {module.groups} groups: sparse tensor cores multiply one matrix"
+    if int(kept_per_group(_rows(module, pattern), pattern, Axis(1)).max()) > pattern.n:
+        return "its groups run along another axis than products sum over"
+    if stored == torch.int8 and not weight.isfinite().all():
+        return "its weight holds numbers that are not finite, which int8 cannot"
+    if not inputs:
+        return "the example does not reach it"
+    others = {str(x.dtype if _plain(x) else x.layout) for x in inputs} - {str(weight.dtype)}
+    if others:
+        return f"its inputs are {', '.join(sorted(others))}, its weight {weight.dtype}"
+    return "" if not gpu or gpu_kinds(module, pattern, stored, inputs) else _why_not(module, pattern, stored, inputs)
+
+
+def gpu_kinds(module: Any, pattern: Pattern, stored: torch.dtype, inputs: Sequence[Tensor]) -> list[GpuKind]:
+    """The kernels of the GPU that can take a layer."""
+    return [kind for kind, reason in _gpu_reasons(module, pattern, stored, inputs).items() if not reason]
+
+
+def _gpu_reasons(module: Any, pattern: Pattern, stored: torch.dtype, inputs: Sequence[Tensor]) -> dict[GpuKind, str]:
+    rows = max((x.numel() // x.shape[-1] for x in inputs), default=0)
+    transposed = _is_hf_conv1d(module)
+    kinds = get_args(GpuKind)
+    return {kind: deployed_gpu.cannot(module, pattern, kind, stored, rows, transposed=transposed) for kind in kinds}
+
+
+def _why_not(module: Any, pattern: Pattern, stored: torch.dtype, inputs: Sequence[Tensor]) -> str:
+    return "; ".join(dict.fromkeys(_gpu_reasons(module, pattern, stored, inputs).values()))
+
+
+def _plain(x: Tensor) -> bool:
+    return x.layout is torch.strided and not x.is_nested
+
+
+def _rows(module: Any, pattern: Pattern) -> Tensor:
+    """A layer's weight as that of a product: (O, K)."""
+    weight: Tensor = module.weight
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return conv_rows(weight.unsqueeze(2) if weight.ndim == 3 else weight, pattern)
+    return weight.t() if _is_hf_conv1d(module) else weight
 
 
 def has_kernel(module: nn.Module) -> bool:
@@ -124,8 +183,10 @@ def has_kernel(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)
 
 
-def sparse_module(module: Any, pattern: Pattern, kind: Kind, stored: torch.dtype) -> SparseLinear | SparseConv2d:
+def sparse_module(module: Any, pattern: Pattern, kind: Any, stored: torch.dtype) -> PackedLayer:
     """What stands in for a layer."""
+    if kind in get_args(GpuKind):
+        return deployed_gpu.gpu_module(module, pattern, kind, stored, transposed=_is_hf_conv1d(module))
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return SparseConv2d(module, pattern, stored)
     return SparseLinear(module, pattern, kind, stored, transposed=_is_hf_conv1d(module))
@@ -148,21 +209,77 @@ def fastest(variants: Mapping[str, Callable[[], object]], seconds: float = 0.1) 
     return {name: statistics.median(each) for name, each in times.items()}
 
 
+def fastest_on_gpu(
+    variants: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 30
+) -> dict[str, float]:
+    """The median time of each on the GPU, in seconds, by its own clock. They take turns. Before each, memory is written
+    that fills the GPU's cache: so weights come from memory, as between layers of a network, and launching, which a
+    graph or a compiler saves, is hidden behind it."""
+    waste = torch.empty(2**28, dtype=torch.uint8, device=device)
+    for each in [*variants.values()] * 3:
+        each()
+    marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, each in variants.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            waste.zero_()
+            start.record()
+            each()
+            stop.record()
+            marks[name].append((start, stop))
+    torch.cuda.synchronize(device)
+    return {name: statistics.median(a.elapsed_time(b) for a, b in pairs) / 1e3 for name, pairs in marks.items()}
+
+
+def finished(call: Callable[[], object]) -> Callable[[], object]:
+    """The call, waited for on the GPU."""
+
+    def whole() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return whole
+
+
+def as_graph(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a captured CUDA graph: what replays it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def _clock(device: torch.device) -> Callable[[Mapping[str, Callable[[], object]]], dict[str, float]]:
+    return functools.partial(fastest_on_gpu, device=device) if device.type == "cuda" else fastest
+
+
 def _timed(module: nn.Module, pattern: Pattern, inputs: list[Tensor], stored: torch.dtype) -> Layer:
     weight: Any = module.weight
     oriented = weight.t() if _is_hf_conv1d(module) else weight
-    kinds = kinds_for(oriented, pattern)
-    totals: Counter[str] = Counter()
+    gpu = on_gpu(weight.device)
+    kinds: Sequence[str] = gpu_kinds(module, pattern, stored, inputs) if gpu else kinds_for(oriented, pattern)
+    measured: Counter[str] = Counter()
     shapes = Counter(tuple(x.shape) for x in inputs)
-    made = {kind: sparse_module(module, pattern, kind, stored) for kind in kinds}
-    for shape, calls in shapes.items():
-        x = next(each for each in inputs if tuple(each.shape) == shape)
+    examples = [next(x for x in inputs if tuple(x.shape) == shape) for shape in shapes]
+    made, failed = _made(module, pattern, kinds, stored, examples)
+    totals: Counter[str] = Counter()
+    for x, calls in zip(examples, shapes.values(), strict=True):
         variants: dict[str, Callable[[], object]] = dict(_dense_variants(module, oriented, x))
         variants |= {kind: _call(each, x) for kind, each in made.items()}
-        for name, seconds in fastest(variants).items():
+        for name, seconds in _clock(weight.device)(variants).items():
             totals[name] += seconds * calls  # type: ignore[assignment]
-    dense_by = min((name for name in totals if name not in kinds), key=lambda name: totals[name])
-    kind = min(kinds, key=lambda name: totals[name])
+            measured[name] += 1
+    everywhere = [name for name in totals if measured[name] == len(shapes)]
+    dense_by = min((name for name in everywhere if name not in kinds), key=lambda name: totals[name])
+    if not made:
+        return Layer("", (), pattern, tuple(shapes), float(totals[dense_by]), dense_by, reason=failed)
+    kind: Any = min(made, key=lambda name: totals[name])
     dense, sparse = float(totals[dense_by]), float(totals[kind])
     wins = sparse < MARGIN * dense
     return Layer(
@@ -178,9 +295,40 @@ def _timed(module: nn.Module, pattern: Pattern, inputs: list[Tensor], stored: to
     )
 
 
+def _made(
+    module: nn.Module, pattern: Pattern, kinds: Sequence[str], stored: torch.dtype, examples: Sequence[Tensor]
+) -> tuple[dict[str, PackedLayer], str]:
+    """The layer by each kind, ready to run, and why others are not: torch's private operators may refuse."""
+    made: dict[str, PackedLayer] = {}
+    failed: list[str] = []
+    for kind in kinds:
+        layer = _tried(module, pattern, kind, stored, examples)
+        if isinstance(layer, str):
+            failed.append(f"{kind}: {layer}")
+        else:
+            made[kind] = layer
+    return made, "; ".join(failed)
+
+
+def _tried(
+    module: nn.Module, pattern: Pattern, kind: str, stored: torch.dtype, examples: Sequence[Tensor]
+) -> PackedLayer | str:
+    """The layer by one kind, or the error of the GPU's libraries."""
+    if kind not in get_args(GpuKind):
+        return sparse_module(module, pattern, kind, stored)
+    try:
+        layer: Any = sparse_module(module, pattern, kind, stored)
+        for x in examples:
+            layer.search(x)
+            layer(x)
+    except (RuntimeError, NotImplementedError) as error:
+        return " ".join(str(error).split())[:160]
+    return layer
+
+
 def _dense_variants(module: nn.Module, weight: Tensor, x: Tensor) -> dict[str, Callable[[], object]]:
     variants: dict[str, Callable[[], object]] = {"torch": _call(module, x)}
-    if weight.ndim == 2:
+    if weight.ndim == 2 and weight.device.type == "cpu":
         flat = x.reshape(-1, x.shape[-1])
         prepacked = prepacked_linear(weight.detach(), getattr(module, "bias", None), len(flat))
         if prepacked is not None and x.dtype == weight.dtype:
@@ -203,15 +351,17 @@ def _inputs(model: nn.Module, example: Any) -> dict[str, list[Tensor]]:
     seen: dict[str, list[Tensor]] = {}
 
     def note(name: str) -> Any:
-        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if arguments and isinstance(arguments[0], Tensor):
-                known = [x for x in seen.setdefault(name, []) if x.shape == arguments[0].shape]
-                seen[name].append(known[0] if known else arguments[0].detach())
+        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+            x = (*arguments, *keywords.values())[0]
+            alike = [each for each in seen.setdefault(name, []) if _plain(x) and _plain(each) and _alike(each, x)]
+            seen[name].append(alike[0] if alike else x.detach())  # one of each kind is held
 
         return hook
 
     hooks = [
-        module.register_forward_pre_hook(note(name)) for name, module in model.named_modules() if has_kernel(module)
+        module.register_forward_pre_hook(note(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if has_kernel(module)
     ]
     try:
         run(model, example)
@@ -219,6 +369,10 @@ def _inputs(model: nn.Module, example: Any) -> dict[str, list[Tensor]]:
         for hook in hooks:
             hook.remove()
     return seen
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.dtype == y.dtype
 
 
 def _is_hf_conv1d(module: nn.Module) -> bool:

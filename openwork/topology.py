@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from openwork.metrics import pack, packed_sad
+from openwork.ops import pack_list, packed_sad_list
 
 _SPANS = ("start", "last", "step")
 
@@ -49,15 +49,16 @@ class Topology:
         now = _packed(after)
         last = self.snapshots[max(self.snapshots)]
         others = {"start": self.snapshots[0], "last": last, "step": _packed(before)}
-        layers = {
-            name: {"weights": self._weights[name]}
-            | {f"sad_{span}": packed_sad(bits[name], now[name]) for span, bits in others.items()}
-            for name in now
-        }
+        layers: dict[str, dict[str, int]] = {name: {"weights": self._weights[name]} for name in now}
+        for span, bits in others.items():
+            for name, count in _sads(bits, now).items():
+                layers[name][f"sad_{span}"] = count
         keys = ("weights", *(f"sad_{span}" for span in others))
         totals = {key: sum(layer[key] for layer in layers.values()) for key in keys}
         if not self._keep:
             self.snapshots = {0: self.snapshots[0]}
+        elif len(self.snapshots) > 1:  # on a GPU stay the first and the last
+            self.snapshots[max(self.snapshots)] = {name: bits.cpu() for name, bits in last.items()}
         self.snapshots[step] = now
         self.records.append({"step": step, **totals, "layers": layers})
         return self.records[-1]
@@ -67,7 +68,7 @@ class Topology:
         missing = [step for step in (a, b) if step not in self.snapshots]
         if missing:
             raise ValueError(f"no masks of steps {missing}; there are {sorted(self.snapshots)} (all, with keep=True)")
-        found = {name: packed_sad(bits, self.snapshots[b][name]) for name, bits in self.snapshots[a].items()}
+        found = _sads(self.snapshots[a], self.snapshots[b])
         return found | {"": sum(found.values())}
 
     def scalars(self) -> dict[str, float]:
@@ -79,8 +80,9 @@ class Topology:
         return sads | {f"churn/{span}": last[f"sad_{span}"] / last["weights"] for span in _SPANS}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that an exact resume needs."""
-        return {"records": list(self.records), "snapshots": dict(self.snapshots), "weights": dict(self._weights)}
+        """Everything that an exact resume needs, on the CPU."""
+        snapshots = {step: {name: bits.cpu() for name, bits in masks.items()} for step, masks in self.snapshots.items()}
+        return {"records": list(self.records), "snapshots": snapshots, "weights": dict(self._weights)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()` of a run of the same model."""
@@ -100,4 +102,21 @@ class Topology:
 
 
 def _packed(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: pack(mask).cpu() for name, mask in masks.items()}
+    """The bits of each mask, where the mask is."""
+    return dict(_by_device(masks, masks, lambda kept, _: pack_list(kept)))
+
+
+def _sads(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, int]:
+    """SAD of each mask of `b` from that of `a`, which may come from a checkpoint and lie elsewhere."""
+    return dict(_by_device(a, b, packed_sad_list))
+
+
+def _by_device(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], function: Callable[[list[Tensor], list[Tensor]], list[Any]]
+) -> Iterator[tuple[str, Any]]:
+    """What `function` makes of all pairs of tensors on one device, by name, in the order of `b`."""
+    found: dict[str, Any] = dict.fromkeys(b)
+    for device in {each.device for each in b.values()}:
+        here = {name: each for name, each in b.items() if each.device == device}
+        found |= zip(here, function([a[name].to(device) for name in here], list(here.values())), strict=True)
+    yield from found.items()

@@ -75,18 +75,21 @@ class Rows:
 
     def pytest_sessionfinish(self):
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        found = {"rows": self.rows, "left out": self.left_out, "versions": _versions(self.rows)}
+        found = {"rows": self.rows, "left out": self.left_out, "packages": _versions(self.rows), "machine": _machine()}
         self.file.write_text(json.dumps(found, indent=1))
 
 
 def _versions(rows):
-    """Of the packages that matter to some row, with the machine."""
+    """Of the packages that matter to some row."""
     packages = {"numpy", "torch", *(name for each in rows for name in each.get("packages", ()))}
-    listed = ", ".join(f"{name} {version(name)}" for name in sorted(packages))
+    return [f"{name} {version(name)}" for name in sorted(packages)]
+
+
+def _machine():
     info = Path("/proc/cpuinfo")
     names = [each for each in info.read_text().splitlines() if each.startswith("model name")] if info.exists() else []
     processor = names[0].split(":", 1)[1].strip() if names else platform.machine()
-    return f"{listed}, Python {platform.python_version()}, on {os.cpu_count()} cores of {processor}"
+    return f"Python {platform.python_version()}, on {os.cpu_count()} cores of {processor}"
 
 
 def pytest_configure(config):

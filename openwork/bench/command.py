@@ -101,9 +101,13 @@ def plan(words: Sequence[str]) -> int:
     add("--file", help="weights written by ow.save, instead of random ones projected to --pattern")
     add("--pattern", default="2:4", metavar="N:M")
     add("--batch", type=int, default=1)
-    add("--stored", default="float32", choices=["float32", "bfloat16", "int8"])
+    kept = "dtype of the sparse weights (default: float32 on a CPU, bfloat16 on a GPU, where the model is in it)"
+    add("--stored", choices=["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"], help=kept)
+    add("--device", default="cpu", help="cpu or cuda")
     add("--threads", type=int, default=torch.get_num_threads())
     asked = parser.parse_args(words)
+    if torch.device(asked.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {asked.device}: torch {torch.__version__} sees no GPU here")
     torch.set_num_threads(asked.threads)
     from openwork.checkpoint import load
     from openwork.deploy import plan as measure
@@ -112,8 +116,10 @@ def plan(words: Sequence[str]) -> int:
     model, example = models.build(asked.model, asked.batch)
     if asked.file:
         load(asked.file, into=model)
-        print(measure(model, example, stored=getattr(torch, asked.stored)))
     else:
         project(model, asked.pattern)
-        print(measure(model, example, pattern=asked.pattern, stored=getattr(torch, asked.stored)))
+    if asked.device != "cpu":
+        model, example = model.to(asked.device, torch.bfloat16), example.to(asked.device, torch.bfloat16)
+    stored = getattr(torch, asked.stored) if asked.stored else None
+    print(measure(model, example, pattern=None if asked.file else asked.pattern, stored=stored))
     return 0

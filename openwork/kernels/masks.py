@@ -1,44 +1,52 @@
-"""The mask operators on a CPU with the native library: one pass over the weight where it lies."""
+"""The mask operators on a CPU with the native library: one pass over the weight where it lies.
+
+Those for CUDA tensors are in `openwork.kernels.triton`; here stands what leads to them.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import math
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from openwork.axis import Axis
+from openwork.kernels import triton
+from openwork.kernels.groups import groups_in_memory
 from openwork.kernels.native import DTYPES, Groups, library
-from openwork.ops.masks import _add_decayed, _keep_largest, _prune, demand_alike, for_operator, parsed
+from openwork.ops.masks import (
+    _add_decayed,
+    _add_decayed_list,
+    _keep_largest,
+    _keep_largest_list,
+    _prune,
+    demand_alike,
+    for_operator,
+    parsed,
+)
+from openwork.ops.metrics import _pack_list, _packed_sad_list
+from openwork.ops.thin import thin_linear as _thin_linear
+from openwork.ops.transposable import _keep_transposable
 
 _HERE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.compiler.assume_constant_result
-def _loaded() -> bool:
-    return library() is not None
+def _loaded(device: str) -> bool:
+    return library() is not None if device == "cpu" else triton.available()
 
 
 def in_one_pass(weight: Tensor) -> bool:
     """Whether `openwork.ops.prune` and `add_decayed` read this weight once, instead of making a mask first."""
-    return _loaded() and for_operator(weight) and weight.dtype in _HERE
+    return for_operator(weight) and weight.dtype in _HERE and _loaded(weight.device.type)
 
 
-def groups_in_memory(weight: Tensor, n: int, m: int, axis: Axis) -> Groups | None:
-    """How the groups of a weight lie in its memory, whatever the order of its dims there; None where they do not lie in
-    three nested loops: views with gaps or overlaps, flat groups of a weight that is not contiguous."""
-    if axis.flat:
-        return Groups(1, weight.numel(), 1, n, m) if weight.is_contiguous() else None
-    order = sorted(range(weight.ndim), key=lambda dim: (weight.stride(dim), weight.shape[dim] != 1), reverse=True)
-    sizes = [weight.shape[dim] for dim in order]
-    if any(weight.stride(d) != math.prod(sizes[i + 1 :]) for i, d in enumerate(order) if weight.shape[d] != 1):
-        return None
-    at = order.index(axis.dim)
-    length = sizes[at] // axis.blocks
-    return Groups(math.prod(sizes[:at]) * axis.blocks, length, math.prod(sizes[at + 1 :]), n, m)
+def takes_lists(weight: Tensor) -> bool:
+    """Whether the operators on lists are one launch for weights like this one, instead of one for each."""
+    return weight.is_cuda
 
 
 def keep_largest(score: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> Tensor:
@@ -82,7 +90,30 @@ def _native(weight: Tensor, *where: Any) -> tuple[Any, Groups | None]:
 
 
 def register(operators: Any) -> None:
-    """Register them for the CPU on the library that `openwork.ops` opened."""
+    """Register them for the CPU and for CUDA on the library that `openwork.ops` opened."""
     faster: dict[str, Callable[..., Any]] = {"keep_largest": keep_largest, "prune": prune, "add_decayed": add_decayed}
     for name, function in faster.items():
         operators.impl(name, function, "CPU")
+    for name in ON_CUDA:
+        operators.impl(name, functools.partial(_on_cuda, name), "CUDA")
+
+
+ON_CUDA: dict[str, tuple[str, Callable[..., Any]]] = {
+    "keep_largest": ("masks", _keep_largest),
+    "prune": ("masks", _prune),
+    "add_decayed": ("masks", _add_decayed),
+    "keep_largest_list": ("masks", _keep_largest_list),
+    "add_decayed_list": ("masks", _add_decayed_list),
+    "pack_list": ("bits", _pack_list),
+    "packed_sad_list": ("bits", _packed_sad_list),
+    "thin_linear": ("thin", _thin_linear),
+    "keep_transposable": ("transposable", _keep_transposable),
+}
+
+
+def _on_cuda(name: str, *arguments: Any) -> Any:
+    """The Triton kernel of this name, imported now, or the reference where there is no Triton."""
+    file, plain = ON_CUDA[name]
+    if not triton.available():
+        return plain(*arguments)
+    return getattr(importlib.import_module(f"openwork.kernels.triton.{file}"), name)(*arguments)

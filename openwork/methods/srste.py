@@ -9,6 +9,7 @@ multiplies it. Here `attach` adds it, outside autograd.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -49,3 +50,8 @@ class SRSTE:
 
     def add_term_in_one_pass(self, gradient: Tensor, weight: Tensor, pattern: Pattern, axis: Axis) -> None:
         ops.add_decayed(gradient, weight, self.decay, pattern, axis)
+
+    def add_terms_in_one_pass(
+        self, gradients: Sequence[Tensor], weights: Sequence[Tensor], pattern: Pattern, axes: Sequence[Axis]
+    ) -> None:
+        ops.add_decayed_list(gradients, weights, self.decay, pattern, axes)

@@ -5,6 +5,7 @@ A compiler calls these instead of tracing into them. The axis travels as three n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,12 +17,18 @@ from openwork.masks import prune as select
 from openwork.pattern import Pattern
 
 RANKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Where = tuple[int, int, bool]
+"""The fields of `Axis`, as operators take them: dim, blocks, flat."""
+
 _WHERE = "int n, int m, int dim, int blocks, bool flat"
+_WHERE_EACH = "int n, int m, int[] dims, int[] blocks, bool[] flat"
 
 library = torch.library.Library("openwork", "FRAGMENT")
 library.define(f"keep_largest(Tensor score, {_WHERE}) -> Tensor")
 library.define(f"prune(Tensor weight, {_WHERE}) -> Tensor")
 library.define(f"add_decayed(Tensor(a!) gradient, Tensor weight, float rate, {_WHERE}) -> ()")
+library.define(f"keep_largest_list(Tensor[] scores, {_WHERE_EACH}) -> Tensor[]")
+library.define(f"add_decayed_list(Tensor(a!)[] gradients, Tensor[] weights, float rate, {_WHERE_EACH}) -> ()")
 
 
 def keep_largest(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
@@ -49,14 +56,33 @@ def add_decayed(gradient: Tensor, weight: Tensor, rate: float, pattern: Pattern,
         torch.ops.openwork.add_decayed.default(gradient, weight, rate, *_numbers(pattern, axis))
 
 
+def keep_largest_list(scores: Sequence[Tensor], pattern: Pattern, axes: Sequence[Axis]) -> list[Tensor]:
+    """`keep_largest` of many weights that share a pattern: on a GPU in one launch."""
+    masks: list[Tensor] = torch.ops.openwork.keep_largest_list.default(list(scores), *_numbers_each(pattern, axes))
+    return masks
+
+
+def add_decayed_list(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor], rate: float, pattern: Pattern, axes: Sequence[Axis]
+) -> None:
+    """`add_decayed` for many weights that share a pattern: on a GPU in one launch."""
+    where = _numbers_each(pattern, axes)
+    torch.ops.openwork.add_decayed_list.default(list(gradients), list(weights), rate, *where)
+
+
 def for_operator(tensor: Tensor) -> bool:
-    """Whether the tensor is a plain one on the CPU: elsewhere comparisons fuse, subclasses have their own rules."""
+    """Whether the tensor is a plain one, for which there are operators: subclasses have their own rules."""
     plain = torch.compiler.is_compiling() or type(tensor) in (Tensor, torch.nn.Parameter)
-    return plain and tensor.device.type == "cpu" and tensor.dtype in RANKED
+    return plain and tensor.device.type in ("cpu", "cuda") and tensor.dtype in RANKED
 
 
 def _numbers(pattern: Pattern, axis: Axis) -> tuple[int, int, int, int, bool]:
     return pattern.n, pattern.m, axis.dim, axis.blocks, axis.flat
+
+
+def _numbers_each(pattern: Pattern, axes: Sequence[Axis]) -> tuple[int, int, list[int], list[int], list[bool]]:
+    dims, blocks, flat = [a.dim for a in axes], [a.blocks for a in axes], [a.flat for a in axes]
+    return pattern.n, pattern.m, dims, blocks, flat
 
 
 def parsed(weight: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> tuple[Pattern, Axis]:
@@ -90,6 +116,40 @@ def _add_decayed(gradient: Tensor, weight: Tensor, rate: float, *where: Any) -> 
     demand_alike(gradient, weight)
     keep = definition(weight.abs(), *parsed(weight, *where))
     gradient.add_(select(weight, ~keep).mul_(rate))
+
+
+@torch.library.impl(library, "keep_largest_list", "CompositeExplicitAutograd")
+def _keep_largest_list(
+    scores: list[Tensor], n: int, m: int, dims: list[int], blocks: list[int], flat: list[bool]
+) -> list[Tensor]:
+    keep = torch.ops.openwork.keep_largest.default
+    return [keep(score, n, m, *where) for score, *where in zip(scores, dims, blocks, flat, strict=True)]
+
+
+@torch.library.impl(library, "add_decayed_list", "CompositeExplicitAutograd")
+def _add_decayed_list(
+    gradients: list[Tensor],
+    weights: list[Tensor],
+    rate: float,
+    n: int,
+    m: int,
+    dims: list[int],
+    blocks: list[int],
+    flat: list[bool],
+) -> None:
+    add = torch.ops.openwork.add_decayed.default
+    for gradient, weight, *where in zip(gradients, weights, dims, blocks, flat, strict=True):
+        add(gradient, weight, rate, n, m, *where)
+
+
+@torch.library.register_fake("openwork::keep_largest_list")
+def _(scores: list[Tensor], *where: Any) -> list[Tensor]:
+    return [torch.empty_like(score, dtype=torch.bool) for score in scores]
+
+
+@torch.library.register_fake("openwork::add_decayed_list")
+def _(gradients: list[Tensor], *where: Any) -> None:
+    return None
 
 
 @torch.library.register_fake("openwork::keep_largest")

@@ -23,7 +23,7 @@ from openwork.tasks.config import Config
 from openwork.tasks.draws import batch_indices, seed_step
 from openwork.tasks.models import allow_torchvision
 from openwork.tasks.rundir import RunDir
-from openwork.tasks.sharding import shard
+from openwork.tasks.sharding import shard, share_statistics
 from openwork.tasks.stepping import Batches, Stopwatch, lr_factor
 from openwork.tasks.task import Task
 
@@ -155,6 +155,8 @@ class TaskModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._watch.skip()
         self._records: list[Any] = []
+        if self._sharded:
+            share_statistics(self.net)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._records += self.task.records(self.net, batch)
@@ -229,6 +231,7 @@ def build_trainer(config: Config, out: Path, callbacks: Sequence[pl.Callback] = 
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=config.progress,
+        check_val_every_n_epoch=config.validate_every,
         reload_dataloaders_every_n_epochs=1,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,

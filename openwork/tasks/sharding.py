@@ -6,14 +6,15 @@ A sharded network cannot be finalized. So training works on a sharded one, and i
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from openwork.sharded import placed_like
 from openwork.tasks.config import FSDP2, Common
 
 
@@ -42,10 +43,22 @@ def whole_twin(config: Common, net: nn.Module) -> nn.Module:
     return copy.deepcopy(net) if config.strategy == FSDP2 else net
 
 
+def load_whole(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load whole tensors into a sharded network; each process takes its part, and nothing travels."""
+    sharded = net.state_dict()
+    net.load_state_dict({name: placed_like(tensor, sharded[name]) for name, tensor in state.items()})
+
+
+def share_statistics(net: nn.Module) -> None:
+    """Give all processes the running statistics of the first: each saw other samples, and its own are saved."""
+    for buffer in net.buffers():
+        if buffer.is_floating_point():
+            dist.broadcast(buffer, 0)
+
+
 def gather(net: nn.Module, twin: nn.Module) -> nn.Module:
     """The whole twin with the weights of `net`, the same on all processes. Each of them must ask."""
     if twin is not net:
         twin.load_state_dict(get_model_state_dict(net, options=StateDictOptions(full_state_dict=True)))
-        for tensor in twin.state_dict().values():  # running statistics differ, as each saw other samples
-            dist.broadcast(tensor, 0)
+        share_statistics(twin)
     return twin

@@ -5,7 +5,10 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-GROUPS = ("Loop", "Optimizer", "Precision", "Memory and functions", "Compilation", "Two processes", "Trainers")
+GROUPS = (
+    *("Loop", "Optimizer", "Precision", "Memory and functions", "Compilation", "Two processes", "Trainers"),
+    *("Averages", "Adapters", "Quantization", "Export"),
+)
 HEAD = """# Works with
 
 Made by `make works-with` from the results of tests; nothing here that no test ran. A line of "What works" is a test
@@ -57,9 +60,14 @@ def place(row):
     return f"`{file.removeprefix('tests/').removesuffix('.py')}` `{name}`"
 
 
+def run_with(files):
+    """The packages and machines of all results, each once."""
+    packages = sorted({package for file in files for package in file["packages"]})
+    return "; ".join([", ".join(packages), *dict.fromkeys(file["machine"] for file in files)])
+
+
 if __name__ == "__main__":
     files = [json.loads(Path(each).read_text()) for each in sys.argv[1:]]
     for each in [what for file in files for what in file["left out"]]:
         print(each, file=sys.stderr)
-    run_with = "; ".join(dict.fromkeys(file["versions"] for file in files))
-    print(page([row for file in files for row in file["rows"]], run_with), end="")
+    print(page([row for file in files for row in file["rows"]], run_with(files)), end="")

@@ -4,7 +4,7 @@ import ast
 import re
 from pathlib import Path
 
-from works_with.page import line, page
+from works_with.page import line, page, run_with
 
 TESTS = Path(__file__).parents[1]
 PAGE = TESTS.parent / "docs" / "works-with.md"
@@ -45,3 +45,8 @@ def test_a_line_shows_what_was_found():
         text.index("## What works") < text.index("| plain |") < text.index("## What does not") < text.index("| bad |")
     )
     assert "| bad | ValueError: a / b | `a/test_b` `test_d` |" in text
+
+
+def test_several_results_make_one_list_of_versions():
+    one, other = ({"packages": ["torch 1", name], "machine": "a machine"} for name in ("b 2", "a 3"))
+    assert run_with([one, other]) == "a 3, b 2, torch 1; a machine"

@@ -1,0 +1,100 @@
+"""Compile the Triton kernels to machine code for GPUs that are not here: python compile_kernels.py 80 90 100.
+
+Prints a line for each kernel and GPU: bytes of code, registers, spilled registers, and how wide global loads are.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import torch
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_kernel
+
+from openwork.kernels.triton import bits, masks, thin, transposable
+from openwork.kernels.triton.floats import KINDS, WORDS
+from openwork.ops.thin import index_bits
+from openwork.pattern import Pattern
+
+UNFUSED = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def mask_kernel(task: int, dtype: torch.dtype, n: int, m: int, whole: bool) -> tuple:
+    """`_one` for a weight; addresses and sizes are multiples of 16, as torch's are."""
+    word = "*i32" if dtype == torch.float32 else "*i16"
+    out = "*u8" if task == masks.KEEP else word
+    padded = 1 << (m - 1).bit_length()
+    fixed = {"N": n, "M": m, "MP": padded, "P": max(1, 1024 // padded), "WHOLE": whole, "TASK": task}
+    fixed |= {"INFINITY": masks._INFINITY[dtype], "KIND": KINDS[dtype]}
+    types = {"weight": word, "out": out, "lanes": "i32", "length": "i32", "inner": "i32", "rate": "fp32"}
+    return masks._one, types, fixed, ("weight", "out", "lanes"), UNFUSED
+
+
+def list_kernel(task: int, dtype: torch.dtype, n: int, m: int) -> tuple:
+    _, _, fixed, _, _ = mask_kernel(task, dtype, n, m, True)
+    fixed.pop("WHOLE")
+    word = WORDS[dtype]
+    fixed |= {"BITS": word, "OUT": tl.uint8 if task == masks.KEEP else word}
+    return masks._many, {"rows": "*i64", "owner": "*i32", "rate": "fp32"}, fixed, ("rows", "owner"), UNFUSED
+
+
+KERNELS = {
+    "prune 2:4 float32": mask_kernel(masks.PRUNE, torch.float32, 2, 4, True),
+    "term 2:4 bfloat16": mask_kernel(masks.DECAY, torch.bfloat16, 2, 4, True),
+    "mask 3:20 float16, strided": mask_kernel(masks.KEEP, torch.float16, 3, 20, False),
+    "terms of a list 2:4 float32": list_kernel(masks.DECAY, torch.float32, 2, 4),
+    "pack": (bits._pack, {"rows": "*i64", "owner": "*i32"}, {"B": 1024}, ("rows", "owner"), {}),
+    "differ": (bits._differ, {"rows": "*i64", "owner": "*i32", "counts": "*i64"}, {"B": 1024}, ("rows", "owner"), {}),
+}
+
+
+def thin_kernel(name: str, dtype: torch.dtype, n: int, m: int, rows: int) -> tuple:
+    function, expand = getattr(thin, name), name == "_expand"
+    BO, BG = thin.tile(n, m, rows, expand)
+    types = dict.fromkeys(("x", "values"), "*i16") | {"words": "*i32", "parts": "*fp32"}
+    types |= dict.fromkeys(("B", "K", "OP", "groups", "share"), "i32")
+    fixed = {"N": n, "M": m, "BITS": index_bits(Pattern(n, m)), "KIND": KINDS[dtype], "BG": BG, "BO": BO}
+    fixed |= {"MP": 1 << (m - 1).bit_length()} if expand else {"BP": 1 << (rows - 1).bit_length()}
+    return function, types, fixed, ("x", "values", "words", "parts", "K", "OP"), {"num_warps": 4}
+
+
+TILES = {"score": "*bf16", "keep": "*u8"} | dict.fromkeys(("tiles", "tiles_in", "tiles_out"), "i32")
+TILES |= dict.fromkeys(("outer_step", "out_step", "in_step", "inner"), "i32")
+FINISH = {"parts": "*fp32", "bias": "*i16", "y": "*i16"} | dict.fromkeys(("B", "O", "OP", "count"), "i32")
+
+KERNELS |= {
+    "gather 2:4 bfloat16, 1 row": thin_kernel("_gather", torch.bfloat16, 2, 4, 1),
+    "gather 1:16 float16, 16 rows": thin_kernel("_gather", torch.float16, 1, 16, 16),
+    "expand 2:4 bfloat16": thin_kernel("_expand", torch.bfloat16, 2, 4, 16),
+    "finish": (
+        thin._finish, FINISH, {"BIAS": True, "RELU": True, "KIND": KINDS[torch.bfloat16], "BO": 256}, ("parts",), {},
+    ),
+    "transposable bfloat16": (
+        transposable._keep, TILES, {"B": transposable._TILES}, ("score", "keep"), {"num_warps": 4},
+    ),
+}  # fmt: skip
+
+
+def compiled(kernel: tuple, capability: int):
+    function, types, fixed, aligned, options = kernel
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=attributes)
+    return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def main() -> None:
+    for capability in map(int, sys.argv[1:]):
+        for name, kernel in KERNELS.items():
+            made = compiled(kernel, capability)
+            ptx = made.asm["ptx"]
+            wide = sorted(set(re.findall(r"ld\.global[a-zA-Z0-9_:.]*?\.(v\d\.b\d+|b\d+)", ptx)))
+            fused = len(re.findall(r"\bfma\.", ptx))
+            print(f"sm_{capability} {name}: {len(made.asm['cubin'])} bytes, loads {' '.join(wide)}, {fused} fma")
+
+
+if __name__ == "__main__":
+    main()

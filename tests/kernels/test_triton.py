@@ -1,0 +1,78 @@
+"""The Triton kernels: right in the interpreter, compiled for GPUs that are not here, and out of the way without one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from openwork import kernels
+from openwork.kernels import triton as gpu
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@needs_triton
+@pytest.mark.parametrize("file", [each.name for each in sorted((HERE / "triton").glob("test_*.py"))])
+def test_in_the_interpreter(file: str) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        str(HERE / "triton" / file),
+    ]
+    variables = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1200, check=False, env=variables)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout.splitlines()[-1]
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiled_for_gpus_that_are_not_here(capability: int, tmp_path: Path) -> None:
+    words = [sys.executable, str(HERE / "compile_kernels.py"), str(capability)]
+    variables = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    variables["PYTHONPATH"] = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1200, check=False, env=variables)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert len(lines) == 11
+    found = {name.split(" ", 1)[1]: made for name, made in lines.items()}
+    # The term must round like the reference, and whole groups of four be read in one instruction.
+    assert all(made.endswith(" 0 fma") for name, made in found.items() if name.startswith("term"))
+    assert "v4.b32" in found["prune 2:4 float32"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "keep_largest",
+        "prune",
+        "add_decayed",
+        "keep_largest_list",
+        "add_decayed_list",
+        "pack_list",
+        "packed_sad_list",
+        "keep_transposable",
+    ],
+)
+def test_cuda_tensors_are_led_to_triton(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"openwork::{name}", "CUDA")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_are_no_triton_kernels() -> None:
+    assert not gpu.available()
+    assert gpu.reason() in ("no CUDA GPU", "OPENWORK_TRITON=none")
+    assert kernels.gpu_status() == f"no Triton kernels: {gpu.reason()}"
