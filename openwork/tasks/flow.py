@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from openwork.tasks import flowdata
-from openwork.tasks.charts import image
 from openwork.tasks.config import Config, Source, flag, flag_of, source_of
 from openwork.tasks.flowdata import Pairs
+from openwork.tasks.overlay import overlay
 from openwork.tasks.page import figure, grid
 from openwork.tasks.task import Metric, Picture, Task
 from openwork.tasks.torchvision_compat import ensure_torchvision
@@ -237,7 +237,7 @@ def pictured(name: str, pair: Pairs, flow: Tensor) -> Picture:
 
 
 def _views(parts: Sequence[tuple[str, np.ndarray]]) -> str:
-    return grid("views", [figure(title, image(title, pixels)) for title, pixels in parts])
+    return grid("views", [figure(title, overlay(pixels, label=title)) for title, pixels in parts])
 
 
 def coloured(truth: Tensor, flow: Tensor) -> tuple[np.ndarray, np.ndarray]:

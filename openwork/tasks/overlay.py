@@ -27,10 +27,10 @@ class Marked:
     mask: np.ndarray | None = None  # (H, W)
 
 
-def overlay(image_HW3: np.ndarray, objects: Sequence[Marked]) -> str:
-    """The image with its objects marked, each class in a colour of its own."""
+def overlay(image_HW3: np.ndarray, objects: Sequence[Marked] = (), *, label: str = "") -> str:
+    """The image with its objects marked, each class in a colour of its own. `label` says what it shows."""
     height, width, _ = image_HW3.shape
-    names = ", ".join(each.text for each in objects) or "nothing"
+    names = label or ", ".join(each.text for each in objects) or "nothing"
     parts = [_layer(_jpeg(image_HW3), width, height)]
     if any(each.mask is not None for each in objects):
         parts.append(_layer(_mask_png(objects, height, width), width, height))
