@@ -61,7 +61,9 @@ def _ratio(times: tuple[float, float] | None) -> str:
 class Engine(Protocol):
     """Products with a packed 2:4 matrix."""
 
-    dtypes: tuple[torch.dtype, ...]
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """In which it multiplies."""
 
     def pack(self, weight: Tensor) -> Any:
         """A matrix (O, K), 2:4 along K, in the form that `multiply` takes."""
@@ -198,7 +200,8 @@ def accelerate_with(engine: Engine, model: nn.Module, layers: dict[str, Layer], 
         else:
             sparse[name] = found
             each.module.__dict__["_openwork_product"] = Product(engine)
-            each.module.__class__ = _accelerated_class(plain_class(each.module), type(each.module))
+            kinds: Any = (plain_class(each.module), type(each.module))
+            each.module.__class__ = _accelerated_class(*kinds)
     return Acceleration(sparse, dense)
 
 
@@ -289,7 +292,8 @@ def _accelerated_class(original: Any, sparse: Any) -> type[nn.Module]:
 
 
 def _rebuild(original: Any, names: tuple[str, ...]) -> Any:
-    made: Any = _accelerated_class(original, shared_class(original, names))
+    sparse: Any = shared_class(original, names)
+    made: Any = _accelerated_class(original, sparse)
     return made.__new__(made)
 
 

@@ -76,8 +76,8 @@ def _keep(
                 other = one[t // 6] + two[t % 6]
                 index = tl.where(other > sums, t, index)
                 sums = tl.where(other > sums, other, sums)
-        best += (sums,)
-        which += (index,)
+        best += (sums,)  # type: ignore[assignment]
+        which += (index,)  # type: ignore[assignment]
     one = _pairs(score + start, in_step, known)
     two = _pairs(score + start + out_step, in_step, known)
     most = tl.full([B], -1.0, tl.float32)
