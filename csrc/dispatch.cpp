@@ -29,8 +29,6 @@ static int64_t grain(const Groups& g) { return 1 + kGrain / (int64_t(g.m) * g.in
 
 using namespace openwork;
 
-
-
 // The version of this interface; the loader refuses another.
 OPENWORK_API int32_t openwork_abi() { return 2; }
 
@@ -70,20 +68,6 @@ OPENWORK_API void openwork_decay(const Groups* g, int32_t dtype, const void* wei
     kernels->decay(*g, dtype, weight, gradient, rate, first, last);
   });
 }
-
-// How many bits of two stretches of bytes differ.
-OPENWORK_API int64_t openwork_differ(const uint8_t* a, const uint8_t* b, int64_t bytes) { return kernels->differ(a, b, bytes); }
-
-// Eight bytes of 0 and 1 to one, low bit first. `bytes` is padded to a multiple of 8 with zeros by the caller.
-OPENWORK_API void openwork_pack_bits(const uint8_t* bytes, uint8_t* bits, int64_t count) {
-  for (int64_t i = 0; i < count; i++) {
-    uint64_t eight;
-    memcpy(&eight, bytes + 8 * i, 8);
-    bits[i] = uint8_t((eight * 0x0102040810204080) >> 56);
-  }
-}
-
-
 
 // Float operations done by `rounds` rounds of the fastest loop there is, on the calling thread. result: one vector.
 OPENWORK_API int64_t openwork_peak(int64_t rounds, float* result) { return kernels->peak(rounds, result); }

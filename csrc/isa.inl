@@ -11,6 +11,6 @@ namespace {
 }  // namespace
 
 extern const Kernels ISA_TABLE;
-const Kernels ISA_TABLE = {ISA_NAME, kLanes, kPanelVectors, keep, prune, decay, differ, panel, rows, transpose, peak, supported};
+const Kernels ISA_TABLE = {ISA_NAME, kLanes, kPanelVectors, keep, prune, decay, panel, rows, transpose, peak, supported};
 
 }  // namespace openwork

@@ -74,8 +74,7 @@ struct Kernels {
   void (*keep)(const Groups&, int32_t dtype, const void* weight, uint8_t* keep, int64_t first, int64_t last);
   void (*prune)(const Groups&, int32_t dtype, const void* weight, void* out, int64_t first, int64_t last);
   void (*decay)(const Groups&, int32_t dtype, const void* weight, void* grad, float decay, int64_t first, int64_t last);
-  int64_t (*differ)(const uint8_t* a, const uint8_t* b, int64_t bytes);  // bits that differ
-  void (*panel)(const Panel&, int32_t dtype);                            // float32, bfloat16, int8
+  void (*panel)(const Panel&, int32_t dtype);  // float32, bfloat16, int8
   void (*rows)(const Rows&, int32_t dtype, int64_t first, int64_t last);  // blocks
   void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
   int64_t (*peak)(int64_t rounds, float* result);  // for benchmarks; result: one vector

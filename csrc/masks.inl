@@ -391,15 +391,3 @@ void decay(const Groups& g, int32_t dtype, const void* weight, void* gradient, f
   if (dtype == kBFloat16) return decay_half(g, (const uint16_t*)weight, (uint16_t*)gradient, rate, first, last);
   each_group(g, weight, (int32_t*)gradient + start_of(g, first), dtype, Decayed{rate}, first, last);
 }
-
-int64_t differ(const uint8_t* a, const uint8_t* b, int64_t bytes) {
-  int64_t bits = 0, at = 0;
-  for (; at + 8 <= bytes; at += 8) {
-    uint64_t x, y;
-    __builtin_memcpy(&x, a + at, 8);
-    __builtin_memcpy(&y, b + at, 8);
-    bits += __builtin_popcountll(x ^ y);
-  }
-  for (; at < bytes; at++) bits += __builtin_popcount(a[at] ^ b[at]);
-  return bits;
-}

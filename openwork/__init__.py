@@ -3,6 +3,8 @@
 This list is the API.
 """
 
+from openwork.accelerate import Acceleration as Acceleration
+from openwork.accelerate import accelerate as accelerate
 from openwork.attach import Handle as Handle
 from openwork.attach import attach as attach
 from openwork.axis import Axis as Axis
@@ -17,6 +19,7 @@ from openwork.methods import SRSTE as SRSTE
 from openwork.methods import STE as STE
 from openwork.methods import Dense as Dense
 from openwork.methods import Method as Method
+from openwork.methods import TransposableSRSTE as TransposableSRSTE
 from openwork.metrics import churn as churn
 from openwork.metrics import sad as sad
 from openwork.pattern import Pattern as Pattern
@@ -27,6 +30,7 @@ from openwork.sparsify import masks as masks
 from openwork.sparsify import project as project
 from openwork.sparsify import sparsify as sparsify
 from openwork.topology import Topology as Topology
+from openwork.transposable import topn_transposable as topn_transposable
 from openwork.verify import NotSparse as NotSparse
 from openwork.verify import verify as verify
 

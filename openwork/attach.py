@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from openwork.methods import steps_of_a_mask
 from openwork.parametrization import add_gradient_terms, held_weights, masked_modules, unwrap
 from openwork.promise import promises
 from openwork.sharded import is_sharded, whole
@@ -37,6 +38,7 @@ class Handle:
         self._optimizer, self._model = ref(optimizer), model  # the optimizer's hooks hold the handle: no circle
         self._before: dict[str, Tensor] = {}
         self._warned = False
+        self._refreshes = any(steps_of_a_mask(promise.method) for _, _, promise in promises(model))
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -100,6 +102,9 @@ class Handle:
         if (overflow is not None and bool(overflow)) or creates_state_only(optimizer):
             return
         self.steps += 1
+        if self._refreshes:
+            for masked, weight in held_weights(optimizer, self._model):
+                masked.count_step(weight)
         if self._before and self.topology:
             self.topology.record(self.steps, self._before, _whole_masks(self._model))
 

@@ -35,7 +35,8 @@ HELD = (*TRAINED, torch.int8)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One weight and what was decided for it: `pattern` and `axis`, or the `reason` why not.
+    """One weight and what was decided for it: `pattern` and `axis`, or the `reason` why not. `across` is the output
+    axis, along which it is N:M as well where masks are to be transposable.
 
     `aliases` are the further names of the weight. Where they are names of one module that has several, the weight can
     be sparse; where other modules hold it (`tied`), it is left alone.
@@ -47,6 +48,7 @@ class Candidate:
     weight: nn.Parameter
     pattern: Pattern | None = None
     axis: Axis = field(default_factory=Axis)
+    across: Axis | None = None
     reason: str = ""
     aliases: tuple[str, ...] = ()
     tied: bool = False
@@ -68,8 +70,10 @@ def decide(
     axis: AxisChoice = "input",
     remainder: Remainder = "skip",
     dtypes: Sequence[torch.dtype] = TRAINED,
+    transposable: bool = False,
 ) -> list[Candidate]:
-    """Every candidate of `model` with its decision; those of other `dtypes` are left alone.
+    """Every candidate of `model` with its decision; those of other `dtypes` are left alone. `transposable`: M has to
+    divide the output axis too.
 
     Raises ValueError where a glob matches nothing, where `remainder` is "error" and M does not divide an axis, or where
     nothing is left to be sparse."""
@@ -83,7 +87,7 @@ def decide(
     found = _found(model, dtypes)
     patterns = pattern if isinstance(pattern, Mapping) else {"*": pattern}
     parsed = {glob: Pattern.parse(each) for glob, each in patterns.items()}
-    rules = _Rules(parsed, tuple(exclude), axis, remainder, tuple(dtypes))
+    rules = _Rules(parsed, tuple(exclude), axis, remainder, tuple(dtypes), transposable)
     if found:
         rules.check_globs([each.names for each in found])
     decided = [rules.decide(each) for each in found]
@@ -112,6 +116,7 @@ class _Rules:
     axis: AxisChoice
     remainder: Remainder
     dtypes: tuple[torch.dtype, ...]
+    transposable: bool
 
     def check_globs(self, found: list[tuple[str, ...]]) -> None:
         names = [name for each in found for name in each]
@@ -139,10 +144,17 @@ class _Rules:
 
     def _divided(self, found: Candidate, axis: Axis, pattern: Pattern) -> Candidate:
         shape = tuple(found.weight.shape)
-        K = reduction_size(shape, axis)
-        if K % pattern.m == 0 or (self.remainder == "pad" and K > 1):
-            return dataclasses.replace(found, pattern=pattern, axis=axis)
-        what = f"reduction axis has {K} weights, not a multiple of {pattern.m}"
+        across, reason = output_axis(found, axis) if self.transposable else (None, "")
+        if reason:
+            return dataclasses.replace(found, reason=reason)
+        lengths = {"reduction": reduction_size(shape, axis)} | (
+            {"output": reduction_size(shape, across)} if across else {}
+        )
+        whole = all(length % pattern.m == 0 for length in lengths.values())
+        if whole or (self.remainder == "pad" and min(lengths.values()) > 1):
+            return dataclasses.replace(found, pattern=pattern, axis=axis, across=across)
+        name, length = next(each for each in lengths.items() if each[1] % pattern.m or each[1] == 1)
+        what = f"{name} axis has {length} weights, not a multiple of {pattern.m}"
         if self.remainder == "error":
             raise ValueError(f"{found.name} {shape}: {what}; exclude it, or use remainder='skip' or 'pad'")
         return dataclasses.replace(found, reason=what)
@@ -181,6 +193,22 @@ def known_axis(module: nn.Module, tensor: str) -> tuple[Axis | None, str]:
     if tensor == "weight" and _is_hf_conv1d(module):
         return Axis(0), ""
     return None, f"no known reduction axis in {type(module).__name__}: name it with axis={{glob: dim}}"
+
+
+def output_axis(found: Candidate, axis: Axis) -> tuple[Axis | None, str]:
+    """The axis that the gradient of a layer's input sums over, or None and the reason why it is not known.
+
+    Linear: the rows of the weight, dim 0. A convolution is a product for each position of its kernel, of outputs by
+    inputs; the gradient sums over the outputs, dim 0, within each of its `groups`; in a transposed one that is dim 1.
+    """
+    if axis.flat:
+        return None, "axis='kernel' groups the flattened weight, which has no output axis"
+    module, ndim = found.module, found.weight.ndim
+    if isinstance(module, nn.modules.conv._ConvNd) and axis == _conv_axis(module)[0]:
+        return (Axis(1) if module.transposed else Axis(0, blocks=module.groups)), ""
+    if axis.dim < ndim - 2:
+        return None, f"no known output axis: its reduction axis is dim {axis.dim}, none of the last two"
+    return Axis(2 * ndim - 3 - axis.dim), ""
 
 
 def _conv_axis(module: nn.modules.conv._ConvNd) -> tuple[Axis | None, str]:

@@ -20,7 +20,8 @@ openwork: train N:M sparse networks from scratch
   openwork bench                    time masks, products, whole models beside their dense baselines; writes CSV
   openwork export SOURCE --out OUT  a run or a file as ONNX, a program of torch.export, a folder for Hugging Face, ...
 
-TASK is one of: classification, flow, translation. Without --data each trains on something small that needs no download.
+TASK is one of: classification, detection, flow, segmentation, translation.
+Without --data each trains on something small that needs no download.
 Flags may stand in a YAML file: --config FILE; flags after it override it.
 """
 

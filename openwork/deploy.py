@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from openwork.candidates import AxisChoice, PatternChoice
-from openwork.folding import fold_batch_norm, following_relu
+from openwork.deployed import PackedLayer
+from openwork.folding import fold_batch_norm, following_relu, replace
 from openwork.gemms import run
 from openwork.parametrization import unwrap
 from openwork.pattern import Pattern
@@ -52,9 +55,10 @@ def plan(
     `verify`. `stored` is the dtype that sparse kernels keep weights in. On a CPU it is float32, or bfloat16 or int8,
     which are smaller, and round. On a GPU it is the model's own dtype, or float16, bfloat16, int8, float8_e4m3fn.
     """
-    ready, kept_in = _ready(model, example, pattern, exclude, axis, stored)
-    with torch.inference_mode():
-        return _plan(ready, example, kept_in)
+    with torch.inference_mode(False):
+        ready, patterns, kept_in = _ready(model, pattern, exclude, axis, stored)
+        fold_batch_norm(ready, example)
+        return _plan(ready, example, patterns, kept_in)
 
 
 def deploy(
@@ -71,38 +75,45 @@ def deploy(
     measured faster; arguments as in `plan`. Batch normalization is folded into the layers before it.
 
     The whole model is timed as well, against the same model all dense. If dense wins, the dense one is returned, and a
-    warning says so. What was measured is in the result's `deployment`, a `Plan`. The result is saved, loaded, copied
-    and pickled like the finalized model: its state dict has dense names and shapes. `cuda_graph` says that the caller
-    will run it as a CUDA graph: then whole models are timed as graphs, without what launching costs.
+    warning says so. What was measured is in the result's `deployment`, a `Plan`, with how far outputs on the example
+    are from the given model's; of more than rounding explains, a warning says so. The result is saved, loaded, copied
+    and pickled like any model: its state dict has dense names and shapes, without normalizations that were folded.
+    `cuda_graph` says that the caller will run it as a CUDA graph: then whole models are timed as graphs, without what
+    launching costs.
     """
-    dense, kept_in = _ready(model, example, pattern, exclude, axis, stored)
-    with torch.inference_mode():
-        found = _plan(dense, example, kept_in)
-        sparse = copy.deepcopy(dense)
-        _convert(sparse, found, example)
+    with torch.inference_mode(False):  # also where the caller is in it: what is made here can be loaded into later
+        dense, patterns, kept_in = _ready(model, pattern, exclude, axis, stored)
+        expected = _outputs(dense, example)
+        fold_batch_norm(dense, example)
+        found = _plan(dense, example, patterns, kept_in)
+        sparse = _converted(copy.deepcopy(dense), found, example)
         whole = _whole(dense, sparse, example, bool(found.chosen), cuda_graph)
-    found = dataclasses.replace(found, whole=whole)
-    best = min(whole, key=lambda name: whole[name])
-    best_dense = min(seconds for name, seconds in whole.items() if name.startswith("dense"))
-    if best.startswith("dense") or whole[best] > MARGIN * best_dense:
+        best = _winner(whole)
+        result = dense if best.startswith("dense") else sparse
+        result = _channels_last(result) if best.endswith("channels_last") else result
+        difference = _difference(expected, _outputs(result, example))
+    found = dataclasses.replace(found, whole=whole, difference=difference)
+    if result is dense:
         warnings.warn(f"sparse is not faster than dense here: the dense model is returned\n{found}", stacklevel=2)
-        best, sparse = min((n for n in whole if n.startswith("dense")), key=lambda name: whole[name]), dense
-    if best.endswith("channels_last"):
-        sparse = _channels_last(sparse)
-    sparse.deployment = found  # type: ignore[assignment]
-    return sparse
+    exact = kept_in == torch.float32 and all(each.dtype == torch.float32 and each.is_cpu for each in expected)
+    if difference > (most := 1e-3 if exact else 0.1):  # rounding of float32 makes 1e-6 or so
+        warnings.warn(
+            f"outputs differ from the given model's by {difference:.1g} of the largest, more than {most:g}: check them "
+            "before use. Is the model itself reproducible on this example?",
+            stacklevel=2,
+        )
+    result.deployment = found  # type: ignore[assignment]
+    return result
 
 
 def _ready(
     model: nn.Module,
-    example: Any,
     pattern: PatternChoice | None,
     exclude: Sequence[str],
     axis: AxisChoice,
     stored: torch.dtype | None,
-) -> tuple[nn.Module, torch.dtype]:
-    """A plain copy in eval mode, batch normalization folded, that knows which patterns its weights hold; and the dtype
-    that its weights will be stored in."""
+) -> tuple[nn.Module, dict[str, Pattern | str], torch.dtype]:
+    """A plain copy in eval mode; for each weight its pattern or why it has none; the dtype to store weights in."""
     inner = unwrap(model)
     tensors = [*inner.parameters(), *inner.buffers()]
     where = {each.device for each in tensors}
@@ -118,35 +129,78 @@ def _ready(
     report = verify(inner, pattern=pattern, exclude=exclude, axis=axis)
     ready = copy.deepcopy(inner)
     ready = (finalize(ready) if promises(ready) else ready).eval().requires_grad_(False)
-    fold_batch_norm(ready, example)
-    rows = {row.name: row.pattern or row.reason for row in report.rows}
-    ready.__dict__["_openwork_patterns"] = rows
-    return ready, kept_in
+    return ready, {row.name: row.pattern or row.reason for row in report.rows}, kept_in
 
 
-def _plan(ready: nn.Module, example: Any, stored: torch.dtype) -> Plan:
-    patterns: dict[str, Pattern | str] = ready.__dict__["_openwork_patterns"]
-    return Plan(measure_layers(ready, example, patterns, stored), stored, machine(_device(ready)), {})
+def _plan(ready: nn.Module, example: Any, patterns: Mapping[str, Pattern | str], stored: torch.dtype) -> Plan:
+    with torch.inference_mode():
+        return Plan(measure_layers(ready, example, patterns, stored), stored, machine(_device(ready)))
 
 
 def _device(model: nn.Module) -> torch.device:
     return next((each.device for each in model.parameters()), torch.device("cpu"))
 
 
-def _convert(model: nn.Module, found: Plan, example: Any) -> None:
-    """Put sparse layers where the plan chose them, and take ReLUs into them that nothing else uses."""
-    followed = following_relu(model, example)
+def _converted(model: nn.Module, found: Plan, example: Any) -> nn.Module:
+    """The model with sparse layers where the plan chose them, which take in the ReLUs that nothing else uses."""
+    followed = following_relu(model, example) if found.chosen else {}
     for layer in found.layers:
         if layer.kind is None or layer.pattern is None:
             continue
         name = layer.name.rpartition(".")[0]
-        parent, _, child = name.rpartition(".")
-        made = sparse_module(model.get_submodule(name), layer.pattern, layer.kind, found.stored)
+        dense = model.get_submodule(name)
+        made = sparse_module(dense, layer.pattern, layer.kind, found.stored)
         if name in followed:
             made.relu = True  # type: ignore[assignment]
-            above, _, relu = followed[name].rpartition(".")
-            setattr(model.get_submodule(above), relu, nn.Identity())
-        setattr(model.get_submodule(parent), child, made)
+            replace(model, model.get_submodule(followed[name]), nn.Identity())
+        if dense is model:
+            return made
+        replace(model, dense, made)
+    for encoder in (each for each in model.modules() if isinstance(each, nn.TransformerEncoderLayer)):
+        if any(isinstance(each, PackedLayer) for each in encoder.children()):
+            encoder.activation_relu_or_gelu = 0  # torch's fused path would read the dense weights
+    return model
+
+
+def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    """The floating tensors that the model returns, copied, with the random numbers of one seed."""
+    gpus = {each.device.index for each in model.parameters() if each.is_cuda}
+    with torch.random.fork_rng(devices=gpus), torch.inference_mode():
+        torch.manual_seed(0)
+        found = tree_leaves(run(model, example))
+    return [each.clone() for each in found if isinstance(each, Tensor) and each.is_floating_point()]
+
+
+def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """The largest difference over the largest magnitude; infinite where the shapes differ, or what is not finite.
+
+    >>> _difference([torch.tensor([1.0, -4.0])], [torch.tensor([1.0, -3.0])])
+    0.25
+    """
+    if [each.shape for each in expected] != [each.shape for each in found]:
+        return float("inf")
+    pairs = [(a.double(), b.double()) for a, b in zip(expected, found, strict=True) if a.numel()]
+    return max((_share(a, b) for a, b in pairs), default=0.0)
+
+
+def _share(a: Tensor, b: Tensor) -> float:
+    same = (a == b) | (a.isnan() & b.isnan())
+    if same.all():
+        return 0.0
+    apart = torch.where(same, 0.0, (a - b).abs()).max()  # NaN where one is
+    largest = torch.where(a.isfinite(), a.abs(), 0.0).max()
+    return math.inf if apart.isnan() else float(apart / largest)
+
+
+def _winner(whole: Mapping[str, float]) -> str:
+    """The fastest; a sparse one only where it is faster than every dense one by more than noise.
+
+    >>> _winner({"dense": 1.0, "sparse": 0.99}), _winner({"dense": 1.0, "sparse": 0.5})
+    ('dense', 'sparse')
+    """
+    best = min(whole, key=lambda name: whole[name])
+    dense = min((name for name in whole if name.startswith("dense")), key=lambda name: whole[name])
+    return best if whole[best] < MARGIN * whole[dense] else dense
 
 
 def _whole(dense: nn.Module, sparse: nn.Module, example: Any, differ: bool, graph: bool) -> dict[str, float]:
@@ -161,9 +215,10 @@ def _whole(dense: nn.Module, sparse: nn.Module, example: Any, differ: bool, grap
     device = _device(dense)
     if graph and device.type != "cuda":
         raise ValueError(f"cuda_graph=True for a model on {device}; needed one on a GPU: model.to('cuda')")
-    if device.type == "cuda":
-        variants = {name: finished(as_graph(each) if graph else each) for name, each in variants.items()}
-    return fastest(variants, seconds=1.0)
+    with torch.inference_mode():
+        if device.type == "cuda":
+            variants = {name: finished(as_graph(each) if graph else each) for name, each in variants.items()}
+        return fastest(variants, seconds=1.0)
 
 
 def _channels_last(model: nn.Module) -> nn.Module:

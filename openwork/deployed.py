@@ -1,7 +1,7 @@
 """What `deploy` puts in the place of a layer: a module whose weight lies as a kernel reads it. For inference only.
 
 Its state dict is that of the layer it replaced: `weight` dense with zeros, `bias`. So a deployed model is saved and
-loaded like the finalized one, on any machine; loading packs the weight for the machine at hand, unpickling too.
+loaded like a plain one, on any machine; loading packs the weight for the machine at hand, unpickling too.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ GpuKind = Literal["cusparselt", "cutlass", "gather", "expand"]
 
 def packed(weight: Tensor, pattern: Pattern, kind: Kind, stored: torch.dtype) -> Panel | Rows:
     """A weight (O, K) as the kernel of this machine reads it, its values in the dtype `stored`."""
-    scales = None
-    if stored == torch.int8:
-        weight, scales = quantized(weight)
-    weight = weight.detach().to(stored).contiguous()
+    numbers, scales = quantized(weight.detach()) if stored == torch.int8 else (weight.detach().to(stored), None)
+    return _laid_out(numbers, scales, pattern, kind)
+
+
+def _laid_out(numbers: Tensor, scales: Tensor | None, pattern: Pattern, kind: Kind) -> Panel | Rows:
     if kind == "rows":
-        return rows(weight, pattern, lanes=kernels.lanes(), scales=scales)
-    return panel(weight, pattern, columns=kernels.panel_columns(), scales=scales)
+        return rows(numbers.contiguous(), pattern, lanes=kernels.lanes(), scales=scales)
+    return panel(numbers.contiguous(), pattern, columns=kernels.panel_columns(), scales=scales)
 
 
 def kinds_for(weight: Tensor, pattern: Pattern) -> tuple[Kind, ...]:
@@ -61,6 +62,7 @@ class PackedLayer(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, pattern: Pattern, kind: str, stored: torch.dtype):
         nn.Module.__init__(self)
         self.pattern, self.kind, self.stored, self.dtype = pattern, kind, stored, weight.dtype
+        self.dense_shape = tuple(weight.shape)
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self._pack(weight)
         self.register_state_dict_post_hook(_write_dense)
@@ -91,13 +93,19 @@ class _CpuLayer(PackedLayer):
 
     @property
     def weight(self) -> Tensor:
-        numbers = from_panel(self._layout()) if self.kind == "panel" else from_rows(self._layout())
+        numbers = self._numbers()
         if self.scales is not None:
             numbers = numbers.float() * self.scales[:, None]
         return self._from_rows(numbers.to(self.dtype))
 
+    def _numbers(self) -> Tensor:
+        """What is packed, as (O, K): of an int8 weight the int8 numbers."""
+        return from_panel(self._layout()) if self.kind == "panel" else from_rows(self._layout())
+
     def _pack(self, weight: Tensor) -> None:
-        layout = packed(self._to_rows(weight), self.pattern, self.kind, self.stored)
+        self._take(packed(self._to_rows(weight.cpu()), self.pattern, self.kind, self.stored))
+
+    def _take(self, layout: Panel | Rows) -> None:
         positions = layout.words if isinstance(layout, Rows) else layout.positions
         for name, tensor in (("values", layout.values), ("positions", positions), ("scales", layout.scales)):
             self.register_buffer(name, tensor, persistent=False)
@@ -115,7 +123,14 @@ class _CpuLayer(PackedLayer):
         super().__setstate__(state)
         here = kernels.lanes() if self.kind == "rows" else kernels.panel_columns()
         if self.numbers[2 if self.kind == "rows" else 3] != here:
-            self._pack(self.weight)
+            self._take(_laid_out(self._numbers(), self.scales, self.pattern, self.kind))
+
+    def _demand_inference(self, x: Tensor) -> None:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__} is for inference, and its input requires grad: call the deployed model under "
+                "torch.inference_mode(), or train the model that was deployed"
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Only moves that keep the packed weight as it is: casts would tear values and positions apart."""
@@ -140,11 +155,12 @@ class SparseLinear(_CpuLayer):
         self.transposed = transposed
         super().__init__(layer.weight, layer.bias, pattern, kind, stored)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name it has in torch
+        self._demand_inference(input)
         rows = self.kind == "rows"
         product = torch.ops.openwork.rows_linear.default if rows else torch.ops.openwork.panel_linear.default
-        y = product(x.float(), self.values, self.positions, self.scales, self.bias, self.numbers, self.relu)
-        return y if x.dtype == torch.float32 else y.to(x.dtype)
+        y = product(input.float(), self.values, self.positions, self.scales, self.bias, self.numbers, self.relu)
+        return y if input.dtype == torch.float32 else y.to(input.dtype)
 
     def _to_rows(self, weight: Tensor) -> Tensor:
         return weight.t() if self.transposed else weight
@@ -168,16 +184,17 @@ class SparseConv2d(_CpuLayer):
         self.groups, self.channels = conv.groups, conv.in_channels // conv.groups
         super().__init__(conv.weight, conv.bias, pattern, "panel", stored)
 
-    def forward(self, x: Tensor) -> Tensor:
-        unbatched = x.ndim == (2 if self.flat else 3)
-        image = x.unsqueeze(0) if unbatched else x
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name it has in torch
+        self._demand_inference(input)
+        unbatched = input.ndim == (2 if self.flat else 3)
+        image = input.unsqueeze(0) if unbatched else input
         image = image.unsqueeze(2) if self.flat else image
         layout = (self.values, self.positions, self.scales, self.bias, self.numbers)
         geometry = (self.kernel, self.stride, self.padding, self.dilation, self.groups, self.relu)
         y = torch.ops.openwork.panel_conv2d.default(image.float(), *layout, *geometry)
         y = y.squeeze(2) if self.flat else y
         y = y.squeeze(0) if unbatched else y
-        return y if x.dtype == torch.float32 else y.to(x.dtype)
+        return y if input.dtype == torch.float32 else y.to(input.dtype)
 
     def _to_rows(self, weight: Tensor) -> Tensor:
         return conv_rows(weight.unsqueeze(2) if self.flat else weight, self.pattern)
@@ -212,17 +229,29 @@ def symmetric_padding(conv: nn.Conv2d | nn.Conv1d) -> list[int]:
 
 
 def _write_dense(module: PackedLayer, state: dict[str, Any], prefix: str, _: object) -> None:
-    state.pop(prefix + "bias", None)  # the order of the layer: weight first
+    bias = state.pop(prefix + "bias", None)  # the order is that of the dense layer
     state[prefix + "weight"] = module.weight
-    if module.bias is not None:
-        state[prefix + "bias"] = module.bias.to(module.dtype)
+    if bias is not None:
+        state[prefix + "bias"] = bias.to(module.dtype)
 
 
 def _read_dense(
-    module: PackedLayer, state: dict[str, Any], prefix: str, _: object, strict: bool, missing: list[str], *rest: object
+    module: PackedLayer,
+    state: dict[str, Any],
+    prefix: str,
+    _: object,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
 ) -> None:
     weight = state.pop(prefix + "weight", None)
     if weight is None:
         missing.append(prefix + "weight")
+    elif tuple(weight.shape) != module.dense_shape:
+        errors.append(f"{prefix}weight is {tuple(weight.shape)}; the layer that was deployed has {module.dense_shape}")
     else:
-        module._pack(weight)
+        try:
+            module._pack(weight)
+        except ValueError as error:
+            errors.append(f"{prefix}weight: {error}; deploy the model that it belongs to")

@@ -24,9 +24,10 @@ from openwork.candidates import known_axis
 from openwork.container import Stored
 from openwork.contents import Contents, opened
 from openwork.deploy import STORED
-from openwork.deployed import Kind, kinds_for
+from openwork.deployed import SparseConv2d, SparseLinear, kinds_for
 from openwork.fileformat import Sparse
 from openwork.folding import foldable, following_relu, fuse
+from openwork.folding import replace as replace_module
 from openwork.gemms import run
 from openwork.legacy import Bitmask
 from openwork.modelstate import demand_same, tensors_by_name, ties
@@ -45,7 +46,7 @@ def load_deployed(
     model: nn.Module,
     example: Any,
     *,
-    chosen: Mapping[str, Kind] | None = None,
+    chosen: Mapping[str, str] | None = None,
     stored: torch.dtype = torch.float32,
 ) -> nn.Module:
     """What `ow.deploy` makes of the model in a file, read layer by layer: memory holds the packed layers and one dense
@@ -71,7 +72,7 @@ def load_deployed(
         found = Plan((*layers, *streamed.dense), stored, machine(), {})
         for name, relu in following_relu(streamed.model, example).items():
             layer = streamed.model.get_submodule(name)
-            if hasattr(layer, "relu"):
+            if isinstance(layer, SparseLinear | SparseConv2d):
                 layer.relu = True
                 _put(streamed.model, relu, nn.Identity())
     if not found.chosen:
@@ -225,14 +226,14 @@ def _demand_values(model: nn.Module, layers: set[nn.Module]) -> None:
 
 def _fold(streamed: _Streamed, example: Any) -> None:
     """Fold batch normalization into the layers before it; into streamed ones whenever they are read."""
-    for layer, norm_name, norm in foldable(streamed.model, example).values():
+    for layer, norm in foldable(streamed.model, example).values():
         stream = streamed.layers.get(layer)
         weight, layer.bias = fuse(layer, layer.weight if stream is None else stream.read(), norm)
         if stream is None:
             layer.weight = weight
         else:
             stream.read = partial(_folded, layer, stream.read, norm)
-        _put(streamed.model, norm_name, nn.Identity())
+        replace_module(streamed.model, norm, nn.Identity())
 
 
 def _folded(layer: Any, read: Callable[[], Tensor], norm: Any) -> Tensor:
@@ -269,7 +270,7 @@ def _random(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype)
     return torch.empty_strided(shape, stride, dtype=dtype).normal_()
 
 
-def _as_chosen(streamed: _Streamed, chosen: Mapping[str, Kind]) -> Iterator[Layer]:
+def _as_chosen(streamed: _Streamed, chosen: Mapping[str, str]) -> Iterator[Layer]:
     """The layers as `chosen` wants them. Raises ValueError where it names what cannot be."""
     possible = {each.name: kinds_for(layer.weight, each.pattern) for layer, each in streamed.layers.items()}
     for name, kind in chosen.items():
@@ -277,9 +278,9 @@ def _as_chosen(streamed: _Streamed, chosen: Mapping[str, Kind]) -> Iterator[Laye
             why = ", ".join(possible.get(name, ())) or "none"
             raise ValueError(f"chosen: {name!r} by the kernel {kind!r}; for this weight of the file there is: {why}")
     for layer, each in streamed.layers.items():
-        kind = chosen.get(each.name)
         shapes = tuple(dict.fromkeys(shape for shape, _, _ in each.inputs))
-        yield Layer(each.name, tuple(layer.weight.shape), each.pattern, shapes, kind=kind, reason="as chosen")
+        by = next((kind for kind in possible[each.name] if kind == chosen.get(each.name)), None)
+        yield Layer(each.name, tuple(layer.weight.shape), each.pattern, shapes, kind=by, reason="as chosen")
 
 
 def _settle(streamed: _Streamed, found: Layer, stored: torch.dtype) -> None:

@@ -60,9 +60,8 @@ def pack(mask: Tensor) -> Tensor:
     >>> pack(torch.tensor([True, False, False, True, True]))
     tensor([25], dtype=torch.uint8)
     """
-    flat = torch.nn.functional.pad(mask.reshape(-1).to(torch.uint8), (0, -mask.numel() % 8))
-    shift = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (flat.view(-1, 8) << shift).sum(-1, dtype=torch.uint8)
+    eights = _eights(mask.reshape(-1).view(torch.uint8) if mask.dtype == torch.bool else mask.reshape(-1).byte())
+    return ((eights * 0x0102040810204080) >> 56).to(torch.uint8)  # eight bytes of 0 and 1: bit i of the last is byte i
 
 
 def packed_sad(a: Tensor, b: Tensor) -> int:
@@ -75,5 +74,15 @@ def packed_sad(a: Tensor, b: Tensor) -> int:
         raise ValueError(f"packed masks of {a.numel()} and {b.numel()} bytes: they must be equal")
     if a.dtype != torch.uint8 or b.dtype != torch.uint8:
         raise TypeError(f"packed masks of {a.dtype} and {b.dtype}; needed torch.uint8, as `pack` makes them")
-    ones = torch.tensor([byte.bit_count() for byte in range(256)], device=a.device)
-    return int(ones[(a ^ b).long()].sum())
+    x = _eights(a ^ b)  # ones are counted in pairs of bits, in fours, in bytes
+    x = x - ((x >> 1) & 0x5555555555555555)
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return int(((x * 0x0101010101010101) >> 56).sum())
+
+
+def _eights(data: Tensor) -> Tensor:
+    """Bytes as int64, eight in each, zeros after the last."""
+    rest = -data.numel() % 8
+    whole = torch.nn.functional.pad(data, (0, rest)) if rest else data
+    return (whole if whole.storage_offset() % 8 == 0 else whole.clone()).view(torch.int64)

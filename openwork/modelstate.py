@@ -15,8 +15,8 @@ from openwork.candidates import HELD, AxisChoice, PatternChoice, Remainder, deci
 from openwork.container import CODES
 from openwork.contents import Contents
 from openwork.deployed import demand_undeployed
-from openwork.masks import kept_per_group
-from openwork.parametrization import Masked, masked_modules, masked_weights, plain_name, weight_name
+from openwork.masks import kept_per_group, prune
+from openwork.parametrization import AGE, Masked, masked_modules, masked_weights, plain_name, weight_name
 from openwork.pattern import Pattern
 from openwork.promise import promises
 from openwork.verify import tightest
@@ -32,8 +32,8 @@ def tensors_by_name(model: nn.Module, *, empty: bool = False) -> dict[str, Tenso
     named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     own = {weight_name(name) if weight_name(name) in masked else plain_name(name): each for name, each in named}
     names = [plain_name(name) for name in model.state_dict(keep_vars=True)]
-    fixed = {f"{name}_mask" for name, each in masked.items() if each.mask is not None}
-    unknown = [name for name in names if name not in own and name not in fixed]
+    stored = {name + end for name, each in masked.items() if each.mask is not None for end in ("_mask", AGE)}
+    unknown = [name for name in names if name not in own and name not in stored]
     if unknown:
         raise ValueError(
             f"{', '.join(unknown[:3])} in the state dict of {type(model).__name__} is neither parameter nor buffer, "
@@ -143,6 +143,11 @@ def demand_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Maske
             raise ValueError(
                 f"{name} has {most} non-zeros in a group, the model was sparsified at {each.pattern}: "
                 "load into a plain model, or sparsify at the pattern of the file"
+            )
+        if each.across and not torch.equal(prune(weight, each.ranked(weight)), weight):
+            raise ValueError(
+                f"{name} is {each.pattern} along its reduction axis but not along its output axis, and the model was "
+                "sparsified with transposable masks: load into a plain model, or sparsify with ow.SRSTE()"
             )
 
 

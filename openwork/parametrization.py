@@ -27,12 +27,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from openwork import kernels
 from openwork.axis import Axis
-from openwork.methods import Method
-from openwork.ops import keep_largest, keep_largest_list
+from openwork.methods import Method, steps_of_a_mask, stores_mask
+from openwork.ops import keep_largest, keep_largest_list, keep_transposable
 from openwork.pattern import Pattern
-from openwork.sharded import by_groups, elementwise, placed_like
+from openwork.sharded import by_groups, elementwise, placed_like, whole
 
 _WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
+AGE = "_mask_age"
+"""What follows a weight's name in a state dict: optimizer steps since its mask was chosen."""
 _ORIGINAL = re.compile(r"\bparametrizations\.([^.]+)\.original$")
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
@@ -114,29 +116,60 @@ def _state(weight: Tensor) -> tuple[int | None, int]:
     return None if weight.is_inference() else weight._version, address
 
 
+def change_of(weight: Tensor) -> tuple[object, ...]:
+    """What stays equal as long as a weight has not changed, also for optimizers that raise no version."""
+    return (*_state(weight), _clock.steps)
+
+
 class Masked(nn.Module):
     """The parametrization of one weight: dense weight in, weight of the forward pass out, same shape.
 
     `seen_dtype` is the dtype in which the forward pass saw the weight (FSDP2 may hand it in bfloat16). The mask
     is a function of the weight rounded to it, so that the optimizer hook and `verify` find the same mask.
     `reuses_mask`: the optimizer step takes the mask of the forward. Not of a sharded weight: each process ranks its
-    part once more, instead of holding the masks of all layers.
+    part once more, instead of holding the masks of all layers. `across`: the output axis, where the mask is N:M along
+    that one too. `age`: optimizer steps since a stored mask was chosen.
     """
 
     mask: Tensor | None
 
-    def __init__(self, pattern: Pattern, axis: Axis, method: Method, scope: ForwardScope, weight: Tensor):
+    def __init__(
+        self,
+        pattern: Pattern,
+        axis: Axis,
+        method: Method,
+        scope: ForwardScope,
+        weight: Tensor,
+        across: Axis | None = None,
+    ):
         super().__init__()
-        self.pattern, self.axis, self.method, self.scope = pattern, axis, method, scope
+        self.pattern, self.axis, self.method, self.scope, self.across = pattern, axis, method, scope, across
         self.seen_dtype = weight.dtype
-        self.reuses_mask = hasattr(method, "gradient_term")
+        self.reuses_mask = hasattr(method, "gradient_term") and not stores_mask(method)
+        self.age = 0
         self.register_buffer("mask", None)
-        if method.fixed:
+        if stores_mask(method):
             self.choose_mask(weight)
 
     def choose_mask(self, weight: Tensor) -> None:
-        """Store the mask that `weight` has now (for methods with a fixed one)."""
-        self.mask = self.ranked(weight.detach()).contiguous()
+        """Store the mask that `weight` has now (for methods that store one)."""
+        self.mask, self.age = self.ranked(weight.detach()).contiguous(), 0
+
+    @property
+    def refreshed(self) -> bool:
+        """Whether a mask is stored and chosen anew during training."""
+        return self.mask is not None and steps_of_a_mask(self.method) > 0
+
+    @torch.no_grad()
+    def count_step(self, weight: Tensor) -> None:
+        """An optimizer step is done: a stored mask that has served its time is chosen anew, in place, so that compiled
+        graphs find it. Weights that are spread over processes are gathered for it."""
+        if self.mask is None or not self.refreshed:
+            return
+        self.age += 1
+        if self.age >= steps_of_a_mask(self.method):
+            self.mask.copy_(placed_like(self._rank(whole(weight.detach())), self.mask))
+            self.age = 0
 
     def keep(self, weight: Tensor) -> Tensor:
         """The mask: bool, the shape of `weight`."""
@@ -188,14 +221,19 @@ class Masked(nn.Module):
         return self.scope.once(self, weight, self.effective)
 
     def extra_repr(self) -> str:
-        return f"{self.pattern}, {self.method}, {self.axis}"
+        return f"{self.pattern}, {self.method}, {self.axis}" + (f", across {self.across}" if self.across else "")
 
     def ranked(self, weight: Tensor) -> Tensor:
         """The mask that `weight` has by the method's score."""
+        if self.across:
+            return placed_like(self._rank(whole(weight)), weight)
         return by_groups(self._rank, weight, self.axis, self.pattern.m)
 
     def _rank(self, weight: Tensor) -> Tensor:
-        return keep_largest(self.method.score(weight), self.pattern, self.axis)
+        score = self.method.score(weight)
+        if self.across:
+            return keep_transposable(score, self.pattern, self.axis, self.across)
+        return keep_largest(score, self.pattern, self.axis)
 
 
 def mask_weights(module: nn.Module, masked: dict[str, Masked]) -> None:
@@ -426,6 +464,9 @@ def _to_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, _: ob
     for inside, outside in _renamed(module, prefix):
         if inside in state:
             state[outside] = state.pop(inside)
+    for name, masked, _weight in masked_weights(module):
+        if masked.refreshed:
+            state[f"{prefix}{name}{AGE}"] = torch.tensor(masked.age)
     order = [prefix + name for name in module.__dict__["_openwork"][0]]
     rest = [name for name in state if name.startswith(prefix) and name not in order]
     for name in [name for name in order if name in state] + rest:
@@ -435,8 +476,12 @@ def _to_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, _: ob
 def _from_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     for name, masked, _weight in masked_weights(module):
         if masked.mask is not None and prefix + name in state and f"{prefix}{name}_mask" not in state:
-            warnings.warn("the checkpoint is dense: fixed masks were chosen anew, from its weights", stacklevel=2)
+            kind = "fixed" if masked.method.fixed else "stored"
+            warnings.warn(f"the checkpoint is dense: {kind} masks were chosen anew, from its weights", stacklevel=2)
             state[f"{prefix}{name}_mask"] = masked.ranked(state[prefix + name])
+            masked.age = 0
+        if (age := state.pop(f"{prefix}{name}{AGE}", None)) is not None:
+            masked.age = int(age)
     for inside, outside in _renamed(module, prefix):
         if outside in state:
             state[inside] = state.pop(outside)

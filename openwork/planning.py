@@ -7,15 +7,19 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from openwork import deployed_gpu, semistructured
+from openwork.axis import Axis
 from openwork.deployed import GpuKind, Kind, PackedLayer, SparseConv2d, SparseLinear, kinds_for, symmetric_padding
+from openwork.folding import as_it_was_made
 from openwork.gemms import run
+from openwork.layout import conv_rows
+from openwork.masks import kept_per_group
 from openwork.onednn import prepacked_linear
 from openwork.pattern import Pattern
 from openwork.report import aligned
@@ -50,13 +54,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` measured, layer by layer. `str()` is a table. `whole` are the times of whole models in seconds, which
-    only `deploy` measures."""
+    """What `plan` measured, layer by layer. `str()` is a table. Only `deploy` measures the rest: `whole` are the times
+    of whole models in seconds, `difference` how far the outputs of what it returned are from those of the model it got,
+    on the example: the largest difference over the largest magnitude."""
 
     layers: tuple[Layer, ...]
     stored: torch.dtype
     machine: str
-    whole: Mapping[str, float]
+    whole: Mapping[str, float] = field(default_factory=dict)
+    difference: float | None = None
 
     @property
     def chosen(self) -> dict[str, Kind | GpuKind]:
@@ -67,6 +73,8 @@ class Plan:
         lines = [_cells(each) for each in self.layers]
         whole = [f"whole model, {name}: {seconds * 1e3:.2f} ms" for name, seconds in self.whole.items()]
         summary = f"{len(self.chosen)} of {len(self.layers)} weights run sparse, stored in {self.stored}"
+        if self.difference is not None:
+            whole.append(f"outputs differ from the given model's by {self.difference:.1g} of the largest")
         return "\n".join([self.machine, *aligned(header, lines), summary, *whole])
 
 
@@ -103,15 +111,11 @@ def measure_layers(
             layers.append(Layer(name, shape, None if isinstance(pattern, str) else pattern, reason=reason))
             continue
         kinds = tuple(gpu_kinds(module, pattern, stored, inputs)) if on_gpu(weight.device) else ()
-        alike = (repr(module), shape, pattern, kinds, tuple((tuple(x.shape), x.stride()) for x in inputs))
+        calls = tuple((tuple(x.shape), x.stride()) for x in inputs)
+        alike = (repr(module), shape, weight.dtype, pattern, kinds, calls)
         if alike not in times:
             times[alike] = _timed(module, pattern, inputs, stored)
-        found = times[alike]
-        layers.append(
-            Layer(
-                name, shape, pattern, found.inputs, found.dense, found.dense_by, found.sparse, found.kind, found.reason
-            )
-        )
+        layers.append(replace(times[alike], name=name, shape=shape))
     return tuple(layers)
 
 
@@ -119,7 +123,10 @@ def cannot(module: nn.Module, tensor: str, pattern: Pattern, stored: torch.dtype
     """Why there is no kernel for a weight; empty where there is one."""
     if tensor != "weight" or not has_kernel(module):
         return f"no kernel for {type(module).__name__}.{tensor}"
-    weight, gpu = module.weight, on_gpu(module.weight.device)
+    if not as_it_was_made(module):
+        return "it has hooks, or a forward of its own, which no kernel runs"
+    weight: Any = module.weight
+    gpu = on_gpu(weight.device)
     if not gpu and (weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16)):
         return f"{weight.dtype} on {weight.device}: kernels are for float32 and bfloat16 on a CPU, and for NVIDIA GPUs"
     if pattern.n == pattern.m:
@@ -131,8 +138,15 @@ def cannot(module: nn.Module, tensor: str, pattern: Pattern, stored: torch.dtype
             return str(error)
         if gpu and module.groups > 1:
             return f"a convolution in {module.groups} groups: sparse tensor cores multiply one matrix"
+    if int(kept_per_group(_rows(module, pattern), pattern, Axis(1)).max()) > pattern.n:
+        return "its groups run along another axis than products sum over"
+    if stored == torch.int8 and not weight.isfinite().all():
+        return "its weight holds numbers that are not finite, which int8 cannot"
     if not inputs:
         return "the example does not reach it"
+    others = {str(x.dtype if _plain(x) else x.layout) for x in inputs} - {str(weight.dtype)}
+    if others:
+        return f"its inputs are {', '.join(sorted(others))}, its weight {weight.dtype}"
     return "" if not gpu or gpu_kinds(module, pattern, stored, inputs) else _why_not(module, pattern, stored, inputs)
 
 
@@ -150,6 +164,18 @@ def _gpu_reasons(module: Any, pattern: Pattern, stored: torch.dtype, inputs: Seq
 
 def _why_not(module: Any, pattern: Pattern, stored: torch.dtype, inputs: Sequence[Tensor]) -> str:
     return "; ".join(dict.fromkeys(_gpu_reasons(module, pattern, stored, inputs).values()))
+
+
+def _plain(x: Tensor) -> bool:
+    return x.layout is torch.strided and not x.is_nested
+
+
+def _rows(module: Any, pattern: Pattern) -> Tensor:
+    """A layer's weight as that of a product: (O, K)."""
+    weight: Tensor = module.weight
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return conv_rows(weight.unsqueeze(2) if weight.ndim == 3 else weight, pattern)
+    return weight.t() if _is_hf_conv1d(module) else weight
 
 
 def has_kernel(module: nn.Module) -> bool:
@@ -238,6 +264,7 @@ def _timed(module: nn.Module, pattern: Pattern, inputs: list[Tensor], stored: to
     oriented = weight.t() if _is_hf_conv1d(module) else weight
     gpu = on_gpu(weight.device)
     kinds: Sequence[str] = gpu_kinds(module, pattern, stored, inputs) if gpu else kinds_for(oriented, pattern)
+    measured: Counter[str] = Counter()
     shapes = Counter(tuple(x.shape) for x in inputs)
     examples = [next(x for x in inputs if tuple(x.shape) == shape) for shape in shapes]
     made, failed = _made(module, pattern, kinds, stored, examples)
@@ -247,7 +274,9 @@ def _timed(module: nn.Module, pattern: Pattern, inputs: list[Tensor], stored: to
         variants |= {kind: _call(each, x) for kind, each in made.items()}
         for name, seconds in _clock(weight.device)(variants).items():
             totals[name] += seconds * calls  # type: ignore[assignment]
-    dense_by = min((name for name in totals if name not in made), key=lambda name: totals[name])
+            measured[name] += 1
+    everywhere = [name for name in totals if measured[name] == len(shapes)]
+    dense_by = min((name for name in everywhere if name not in made), key=lambda name: totals[name])
     if not made:
         return Layer("", (), pattern, tuple(shapes), float(totals[dense_by]), dense_by, reason=failed)
     kind: Any = min(made, key=lambda name: totals[name])
@@ -322,15 +351,17 @@ def _inputs(model: nn.Module, example: Any) -> dict[str, list[Tensor]]:
     seen: dict[str, list[Tensor]] = {}
 
     def note(name: str) -> Any:
-        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if arguments and isinstance(arguments[0], Tensor):
-                known = [x for x in seen.setdefault(name, []) if x.shape == arguments[0].shape]
-                seen[name].append(known[0] if known else arguments[0].detach())
+        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+            x = (*arguments, *keywords.values())[0]
+            alike = [each for each in seen.setdefault(name, []) if _plain(x) and _plain(each) and _alike(each, x)]
+            seen[name].append(alike[0] if alike else x.detach())  # one of each kind is held
 
         return hook
 
     hooks = [
-        module.register_forward_pre_hook(note(name)) for name, module in model.named_modules() if has_kernel(module)
+        module.register_forward_pre_hook(note(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if has_kernel(module)
     ]
     try:
         run(model, example)
@@ -338,6 +369,10 @@ def _inputs(model: nn.Module, example: Any) -> dict[str, list[Tensor]]:
         for hook in hooks:
             hook.remove()
     return seen
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.dtype == y.dtype
 
 
 def _is_hf_conv1d(module: nn.Module) -> bool:

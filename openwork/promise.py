@@ -21,7 +21,8 @@ from openwork.pattern import Pattern
 
 @dataclass
 class Promise:
-    """What `sparsify` leaves on the model's root: what each weight was promised to be, and who trains it."""
+    """What `sparsify` leaves on the model's root: what each weight was promised to be, and who trains it. `across`: the
+    output axes of weights that are N:M along them as well."""
 
     weights: dict[str, tuple[Pattern, Axis]]
     method: Method
@@ -30,14 +31,19 @@ class Promise:
     optimizers: WeakKeyDictionary[torch.optim.Optimizer, bool] = field(default_factory=WeakKeyDictionary)
     """False once detached."""
     watch: finalize_with | None = None
+    across: dict[str, Axis] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies are trained by other optimizers, and watched like the original."""
         watched = self.watch.peek() if self.watch else None
-        return Promise, (self.weights, self.method, self.scope, self.hooks), watched and watched[0]
+        return _promise, (self.weights, self.method, self.scope, self.hooks, self.across), watched and watched[0]
 
     def __setstate__(self, model: nn.Module) -> None:
         self.watch = watch_optimizers(model)
+
+
+def _promise(weights: Any, method: Method, scope: ForwardScope, hooks: Any, across: dict[str, Axis]) -> Promise:
+    return Promise(weights, method, scope, hooks, across=across)
 
 
 def promises(model: nn.Module) -> list[tuple[str, nn.Module, Promise]]:

@@ -15,7 +15,7 @@ from openwork.axis import to_rows
 from openwork.candidates import AxisChoice, Candidate, PatternChoice, Remainder, decide
 from openwork.gemms import count_macs
 from openwork.masks import keep_largest, prune
-from openwork.methods import SRSTE, Method
+from openwork.methods import SRSTE, Method, is_transposable
 from openwork.parametrization import (
     ForwardScope,
     Masked,
@@ -31,6 +31,7 @@ from openwork.parametrization import (
 from openwork.promise import Promise, promises, watch_optimizers
 from openwork.report import Report, Row
 from openwork.sharded import is_sharded
+from openwork.transposable import keep_transposable
 
 _ONLY_WATCHED = "ow.Dense masks nothing: the table says what its mask would keep"
 
@@ -67,7 +68,8 @@ def sparsify(
         raise TypeError(f"method={method!r}; needed a method object such as ow.SRSTE(), ow.STE() or ow.ASP()")
     model = unwrap(model)
     _demand_plain(model)
-    decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder)
+    both = is_transposable(method)
+    decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder, transposable=both)
     macs = count_macs(model, example, {c.name: c.weight for c in decided}) if example is not None else None
     report = _report(model, decided, macs, f"{type(model).__name__}, {method.name}", method.score)
     scope = ForwardScope()
@@ -78,7 +80,8 @@ def sparsify(
         model.register_forward_hook(scope.leave, always_call=True),
     )
     watch = watch_optimizers(model) if hasattr(method, "gradient_term") else None
-    model.__dict__["_openwork_promise"] = Promise(weights, method, scope, hooks, watch=watch)
+    across = {each.name: each.across for each in decided if each.across}
+    model.__dict__["_openwork_promise"] = Promise(weights, method, scope, hooks, watch=watch, across=across)
     return report if method.sparse else dataclasses.replace(report, notes=(_ONLY_WATCHED,))
 
 
@@ -130,20 +133,22 @@ def project(
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
-    """The masks that a sparsified model has now, by weight: bool, the weight's shape, True means kept."""
+    """The masks that a sparsified model has now, by weight: bool, the weight's shape, True means kept. A method that
+    refreshes its masks writes into the stored ones, so they are copied."""
     found = {
         f"{name}.{tensor}".lstrip("."): (masked, weight)
         for name, module in masked_modules(unwrap(model))
         for tensor, masked, weight in masked_weights(module)
     }
-    return dict(zip(found, keep_all(found.values()), strict=True))
+    kept = zip(found.items(), keep_all(found.values()), strict=True)
+    return {name: keep.clone() if masked.refreshed else keep for (name, (masked, _)), keep in kept}
 
 
 def _mask(decided: list[Candidate], method: Method, scope: ForwardScope) -> None:
     chosen: dict[nn.Module, dict[str, Masked]] = defaultdict(dict)
     for each in decided:
         if each.pattern:
-            chosen[each.module][each.tensor] = Masked(each.pattern, each.axis, method, scope, each.weight)
+            chosen[each.module][each.tensor] = Masked(each.pattern, each.axis, method, scope, each.weight, each.across)
     for module, masked in chosen.items():
         mask_weights(module, masked)
 
@@ -184,7 +189,12 @@ def _row(each: Candidate, macs: int | None, score: Callable[[Tensor], Tensor]) -
     rows = to_rows(weight, each.axis)
     K, lines = rows.shape[-1], rows[..., 0].numel()
     kept = lines * (K // pattern.m * pattern.n + min(K % pattern.m, pattern.n))
-    energy = _kept_energy(weight, keep_largest(score(weight), pattern, each.axis))
+    if each.across:
+        keep = keep_transposable(score(weight), pattern, each.axis, each.across)
+        kept = kept if keep.is_meta else int(keep.sum())  # tiles that stick out keep fewer
+    else:
+        keep = keep_largest(score(weight), pattern, each.axis)
+    energy = _kept_energy(weight, keep)
     return Row(each.name, shape, pattern, "", kept, energy, lines * math.ceil(K / pattern.m), bits, macs)
 
 

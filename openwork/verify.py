@@ -40,14 +40,16 @@ def verify(
     pattern: PatternChoice | None = None,
     exclude: Sequence[str] = (),
     axis: AxisChoice = "input",
+    transposable: bool = False,
 ) -> Report:
     """Check that at most N of every M weights are non-zero, and return a report; raise `NotSparse` with the layers
     that are denser.
 
-    A sparsified model is held to what `sparsify` promised. A plain one is held to `pattern`, on every candidate weight
-    that `exclude` does not name; without `pattern` the tightest N:M of each weight is found, and a warning says that
-    it was inferred. `example` (a tensor, a tuple of arguments or a mapping of keyword arguments) is run as well, in
-    eval mode, watching every weight that reaches a matrix product or convolution.
+    A sparsified model is held to what `sparsify` promised, transposable masks along both axes. A plain one is held to
+    `pattern`, on every candidate weight that `exclude` does not name; without `pattern` the tightest N:M of each weight
+    is found, and a warning says that it was inferred. `example` (a tensor, a tuple of arguments or a mapping of keyword
+    arguments) is run as well, in eval mode, watching every weight that reaches a matrix product or convolution.
+    `transposable` holds a plain model to the pattern along the output axes as well.
 
     >>> import torch
     >>> model = nn.Linear(4, 1)
@@ -57,14 +59,24 @@ def verify(
     """
     model = unwrap(model)
     sparsified = promises(model)
-    if sparsified and (pattern is not None or exclude or axis != "input"):
+    if sparsified and (pattern is not None or exclude or axis != "input" or transposable):
         raise ValueError(
-            "the model is held to what sparsify promised; pattern=, exclude= and axis= are for plain models"
+            "the model is held to what sparsify promised; pattern=, exclude= and axis= are for plain models, and so "
+            "is transposable="
         )
-    promised, skipped = (_promised(sparsified), ()) if sparsified else _asked(model, pattern, exclude, axis)
+    skipped: tuple[Row, ...] = ()
+    if sparsified:
+        promised, across = _promised(sparsified), _promised_across(sparsified)
+    else:
+        promised, across, skipped = _asked(model, pattern, exclude, axis, transposable)
     weights = _readable(model, promised)
     broken = {name: "the weight is gone: its module was replaced" for name in promised if name not in weights}
     broken |= {name: problem for name, each in weights.items() if (problem := _denser(each, *promised[name]))}
+    broken |= {
+        name: f"{problem} along the output axis"
+        for name, each in across.items()
+        if name in weights and name not in broken and (problem := _denser(weights[name], promised[name][0], each))
+    }
     products = _Products(promised, weights)
     if example is not None:
         watch(model, example, products.visit)
@@ -75,7 +87,8 @@ def verify(
     rows += skipped
     others = sum(each.numel() for each in model.parameters()) - sum(row.weights for row in rows)
     title = f"{plain_class(model).__name__}: every promise holds"
-    return Report(rows, title, others, notes=products.notes() if example is not None else ())
+    notes = (f"{len(across)} weights are so along the output axis as well",) if across else ()
+    return Report(rows, title, others, notes=notes + (products.notes() if example is not None else ()))
 
 
 def _promised(sparsified: list[tuple[str, nn.Module, Promise]]) -> _Promises:
@@ -90,16 +103,28 @@ def _promised(sparsified: list[tuple[str, nn.Module, Promise]]) -> _Promises:
     return held
 
 
+def _promised_across(sparsified: list[tuple[str, nn.Module, Promise]]) -> dict[str, Axis]:
+    return {
+        f"{plain_name(prefix)}.{name}".lstrip("."): axis
+        for prefix, _, promise in sparsified
+        for name, axis in promise.across.items()
+    }
+
+
 def _asked(
-    model: nn.Module, pattern: PatternChoice | None, exclude: Sequence[str], axis: AxisChoice
-) -> tuple[_Promises, tuple[Row, ...]]:
-    """What a plain model is held to, and the weights that are not, with the reasons."""
-    decided = decide(model, pattern or Pattern(1, 1), exclude=exclude, axis=axis, dtypes=HELD)
+    model: nn.Module, pattern: PatternChoice | None, exclude: Sequence[str], axis: AxisChoice, transposable: bool
+) -> tuple[_Promises, dict[str, Axis], tuple[Row, ...]]:
+    """What a plain model is held to, the output axes that belong to it, and what is not held to anything, and why."""
+    if transposable and pattern is None:
+        raise ValueError("transposable=True needs pattern=: what a weight is along two axes is not inferred")
+    held = pattern or Pattern(1, 1)
+    decided = decide(model, held, exclude=exclude, axis=axis, dtypes=HELD, transposable=transposable)
     if pattern is None:
         decided = [_inferred(each) if each.pattern else each for each in decided]
         _warn_of_inferred(decided)
     skipped = tuple(_skipped(each) for each in decided if not each.pattern)
-    return {each.name: (each.pattern, each.axis) for each in decided if each.pattern}, skipped
+    across = {each.name: each.across for each in decided if each.across}
+    return {each.name: (each.pattern, each.axis) for each in decided if each.pattern}, across, skipped
 
 
 def _inferred(found: Candidate) -> Candidate:

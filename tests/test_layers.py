@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent / "openwork"
 # Each file and folder of the package stands in exactly one layer; a new one is added here.
 LAYERS = (
     {"pattern"},
-    {"masks", "axis", "schedule", "metrics", "packing", "layout"},
+    {"masks", "axis", "schedule", "metrics", "packing", "layout", "transposable", "entropic"},
     {"ops"},
     {"methods", "kernels", "topology"},
     {
@@ -32,6 +32,7 @@ LAYERS = (
         "gemms",
         "sharded",
         "planning",
+        "accelerate",
         "deployed",
         "folding",
         "onednn",

@@ -110,3 +110,17 @@ def test_packing_leaves_the_mask() -> None:
     mask = bools("110100101")
     pack(mask)
     assert torch.equal(mask, bools("110100101"))
+
+
+def test_masks_that_begin_anywhere_in_memory() -> None:
+    mask = torch.rand(100, generator=torch.Generator().manual_seed(0)) > 0.5
+    for first in range(9):
+        part, other = mask[first : first + 64], ~mask[first : first + 64]
+        packed = torch.cat([torch.zeros(first, dtype=torch.uint8), pack(part)])[first:]
+        assert torch.equal(packed, pack(part.clone()))
+        assert packed_sad(packed, pack(other)) == 64
+
+
+def test_every_byte_is_counted() -> None:
+    every = torch.arange(256, dtype=torch.uint8).repeat_interleave(3)[1:]
+    assert packed_sad(every, torch.zeros_like(every)) == sum(int(byte).bit_count() for byte in every)

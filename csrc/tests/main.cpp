@@ -20,9 +20,8 @@ struct Test {
   int least;  // cases
 };
 
-const Test kTests[] = {{"masks", test_masks, 300},   {"bits", test_bits, 30},     {"transpose", test_transpose, 60},
-                       {"panel", test_panel, 300},   {"rows", test_rows, 300},    {"linear", test_linear, 150},
-                       {"convolution", test_conv, 400}};
+const Test kTests[] = {{"masks", test_masks, 300}, {"transpose", test_transpose, 60}, {"panel", test_panel, 300},
+                       {"rows", test_rows, 300},   {"linear", test_linear, 150},      {"convolution", test_conv, 400}};
 
 double now() {
   timespec t;

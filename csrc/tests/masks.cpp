@@ -130,22 +130,6 @@ void test_masks(const Kernels& kernels, Random& random) {
   }
 }
 
-void test_bits(const Kernels& kernels, Random& random) {
-  const int64_t bytes = random.from(0, 100);
-  Guarded<uint8_t> a(random, bytes), b(random, bytes), flags(random, 8 * bytes), packed(random, bytes);
-  int64_t differ = 0;
-  for (int64_t i = 0; i < bytes; i++) {
-    a[i] = uint8_t(random.next()), b[i] = uint8_t(random.next());
-    for (int bit = 0; bit < 8; bit++) {
-      differ += (a[i] ^ b[i]) >> bit & 1;
-      flags[8 * i + bit] = a[i] >> bit & 1;
-    }
-  }
-  if (kernels.differ(a.data(), b.data(), bytes) != differ) fail("bits that differ in %lld bytes", (long long)bytes);
-  openwork_pack_bits(flags.data(), packed.data(), bytes);
-  if (bytes && memcmp(packed.data(), a.data(), size_t(bytes))) fail("bits packed into %lld bytes", (long long)bytes);
-}
-
 void test_transpose(const Kernels& kernels, Random& random) {
   const int64_t rows = random.from(0, 40), columns = random.from(0, 40);
   const int64_t from_stride = columns + random.from(0, 3), to_stride = rows + random.from(0, 3);

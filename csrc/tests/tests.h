@@ -8,7 +8,6 @@
 OPENWORK_API const char* openwork_use_isa(const char* name);
 OPENWORK_API const char* openwork_isa(int32_t rank);
 OPENWORK_API void openwork_use_threads(openwork::ParallelFor parallel_for);
-OPENWORK_API void openwork_pack_bits(const uint8_t* bytes, uint8_t* bits, int64_t count);
 OPENWORK_API int64_t openwork_linear_scratch(const openwork::LinearCall* call);
 OPENWORK_API void openwork_linear(const openwork::LinearCall* call);
 OPENWORK_API int64_t openwork_conv_scratch(const openwork::ConvCall* call);
@@ -21,7 +20,6 @@ using openwork::Groups;
 using openwork::Kernels;
 
 void test_masks(const Kernels& kernels, Random& random);
-void test_bits(const Kernels& kernels, Random& random);
 void test_transpose(const Kernels& kernels, Random& random);
 void test_panel(const Kernels& kernels, Random& random);
 void test_rows(const Kernels& kernels, Random& random);

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from openwork.axis import Axis
 from openwork.bench.measure import Machine, Row, alternating, rows
 from openwork.deployed import kinds_for, packed
-from openwork.kernels.masks import prune_into
+from openwork.kernels.masks import in_one_pass, prune_into
 from openwork.masks import keep_largest, prune
 from openwork.onednn import prepacked_linear
 from openwork.ops import add_decayed
@@ -20,29 +20,34 @@ from openwork.ops import prune as prune_in_one_pass
 from openwork.ops.products import panel_numbers, rows_numbers
 from openwork.pattern import Pattern
 
+WEIGHT = (2048, 4096)
+"""The weight that masks are made for."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def masks(machine: Machine, patterns: Sequence[Pattern], seconds: float) -> Iterator[Row]:
-    """Pruning 8.4 M weights, and the SR-STE term on their gradient, beside a copy of them and the published argsort
-    form. Fresh memory costs more than either, so what allocates is compared with what allocates."""
-    weight, target = torch.randn(2048, 4096), torch.empty(2048, 4096)
+    """Pruning 8.4 M weights (`WEIGHT`), and the SR-STE term on their gradient, beside a copy of them and the published
+    argsort form. Fresh memory costs more than either, so what allocates is compared with what allocates."""
+    weight, target = torch.randn(WEIGHT), torch.empty(WEIGHT)
+    shape = "x".join(map(str, WEIGHT))
     gradient = torch.randn_like(weight)
     for pattern in patterns:
         variants: dict[str, Callable[[], object]] = {
             "copy": lambda: target.copy_(weight),
             "clone": weight.clone,
-            "prune": partial(prune_into, target, weight, pattern.n, pattern.m, 1, 1, False),
+            "prune": partial(prune_into, target, weight, pattern.n, pattern.m, 1, 1, False),  # with a kernel
             "prune to new memory": partial(prune_in_one_pass, weight, pattern, Axis(1)),
             "SR-STE term": partial(add_decayed, gradient, weight, 2e-4, pattern, Axis(1)),
             "argsort": partial(_published, weight, pattern),
         }
+        if not in_one_pass(weight):
+            del variants["prune"]
         times = alternating(variants, seconds=seconds, flush=False)
         about = {name: (str(pattern), "float32") for name in variants}
         bounds = {name: machine.bound(0, passes * weight.nbytes) for name, passes in (("prune", 2), ("SR-STE term", 3))}
         fresh = {name: times.pop(name) for name in ("clone", "prune to new memory")}
-        yield from rows("mask", "2048x4096", times, ["copy"], about, bounds)
-        yield from rows("mask", "2048x4096", fresh, ["clone"], about, {})
+        yield from rows("mask", shape, times, ["copy"], about, bounds)
+        yield from rows("mask", shape, fresh, ["clone"], about, {})
 
 
 def _published(weight: Tensor, pattern: Pattern) -> Tensor:

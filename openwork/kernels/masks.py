@@ -29,6 +29,7 @@ from openwork.ops.masks import (
 )
 from openwork.ops.metrics import _pack_list, _packed_sad_list
 from openwork.ops.thin import thin_linear as _thin_linear
+from openwork.ops.transposable import _keep_transposable
 
 _HERE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -106,6 +107,7 @@ ON_CUDA: dict[str, tuple[str, Callable[..., Any]]] = {
     "pack_list": ("bits", _pack_list),
     "packed_sad_list": ("bits", _packed_sad_list),
     "thin_linear": ("thin", _thin_linear),
+    "keep_transposable": ("transposable", _keep_transposable),
 }
 
 

@@ -86,8 +86,6 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "openwork_keep": (None, (POINTER(Groups), c_int32, c_void_p, c_void_p)),
     "openwork_prune": (None, (POINTER(Groups), c_int32, c_void_p, c_void_p)),
     "openwork_decay": (None, (POINTER(Groups), c_int32, c_void_p, c_void_p, c_float)),
-    "openwork_differ": (c_int64, (c_void_p, c_void_p, c_int64)),
-    "openwork_pack_bits": (None, (c_void_p, c_void_p, c_int64)),
     "openwork_peak": (c_int64, (c_int64, c_void_p)),
     "openwork_linear_scratch": (c_int64, (POINTER(LinearCall),)),
     "openwork_linear": (None, (POINTER(LinearCall),)),

@@ -18,12 +18,16 @@ class Method(Protocol):
     A method that ranks by magnitude may do without the mask, and is then faster where there is a kernel for it:
     `forward_in_one_pass(weight, pattern, axis)`, and `add_term_in_one_pass(gradient, weight, pattern, axis)` in place;
     `add_terms_in_one_pass(gradients, weights, pattern, axes)` does that for many weights in one launch of a GPU.
+
+    `refresh_every` says that the mask is stored and chosen anew by `attach` after so many optimizer steps, and
+    `transposable = True` that it is N:M along the output axis as well.
     """
 
     name: ClassVar[str]
     """The field's name for it: "sr-ste"."""
     fixed: ClassVar[bool]
-    """True: the mask is chosen once, by `sparsify`, and stored. False: recomputed in every forward."""
+    """True: the mask is chosen once, by `sparsify`, and stored. False: recomputed in every forward, unless the method
+    says `refresh_every`."""
     sparse: ClassVar[bool]
     """False for methods that only observe the mask and promise no zeros."""
 
@@ -32,3 +36,18 @@ class Method(Protocol):
 
     def forward(self, weight: Tensor, keep: Tensor) -> Tensor:
         """The weight that the layer multiplies with, differentiable in `weight`."""
+
+
+def is_transposable(method: Method) -> bool:
+    """Whether masks of the method are N:M along the output axis as well."""
+    return getattr(method, "transposable", False)
+
+
+def steps_of_a_mask(method: Method) -> int:
+    """After how many optimizer steps a stored mask is chosen anew; 0 where that never happens."""
+    return getattr(method, "refresh_every", 0)
+
+
+def stores_mask(method: Method) -> bool:
+    """Whether masks are kept between forwards, instead of being recomputed from the weight."""
+    return method.fixed or steps_of_a_mask(method) > 0

@@ -7,3 +7,4 @@ from openwork.ops.masks import keep_largest_list as keep_largest_list
 from openwork.ops.masks import prune as prune
 from openwork.ops.metrics import pack_list as pack_list
 from openwork.ops.metrics import packed_sad_list as packed_sad_list
+from openwork.ops.transposable import keep_transposable as keep_transposable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from openwork.tasks.task import Task
 
-TASKS = ("classification", "flow", "translation")
+TASKS = ("classification", "detection", "flow", "segmentation", "translation")
 
 
 def find(name: str) -> Task:

@@ -1,18 +1,11 @@
-"""Inline SVG: line charts, mask pictures, images.
-
-Colours come from the page's style sheet, so both themes are readable.
-"""
+"""Inline SVG: line charts and mask pictures. Colours come from the page's style sheet, so both themes are readable."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-
-import numpy as np
 
 _W, _H = 460, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 34
@@ -123,19 +116,4 @@ def _squares(rows: Sequence[Sequence[str]], kind: str, size: int, gap: int, grou
         for r, row in enumerate(rows)
         for c, cell in enumerate(row)
         if cell == kind
-    )
-
-
-def image(title: str, pixels: np.ndarray, widest: int = 320) -> str:
-    """Pixels (H, W, 3) uint8 as an SVG that holds them itself, as a JPEG of at most `widest` columns."""
-    from PIL import Image
-
-    picture, file = Image.fromarray(pixels), io.BytesIO()
-    picture.thumbnail((widest, picture.height))
-    picture.save(file, "JPEG", quality=85)
-    source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-    w, h = picture.size
-    return (
-        f'<svg class="image" viewBox="0 0 {w} {h}" role="img" aria-label="{escape(title)}">'
-        f'<image width="{w}" height="{h}" href="{source}"/></svg>'
     )

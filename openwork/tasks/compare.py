@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from openwork.tasks.config import CompareConfig, Config, differences, field_names, values_of
+from openwork.tasks.config import DECAYED, CompareConfig, Config, differences, field_names, values_of
 from openwork.tasks.rundir import RunDir, write_text, write_yaml
 from openwork.tasks.summary import Row, headline, metrics_of, rows_of
 
@@ -55,20 +55,20 @@ def jobs_of(config: CompareConfig, runs: int) -> int:
 def _choices(config: CompareConfig) -> list[tuple[str, str, float, int]]:
     methods = [
         m
-        for m in ("dense", "ste", "sr-ste", "asp")
+        for m in ("dense", "ste", *DECAYED, "asp")
         if m in config.methods or (m == "dense" and "asp" in config.methods)
     ]
     choices: list[tuple[str, str, float, int]] = []
     for method, seed in product(methods, config.seeds):
         patterns = config.patterns[:1] if method == "dense" else config.patterns
-        decays = config.decays if method == "sr-ste" else [0.0]
+        decays = config.decays if method in DECAYED else [0.0]
         choices += [(method, pattern, decay, seed) for pattern in patterns for decay in decays]
     return choices
 
 
 def _run_name(method: str, pattern: str, decay: float, seed: int) -> str:
     parts = [method] if method == "dense" else [method, pattern.replace(":", "of")]
-    parts += [f"{decay:g}"] if method == "sr-ste" else []
+    parts += [f"{decay:g}"] if method in DECAYED else []
     return "-".join([*parts, f"seed{seed}"])
 
 

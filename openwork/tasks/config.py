@@ -15,8 +15,9 @@ import openwork as ow
 from openwork.tasks.stepping import SCHEDULES
 
 FSDP2 = "fsdp2"  # ours: Lightning has no name for it
-METHODS = ("dense", "asp", "ste", "sr-ste")
-_EVERY = ("checkpoint_every", "topology_every", "log_every")
+METHODS = ("dense", "asp", "ste", "sr-ste", "transposable-sr-ste")
+DECAYED = ("sr-ste", "transposable-sr-ste")
+_EVERY = ("checkpoint_every", "topology_every", "log_every", "validate_every", "refresh_every")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 REMAINDERS = ("skip", "pad", "error")
 
@@ -85,8 +86,10 @@ class Common:
     limit_val: int = flag(0, "use only so many validation samples (0: all)")
     skip_bad: bool = flag(False, "leave out samples that cannot be read, and count them, instead of stopping")
     checkpoint_every: int = flag(500, "optimizer steps between checkpoints; one more after each epoch")
+    validate_every: int = flag(1, "epochs between validations; there is one more of the finalized network")
     topology_every: int = flag(20, "optimizer steps between records of the masks")
     log_every: int = flag(10, "optimizer steps between lines of metrics.jsonl")
+    refresh_every: int = flag(40, "optimizer steps between choices of the masks (transposable-sr-ste)")
     progress: bool = flag(True, "show a progress bar")
     preset: str = flag("", "recipe that fills the defaults, if the task has one: paper")
 

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from openwork.tasks import flowdata
-from openwork.tasks.charts import image
 from openwork.tasks.config import Config, Source, flag, flag_of, source_of
 from openwork.tasks.flowdata import Pairs
+from openwork.tasks.overlay import overlay
 from openwork.tasks.page import figure, grid
 from openwork.tasks.task import Metric, Picture, Task
 from openwork.tasks.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
-from torchvision.models.optical_flow import RAFT, raft  # noqa: E402
+from torchvision.models.optical_flow import RAFT, raft_large, raft_small  # noqa: E402
 from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
 from torchvision.utils import flow_to_image  # noqa: E402
 
-_MODELS = "raft_tiny", "raft_small", "raft_large"
+_MODELS = {"raft_small": raft_small, "raft_large": raft_large}
 _SIDE = 128  # pixels, the least that RAFT's four levels of correlation can be made of
 _LONGEST = 400  # pixels: RAFT's loss leaves out longer flow
 _OUTLIERS = 1, 3, 5  # pixels
@@ -33,8 +33,8 @@ _SHOWN = 3
 @dataclass(frozen=True)
 class FlowConfig(Config):
     """Defaults: RAFT's usual recipe (AdamW, weight decay 1e-4, gradient clipped to norm 1, a short linear warm-up and
-    linear decay to zero, gamma 0.8) on frames of 128 pixels, with a third of its updates. Every convolution is sparse,
-    as in the paper, those with 2 and 3 input channels by padding.
+    linear decay to zero, gamma 0.8) on frames of 128 pixels, with half of its updates. Every convolution is sparse, as
+    in the paper, those with 2 and 3 input channels by padding.
     """
 
     task: ClassVar[str] = "flow"
@@ -76,14 +76,14 @@ class FlowConfig(Config):
     }
 
     data: str = flag_of(sources)
-    model: str = flag("raft_tiny", f"one of {', '.join(_MODELS)}")
+    model: str = flag("raft_small", f"one of {', '.join(_MODELS)}")
     remainder: str = flag("pad", "where M does not divide a weight's axis: skip, pad, error")
     size: list[int] = flag([128, 128], "height and width of the training frames")
-    updates: int = flag(4, "how often RAFT updates its estimate, in training")
-    val_updates: int = flag(4, "the same in validation, and of the exported network")
+    updates: int = flag(6, "how often RAFT updates its estimate, in training")
+    val_updates: int = flag(6, "the same in validation, and of the exported network")
     gamma: float = flag(0.8, "weight of an update's loss, relative to the next update's")
-    scenes: int = flag(320, "scenes in an epoch (scenes, photos); every epoch has new ones")
-    val_scenes: int = flag(64, "scenes for validation (scenes, photos)")
+    scenes: int = flag(240, "scenes in an epoch (scenes, photos); every epoch has new ones")
+    val_scenes: int = flag(48, "scenes for validation (scenes, photos)")
     freeze_bn: bool = flag(False, "keep batch normalization as it is (raft_large, all stages but the first)")
     epochs: int = flag(5, "passes over the training data")
     batch_size: int = flag(4, "samples per optimizer step, over all devices and micro-batches")
@@ -125,31 +125,8 @@ class FlowNet(RAFT):  # type: ignore[misc]
         return super().forward(first, second, self.updates if self.training else self.val_updates)
 
 
-def raft_tiny() -> RAFT:
-    """RAFT small with half the width in its update block, and encoders that go down to an eighth of the frame sooner: a
-    quarter of the multiply-adds, for small frames on a CPU.
-
-    Axes that the products run along divide by 8, most by 16; RAFT small's recurrent block has 242.
-    """
-    corr = raft.CorrBlock(num_levels=4, radius=3)
-    features, context = (
-        raft.FeatureEncoder(
-            block=raft.BottleneckBlock, layers=(16, 32, 64, 64, width), strides=(2, 2, 2, 1), norm_layer=norm
-        )
-        for width, norm in ((64, nn.InstanceNorm2d), (96, None))
-    )
-    motion = raft.MotionEncoder(
-        in_channels_corr=corr.out_channels, corr_layers=(48,), flow_layers=(32, 16), out_channels=32
-    )
-    recurrent = raft.RecurrentBlock(input_size=80, hidden_size=48, kernel_size=(3,), padding=(1,))
-    head = raft.FlowHead(in_channels=48, hidden_size=64)
-    update = raft.UpdateBlock(motion_encoder=motion, recurrent_block=recurrent, flow_head=head)
-    return RAFT(feature_encoder=features, context_encoder=context, corr_block=corr, update_block=update)
-
-
 def build_raft(name: str, updates: int, val_updates: int, gamma: float, frozen: bool) -> FlowNet:
-    parts = raft_tiny() if name == "raft_tiny" else getattr(raft, name)(weights=None)
-    net = FlowNet(parts, updates, val_updates, gamma)
+    net = FlowNet(_MODELS[name](weights=None), updates, val_updates, gamma)
     return freeze_batch_norm(net) if frozen else net
 
 
@@ -260,7 +237,7 @@ def pictured(name: str, pair: Pairs, flow: Tensor) -> Picture:
 
 
 def _views(parts: Sequence[tuple[str, np.ndarray]]) -> str:
-    return grid("views", [figure(title, image(title, pixels)) for title, pixels in parts])
+    return grid("views", [figure(title, overlay(pixels, label=title)) for title, pixels in parts])
 
 
 def coloured(truth: Tensor, flow: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -231,6 +231,7 @@ def build_trainer(config: Config, out: Path, callbacks: Sequence[pl.Callback] = 
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=config.progress,
+        check_val_every_n_epoch=config.validate_every,
         reload_dataloaders_every_n_epochs=1,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO, cast
 
 Pair = tuple[str, str]
 
@@ -79,8 +79,8 @@ def _lines(path: Path) -> Iterator[bytes]:
             raise ValueError(f"{path} cannot be read after line {number} ({error}); fetch the file again") from error
 
 
-def _opened(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+def _opened(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb"))
 
 
 def _text(path: Path, number: int, line: bytes | None) -> str:

@@ -13,7 +13,7 @@ from openwork.tasks.summary import cells, header, label_of, metrics_of, notes, r
 from openwork.tasks.task import Metric
 
 _COLORS = 8  # in the style sheet
-_METHODS = ("dense", "asp", "ste", "sr-ste")
+_METHODS = ("dense", "asp", "ste", "sr-ste", "transposable-sr-ste")
 
 Result = dict[str, Any]
 
@@ -55,7 +55,7 @@ def build_page(runs: Sequence[tuple[Path, Result]]) -> str:
 
 def pictured(results: Sequence[Result]) -> Result:
     """The run whose layers and mask are shown: an SR-STE one, else one whose mask moves, else any."""
-    rank = ("sr-ste", "ste", "dense", "asp")
+    rank = ("sr-ste", "transposable-sr-ste", "ste", "dense", "asp")
     return min(results, key=lambda result: rank.index(result["config"]["method"]))
 
 

@@ -6,14 +6,15 @@ A sharded network cannot be finalized. So training works on a sharded one, and i
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from openwork.sharded import placed_like
 from openwork.tasks.config import FSDP2, Common
 
 
@@ -40,6 +41,12 @@ def blocks(net: nn.Module) -> Iterator[nn.Module]:
 def whole_twin(config: Common, net: nn.Module) -> nn.Module:
     """What is evaluated and saved after training `net`: itself, or a copy where training will shard it."""
     return copy.deepcopy(net) if config.strategy == FSDP2 else net
+
+
+def load_whole(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load whole tensors into a sharded network; each process takes its part, and nothing travels."""
+    sharded = net.state_dict()
+    net.load_state_dict({name: placed_like(tensor, sharded[name]) for name, tensor in state.items()})
 
 
 def share_statistics(net: nn.Module) -> None:

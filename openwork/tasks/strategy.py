@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import Optimizer
 
 from openwork.tasks.config import FSDP2, Common
+from openwork.tasks.sharding import load_whole
 
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's strategy for `fully_shard`, with checkpoints of one file, in which weights have dense names.
 
-    Its own reader wants the names of parameters, which those of masked weights are not.
+    Its own reader, and torch's of whole tensors, want the names of parameters, which those of masked weights are not.
     """
 
     def __init__(self, processes: int) -> None:
@@ -28,14 +29,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = self.broadcast(checkpoint_path)
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
-        (optimizer_state,) = checkpoint["optimizer_states"]
-        set_state_dict(
-            self._net,
-            self.optimizers,
-            model_state_dict=checkpoint.pop("state_dict"),
-            optim_state_dict=optimizer_state,
-            options=StateDictOptions(full_state_dict=True),
-        )
+        load_whole(self._net, checkpoint.pop("state_dict"))
+        (optimizer,), (state,) = self.optimizers, checkpoint["optimizer_states"]
+        set_optimizer_state_dict(self._net, optimizer, state, options=StateDictOptions(full_state_dict=True))
         return checkpoint
 
     @property

@@ -113,4 +113,14 @@ path.l { fill: var(--c6); }
 mark { background: none; color: inherit; border-bottom: 2px solid var(--c6); }
 .facts { display: flex; flex-wrap: wrap; gap: 32px; }
 .facts td { white-space: normal; overflow-wrap: anywhere; max-width: 60ch; }
+.photo rect { fill: none; stroke: currentColor; }
+.photo text { fill: #fff; stroke: #000; paint-order: stroke; }
+.photo .c0 { color: var(--c0); }
+.photo .c1 { color: var(--c1); }
+.photo .c2 { color: var(--c2); }
+.photo .c3 { color: var(--c3); }
+.photo .c4 { color: var(--c4); }
+.photo .c5 { color: var(--c5); }
+.photo .c6 { color: var(--c6); }
+.photo .c7 { color: var(--c7); }
 """

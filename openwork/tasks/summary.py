@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from openwork.tasks.config import DECAYED
 from openwork.tasks.task import Metric
 
 
@@ -43,9 +44,7 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
     groups: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
     for result in results:
         c = result["config"]
-        groups.setdefault((c["method"], c["pattern"], c["decay"] if c["method"] == "sr-ste" else 0.0), []).append(
-            result
-        )
+        groups.setdefault((c["method"], c["pattern"], c["decay"] if c["method"] in DECAYED else 0.0), []).append(result)
     key = metrics_of(results)[0].key
     dense = {r["config"]["seed"]: r[key] for r in results if r["config"]["method"] == "dense"}
     return [_row(group, dense) for group in groups.values()]
@@ -61,7 +60,7 @@ def _row(group: Sequence[dict[str, Any]], dense: dict[int, float]) -> Row:
     return Row(
         method=c["method"],
         pattern="-" if c["method"] == "dense" else c["pattern"],
-        decay=c["decay"] if c["method"] == "sr-ste" else None,
+        decay=c["decay"] if c["method"] in DECAYED else None,
         seeds=seeds,
         scores={metric.key: statistics.fmean(r[metric.key] for r in group) for metric in metrics},
         std=statistics.stdev(compared) if len(compared) > 1 else None,
@@ -112,7 +111,7 @@ def paired_p(deltas: Sequence[float]) -> float | None:
 def label_of(config: dict[str, Any]) -> str:
     """What tells a run's method apart: "dense", "ste 2:4", "sr-ste 2:4 0.0002"."""
     parts = [config["method"]] if config["method"] == "dense" else [config["method"], config["pattern"]]
-    return " ".join([*parts, f"{config['decay']:g}"] if config["method"] == "sr-ste" else parts)
+    return " ".join([*parts, f"{config['decay']:g}"] if config["method"] in DECAYED else parts)
 
 
 def header(metrics: Sequence[Metric]) -> list[str]:

@@ -138,7 +138,13 @@ def build_optimizer(config: Config, net: nn.Module) -> torch.optim.Optimizer:
 
 
 def build_method(config: Config) -> Any:
-    makers = {"dense": ow.Dense, "asp": ow.ASP, "ste": ow.STE, "sr-ste": lambda: ow.SRSTE(decay=config.decay)}
+    makers: dict[str, Any] = {
+        "dense": ow.Dense,
+        "asp": ow.ASP,
+        "ste": ow.STE,
+        "sr-ste": lambda: ow.SRSTE(decay=config.decay),
+        "transposable-sr-ste": lambda: ow.TransposableSRSTE(config.decay, config.refresh_every),
+    }
     return makers[config.method]()
 
 

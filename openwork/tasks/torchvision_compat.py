@@ -29,6 +29,8 @@ _SCHEMAS = (
     int sampling_ratio, bool aligned) -> Tensor""",
 )
 
+_BLOCK = 128  # boxes whose overlaps with all later ones are computed at once
+
 
 def ensure_torchvision() -> ModuleType:
     """The torchvision module, imported and with `nms` and `roi_align` in working order.
@@ -111,21 +113,25 @@ def _greedy(boxes_4K: np.ndarray, iou_threshold: float) -> np.ndarray:
     # Typed, so that numpy compares float32 overlaps in float64, as torchvision's kernel does.
     threshold = np.float64(iou_threshold)
     with np.errstate(invalid="ignore"):  # boxes without area have IoU 0/0, which is not above any threshold
-        for i in range(len(kept_K)):
-            if kept_K[i]:
-                kept_K[i + 1 :] &= ~(_iou(boxes_4K[:, i, None], boxes_4K[:, i + 1 :]) > threshold)
+        for start in range(0, len(kept_K), _BLOCK):
+            rows_R = start + kept_K[start : start + _BLOCK].nonzero()[0]
+            hides_RJ = _iou(boxes_4K[:, rows_R, None], boxes_4K[:, None, start:]) > threshold
+            for row, hides_J in zip(rows_R, hides_RJ, strict=True):
+                if kept_K[row]:
+                    kept_K[row + 1 :] &= ~hides_J[row + 1 - start :]
     return kept_K
 
 
 def _iou(a_4K: np.ndarray, b_4K: np.ndarray) -> np.ndarray:
-    """Intersection over union of boxes in columns: (4, K), (4, K) -> (K,)."""
-    common_2K = np.minimum(a_4K[2:], b_4K[2:]) - np.maximum(a_4K[:2], b_4K[:2])
-    common_K = common_2K.clip(min=0).prod(axis=0)
+    """Intersection over union of boxes in columns: (4, K), (4, K) -> (K,), or any shapes that broadcast."""
+    common_2K = (np.minimum(a_4K[2:], b_4K[2:]) - np.maximum(a_4K[:2], b_4K[:2])).clip(min=0)
+    common_K = common_2K[0] * common_2K[1]
     return common_K / (_area(a_4K) + _area(b_4K) - common_K)
 
 
 def _area(boxes_4K: np.ndarray) -> np.ndarray:
-    return (boxes_4K[2:] - boxes_4K[:2]).prod(axis=0)
+    width_K, height_K = boxes_4K[2:] - boxes_4K[:2]
+    return width_K * height_K
 
 
 def roi_align(

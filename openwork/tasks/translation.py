@@ -84,14 +84,14 @@ class TranslationConfig(Config):
     dropout: float = flag(0.1, "in every layer and on the embeddings")
     label_smoothing: float = flag(0.1, "share of the label that is spread over the vocabulary")
     beams: int = flag(4, "of beam search in the last validation (1: greedy); those during training are greedy")
-    epochs: int = flag(8, "passes over the training data")
+    epochs: int = flag(5, "passes over the training data")
     batch_size: int = flag(64, "sentence pairs per optimizer step, over all devices and micro-batches")
     optimizer: str = flag("adam", "one of sgd, adam, adamw")
     lr: float = flag(2e-3, "peak learning rate")
     betas: list[float] = flag([0.9, 0.98], "of Adam and AdamW")  # noqa: RUF009
     eps: float = flag(1e-9, "of Adam and AdamW")
     weight_decay: float = flag(0.0, "on all parameters")
-    warmup: float = flag(2.0, "epochs of linear warm-up, before the schedule")
+    warmup: float = flag(1.5, "epochs of linear warm-up, before the schedule")
     schedule: str = flag("inverse-sqrt", "of the learning rate: cosine, linear, steps, inverse-sqrt, constant")
     out: str = flag("runs/translation", "run directory")
 
@@ -171,9 +171,8 @@ class Translation(Task):
         device = next(net.parameters()).device
         found = translate(net, {key: each.to(device) for key, each in batch.items()})
         translations = decode(data.tokenizer, found)
-        return [
-            picture(i, *data.val_pairs[i], translation) for i, translation in zip(chosen, translations, strict=True)
-        ]
+        pairs = [data.val_pairs[i] for i in chosen.tolist()]
+        return [picture(i, pair, text) for i, pair, text in zip(chosen.tolist(), pairs, translations, strict=True)]
 
 
 def vocabularies(config: TranslationConfig) -> list[Path]:
@@ -218,10 +217,10 @@ def build_transformer(config: TranslationConfig, vocabulary: int) -> Any:
     from transformers import GenerationConfig, MarianConfig, MarianMTModel
 
     width, layers, heads, wide = SIZES[config.model]
-    sides = {f"{side}_layers": layers for side in ("encoder", "decoder")}
+    sides: dict[str, Any] = {f"{side}_layers": layers for side in ("encoder", "decoder")}
     sides |= {f"{side}_attention_heads": heads for side in ("encoder", "decoder")}
     sides |= {f"{side}_ffn_dim": wide for side in ("encoder", "decoder")}
-    symbols = {"pad_token_id": PAD, "eos_token_id": END, "decoder_start_token_id": PAD}
+    symbols: dict[str, Any] = {"pad_token_id": PAD, "eos_token_id": END, "decoder_start_token_id": PAD}
     net = MarianMTModel(
         MarianConfig(
             vocab_size=vocabulary,
@@ -262,16 +261,18 @@ def translate(net: Any, batch: Batch) -> list[list[int]]:
 
 def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
     """sacrebleu's BLEU of a corpus (arXiv:1804.08771), from 0 to 100, and the signature that says how it counts."""
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     metric = BLEU()
     score = metric.corpus_score(list(translations), [list(references)]).score
     return score, str(metric.get_signature())
 
 
-def picture(index: int, source: str, reference: str, translation: str) -> Picture:
+def picture(index: int, pair: Pair, translation: str) -> Picture:
+    source, reference = pair
     truth = sentence([(source, False)], "source") + sentence([(reference, False)], "reference")
-    return Picture(f"Sentence {index + 1}", truth, sentence(marked(translation, reference)))
+    found = sentence(marked(translation, reference), "" if translation else "no words")
+    return Picture(f"Sentence {index + 1}; underlined: not so in the reference", truth, found)
 
 
 def marked(text: str, reference: str) -> list[tuple[str, bool]]:

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from openwork.kernels.triton import bits, masks, thin
+from openwork.kernels.triton import bits, masks, thin, transposable
 from openwork.kernels.triton.floats import KINDS, WORDS
 from openwork.ops.thin import index_bits
 from openwork.pattern import Pattern
@@ -61,6 +61,8 @@ def thin_kernel(name: str, dtype: torch.dtype, n: int, m: int, rows: int) -> tup
     return function, types, fixed, ("x", "values", "words", "parts", "K", "OP"), {"num_warps": 4}
 
 
+TILES = {"score": "*bf16", "keep": "*u8"} | dict.fromkeys(("tiles", "tiles_in", "tiles_out"), "i32")
+TILES |= dict.fromkeys(("outer_step", "out_step", "in_step", "inner"), "i32")
 FINISH = {"parts": "*fp32", "bias": "*i16", "y": "*i16"} | dict.fromkeys(("B", "O", "OP", "count"), "i32")
 
 KERNELS |= {
@@ -69,6 +71,9 @@ KERNELS |= {
     "expand 2:4 bfloat16": thin_kernel("_expand", torch.bfloat16, 2, 4, 16),
     "finish": (
         thin._finish, FINISH, {"BIAS": True, "RELU": True, "KIND": KINDS[torch.bfloat16], "BO": 256}, ("parts",), {},
+    ),
+    "transposable bfloat16": (
+        transposable._keep, TILES, {"B": transposable._TILES}, ("score", "keep"), {"num_warps": 4},
     ),
 }  # fmt: skip
 

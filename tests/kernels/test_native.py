@@ -64,8 +64,9 @@ def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
         pytest.skip(str(STATUS))
     native._open.cache_clear()
     try:
+        expected = f"has interface {native._ABI}, needed 99: install again"
         monkeypatch.setattr(native, "_ABI", 99)
-        assert "has interface 1, needed 99: install again" in str(ow.kernels.status())
+        assert expected in str(ow.kernels.status())
     finally:
         monkeypatch.undo()
         native._open.cache_clear()
@@ -130,14 +131,3 @@ def test_threads_are_those_of_torch(threads: int) -> None:
         torch.set_num_threads(before)
     assert len({thread for _, _, thread in seen}) == threads
     assert sorted(i for first, last, _ in seen for i in range(first, last)) == list(range(100))
-
-
-@needs_library
-def test_bits() -> None:
-    lib = native.library()
-    a, b = (torch.randint(0, 256, (101,), dtype=torch.uint8) for _ in range(2))
-    expected = sum(int(x).bit_count() for x in a ^ b)
-    assert lib.openwork_differ(a.data_ptr(), b.data_ptr(), 101) == expected
-    flags, packed = torch.rand(80) < 0.5, torch.zeros(10, dtype=torch.uint8)
-    lib.openwork_pack_bits(flags.data_ptr(), packed.data_ptr(), 10)
-    assert torch.equal(packed, (flags.view(10, 8).int() << torch.arange(8)).sum(1).to(torch.uint8))

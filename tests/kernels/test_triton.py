@@ -47,7 +47,7 @@ def test_compiled_for_gpus_that_are_not_here(capability: int, tmp_path: Path) ->
     done = subprocess.run(words, capture_output=True, text=True, timeout=1200, check=False, env=variables)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-    assert len(lines) == 10
+    assert len(lines) == 11
     found = {name.split(" ", 1)[1]: made for name, made in lines.items()}
     # The term must round like the reference, and whole groups of four be read in one instruction.
     assert all(made.endswith(" 0 fma") for name, made in found.items() if name.startswith("term"))
@@ -56,7 +56,16 @@ def test_compiled_for_gpus_that_are_not_here(capability: int, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "name",
-    ["keep_largest", "prune", "add_decayed", "keep_largest_list", "add_decayed_list", "pack_list", "packed_sad_list"],
+    [
+        "keep_largest",
+        "prune",
+        "add_decayed",
+        "keep_largest_list",
+        "add_decayed_list",
+        "pack_list",
+        "packed_sad_list",
+        "keep_transposable",
+    ],
 )
 def test_cuda_tensors_are_led_to_triton(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"openwork::{name}", "CUDA")

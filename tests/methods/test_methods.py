@@ -15,12 +15,12 @@ from torch import Tensor
 
 from openwork.axis import Axis
 from openwork.masks import keep_largest, kept_per_group
-from openwork.methods import ASP, SRSTE, STE, Dense, Method
+from openwork.methods import ASP, SRSTE, STE, Dense, Method, TransposableSRSTE
 from openwork.pattern import Pattern
 
 torch.set_num_threads(1)
 
-ALL = [ASP(), Dense(), SRSTE(), STE()]
+ALL = [ASP(), Dense(), SRSTE(), STE(), TransposableSRSTE()]
 EACH = pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
 SPARSE = pytest.mark.parametrize("method", [method for method in ALL if method.sparse], ids=lambda method: method.name)
 
@@ -45,6 +45,7 @@ def test_names_are_the_field_s() -> None:
         "dense": (False, False),
         "sr-ste": (True, False),
         "ste": (True, False),
+        "transposable-sr-ste": (True, False),
     }
 
 
@@ -85,6 +86,7 @@ EQUATIONS = [
     (Dense(), WEIGHT, GRADIENT),
     (SRSTE(0.5), PRUNED, GRADIENT),  # its decay is no part of the graph
     (STE(), PRUNED, GRADIENT),
+    (TransposableSRSTE(0.5), PRUNED, GRADIENT),
 ]
 
 
@@ -108,7 +110,8 @@ def test_exactly_n_of_m_survive(method: Method, n: int, m: int, groups: int, see
 
 
 def test_only_sr_ste_has_a_gradient_term() -> None:
-    assert [method.name for method in ALL if hasattr(method, "gradient_term")] == ["sr-ste"]
+    names = [method.name for method in ALL if hasattr(method, "gradient_term")]
+    assert names == ["sr-ste", "transposable-sr-ste"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -312,7 +312,7 @@ def test_the_term_counts_once_however_often_the_update_block_is_used(updates):
     """
     decay, rate = 0.5, 0.1
     torch.manual_seed(1)
-    net = build_raft("raft_tiny", updates, updates, 0.8, frozen=False)
+    net = build_raft("raft_small", updates, updates, 0.8, frozen=False)
     plain = copy.deepcopy(net)
     pairs = next(TASK.load_data(Config()).train_batches([np.array([0])], 0, 0))
 
@@ -339,7 +339,7 @@ def test_the_term_counts_once_however_often_the_update_block_is_used(updates):
         now = next(p for key, p in after.items() if plain_name(key) == name)
         assert torch.allclose(now, weight, rtol=1e-4, atol=1e-6), name
         pruned += int((~masks[name]).sum())
-    assert pruned > 100_000
+    assert pruned > 400_000
 
 
 def plain_name(name):
@@ -347,7 +347,7 @@ def plain_name(name):
 
 
 def test_what_is_left_dense_is_reported_with_its_reason():
-    _, _, report = prepare(TASK, Config(model="raft_small", remainder="skip"))
+    _, _, report = prepare(TASK, Config(remainder="skip"))
     gru = {f"update_block.recurrent_block.convgru1.conv{gate}.weight" for gate in "zrq"}
     stems = {f"{part}_encoder.convnormrelu.0.weight" for part in ("feature", "context")}
     assert set(report.skipped) == {*gru, *stems, "update_block.motion_encoder.convflow1.0.weight"}
@@ -386,7 +386,7 @@ def test_frozen_batch_normalization_is_what_it_was():
     [
         ({"size": [120, 128]}, r"size is \[120, 128\]; RAFT needs"),
         ({"size": [128]}, "a height and a width"),
-        ({"model": "raft_huge"}, "model 'raft_huge' is not known; use one of raft_tiny, raft_small, raft_large"),
+        ({"model": "raft_huge"}, "model 'raft_huge' is not known; use one of raft_small, raft_large"),
         ({"updates": 0}, "updates is 0"),
     ],
 )
@@ -398,13 +398,12 @@ def test_flags_are_checked(flags, message):
 # --- runs --------------------------------------------------------------------------------------------------------
 
 SMALL = {
-    "limit": 24,
-    "limit_val": 2,
     "batch_size": 2,
     "updates": 2,
     "val_updates": 2,
     "epochs": 2,
     "lr": 1e-3,
+    "workers": 0,
     "topology_every": 4,
     "log_every": 1,
     "checkpoint_every": 7,
@@ -413,22 +412,40 @@ SMALL = {
 }
 
 
+def falling(folder):
+    """26 pairs, two for validation, whose frames fall by 8 pixels: what a network learns in a few steps."""
+    flow = np.zeros((2, 136, 136), np.float32)
+    flow[1] = 8
+    flow[:, 0, 0] = 1e10  # not known everywhere, so that it is not scaled
+    draw = np.random.default_rng(0)
+    (folder / "data").mkdir()
+    for i in range(1, 27):
+        photo = np.array(Image.fromarray(draw.integers(0, 256, (24, 24, 3), np.uint8)).resize((136, 144)))
+        for name, rows in (("img1", photo[8:]), ("img2", photo[:-8])):
+            Image.fromarray(rows).save(folder / f"data/{i:05d}_{name}.ppm")
+        put(folder / f"data/{i:05d}_flow.flo", flo(flow))
+    put(folder / "FlyingChairs_train_val.txt", b"1\n" * 24 + b"2\n" * 2)
+    return f"flyingchairs={folder}"
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "run"
-    return out, train(Config(**SMALL, out=str(out)))
+    folder = tmp_path_factory.mktemp("flow")
+    data = falling(folder)
+    return folder / "run", train(Config(**SMALL, data=data, out=str(folder / "run")))
 
 
 def test_the_loss_falls(trained):
     out, _ = trained
     assert len([r for r in read_lines(out / "metrics.jsonl") if "train_loss" in r]) == 24
-    data, net, _ = prepare(*read_run(out))
-    (batch,) = data.val_batches([np.arange(4)])  # scenes differ much, so the same ones before and after
+    task, config = read_run(out)
+    data, net, _ = prepare(task, config)
+    (batch,) = data.val_batches([np.arange(2)])  # not mirrored, so the same before and after
     with torch.no_grad():
-        before = TASK.loss(net, batch)
+        before = task.loss(net, batch)
         ow.finalize(net)
         net.load_state_dict(load_file(out / "model.safetensors"))
-        assert TASK.loss(net, batch) < 0.8 * before
+        assert task.loss(net, batch) < 0.6 * before
 
 
 def test_every_mask_is_exact_and_the_saved_network_scores_what_the_result_says(trained):
@@ -459,7 +476,8 @@ def test_the_report_shows_frames_and_flow_and_loads_nothing(trained):
 
 @pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_was_not(trained, tmp_path):
-    script, config = Path(__file__).with_name("run_and_kill.py"), {**SMALL, "out": str(tmp_path / "run")}
+    script = Path(__file__).with_name("run_and_kill.py")
+    config = {**SMALL, "data": trained[1]["config"]["data"], "out": str(tmp_path / "run")}
 
     def run(kill_after, **more):
         command = [sys.executable, script, "flow", json.dumps(config | more), str(kill_after)]

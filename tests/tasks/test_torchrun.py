@@ -112,15 +112,13 @@ def test_two_machines_end_as_one(row, sharded, tmp_path):
 
 
 @pytest.mark.for_the_page
-def test_a_killed_run_is_restarted_by_torchrun_and_ends_the_same(row, sharded, tmp_path):
+def test_a_killed_run_is_restarted_by_torchrun_and_ends_the_same(sharded, tmp_path):
     """Both processes are killed after three of four steps; the checkpoint lies after two."""
     config = RECIPE | {"devices": 2, "strategy": "fsdp2", "resume": True, "out": str(tmp_path / "run")}
     script = Path(__file__).with_name("run_and_kill.py")
     torchrun([*TWO, "--max-restarts", "1", str(script), "classification", json.dumps(config), "3"])
     assert is_the_same(tmp_path / "run", sharded) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == (sharded / "metrics.jsonl").read_text()
-    what = "a recipe by flags: killed (SIGKILL) and restarted by torchrun, [so](scale.md#recipes), FSDP2"
-    row("Two processes", what, resumes=True, packages=("lightning",))
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp_cpu_offload"])

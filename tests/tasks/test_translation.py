@@ -235,7 +235,7 @@ def test_bleu_by_hand():
 def test_words_that_the_reference_lacks_are_marked():
     assert marked("um halb acht Uhr", "um halb sieben Uhr") == [("um halb", False), ("acht", True), ("Uhr", False)]
     assert marked("", "um") == []
-    picture = translation.picture(0, "<a>", "b & c", "b & <d>")
+    picture = translation.picture(0, ("<a>", "b & c"), "b & <d>")
     assert "<mark>&lt;d&gt;</mark>" in picture.predicted
     assert "&lt;a&gt;" in picture.truth
 

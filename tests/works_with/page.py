@@ -5,7 +5,10 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-GROUPS = ("Loop", "Optimizer", "Precision", "Memory and functions", "Compilation", "Two processes", "Trainers")
+GROUPS = (
+    *("Loop", "Optimizer", "Precision", "Memory and functions", "Compilation", "Two processes", "Trainers"),
+    *("Averages", "Adapters", "Quantization", "Export"),
+)
 HEAD = """# Works with
 
 Made by `make works-with` from the results of tests; nothing here that no test ran. A line of "What works" is a test

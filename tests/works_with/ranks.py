@@ -59,20 +59,22 @@ def split(model, _):
 
 one_by_one = partial(sgd_of, foreach=False)  # torch: foreach takes no mixture of tensors and DTensors
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+EACH_LAYER = "FSDP2, each layer and the model"
 WAYS = {
-    "DDP": Way(wrap=data_parallel),
+    "DDP": Way(wrap=data_parallel, resumes=FOR_THE_PAGE),
     "DDP, `ZeroRedundancyOptimizer`": Way(wrap=data_parallel, make=zero, resumes=False),
-    "FSDP2, each layer and the model": Way(wrap=sharded, always=True),
-    "FSDP2, the whole model at once": Way(wrap=partial(sharded, layers=False), resumes=FOR_THE_PAGE),
-    "FSDP2, `reshard_after_forward=False`": Way(
-        wrap=partial(sharded, reshard_after_forward=False), resumes=FOR_THE_PAGE
-    ),
+    EACH_LAYER: Way(wrap=sharded),
     "FSDP2, `MixedPrecisionPolicy` of bf16, against the equations with weights seen in bf16": Way(
         wrap=partial(sharded, mp_policy=BF16), reference={"seen": torch.bfloat16}, tolerance=2e-2, resumes=FOR_THE_PAGE
     ),
-    "FSDP2, activation checkpointing": Way(wrap=sharded_and_checkpointed, resumes=FOR_THE_PAGE),
     "FSDP2, fixed masks (`ow.ASP`)": Way(wrap=sharded, resumes=FOR_THE_PAGE, **ASP),
 }
+if FOR_THE_PAGE:  # what is little else for masks than the others
+    WAYS |= {
+        "FSDP2, the whole model at once": Way(wrap=partial(sharded, layers=False)),
+        "FSDP2, `reshard_after_forward=False`": Way(wrap=partial(sharded, reshard_after_forward=False)),
+        "FSDP2, activation checkpointing": Way(wrap=sharded_and_checkpointed),
+    }
 SPLIT = {
     "tensor parallel: `Colwise`, `Rowwise` of `openwork.integrations.tensor_parallel`": Way(
         wrap=split, make=one_by_one, resumes=FOR_THE_PAGE
@@ -167,7 +169,7 @@ def train(training, data):
 
 def save_and_go_on(kind, folder, **ranks):
     """Ten steps, a checkpoint, ten steps more: the weights at the end."""
-    training = Training(WAYS["FSDP2, each layer and the model"], kind, **ranks)
+    training = Training(WAYS[EACH_LAYER], kind, **ranks)
     train(training, batches(kind, STEPS)[:HALF])
     dcp.save(checkpointed(training), checkpoint_id=folder)
     return train(training, batches(kind, STEPS)[HALF:])
@@ -239,7 +241,7 @@ def two(rank, folder):
 
 
 def four(rank, folder):
-    return load_and_go_on(SAVED, folder / "checkpoint", WAYS["FSDP2, each layer and the model"], rank=rank, ranks=4)
+    return load_and_go_on(SAVED, folder / "checkpoint", WAYS[EACH_LAYER], rank=rank, ranks=4)
 
 
 def start(rank, work, ranks, folder):

@@ -1,0 +1,182 @@
+"""What transposable masks keep, what they cost, and what a short training makes of them. On a CPU, one thread.
+
+    python benchmarks/transposable.py masks
+    python benchmarks/transposable.py times
+    python benchmarks/transposable.py train FASHION_MNIST_FOLDER --steps 200 --seeds 0 1 2
+
+`masks` needs scipy: the best sum of a tile is the value of a linear program, which is integral.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import openwork as ow
+from openwork.axis import Axis
+from openwork.entropic import best_approximate, completed, rounded
+from openwork.masks import keep_largest
+from openwork.ops import keep_largest as fastest
+from openwork.tasks.datasets import Images, fashion_mnist
+from openwork.tasks.models import build_model
+from openwork.transposable import best_2_4, keep_transposable
+
+TWO_OF_FOUR = ow.Pattern(2, 4)
+
+
+def tiles_of(weight: Tensor, m: int) -> Tensor:
+    """(O, K) -> the magnitudes of its tiles, (T, m, m)."""
+    return weight.abs().unflatten(1, (-1, m)).unflatten(0, (-1, m)).movedim(2, 1).reshape(-1, m, m)
+
+
+def share(score: Tensor, keep: Tensor) -> float:
+    """The kept share of the sum of magnitudes."""
+    return float(score.double()[keep].sum() / score.double().sum())
+
+
+def seconds(function: Callable[[], object], rounds: int = 5) -> float:
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def kept_at_2_4(name: str, weight: Tensor) -> None:
+    tiles = tiles_of(weight, 4)
+    every = share(weight.abs(), keep_largest(weight.abs(), TWO_OF_FOUR, Axis(1)))
+    greedy = rounded(tiles, 2)
+    found = {
+        "exact": best_2_4(tiles),
+        "entropic": best_approximate(tiles, TWO_OF_FOUR),
+        "greedy": greedy,
+        "greedy, completed": completed(greedy, tiles, 2),
+    }
+    shares = ", ".join(f"{how} {share(tiles, keep):.4f}" for how, keep in found.items())
+    lacking = float((greedy.sum((1, 2)) < 8).float().mean())
+    print(f"{name}: 2:4 of rows alone {every:.4f}, {shares}; greedy keeps fewer than 8 in {lacking:.1%} of tiles")
+
+
+def optimum(score: Tensor, n: int) -> float:
+    import numpy as np
+    from scipy import sparse
+    from scipy.optimize import linprog
+
+    m = len(score)
+    matrix = sparse.vstack([sparse.kron(sparse.eye(m), np.ones(m)), sparse.kron(np.ones(m), sparse.eye(m))])
+    return -float(linprog(-score.double().numpy().ravel(), A_eq=matrix, b_eq=np.full(2 * m, n), bounds=(0, 1)).fun)
+
+
+def against_the_optimum(pattern: ow.Pattern, weight: Tensor, count: int) -> None:
+    tiles = tiles_of(weight, pattern.m)[:count]
+    best = torch.tensor([optimum(tile, pattern.n) for tile in tiles], dtype=torch.float64)
+    greedy = completed(rounded(tiles, pattern.n), tiles, pattern.n)
+    sums = {how: (tiles.double() * keep).sum((1, 2)) for how, keep in
+            {"entropic": best_approximate(tiles, pattern), "greedy, completed": greedy}.items()}  # fmt: skip
+    for how, found in sums.items():
+        each = found / best
+        print(
+            f"{pattern} {how}: {float(found.sum() / best.sum()):.5f} of the optimum over {count} tiles, the worst "
+            f"{float(each.min()):.4f}, optimal in {float((each > 1 - 1e-6).float().mean()):.0%}"
+        )
+
+
+def masks() -> None:
+    torch.manual_seed(0)
+    million = torch.randn(1024, 1024)
+    kept_at_2_4("normal weights", million)
+    kept_at_2_4("uniform weights", torch.rand(1024, 1024))
+    for text, count in (("2:4", 400), ("4:8", 300), ("8:16", 100), ("1:16", 100)):
+        against_the_optimum(ow.Pattern.parse(text), million, count)
+
+
+def times() -> None:
+    million = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    score, rows, columns = million.abs(), Axis(1), Axis(0)
+    found = {
+        "2:4 of rows, native": seconds(lambda: fastest(score, TWO_OF_FOUR, rows)),
+        "2:4 of rows, reference": seconds(lambda: keep_largest(score, TWO_OF_FOUR, rows)),
+        "2:4 transposable, exact": seconds(lambda: keep_transposable(score, TWO_OF_FOUR, rows, columns)),
+    }
+    for text in ("4:8", "8:16"):
+        pattern = ow.Pattern.parse(text)
+        found[f"{text} transposable, entropic"] = seconds(
+            lambda p=pattern: keep_transposable(score, p, rows, columns), 1
+        )
+    for what, each in found.items():
+        print(f"{what}: {each * 1e3:.1f} ms for {million.numel()} weights")
+
+
+def trained(images: Images, method: ow.Method, steps: int, seed: int) -> tuple[nn.Module, float]:
+    """ResNet-8 with a stem of stride 2 after so many steps of batch 128, and its accuracy on the test images."""
+    torch.manual_seed(seed)
+    net = build_model("resnet8-s2", classes=images.classes, channels=1)
+    ow.sparsify(net, "2:4", method)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-5)
+    rate = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.1, steps, pct_start=0.1, div_factor=10, cycle_momentum=False
+    )
+    ow.attach(optimizer, net)
+    order = torch.randperm(images.train_count).numpy()
+    batches = [order[start : start + 128] for start in range(0, 128 * steps, 128)]
+    for x, y in images.train_batches(batches, seed, 0):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        rate.step()
+    net.eval()
+    with torch.no_grad():
+        right = [
+            (net(images.normalized(x)).argmax(1) == y).sum()
+            for x, y in zip(images.val_x.split(500), images.val_y.split(500), strict=True)
+        ]
+    return net, int(sum(right)) / images.val_count
+
+
+def all_tiles(net: nn.Module) -> Tensor:
+    """The matrix of each position of each kernel, one below the other, as (rows, 4): whole 4x4 tiles."""
+    weights = [each.detach() for each in net.parameters() if each.ndim == 4 and each.shape[1] % 4 == 0]
+    matrices = [each.permute(2, 3, 0, 1).flatten(0, 2) for each in weights]
+    return torch.cat(
+        [each.unflatten(1, (-1, 4)).unflatten(0, (-1, 4)).transpose(1, 2).reshape(-1, 4) for each in matrices]
+    )
+
+
+def train(folder: str, steps: int, seeds: list[int], every: int, decay: float) -> None:
+    images = fashion_mnist(Path(folder))
+    methods: list[ow.Method] = [ow.SRSTE(decay), ow.TransposableSRSTE(decay, every)]
+    for seed in seeds:
+        for method in methods:
+            print(f"seed {seed}, {method.name}: accuracy {trained(images, method, steps, seed)[1]:.4f}", flush=True)
+    net, accuracy = trained(images, ow.Dense(), steps, seeds[0])
+    print(f"seed {seeds[0]}, dense: accuracy {accuracy:.4f}")
+    kept_at_2_4("its weights", all_tiles(net))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["masks", "times", "train"])
+    parser.add_argument("folder", nargs="?", help="of Fashion-MNIST's four .gz files")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--every", type=int, default=10, help="steps between choices of the transposable masks")
+    parser.add_argument("--decay", type=float, default=0.02)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.what == "masks":
+        masks()
+    elif arguments.what == "times":
+        times()
+    else:
+        train(arguments.folder, arguments.steps, arguments.seeds, arguments.every, arguments.decay)
+
+
+if __name__ == "__main__":
+    main()

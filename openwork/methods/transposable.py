@@ -1,0 +1,53 @@
+"""Transposable SR-STE: SR-STE whose masks are N:M along both axes of each product, and stay for some steps (Hu et al.,
+ICML 2024, arXiv:2404.01847; transposable masks: Hubara et al., 2021, arXiv:2102.08124).
+
+    mask           of every M x M tile of the weight, N in each row and each column, with the largest sum of |w|;
+                   chosen by `sparsify`, and anew after every `refresh_every` optimizer steps
+    forward        w~ = w where kept, else +0     gradient of the loss at w~ flows to all of w
+    before a step  g  = g + decay * w where pruned, once, after unscaling, reducing, accumulating, clipping
+
+y = x w~' sums over a row of w~, dx = dy w~ over a column: so both products can run sparse (`openwork.accelerate`). The
+third, dw = dy' x, has no sparse operand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from openwork.masks import prune
+from openwork.methods.gradients import straight_through
+
+
+@dataclass(frozen=True)
+class TransposableSRSTE:
+    """SR-STE with masks that are N:M in the transposed weight too, chosen anew every `refresh_every` steps.
+
+    Defaults are those of Hu et al.: masks every 40 steps; decays between 6e-5 and 2e-4, by the size of the network. As
+    in SR-STE, short runs want more. Masks and the steps since they were chosen are part of the state dict.
+    """
+
+    decay: float = 2e-4
+    refresh_every: int = 40
+
+    name: ClassVar[str] = "transposable-sr-ste"
+    fixed: ClassVar[bool] = False
+    sparse: ClassVar[bool] = True
+    transposable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if type(self.refresh_every) is not int or self.refresh_every < 1:
+            raise ValueError(
+                f"refresh_every={self.refresh_every!r}; needed the number of steps that masks stay, 1 or more"
+            )
+
+    def score(self, weight: Tensor) -> Tensor:
+        return weight.abs()
+
+    def forward(self, weight: Tensor, keep: Tensor) -> Tensor:
+        return straight_through(weight, keep)
+
+    def gradient_term(self, weight: Tensor, keep: Tensor) -> Tensor:
+        return prune(weight, ~keep).mul_(self.decay)

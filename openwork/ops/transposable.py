@@ -1,0 +1,29 @@
+"""Transposable masks as an operator: schema, reference, fake kernel. A GPU registers a faster one for 2:4."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openwork.axis import Axis
+from openwork.ops.masks import library
+from openwork.pattern import Pattern
+from openwork.transposable import keep_transposable as definition
+
+library.define("keep_transposable(Tensor score, int n, int m, int dim, int across) -> Tensor")
+
+
+def keep_transposable(score: Tensor, pattern: Pattern, axis: Axis, across: Axis) -> Tensor:
+    """`openwork.transposable.keep_transposable` by whatever is fastest: bool, the shape of `score`."""
+    mask: Tensor = torch.ops.openwork.keep_transposable.default(score, pattern.n, pattern.m, axis.dim, across.dim)
+    return mask
+
+
+@torch.library.impl(library, "keep_transposable", "CompositeExplicitAutograd")
+def _keep_transposable(score: Tensor, n: int, m: int, dim: int, across: int) -> Tensor:
+    return definition(score, Pattern(n, m), Axis(dim), Axis(across))
+
+
+@torch.library.register_fake("openwork::keep_transposable")
+def _(score: Tensor, n: int, m: int, dim: int, across: int) -> Tensor:
+    return torch.empty_like(score, dtype=torch.bool)

@@ -1,0 +1,43 @@
+"""`openwork train detection`: boxes around objects, by Faster R-CNN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from openwork.tasks import coco
+from openwork.tasks.cocoscore import Found, average_precision
+from openwork.tasks.config import Source, flag, flag_of
+from openwork.tasks.detector import USUAL, DetectorConfig, DetectorTask
+from openwork.tasks.objects import ObjectData
+from openwork.tasks.task import percent
+
+
+@dataclass(frozen=True)
+class DetectionConfig(DetectorConfig):
+    """Defaults: a tiny network for generated images. The presets are the usual recipe of Faster R-CNN on COCO."""
+
+    task: ClassVar[str] = "detection"
+    sources: ClassVar[Sequence[Source]] = (
+        Source("shapes"),
+        Source("bccd", coco.LAYOUT),
+        Source("coco", coco.LAYOUT),
+    )
+    presets: ClassVar[dict[str, dict[str, Any]]] = USUAL
+
+    data: str = flag_of(sources)
+    out: str = flag("runs/detection", "run directory")
+
+
+class Detection(DetectorTask):
+    name = "detection"
+    config = DetectionConfig
+    metrics = (percent("val_ap", "AP"), percent("val_ap50", "AP50"), percent("val_ap75", "AP75"))
+    masks = False
+
+    def score(self, records: Sequence[Found], data: ObjectData) -> dict[str, float]:
+        return {f"val_{key}": value for key, value in average_precision(data.truth, records, "bbox").items()}
+
+
+TASK = Detection()

@@ -1,0 +1,160 @@
+"""`openwork bench` on the command line: what it runs, prints and writes. On small shapes; the times mean nothing."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import openwork as ow
+from openwork.bench import command, models, operators
+from openwork.bench.measure import Machine, Row, alternating, quantile, rows, write_csv
+from openwork.cli import main
+from openwork.kernels import native
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    """Small weights, a machine of known speed, and the threads as they were."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(operators, "WEIGHT", (16, 64))
+    monkeypatch.setattr(command, "SHAPES", ((32, 64, 48), (2, 64, 48)))
+    monkeypatch.setattr(command, "machine", lambda: Machine(1e9, 1e9))
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_operators(capsys):
+    words = [
+        "bench",
+        "--patterns",
+        "2:4",
+        "1:8",
+        "--threads",
+        "2",
+        "1",
+        "1",
+        "--seconds",
+        "0",
+        "--out",
+        "deep/er/o.csv",
+    ]
+    assert main(words) == 0
+    found = read("deep/er/o.csv")
+    printed = capsys.readouterr().out
+    assert f"{len(found)} rows: " in printed
+    assert printed.count("sparse and dense layers in turn cost") == 2
+    assert {row["threads"] for row in found} == {"1", "2"}
+    masks = [row for row in found if row["op"] == "mask" and row["threads"] == "1" and row["pattern"] == "1:8"]
+    expected = {"copy", "clone", "prune to new memory", "SR-STE term", "argsort"}
+    expected |= {"prune"} if ow.kernels.status().isa else set()
+    assert {row["impl"] for row in masks} == expected
+    assert {row["shape"] for row in masks} == {"16x64"}
+    linear = [row for row in found if row["op"] == "linear" and row["threads"] == "1"]
+    assert {row["shape"] for row in linear} == {"B=32 K=64 O=48", "B=2 K=64 O=48"}
+    few = {row["impl"] for row in linear if row["shape"].startswith("B=2 ")}
+    assert {f"rows {p} {d}" for p in ("2:4", "1:8") for d in ("float32", "bfloat16", "int8")} <= few
+    assert "torch bfloat16" in few
+    assert not any(name.startswith("panel") for name in few)
+    for row in found:
+        times = [float(row[name]) for name in ("p20_us", "p50_us", "p80_us")]
+        assert times == sorted(times)
+        assert float(row["ratio"]) == pytest.approx(float(row["baseline_p50_us"]) / times[1], rel=1e-4)
+        assert row["torch"] == torch.__version__
+        assert row["isa"] == str(ow.kernels.status().isa or "none")
+    bytes_moved = next(row for row in masks if row["impl"] == "SR-STE term")
+    assert float(bytes_moved["bound_us"]) == pytest.approx(3 * 4 * 16 * 64 / 1e9 * 1e6)
+
+
+def test_without_the_library_nothing_is_timed_that_does_nothing(monkeypatch):
+    monkeypatch.setattr(native, "_open", lambda: (None, "a test hides it"))
+    assert main(["bench", "masks", "--patterns", "2:4", "--threads", "1", "--seconds", "0"]) == 0
+    assert "prune" not in {row["impl"] for row in read("bench.csv")}
+
+
+def test_whole_models(monkeypatch, capsys):
+    def build(name, batch):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval(), torch.randn(batch, 8, 6, 6)
+
+    monkeypatch.setattr(models, "build", build)
+    monkeypatch.setattr(models, "memory", lambda model, example: (1_000_000, 2_000_000))
+    words = [
+        "bench",
+        "net",
+        "--patterns",
+        "2:4",
+        "--batches",
+        "1",
+        "2",
+        "--threads",
+        "1",
+        "--seconds",
+        "0",
+        "--no-compile",
+    ]
+    assert main([*words, "--no-compile", "--stored", "float32", "int8"]) == 0
+    found = read("bench.csv")
+    assert [(row["op"], row["shape"]) for row in found] == [("net", "batch 1")] * 4 + [("net", "batch 2")] * 4
+    assert [row["impl"] for row in found[:4]] == [
+        "dense eager",
+        "dense channels_last",
+        "deployed 2:4 float32",
+        "deployed 2:4 int8",
+    ]
+    assert {row["baseline"] for row in found} <= {"dense eager", "dense channels_last"}
+    assert capsys.readouterr().out.count("of 1 weights sparse; 1.0 MB held, process +2.0 MB") == 4
+
+
+@pytest.mark.slow
+def test_memory_of_a_model_in_a_process_of_its_own():
+    held, grown = models.memory(nn.Linear(1024, 4096), torch.randn(1, 1024))
+    assert held == 4 * (1024 * 4096 + 4096)
+    assert grown > 0.9 * held
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_compare_with_the_fastest_baseline():
+    times = {"a": [1.0, 2.0, 3.0], "b": [4.0, 4.0, 4.0], "fast": [0.5, 0.5, 1.0]}
+    found = rows("op", "shape", times, ["a", "b"], {"fast": ("2:4", "int8")}, {"fast": 0.25})
+    assert all(isinstance(each, Row) for each in found)
+    fast = found[-1]
+    assert (fast.baseline, fast.baseline_p50_us, fast.ratio) == ("a", 2e6, 4.0)
+    assert (fast.pattern, fast.dtype, fast.bound_us, fast.roofline) == ("2:4", "int8", 0.25e6, 0.5)
+    assert (found[0].pattern, found[0].dtype) == ("dense", "float32")
+    assert math.isnan(found[0].roofline)
+    assert (found[0].p20_us, found[0].p50_us, found[0].p80_us) == (1e6, 2e6, 3e6)
+
+
+def test_variants_take_turns():
+    ran = []
+    times = alternating({"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}, seconds=0, flush=False)
+    assert ran == ["a", "b"] * 7  # once to warm up, once to see how long they take, five rounds
+    assert {name: len(each) for name, each in times.items()} == {"a": 5, "b": 5}
+
+
+def test_quantiles():
+    assert [quantile([5.0, 1.0, 2.0, 4.0, 3.0], share) for share in (0, 0.2, 0.5, 0.8, 1)] == [1, 2, 3, 4, 5]
+
+
+def test_bounds():
+    assert Machine(flops=100.0, bandwidth=10.0).bound(200, 10) == 2
+    assert Machine(flops=100.0, bandwidth=10.0).bound(200, 50) == 5
+
+
+def test_csv_replaces_the_file(tmp_path):
+    write_csv(tmp_path / "a.csv", rows("op", "s", {"a": [1.0]}, ["a"], {}, {}))
+    write_csv(tmp_path / "a.csv", [])
+    assert (tmp_path / "a.csv").read_text().startswith("op,shape,pattern,dtype,impl,p20_us,p50_us,p80_us,baseline,")
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 1

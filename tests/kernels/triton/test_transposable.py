@@ -1,0 +1,60 @@
+"""Transposable 2:4 masks in Triton's interpreter: equal to the reference bit by bit, ties and NaN included."""
+
+import pytest
+import torch
+
+from openwork.axis import Axis
+from openwork.kernels.triton.transposable import keep_2_4
+from openwork.pattern import Pattern
+from openwork.transposable import keep_transposable
+
+CASES = [
+    ((64, 48), 1, 0),
+    ((4, 4), 1, 0),
+    ((16, 24), 0, 1),  # transformers' Conv1D
+    ((8, 12, 3, 3), 1, 0),
+    ((12, 8, 2), 0, 1),  # a transposed convolution
+    ((3, 8, 16), 2, 1),  # experts
+]
+
+
+def scores(shape, dtype, kind):
+    draw = torch.Generator().manual_seed(0)
+    if kind == "ties":
+        return torch.randint(0, 3, shape, generator=draw).to(dtype)
+    weight = torch.randn(shape, generator=draw).abs()
+    if kind == "wild":
+        weight[torch.rand(shape, generator=draw) < 0.1] = torch.nan
+        weight[torch.rand(shape, generator=draw) < 0.1] = torch.inf
+        weight[torch.rand(shape, generator=draw) < 0.1] = 0.0
+    return weight.to(dtype)
+
+
+def demand_equal(score, dim, across):
+    assert torch.equal(keep_2_4(score, dim, across), keep_transposable(score, Pattern(2, 4), Axis(dim), Axis(across)))
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_equal_to_the_reference(dtype, kind):
+    demand_equal(scores((64, 48), dtype, kind), 1, 0)
+
+
+@pytest.mark.parametrize(("shape", "dim", "across"), CASES)
+def test_shapes_with_nan_and_infinity(shape, dim, across):
+    demand_equal(scores(shape, torch.float32, "wild"), dim, across)
+
+
+def test_other_strides():
+    score = scores((16, 8, 3, 3), torch.float32, "normal").contiguous(memory_format=torch.channels_last)
+    expected = keep_transposable(score, Pattern(2, 4), Axis(1), Axis(0))
+    found = keep_2_4(score, 1, 0)
+    assert found is None or torch.equal(found, expected)
+    turned = scores((16, 8), torch.float32, "normal").t()
+    assert torch.equal(keep_2_4(turned, 1, 0), keep_transposable(turned, Pattern(2, 4), Axis(1), Axis(0)))
+
+
+def test_what_it_cannot_read_is_left_to_the_reference():
+    assert keep_2_4(torch.ones(8, 6), 1, 0) is None
+    assert keep_2_4(torch.ones(8, 8, dtype=torch.float64), 1, 0) is None
+    assert keep_2_4(torch.ones(8, 16)[:, ::2], 1, 0) is None
