@@ -23,7 +23,7 @@ native: Any = importlib.util.module_from_spec(_spec)  # its cases: pytest import
 sys.modules["native_masks"] = native
 _spec.loader.exec_module(native)
 
-few = settings(max_examples=12, deadline=None, derandomize=True)
+few = settings(max_examples=8, deadline=None, derandomize=True)
 # The interpreter takes a millisecond for an operation, and these groups take M rounds of ten.
 small = native.cases().filter(lambda case: case[1].m <= 9)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
