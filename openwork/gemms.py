@@ -7,7 +7,6 @@ weights kept in stale lists. Weights are recognized by their storage, and follow
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -24,6 +23,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdRef
 
 from openwork.parametrization import Masked, masked_modules, masked_weights, plain_name, weight_name
+
+
+def flop_formulas() -> dict[Any, Any]:
+    """torch's own counts of multiply-adds by operator. Imported when asked for: it brings Triton along."""
+    from torch.utils.flop_counter import flop_registry
+
+    return flop_registry
+
 
 # Operators that multiply matrices, under the names that reach a dispatch mode.
 _PRODUCTS = {
@@ -113,7 +120,7 @@ class _Watcher(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._overloadpacket.__name__
-        known = name in _PRODUCTS or func._overloadpacket in _formulas()
+        known = name in _PRODUCTS or func._overloadpacket in flop_formulas()
         if not known and func is not torch.ops.prim.device.default:
             decomposed = func.decompose(*args, **kwargs)
             if decomposed is not NotImplemented:
@@ -193,17 +200,9 @@ def _names_after(name: str, operands: list[tuple[Tensor, _Trace]], out: Tensor, 
     return frozenset().union(*(names for _, names in known))
 
 
-@functools.cache
-def _formulas() -> Any:
-    """torch's FLOPs by operator. Imported on demand: it brings in Triton where that is installed."""
-    from torch.utils.flop_counter import flop_registry
-
-    return flop_registry
-
-
 def _macs(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
-    if packet in _formulas():
-        return _formulas()[packet](*args, **kwargs, out_val=out) // 2
+    if packet in flop_formulas():
+        return flop_formulas()[packet](*args, **kwargs, out_val=out) // 2
     aten = torch.ops.aten  # what torch's counter leaves out
     if packet in (aten.mv, aten.addmv):
         return args[-2].numel()

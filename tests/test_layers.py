@@ -58,6 +58,7 @@ LAYERS = (
 FACADE = 5.5
 CORE_NEEDS = {"torch", "numpy", "safetensors"}
 IMPORTED_ON_DEMAND = {
+    "torch._dynamo",
     "lightning",
     "pytorch_lightning",
     "torchvision",

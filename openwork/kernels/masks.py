@@ -34,9 +34,12 @@ from openwork.ops.transposable import _keep_transposable
 _HERE = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.compiler.assume_constant_result
 def _loaded(device: str) -> bool:
     return library() is not None if device == "cpu" else triton.available()
+
+
+# What torch.compiler.assume_constant_result sets. It would import the compiler here, which takes seconds.
+_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def in_one_pass(weight: Tensor) -> bool:
