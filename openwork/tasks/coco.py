@@ -122,6 +122,9 @@ def _first(faults: Iterator[str]) -> str:
 
 def _faults(entry: Entry, numbers: Mapping[int, int], masks: bool, decode: bool) -> Iterator[str]:
     """What is wrong with an image, worst first."""
+    if not all(isinstance(side, int) and side > 0 for side in (entry.width, entry.height)):
+        yield f"image {entry.id}: width and height are {entry.width!r} and {entry.height!r}; needed are pixels"
+        return
     if not entry.path.is_file():
         yield f"image {entry.id}: {entry.path} is missing"
     for each in entry.annotations:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from openwork.tasks import coco, rcnn
 from openwork.tasks.cocoscore import Found
 from openwork.tasks.config import Config, flag, source_of
+from openwork.tasks.marks import marked, sure_of, truth_of
 from openwork.tasks.objects import CocoImages, ObjectData, Sample, ShapeImages, make_data
-from openwork.tasks.overlay import Marked, overlay
 from openwork.tasks.pasting import paste, run_lengths
 from openwork.tasks.shapes import CLASSES, Shapes, photographs
 from openwork.tasks.task import Picture, Task
@@ -25,9 +25,8 @@ from openwork.tasks.torchvision_compat import ensure_torchvision
 ensure_torchvision()
 from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
 
-_TRAIN, _VAL = 640, 100  # generated images of an epoch, and of the validation
+_TRAIN, _VAL = 480, 100  # generated images of an epoch, and of the validation
 _SHOWN = 4  # validation images in the report
-_SURE = 0.5  # the least score of a detection that the report draws
 
 # What detectors on COCO are usually trained with: mmdetection's 1x and 2x schedules, from a ResNet trained on ImageNet
 # of which the first two stages and the normalization stay as they are. The paper (arXiv:2102.04010) reports 1x and 2x
@@ -171,11 +170,14 @@ class DetectorTask(Task):
         """The first validation images, with what is in them and what the network is sure of."""
         shown = np.arange(min(_SHOWN, data.val_count))
         device = next(net.parameters()).device
-        with torch.no_grad():
-            samples = [
-                (image.to(device), target) for ((image, target),) in data.val_batches(np.split(shown, len(shown)))
-            ]
-            return [picture(net, sample, data, int(number)) for number, sample in zip(shown, samples, strict=True)]
+        made = []
+        for number, ((image, target),) in enumerate(data.val_batches(np.split(shown, len(shown)))):
+            with torch.no_grad():
+                (found,) = self.records(net, [(image.to(device), target)])
+            truth, pixels = truth_of(data.truth, number), image.permute(1, 2, 0).numpy()
+            drawn = [marked(pixels, each, target["size"].tolist(), data.classes) for each in (truth, sure_of(found))]
+            made.append(Picture(f"validation image {number + 1}", *drawn))
+        return made
 
 
 def images_of(batch: Sequence[Sample]) -> list[Tensor]:
@@ -193,41 +195,3 @@ def found_in(sample: Sample, found: dict[str, Tensor]) -> Found:
     return Found(
         corner_and_size.double().numpy(), found["scores"].double().numpy(), found["labels"].int().numpy(), masks
     )
-
-
-def picture(net: nn.Module, sample: Sample, data: ObjectData, number: int) -> Picture:
-    """A validation image with what is right, and with what the network is sure of."""
-    image, _ = sample
-    pixels = image.permute(1, 2, 0).cpu().numpy()
-    listed = data.truth["images"][number]
-    right = [each for each in data.truth["annotations"] if each["image_id"] == listed["id"]]
-    (raw,) = net(images_of([sample]))
-    found = found_in(sample, raw)
-    sure = [i for i, score in enumerate(found.scores_N) if score >= _SURE]
-    scale = image.shape[2] / listed["width"], image.shape[1] / listed["height"]
-
-    def mark(box: Sequence[float], label: int, text: str, mask: Any) -> Marked:
-        sized = [side * scale[i % 2] for i, side in enumerate(box)]
-        return Marked(sized, label - 1, text, None if mask is None else _resized(mask, pixels.shape))
-
-    truth = [
-        mark(e["bbox"], e["category_id"], data.classes[e["category_id"] - 1], e.get("segmentation")) for e in right
-    ]
-    masks: Sequence[Any] = found.masks or [None] * len(found.scores_N)
-    said = [
-        mark(
-            found.boxes_N4[i],
-            int(found.labels_N[i]),
-            f"{data.classes[found.labels_N[i] - 1]} {found.scores_N[i]:.2f}",
-            masks[i],
-        )
-        for i in sure
-    ]
-    return Picture(f"validation image {number + 1}", overlay(pixels, truth), overlay(pixels, said))
-
-
-def _resized(mask: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray:
-    from PIL import Image
-    from pycocotools import mask as rle
-
-    return np.asarray(Image.fromarray(rle.decode(mask)).resize((shape[1], shape[0]), Image.Resampling.NEAREST))

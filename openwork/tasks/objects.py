@@ -87,7 +87,10 @@ def make_data(
 ) -> ObjectData:
     """The data with only so many images of each part (0: all)."""
     train, val = train.limited(limit), val.limited(limit_val)
-    return ObjectData(classes, train, val, val.truth(classes), workers, skipped)
+    truth = val.truth(classes)
+    if not truth["annotations"]:
+        raise ValueError(f"there is no object in the {len(val)} validation images; take more with --limit_val")
+    return ObjectData(classes, train, val, truth, workers, skipped)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ _OPACITY = 120  # of 255
 
 @dataclass(frozen=True)
 class Marked:
-    """One object: x, y, width, height in pixels of the image, class from 0, what stands at its corner, its mask."""
+    """One object: x, y, width, height in pixels of the image, the number of its colour, what stands at its corner, its
+    mask."""
 
     box: Sequence[float]
     kind: int
@@ -30,7 +31,7 @@ class Marked:
 def overlay(image_HW3: np.ndarray, objects: Sequence[Marked] = (), *, label: str = "") -> str:
     """The image with its objects marked, each class in a colour of its own. `label` says what it shows."""
     height, width, _ = image_HW3.shape
-    names = label or ", ".join(each.text for each in objects) or "nothing"
+    names = label or ", ".join(each.text for each in objects if each.text) or f"{len(objects)} objects"
     parts = [_layer(_jpeg(image_HW3), width, height)]
     if any(each.mask is not None for each in objects):
         parts.append(_layer(_mask_png(objects, height, width), width, height))
@@ -63,7 +64,7 @@ def _jpeg(image_HW3: np.ndarray) -> str:
 
 
 def _mask_png(objects: Sequence[Marked], height: int, width: int) -> str:
-    """A transparent image in which each mask has the colour of its class."""
+    """A transparent image in which each mask has the colour of its object."""
     from PIL import Image
 
     index_HW = np.zeros((height, width), np.uint8)

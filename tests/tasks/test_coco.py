@@ -118,6 +118,21 @@ def test_masks_are_only_checked_where_they_are_needed(folder):
     assert len(read(folder, masks=False).entries) == 3
 
 
+def test_an_image_without_a_size_is_named(folder):
+    content = json.loads((folder / "instances_train.json").read_text())
+    content["images"][1]["width"] = None
+    (folder / "instances_train.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="image 2: width and height are None and 30; needed are pixels"):
+        read(folder)
+    assert [entry.id for entry in read(folder, skip_bad=True).entries] == [1, 3]
+
+
+def test_validation_needs_an_object(folder):
+    write(folder, [annotation(1, 3)], "val")
+    with pytest.raises(ValueError, match="no object in the 1 validation images; take more with --limit_val"):
+        TASK.load_data(DetectionConfig(data=f"coco={folder}", limit_val=1))
+
+
 def test_a_missing_image_is_named(folder):
     (folder / "images" / "2.png").unlink()
     with pytest.raises(ValueError, match=r"image 2: .*2.png is missing; correct it, or add --skip_bad"):

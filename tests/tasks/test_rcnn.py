@@ -156,6 +156,6 @@ def test_the_usual_recipe_builds_torchvisions_network(preset):
         expected = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
     shapes, wanted = ({n: p.shape for n, p in each.named_parameters() if p.ndim > 1} for each in (net, expected))
     assert shapes == wanted
-    assert [each[0] for each in net.rpn.anchor_generator.sizes] == config.anchors
-    assert net.rpn.anchor_generator.sizes == expected.rpn.anchor_generator.sizes
+    assert net.rpn.anchor_generator.sizes == list(expected.rpn.anchor_generator.sizes)
+    assert net.rpn.anchor_generator.aspect_ratios == list(expected.rpn.anchor_generator.aspect_ratios)
     assert net.roi_heads.box_roi_pool.output_size == expected.roi_heads.box_roi_pool.output_size
