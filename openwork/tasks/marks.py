@@ -11,6 +11,7 @@ from openwork.tasks.cocoscore import Found
 from openwork.tasks.overlay import Marked, overlay
 
 _SURE = 0.5  # the least score of a detection that is drawn
+_NAMED = 20  # objects of an image with names and scores; more would hide it
 
 
 def truth_of(truth: dict[str, Any], number: int) -> Found:
@@ -31,7 +32,7 @@ def sure_of(found: Found) -> Found:
 
 def marked(image_HW3: np.ndarray, objects: Found, size: Sequence[int], classes: Sequence[str]) -> str:
     """The image with boxes and masks of a file of `size` (height, width) over it. One colour and name for each class;
-    where there is only one class, a colour for each object and no names."""
+    where there is only one class, a colour for each object and no names. Crowded images have no text."""
     scale = image_HW3.shape[1] / size[1], image_HW3.shape[0] / size[0]
     drawn = []
     for i, (box, label) in enumerate(zip(objects.boxes_N4.tolist(), objects.labels_N.tolist(), strict=True)):
@@ -39,7 +40,14 @@ def marked(image_HW3: np.ndarray, objects: Found, size: Sequence[int], classes: 
         text += [f"{objects.scores_N[i]:.2f}"] if len(objects.scores_N) else []
         sides = [side * scale[axis % 2] for axis, side in enumerate(box)]
         mask = _resized(objects.masks[i], image_HW3.shape) if objects.masks else None
-        drawn.append(Marked(sides, label - 1 if len(classes) > 1 else i, " ".join(text), mask))
+        drawn.append(
+            Marked(
+                sides,
+                label - 1 if len(classes) > 1 else i,
+                " ".join(text) if len(objects.labels_N) <= _NAMED else "",
+                mask,
+            )
+        )
     return overlay(image_HW3, drawn)
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from openwork.tasks import find
 from openwork.tasks.cocoscore import Found, average_precision
+from openwork.tasks.marks import marked, sure_of, truth_of
 from openwork.tasks.objects import ShapeImages
 from openwork.tasks.overlay import Marked, overlay
 from openwork.tasks.pasting import paste, run_lengths
@@ -200,3 +201,26 @@ def test_a_picture_holds_the_image_the_masks_and_the_texts():
     assert "&lt;cat&gt; 0.91</text>" in html
     assert '<g class="c1"><rect x="5.0" y="5.0" width="9.0" height="9.0"' in html  # colours repeat after eight
     assert "png" not in overlay(image, objects[1:])
+
+
+def test_names_are_left_out_where_they_would_hide_the_image():
+    image = np.zeros((60, 80, 3), np.uint8)
+
+    def drawn(count, classes):
+        objects = Found(np.ones((count, 4)), np.full(count, 0.75), np.ones(count, int))
+        return marked(image, objects, (120, 160), classes)
+
+    assert drawn(2, ["cat", "cup"]).count("cat 0.75</text>") == 2
+    assert drawn(2, ["cat"]).count(">0.75</text>") == 2
+    assert drawn(2, ["cat"]).count('class="c1"') == 1  # a colour for each
+    assert "<text" not in drawn(21, ["cat", "cup"])
+    assert 'width="0.5"' in drawn(1, ["cat"])  # a pixel of the file is half of one that is shown
+
+
+def test_what_is_sure_and_what_is_true():
+    found = Found(np.arange(8.0).reshape(2, 4), np.array([0.9, 0.4]), np.array([1, 2]), masks=[{"a": 1}, {"b": 2}])
+    sure = sure_of(found)
+    assert (sure.boxes_N4.tolist(), sure.labels_N.tolist(), sure.masks) == ([[0, 1, 2, 3]], [1], [{"a": 1}])
+    true = truth_of(truth([[], [[1, 2, 3, 4]]]), 1)
+    assert (true.boxes_N4.tolist(), true.labels_N.tolist(), len(true.masks)) == ([[1, 2, 3, 4]], [1], 0)
+    assert truth_of(truth([[], [[1, 2, 3, 4]]]), 0).boxes_N4.shape == (0, 4)
