@@ -23,6 +23,7 @@ from openwork.tasks.pasting import paste, run_lengths
 from openwork.tasks.recipe import train
 from openwork.tasks.rundir import read_lines
 from openwork.tasks.shapes import Shapes, photographs
+from openwork.tasks.torchvision_compat import ensure_torchvision
 
 # --- scores --------------------------------------------------------------------------------------------------------
 
@@ -82,6 +83,7 @@ def test_a_mask_is_scored_by_its_pixels():
 @pytest.mark.parametrize("scale", [1, 2])
 def test_what_the_mask_head_is_taught_is_pasted_where_it_was(scale):
     """Masks cut as torchvision cuts them for training, pasted back at the file's size, cover the objects again."""
+    ensure_torchvision()
     from torchvision.models.detection.roi_heads import paste_masks_in_image, project_masks_on_boxes
 
     images = ShapeImages(Shapes(photographs(train=False), 12, 64 * scale), masks=True)
