@@ -28,8 +28,8 @@ def test_the_body_is_torchvisions_at_its_width(model):
         assert torch.equal(body(image).mean((2, 3)), expected(image))
 
 
-@pytest.mark.parametrize("model", rcnn.BLOCKS)
-def test_every_depth_is_built_at_another_width(model):
+@pytest.mark.parametrize("model", ["resnet34", "resnet101"])
+def test_other_depths_are_built_at_another_width(model):
     with torch.device("meta"):
         body = rcnn.resnet_body(model, 16, nn.BatchNorm2d)
         channels = body(torch.rand(1, 3, 64, 64)).shape[1]
