@@ -310,7 +310,7 @@ def test_a_damaged_weight_is_found_before_a_kernel_sees_it(path, saved):
 
 
 PEAK = """
-import json, re, sys, torch, openwork as ow
+import json, re, sys, torch, torch._dynamo, openwork as ow  # _dynamo: whatever a library imports late is not measured
 def now(key): return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
 path, chosen = sys.argv[1], json.loads(sys.argv[2])
 with torch.device("meta"):

@@ -5,7 +5,7 @@ namespace openwork {
 namespace {
 
 constexpr Kernels absent(const char* name) {
-  return {name, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, [] { return false; }};
+  return {name, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, [] { return false; }};
 }
 
 }  // namespace

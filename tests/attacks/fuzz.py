@@ -15,8 +15,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import atheris
-
 sys.path[0] = str(Path(__file__).parents[1])  # its own folder has a file of the name `attacks`
 from attacks.attacks import ALL  # noqa: E402
 from attacks.forge import good  # noqa: E402
@@ -27,6 +25,8 @@ PARTS = ("container", "contents", "fileformat", "legacy", "packing")
 
 def instrument() -> None:
     """Let atheris see the branches of the functions that read files: in place, since others have imported them."""
+    import atheris
+
     for part in PARTS:
         module = importlib.import_module(f"openwork.{part}")
         for each in vars(module).values():
@@ -35,6 +35,8 @@ def instrument() -> None:
 
 
 def main() -> None:
+    import atheris
+
     instrument()
     with tempfile.TemporaryDirectory() as folder:
         path, seeds = Path(folder) / "net.safetensors", Path(folder) / "seeds"

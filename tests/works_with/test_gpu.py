@@ -49,10 +49,14 @@ def test_a_step_asks_for_no_value(kind, monkeypatch):
         with Waiting() as waiting:
             step(model, optimizer, batch)
         assert waiting.found == []
-    with Waiting() as waiting:
-        step(model, optimizer, batches(kind, 1)[0])  # the third: recorded steps do
-    assert waiting.found
+    step(model, optimizer, batches(kind, 1)[0])  # the third is recorded, which asks for counts
     assert handle.steps == 3
+
+
+def test_what_asks_for_a_value_is_found():
+    with Waiting() as waiting:
+        torch.ones(3)[torch.ones(3) > 0].sum().item()
+    assert waiting.found == ["aten.index.Tensor", "aten._local_scalar_dense.default"]
 
 
 # --- with a GPU --------------------------------------------------------------------------------------------------
