@@ -114,20 +114,20 @@ class DetectorTask(Task):
 
     def load_data(self, config: DetectorConfig) -> ObjectData:
         _, folder = source_of(config)
-        limits = {"limit": config.limit, "limit_val": config.limit_val, "workers": config.workers}
+        limits: dict[str, Any] = {"limit": config.limit, "limit_val": config.limit_val, "workers": config.workers}
         if folder is None:
             shapes = [
                 ShapeImages(Shapes(photographs(is_train), count, config.image_size), self.masks)
                 for is_train, count in ((True, _TRAIN), (False, _VAL))
             ]
-            return make_data(CLASSES, *shapes, **limits)
+            return make_data(CLASSES, shapes[0], shapes[1], **limits)
         read = [coco.read_part(*paths, masks=self.masks, skip_bad=config.skip_bad) for paths in coco.parts(folder)]
         if read[0].classes != read[1].classes:
             raise ValueError(f"{folder}: training and validation have different categories; they must be the same")
         files = [
             CocoImages(part.entries, config.image_size, config.longest, self.masks, config.upside_down) for part in read
         ]
-        return make_data(read[0].classes, *files, skipped=sum(part.skipped for part in read), **limits)
+        return make_data(read[0].classes, files[0], files[1], skipped=sum(part.skipped for part in read), **limits)
 
     def build(self, config: Any, data: ObjectData) -> nn.Module:
         norm = FrozenBatchNorm2d if config.frozen_norm else nn.BatchNorm2d

@@ -25,7 +25,7 @@ def truth_of(truth: dict[str, Any], number: int) -> Found:
 
 def sure_of(found: Found) -> Found:
     """The detections with a score of one half or more."""
-    sure = (found.scores_N >= _SURE).nonzero()[0]
+    sure = (found.scores_N >= _SURE).nonzero()[0].tolist()
     masks = [found.masks[i] for i in sure] if found.masks else ()
     return Found(found.boxes_N4[sure], found.scores_N[sure], found.labels_N[sure], masks)
 
