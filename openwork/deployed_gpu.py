@@ -144,6 +144,7 @@ class GpuLayer(PackedLayer):
         return semistructured.Packed(self.values, self.positions, self.kind, self.shape, self.padded)
 
     def _thin(self) -> Thin:
+        assert self.positions is not None
         return Thin(self.values, self.positions, self.pattern, self.shape)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class FlowConfig(Config):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
-class FlowNet(RAFT):  # type: ignore[misc]
+class FlowNet(RAFT):
     """torchvision's RAFT under its own names, with its number of updates, in training and else, and gamma."""
 
     def __init__(self, parts: RAFT, updates: int, val_updates: int, gamma: float) -> None:
@@ -174,7 +174,7 @@ class Flow(Task):
     def load_data(self, config: FlowConfig) -> Any:
         source, folder = source_of(config)
         size = config.size[0], config.size[1]
-        if source in ("scenes", "photos"):
+        if source in ("scenes", "photos") or folder is None:
             photos, skipped = (flowdata.sample_photos(), 0)
             if folder is not None:
                 photos, skipped = flowdata.photos_of(folder, config.skip_bad)

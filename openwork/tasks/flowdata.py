@@ -303,7 +303,7 @@ def flying_chairs(folder: Path) -> tuple[list[PairPath], list[PairPath]]:
             f"{lists[0]} must hold a 1 or a 2 for each pair: it has {len(marks)} entries "
             f"({', '.join(sorted(set(marks))[:5])}) for {len(flows)} flows in {folder / 'data'}"
         )
-    pairs = [PairPath(*(_beside(flow, part) for part in ("img1.ppm", "img2.ppm")), flow) for flow in flows]
+    pairs = [PairPath(_beside(flow, "img1.ppm"), _beside(flow, "img2.ppm"), flow) for flow in flows]
     train, val = ([pair for pair, mark in zip(pairs, marks, strict=True) if mark == part] for part in "12")
     return _demand_both("flyingchairs", folder, CHAIRS, train, val)
 

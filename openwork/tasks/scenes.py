@@ -114,7 +114,7 @@ def scene(photos: Sequence[Tensor], draw: np.random.Generator, height: int, widt
 
     def place(factor: float) -> tuple[Tensor, tuple[float, float]]:
         """A photo and a corner in it such that the frame, `factor` as large about its middle, lies inside."""
-        photo = photos[draw.integers(len(photos))]
+        photo = photos[int(draw.integers(len(photos)))]
         rim = (factor - 1) / 2
         sides = zip((width, height), (photo.shape[2], photo.shape[1]), strict=True)
         x, y = (float(draw.uniform(rim * side, room - (1 + rim) * side)) for side, room in sides)
