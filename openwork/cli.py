@@ -59,7 +59,10 @@ def _explain(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("openwork"):
         extra = "export" if (error.name or "").startswith("onnx") else "train"
         return f"{error.name} is not installed; this needs the extra: pip install 'openwork[{extra}]'"
-    return str(error)
+    text = str(error)
+    if text.startswith("Caught ") and "DataLoader worker" in text:  # torch wraps the traceback of the process around it
+        return text.rstrip().rpartition("\n")[2].partition(": ")[2]
+    return text
 
 
 def _task(words: list[str], verb: str) -> Any:

@@ -127,6 +127,14 @@ def test_an_image_that_cannot_be_decoded_is_named(folder):
         list(data.train_batches([np.arange(6)], 0, 0))
 
 
+def test_the_error_of_a_loader_process_is_one_line(folder, capsys, tmp_path):
+    flags = "--image_size 16 --epochs 1 --warmup 0 --batch_size 6 --workers 1 --model resnet8 --progress false"
+    words = ["train", "classification", "--data", f"imagefolder={folder}", *flags.split(), "--out", str(tmp_path / "r")]
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith(f"openwork: {folder}/train/b/1.png cannot be decoded")
+
+
 def test_images_that_cannot_be_decoded_are_left_out_and_counted(folder, capsys, tmp_path):
     data = imagefolder(folder, 16, workers=0, skip_bad=True)
     assert (data.train_count, data.val_count, data.skipped) == (5, 6, 1)
