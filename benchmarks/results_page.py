@@ -23,6 +23,7 @@ from openwork.tasks.task import Metric
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results"
+_TIMES = ("ms/step", "time s")
 _NOT_SHOWN = ("out", "threads", "jobs", "progress", "workers", "log_every", "checkpoint_every")
 
 
@@ -32,12 +33,12 @@ def command(config: dict[str, Any]) -> str:
     default = cls()
     words = ["openwork", "compare", config["task"]]
     for field in fields(cls):
-        value = config[field.name]
+        value = config.get(field.name, getattr(default, field.name))  # older results lack newer flags
         if field.name in _NOT_SHOWN or value == getattr(default, field.name):
             continue
         name, _, folder = str(value).partition("=")
         text = f"{name}=DIR" if field.name == "data" and folder else _text(value)
-        words.append(f"--{field.name} {text}")
+        words.append(f"--{field.name}" if value is True else f"--{field.name} {text}")
     return " ".join(words)
 
 
@@ -59,12 +60,13 @@ def section(document: dict[str, Any]) -> str:
     machine = f"{m['device']}, {m['cores']} cores, {m['threads']} thread(s) a run, torch {m['torch']}."
     machine += "".join(f" {key}: {value}." for key, value in document.get("notes", {}).items())
     lines = [f"```\n{command(document['config'])}\n```\n", f"{machine}\n", *markdown(header(metrics), rows)]
-    return "\n".join([*lines, "", " ".join(notes(metrics)).capitalize()])
+    explained = [note for note in notes(metrics) if not note.startswith("time:")]
+    return "\n".join([*lines, "", " ".join(explained)])
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table; a column that holds nothing but "-" is left out."""
-    used = [i for i in range(len(head)) if any(row[i] != "-" for row in rows)]
+    """A table. Columns that hold nothing but "-" are left out, and times: runs shared the machine."""
+    used = [i for i in range(len(head)) if head[i] not in _TIMES and any(row[i] != "-" for row in rows)]
     lines = [[line[i] for i in used] for line in (head, ["---"] * len(head), *rows)]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
