@@ -18,15 +18,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import csv
-import datetime
 import json
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,7 +37,8 @@ from torch.nn import functional as F
 import openwork as ow
 from openwork import kernels, semistructured
 from openwork.axis import Axis
-from openwork.bench.models import Encoder
+from openwork.bench.measure import quantile, today, write_csv
+from openwork.bench.models import Block, Encoder
 from openwork.deployed_gpu import GpuLinear
 from openwork.masks import keep_largest as defined_mask
 from openwork.metrics import pack
@@ -130,7 +129,7 @@ class Bench:
         best = min(baselines, key=lambda name: medians[name])
         made = []
         for name, each in times.items():
-            p20, p50, p80 = (1e6 * sorted(each)[round(q * (len(each) - 1))] for q in (0.2, 0.5, 0.8))
+            p20, p50, p80 = (1e6 * quantile(each, q) for q in (0.2, 0.5, 0.8))
             of = {key: value.get(name, "") if isinstance(value, Mapping) else value for key, value in about.items()}
             where = (of.get("pattern") or "dense", of.get("dtype", ""), name, p20, p50, p80, best)
             found = (medians[best] / medians[name], of.get("share") or 0.0, of.get("note", ""))
@@ -148,10 +147,6 @@ def versions() -> str:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return ", ".join(f"{name} {number}" for name, number in found.items())
-
-
-def today() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
 
 
 def short(dtype: torch.dtype) -> str:
@@ -429,7 +424,7 @@ class Gpt(nn.Module):
         super().__init__()
         self.heads = heads
         self.words, self.places = nn.Embedding(words, width), nn.Embedding(tokens, width)
-        self.blocks = nn.ModuleList(GptBlock(width, heads) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(width, heads, causal=True) for _ in range(blocks))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, words, bias=False)
         self.head.weight = self.words.weight
         for each in self.parameters():
@@ -441,22 +436,6 @@ class Gpt(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
-
-
-class GptBlock(nn.Module):
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, W = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).reshape(B, T, W))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
 def gpt(bench: Bench) -> nn.Module:
@@ -652,13 +631,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def write(out: Path, rows: Sequence[Row]) -> None:
     """All rows, as CSV and as JSON. Called after each section: what was measured is not lost."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    made = [{k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items()} for row in rows]
-    with out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [each.name for each in fields(Row)])
-        writer.writeheader()
-        writer.writerows(made)
-    out.with_suffix(".json").write_text(json.dumps(made, indent=1))
+    write_csv(out.with_suffix(".csv"), Row, rows)
+    out.with_suffix(".json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
 
 if __name__ == "__main__":

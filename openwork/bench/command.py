@@ -46,7 +46,7 @@ def bench(words: Sequence[str]) -> int:
         torch.set_num_threads(threads)
         for what in asked.what:
             found += _run(what, asked)
-            write_csv(asked.out, found)  # after each: what was measured is not lost
+            write_csv(asked.out, Row, found)  # after each: what was measured is not lost
     print(f"{len(found)} rows: {asked.out.resolve()}")
     return 0
 

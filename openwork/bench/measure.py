@@ -120,14 +120,19 @@ def quantile(values: list[float], share: float) -> float:
     return sorted(values)[round(share * (len(values) - 1))]
 
 
-def write_csv(path: Path, found: Iterable[Row]) -> None:
-    """All rows as CSV with a header, replacing the file."""
+def write_csv(path: Path, kind: type[Any], found: Iterable[Any]) -> None:
+    """All rows, dataclasses of one kind, as CSV with a header, replacing the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [each.name for each in fields(Row)])
+        writer = csv.DictWriter(file, [each.name for each in fields(kind)])
         writer.writeheader()
         for row in found:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+
+
+def today() -> str:
+    """The date, in UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
 
 
 def _seconds(function: Callable[[], object]) -> float:
@@ -137,10 +142,9 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def _where() -> dict[str, Any]:
-    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     version = importlib.metadata.version("openwork")
     here = {"threads": torch.get_num_threads(), "machine": _processor(), "isa": kernels.status().isa or "none"}
-    return here | {"torch": torch.__version__, "openwork": version, "date": today}
+    return here | {"torch": torch.__version__, "openwork": version, "date": today()}
 
 
 def _processor() -> str:

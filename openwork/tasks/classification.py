@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openwork.tasks import datasets
-from openwork.tasks.config import Config, Source, flag, flag_of, source_of
+from openwork.tasks.config import Config, Source, default, flag, flag_of, source_of
 from openwork.tasks.imagefolder import imagefolder
 from openwork.tasks.models import build_model
 from openwork.tasks.task import Task, percent
@@ -58,7 +58,7 @@ class ClassificationConfig(Config):
     model: str = flag("resnet8", "resnet8, resnet20, ... (small images), any torchvision name, timm/NAME")
     dropout: float = flag(0.0, "before the last layer (resnet8, resnet20, ...)")
     image_size: int = flag(224, "side of the images (imagefolder)")
-    out: str = flag("runs/classification", "run directory")
+    out: str = default("out", "runs/classification")
 
 
 class Classification(Task):

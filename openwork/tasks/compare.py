@@ -59,7 +59,7 @@ def _choices(config: CompareConfig) -> list[tuple[str, str, float, int]]:
         if m in config.methods or (m == "dense" and "asp" in config.methods)
     ]
     choices: list[tuple[str, str, float, int]] = []
-    for method, seed in product(methods, config.seeds):
+    for seed, method in product(config.seeds, methods):  # a comparison cut short has whole seeds
         patterns = config.patterns[:1] if method == "dense" else config.patterns
         decays = config.decays if method in DECAYED else [0.0]
         choices += [(method, pattern, decay, seed) for pattern in patterns for decay in decays]

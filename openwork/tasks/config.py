@@ -122,6 +122,11 @@ class Config(Common):
         self.check()
 
 
+def default(name: str, value: Any) -> Any:
+    """The field `name` of every task with another default: the help text is kept."""
+    return flag(value, Config.__dataclass_fields__[name].metadata["help"])
+
+
 @dataclass(frozen=True)
 class CompareConfig(Common):
     """Several methods from the same seeds."""
@@ -152,11 +157,10 @@ def comparison(run: type[Config]) -> type[CompareConfig]:
     """The configuration of `openwork compare` for a task: the fields of its runs but those that a comparison varies."""
     varied = {each.name for each in fields(Config)} - {each.name for each in fields(Common)}
     hints, own = get_type_hints(run), {each.name for each in fields(run)} - varied
-    default = f"runs/compare-{run.task}"
     return make_dataclass(
         f"Compare{run.__name__}",
         [(each.name, hints[each.name], _copy(each)) for each in fields(run) if each.name in own]
-        + [("out", str, flag(default, "directory of the comparison, one subdirectory per run"))],
+        + [("out", str, flag(f"runs/compare-{run.task}", "directory of the comparison, one subdirectory per run"))],
         bases=(CompareConfig,),
         frozen=True,
         namespace={"task": run.task, "sources": run.sources, "presets": run.presets, "run": run},

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from openwork.tasks import coco
 from openwork.tasks.cocoscore import Found, average_precision
-from openwork.tasks.config import Source, flag, flag_of
+from openwork.tasks.config import Source, default, flag_of
 from openwork.tasks.detector import USUAL, DetectorConfig, DetectorTask
 from openwork.tasks.objects import ObjectData
 from openwork.tasks.task import percent
@@ -27,7 +27,7 @@ class DetectionConfig(DetectorConfig):
     presets: ClassVar[dict[str, dict[str, Any]]] = USUAL
 
     data: str = flag_of(sources)
-    out: str = flag("runs/detection", "run directory")
+    out: str = default("out", "runs/detection")
 
 
 class Detection(DetectorTask):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from openwork.tasks import coco, rcnn
 from openwork.tasks.cocoscore import Found
-from openwork.tasks.config import Config, flag, source_of
+from openwork.tasks.config import Config, default, flag, source_of
 from openwork.tasks.marks import marked, sure_of, truth_of
 from openwork.tasks.objects import CocoImages, ObjectData, Sample, ShapeImages, make_data
 from openwork.tasks.pasting import paste, run_lengths
@@ -82,12 +82,12 @@ class DetectorConfig(Config):
     trainable_layers: int = flag(5, "stages of the ResNet that train, counted from the last")
     frozen_norm: bool = flag(False, "keep the batch normalization of the ResNet as --backbone has it")
 
-    epochs: int = flag(4, "passes over the training data")
-    batch_size: int = flag(4, "samples per optimizer step, over all devices and micro-batches")
-    lr: float = flag(0.02, "peak learning rate")
-    weight_decay: float = flag(1e-4, "on all parameters")
-    clip: float = flag(10.0, "largest norm of the gradient (0: not clipped)")
-    warmup: float = flag(0.5, "epochs of linear warm-up, before the schedule")
+    epochs: int = default("epochs", 4)
+    batch_size: int = default("batch_size", 4)
+    lr: float = default("lr", 0.02)
+    weight_decay: float = default("weight_decay", 1e-4)
+    clip: float = default("clip", 10.0)
+    warmup: float = default("warmup", 0.5)
     workers: int = flag(0, "processes that load images; without them small data sets are decoded only once")
 
     def check(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from openwork.tasks import flowdata
-from openwork.tasks.config import Config, Source, flag, flag_of, source_of
+from openwork.tasks.config import Config, Source, default, flag, flag_of, source_of
 from openwork.tasks.flowdata import Pairs
 from openwork.tasks.overlay import overlay
 from openwork.tasks.page import figure, grid
@@ -77,7 +77,7 @@ class FlowConfig(Config):
 
     data: str = flag_of(sources)
     model: str = flag("raft_small", f"one of {', '.join(_MODELS)}")
-    remainder: str = flag("pad", "where M does not divide a weight's axis: skip, pad, error")
+    remainder: str = default("remainder", "pad")
     size: list[int] = flag([128, 128], "height and width of the training frames")
     updates: int = flag(6, "how often RAFT updates its estimate, in training")
     val_updates: int = flag(6, "the same in validation, and of the exported network")
@@ -85,15 +85,15 @@ class FlowConfig(Config):
     scenes: int = flag(240, "scenes in an epoch (scenes, photos); every epoch has new ones")
     val_scenes: int = flag(48, "scenes for validation (scenes, photos)")
     freeze_bn: bool = flag(False, "keep batch normalization as it is (raft_large, all stages but the first)")
-    epochs: int = flag(5, "passes over the training data")
-    batch_size: int = flag(4, "samples per optimizer step, over all devices and micro-batches")
-    optimizer: str = flag("adamw", "one of sgd, adam, adamw")
-    lr: float = flag(4e-4, "peak learning rate")
-    weight_decay: float = flag(1e-4, "on all parameters")
-    clip: float = flag(1.0, "largest norm of the gradient (0: not clipped)")
-    warmup: float = flag(0.25, "epochs of linear warm-up, before the schedule")
-    schedule: str = flag("linear", "of the learning rate: cosine, linear, steps, inverse-sqrt, constant")
-    out: str = flag("runs/flow", "run directory")
+    epochs: int = default("epochs", 5)
+    batch_size: int = default("batch_size", 4)
+    optimizer: str = default("optimizer", "adamw")
+    lr: float = default("lr", 4e-4)
+    weight_decay: float = default("weight_decay", 1e-4)
+    clip: float = default("clip", 1.0)
+    warmup: float = default("warmup", 0.25)
+    schedule: str = default("schedule", "linear")
+    out: str = default("out", "runs/flow")
 
     def check(self) -> None:
         if self.model not in _MODELS:

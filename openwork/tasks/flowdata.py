@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from openwork.tasks.batches import loaded
 from openwork.tasks.draws import uniform
 from openwork.tasks.flowfiles import bad, read_flow
 from openwork.tasks.imagefolder import open_image, readable
@@ -35,17 +36,6 @@ class Pairs(NamedTuple):
 
 def stacked(samples: Sequence[Pairs]) -> Pairs:
     return Pairs(*map(torch.stack, zip(*samples, strict=True)))
-
-
-def _load(
-    dataset: Dataset[Pairs],
-    batches: Sequence[np.ndarray],
-    workers: int,
-    collate: Callable[[Sequence[Pairs]], Pairs],
-) -> Iterator[Pairs]:
-    # Its own generator: a DataLoader otherwise takes a number from torch's global one.
-    lists, generator = [batch.tolist() for batch in batches], torch.Generator()
-    yield from DataLoader(dataset, batch_sampler=lists, num_workers=workers, collate_fn=collate, generator=generator)
 
 
 # Scenes
@@ -79,10 +69,10 @@ class Scenes:
     skipped: int = 0
 
     def train_batches(self, batches: Sequence[np.ndarray], seed: int, epoch: int) -> Iterator[Pairs]:
-        return _load(_SceneMaker(self.train_photos, self.size, (_TRAIN, seed, epoch)), batches, self.workers, stacked)
+        return loaded(_SceneMaker(self.train_photos, self.size, (_TRAIN, seed, epoch)), batches, self.workers, stacked)
 
     def val_batches(self, batches: Sequence[np.ndarray]) -> Iterator[Pairs]:
-        return _load(_SceneMaker(self.val_photos, self.size, (_VAL, 0, 0)), batches, self.workers, stacked)
+        return loaded(_SceneMaker(self.val_photos, self.size, (_VAL, 0, 0)), batches, self.workers, stacked)
 
 
 def sample_photos() -> list[Tensor]:
@@ -260,10 +250,10 @@ class PairFiles:
         return len(self.val_paths)
 
     def train_batches(self, batches: Sequence[np.ndarray], seed: int, epoch: int) -> Iterator[Pairs]:
-        return _load(_Reader(self.train_paths, self.size, seed, epoch), batches, self.workers, stacked)
+        return loaded(_Reader(self.train_paths, self.size, seed, epoch), batches, self.workers, stacked)
 
     def val_batches(self, batches: Sequence[np.ndarray]) -> Iterator[Pairs]:
-        return _load(_Reader(self.val_paths, self.size), batches, self.workers, padded)
+        return loaded(_Reader(self.val_paths, self.size), batches, self.workers, padded)
 
 
 def files_of(

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from openwork.tasks.augment import crop_box
+from openwork.tasks.batches import loaded
 from openwork.tasks.draws import uniform
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
@@ -110,16 +111,11 @@ class ImageFolder:
         """The same data with only so many images of each part, evenly spaced (0: all)."""
         return replace(self, train_files=_spaced(self.train_files, train), val_files=_spaced(self.val_files, val))
 
-    def _load(self, reader: _Reader, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        # Its own generator: a DataLoader otherwise takes a number from torch's global one.
-        lists = [batch.tolist() for batch in batches]
-        yield from DataLoader(reader, batch_sampler=lists, num_workers=self.workers, generator=torch.Generator())
-
     def train_batches(self, batches: Sequence[np.ndarray], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._load(_Reader(self.train_files, self.size, seed, epoch), batches)
+        return loaded(_Reader(self.train_files, self.size, seed, epoch), batches, self.workers)
 
     def val_batches(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._load(_Reader(self.val_files, self.size), batches)
+        return loaded(_Reader(self.val_files, self.size), batches, self.workers)
 
 
 def _spaced(files: Sequence[tuple[Path, int]], count: int) -> Sequence[tuple[Path, int]]:

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from openwork.tasks import coco
+from openwork.tasks.batches import loaded
 from openwork.tasks.draws import uniform
 from openwork.tasks.shapes import Scene, Shapes
 
@@ -59,15 +60,10 @@ class ObjectData:
         return len(self.val)
 
     def train_batches(self, batches: Sequence[np.ndarray], seed: int, epoch: int) -> Iterator[list[Sample]]:
-        return self._load(_Reader(self.train, seed, epoch), batches)
+        return loaded(_Reader(self.train, seed, epoch), batches, self.workers, list)
 
     def val_batches(self, batches: Sequence[np.ndarray]) -> Iterator[list[Sample]]:
-        return self._load(_Reader(self.val), batches)
-
-    def _load(self, reader: _Reader, batches: Sequence[np.ndarray]) -> Iterator[list[Sample]]:
-        # Its own generator: a DataLoader otherwise takes a number from torch's global one.
-        lists, own = [batch.tolist() for batch in batches], torch.Generator()
-        yield from DataLoader(reader, batch_sampler=lists, num_workers=self.workers, collate_fn=list, generator=own)
+        return loaded(_Reader(self.val), batches, self.workers, list)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from openwork.tasks import coco
 from openwork.tasks.cocoscore import Found, average_precision
-from openwork.tasks.config import Source, flag, flag_of
+from openwork.tasks.config import Source, default, flag, flag_of
 from openwork.tasks.detector import USUAL, DetectorConfig, DetectorTask
 from openwork.tasks.objects import ObjectData
 from openwork.tasks.task import percent
@@ -28,7 +28,7 @@ class SegmentationConfig(DetectorConfig):
 
     data: str = flag_of(sources)
     mask_convs: int = flag(2, "convolutions of the mask head before its transposed one")
-    out: str = flag("runs/segmentation", "run directory")
+    out: str = default("out", "runs/segmentation")
 
     def check(self) -> None:
         DetectorConfig.check(self)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openwork.tasks import spelled
-from openwork.tasks.config import Config, Source, flag, flag_of, source_of
+from openwork.tasks.config import Config, Source, default, flag, flag_of, source_of
 from openwork.tasks.models import allow_torchvision
 from openwork.tasks.page import sentence
 from openwork.tasks.parallel_text import Pair, find_files, read_pairs
@@ -84,16 +84,16 @@ class TranslationConfig(Config):
     dropout: float = flag(0.1, "in every layer and on the embeddings")
     label_smoothing: float = flag(0.1, "share of the label that is spread over the vocabulary")
     beams: int = flag(4, "of beam search in the last validation (1: greedy); those during training are greedy")
-    epochs: int = flag(5, "passes over the training data")
+    epochs: int = default("epochs", 5)
     batch_size: int = flag(64, "sentence pairs per optimizer step, over all devices and micro-batches")
-    optimizer: str = flag("adam", "one of sgd, adam, adamw")
-    lr: float = flag(2e-3, "peak learning rate")
-    betas: list[float] = flag([0.9, 0.98], "of Adam and AdamW")  # noqa: RUF009
-    eps: float = flag(1e-9, "of Adam and AdamW")
-    weight_decay: float = flag(0.0, "on all parameters")
-    warmup: float = flag(1.5, "epochs of linear warm-up, before the schedule")
-    schedule: str = flag("inverse-sqrt", "of the learning rate: cosine, linear, steps, inverse-sqrt, constant")
-    out: str = flag("runs/translation", "run directory")
+    optimizer: str = default("optimizer", "adam")
+    lr: float = default("lr", 2e-3)
+    betas: list[float] = default("betas", [0.9, 0.98])  # noqa: RUF009
+    eps: float = default("eps", 1e-9)
+    weight_decay: float = default("weight_decay", 0.0)
+    warmup: float = default("warmup", 1.5)
+    schedule: str = default("schedule", "inverse-sqrt")
+    out: str = default("out", "runs/translation")
 
     def check(self) -> None:
         if self.model not in SIZES:

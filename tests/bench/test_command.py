@@ -154,7 +154,7 @@ def test_bounds():
 
 
 def test_csv_replaces_the_file(tmp_path):
-    write_csv(tmp_path / "a.csv", rows("op", "s", {"a": [1.0]}, ["a"], {}, {}))
-    write_csv(tmp_path / "a.csv", [])
+    write_csv(tmp_path / "a.csv", Row, rows("op", "s", {"a": [1.0]}, ["a"], {}, {}))
+    write_csv(tmp_path / "a.csv", Row, [])
     assert (tmp_path / "a.csv").read_text().startswith("op,shape,pattern,dtype,impl,p20_us,p50_us,p80_us,baseline,")
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 1

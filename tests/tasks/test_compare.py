@@ -18,12 +18,12 @@ def names(**fields):
     return [run.out.removeprefix("o/") for run in planned_runs(CompareConfig(out="o", **fields))]
 
 
-def test_dense_is_trained_once_per_seed():
+def test_dense_is_trained_once_per_seed_and_seeds_follow_each_other():
     assert names(patterns=["2:4", "1:4"], seeds=[0, 1], methods=["dense", "ste"]) == [
         "dense-seed0",
-        "dense-seed1",
         "ste-2of4-seed0",
         "ste-1of4-seed0",
+        "dense-seed1",
         "ste-2of4-seed1",
         "ste-1of4-seed1",
     ]
