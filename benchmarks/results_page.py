@@ -4,7 +4,9 @@
     cp runs/detection/results.json benchmarks/results/detection.json
     python benchmarks/results_page.py
 
-Each table goes between the lines `<!-- results TASK -->` and `<!-- end -->` of the page; the text around is typed.
+Where a second comparison in the same --out adds rows (it finds the dense runs there), its results.json becomes
+detection-1of4.json or the like, and one table holds both. Each table goes between the lines `<!-- results TASK -->` and
+`<!-- end -->` of the page; the text around is typed. Folders of this machine are taken out of the files.
 """
 
 from __future__ import annotations
@@ -52,14 +54,17 @@ def _text(value: Any) -> str:
     )
 
 
-def section(document: dict[str, Any]) -> str:
-    """Command, machine, table and what its columns mean."""
-    metrics = [Metric(**each) for each in document["metrics"]]
-    rows = [cells(Row(**row), metrics) for row in document["rows"]]
-    m = document["machine"]
+def section(documents: Sequence[dict[str, Any]]) -> str:
+    """Commands, machine, table, and what its columns mean. The comparisons share their task, machine and dense runs."""
+    first = documents[0]
+    metrics = [Metric(**each) for each in first["metrics"]]
+    rows = [cells(Row(**row), metrics) for document in documents for row in document["rows"]]
+    rows = [row for i, row in enumerate(rows) if row not in rows[:i]]
+    m = first["machine"]
     machine = f"{m['device']}, {m['cores']} cores, {m['threads']} thread(s) a run, torch {m['torch']}."
-    machine += "".join(f" {key}: {value}." for key, value in document.get("notes", {}).items())
-    lines = [f"```\n{command(document['config'])}\n```\n", f"{machine}\n", *markdown(header(metrics), rows)]
+    machine += "".join(f" {key}: {value}." for key, value in first.get("notes", {}).items())
+    commands = "\n".join(command(document["config"]) for document in documents)
+    lines = [f"```\n{commands}\n```\n", f"{machine}\n", *markdown(header(metrics), rows)]
     explained = [note for note in notes(metrics) if not note.startswith("time:")]
     return "\n".join([*lines, "", " ".join(explained)])
 
@@ -71,18 +76,40 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def main() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    for task in TASKS:
-        source = RESULTS / f"{task}.json"
-        if not source.exists():
+def stored(task: str) -> list[dict[str, Any]]:
+    """What is kept of a task's comparisons, TASK.json first."""
+    documents = []
+    for path in (RESULTS / f"{task}.json", *sorted(RESULTS.glob(f"{task}-*.json"))):
+        if not path.exists():
             continue
-        text = section(json.loads(source.read_text(encoding="utf-8")))
+        documents.append(json.loads(path.read_text(encoding="utf-8")))
+    return documents
+
+
+def with_tables(page: str) -> str:
+    """The page with every table as the stored results have it."""
+    for task in TASKS:
+        if not (documents := stored(task)):
+            continue
         pattern = rf"(<!-- results {task} -->\n).*?(<!-- end -->)"
+        text = section(documents)
         page, count = re.subn(pattern, lambda m, t=text: f"{m[1]}\n{t}\n\n{m[2]}", page, flags=re.S)
         if not count:
             raise SystemExit(f"{PAGE} lacks the lines <!-- results {task} --> and <!-- end -->")
-    PAGE.write_text(page, encoding="utf-8")
+    return page
+
+
+def without_folders(document: dict[str, Any]) -> dict[str, Any]:
+    """The same without the places of the data and of the runs on the machine that made it."""
+    name, has_folder, _ = document["config"]["data"].partition("=")
+    return document | {"config": document["config"] | {"data": f"{name}=DIR" if has_folder else name, "out": "runs"}}
+
+
+def main() -> None:
+    for path in RESULTS.glob("*.json"):
+        document = without_folders(json.loads(path.read_text(encoding="utf-8")))
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
