@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map, tree_map_only
 
 from openwork import export as to
 from openwork.checkpoint import describe, load
@@ -121,10 +122,7 @@ def _written(form: str, found: Finished, out: str, dynamic: bool) -> str:
     """Write the form; what to tell about it."""
     if form == "huggingface":
         return to.to_huggingface(found.model, out, pattern=found.pattern, exclude=found.exclude, method=found.method)
-    shapes = ({0: torch.export.Dim.DYNAMIC},) if dynamic else None
-    example = found.example
-    if dynamic and len(example) == 1:  # torch.export takes sizes 0 and 1 for constants
-        example = torch.cat([example, example])
+    example, shapes = _of_any_size(found.example) if dynamic else (found.example, None)
     if form == "onnx":
         done = to.to_onnx(
             found.model, example, out, pattern=found.pattern, exclude=found.exclude, dynamic_shapes=shapes
@@ -133,6 +131,14 @@ def _written(form: str, found: Finished, out: str, dynamic: bool) -> str:
         return "\n".join([*lines, f"{out}: valid ONNX; {_compared('ONNX Runtime', done.difference)}"])
     write = to.to_torch_export if form == "torch" else to.to_aot_inductor
     return f"{out}: {_compared('it', write(found.model, example, out, dynamic_shapes=shapes))}"
+
+
+def _of_any_size(example: Any) -> tuple[Any, Any]:
+    """The inputs with two samples, since torch.export takes sizes 0 and 1 for constants, and which dims vary: the
+    first of each tensor."""
+    inputs = example if isinstance(example, tuple | Mapping) else (example,)
+    doubled = tree_map_only(Tensor, lambda each: torch.cat([each, each]) if len(each) == 1 else each, inputs)
+    return doubled, tree_map(lambda each: {0: torch.export.Dim.DYNAMIC} if isinstance(each, Tensor) else None, inputs)
 
 
 def _compared(what: str, difference: float | None) -> str:

@@ -196,8 +196,9 @@ class Flow(Task):
         return build_raft(config.model, config.updates, config.val_updates, config.gamma, config.freeze_bn)
 
     def example(self, data: Any) -> tuple[Tensor, Tensor]:
-        shape = 1, 3, *data.size
-        return torch.zeros(shape), torch.zeros(shape)
+        # Noise: frames of one colour leave instance normalization nothing but rounding errors to divide by.
+        first, second = torch.rand(2, 1, 3, *data.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        return first, second
 
     def loss(self, net: Any, batch: Pairs) -> Tensor:
         return sequence_loss(net(batch.first, batch.second), batch, net.gamma)

@@ -124,9 +124,9 @@ class Translation(Task):
     def build(self, config: TranslationConfig, data: Sentences) -> nn.Module:
         return build_transformer(config, data.tokenizer.get_vocab_size())
 
-    def example(self, data: Sentences) -> Batch:
+    def example(self, data: Sentences) -> dict[str, Any]:
         (batch,) = data.val_batches([np.array([data.val_count // 2])])
-        return inputs(batch)
+        return {**inputs(batch), "use_cache": False}  # exporters know no cache among the outputs
 
     def sizes(self, data: Sentences) -> np.ndarray:
         return data.train_sizes

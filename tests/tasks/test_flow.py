@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 import openwork as ow
+from openwork.cli import main
 from openwork.tasks import flowdata
 from openwork.tasks.flow import TASK, build_raft, coloured, errors_of, freeze_batch_norm, sequence_loss
 from openwork.tasks.flow import FlowConfig as Config
@@ -475,6 +476,16 @@ def test_the_report_shows_frames_and_flow_and_loads_nothing(trained):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.corr_block:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_a_run_is_exported(trained, tmp_path, capsys):
+    assert main(["export", str(trained[0]), "--out", str(tmp_path / "net.onnx")]) == 0
+    assert "ONNX Runtime gives the model's outputs" in capsys.readouterr().out
+    assert main(["export", str(trained[0]), "--out", str(tmp_path / "net.pt2"), "--dynamic-batch"]) == 0
+    three = torch.rand(3, 3, 128, 128)
+    assert torch.export.load(tmp_path / "net.pt2").module()(three, three)[-1].shape == (3, 2, 128, 128)
+
+
 def test_a_killed_run_ends_as_one_that_was_not(trained, tmp_path):
     script = Path(__file__).with_name("run_and_kill.py")
     config = {**SMALL, "data": trained[1]["config"]["data"], "out": str(tmp_path / "run")}

@@ -88,6 +88,12 @@ def test_the_report_shows_sentences_and_the_signature(trained):
     assert not re.search(r"https?:|//|<script|<link|<img|@import|url\(", page.replace("</", "<"))
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_a_run_is_exported(trained, tmp_path, capsys):
+    assert main(["export", str(trained[0]), "--out", str(tmp_path / "net.onnx"), "--dynamic-batch"]) == 0
+    assert "ONNX Runtime gives the model's outputs" in capsys.readouterr().out
+
+
 def test_the_vocabulary_is_kept_and_learned_alike_by_any_number_of_threads(trained):
     kept = (trained[0] / "vocabulary.json").read_text()
     program = (
