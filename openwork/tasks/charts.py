@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from html import escape
 
 _W, _H = 460, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 84, 12, 12, 34
+_LABEL = 8  # characters of a number that fit beside the axis
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,17 @@ def line_chart(title: str, lines: Sequence[Line], *, percent: bool = False, floo
 
 
 def _polyline(line: Line, frame: _Frame) -> str:
+    style, title = f'class="line c{line.color}"', f"<title>{escape(line.label)}</title>"
+    if len(line.points) == 1:
+        ((x, y),) = line.points
+        return f'<circle {style} cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.5">{title}</circle>'
     path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in line.points)
-    return f'<polyline class="line c{line.color}" points="{path}"><title>{escape(line.label)}</title></polyline>'
+    return f'<polyline {style} points="{path}">{title}</polyline>'
 
 
 def _grid_y(value: float, y: float, percent: bool) -> str:
-    text = f"{100 * value:g}" if percent else f"{value:g}"
+    shown = 100 * value if percent else value
+    text = f"{shown:g}" if len(f"{shown:g}") <= _LABEL else f"{shown:.2e}"
     return (
         f'<line class="grid" x1="{_LEFT}" x2="{_W - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         f'<text class="axis" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}{" %" if percent else ""}</text>'

@@ -151,7 +151,7 @@ def cells(row: Row, metrics: Sequence[Metric]) -> list[str]:
         _text(row.sad_start, ".1f", 100),
         _text(row.churn, ".3f", 100),
         f"{row.density:.3f}",
-        _millions(row.macs),
+        _macs(row.macs),
         _text(row.seconds_per_step, ".1f", 1000),
         _text(row.seconds, ".0f"),
         _times(row.budget, row.steps),
@@ -167,8 +167,14 @@ def _text(value: float | None, form: str, scale: float = 1) -> str:
     return "-" if value is None else format(value * scale, form)
 
 
-def _millions(macs: int | None) -> str:
-    return "-" if macs is None else f"{macs / 1e6:.3g} M"
+def _macs(count: int | None) -> str:
+    """
+    >>> _macs(1_510_000_000)
+    '1.51 G'
+    """
+    if count is None:
+        return "-"
+    return f"{count / 1e9:.3g} G" if count >= 999.5e6 else f"{count / 1e6:.3g} M"
 
 
 def notes(metrics: Sequence[Metric]) -> list[str]:
