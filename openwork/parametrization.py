@@ -382,6 +382,7 @@ def shared_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
     members: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": original.__module__, "_openwork_class": original}
     members |= {name: _read_through(name) for name in names}
+    members |= {f"{name}_mask": _stored_mask(name) for name in names} | {f"{name}{AGE}": _age(name) for name in names}
     members |= {"register_parameter": _register_parameter, "__delattr__": _refuse_to_remove}
     members["_distribute_module_applied"] = property(_distributed, _set_distributed)
     if issubclass(original, nn.RNNBase):
@@ -402,6 +403,26 @@ def _read_through(name: str) -> property:
         raise _assigned(self, name)
 
     return property(read, refuse)
+
+
+def _stored_mask(name: str) -> property:
+    """The mask under its name in the state dict, where `torch.distributed.checkpoint.state_dict` looks for it."""
+
+    def read(self: Any) -> Tensor:
+        if (mask := self.parametrizations[name][0].mask) is None:
+            raise AttributeError(name)  # nn.Module then looks for another of this name
+        return mask
+
+    return property(read)
+
+
+def _age(name: str) -> property:
+    def read(self: Any) -> Tensor:
+        if not self.parametrizations[name][0].refreshed:
+            raise AttributeError(name)
+        return torch.tensor(self.parametrizations[name][0].age)
+
+    return property(read)
 
 
 def _register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import openwork as ow
 
@@ -159,3 +160,23 @@ def test_an_optimizer_state_resumes_into_the_same_parameters(ids):
     for parameter, twin in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(parameter, twin)
         assert optimizer.state[parameter].keys() == resumed.state[twin].keys()
+
+
+@pytest.mark.parametrize("method", [ow.SRSTE(), ow.ASP(), ow.TransposableSRSTE()], ids=lambda method: method.name)
+def test_torch_s_helpers_for_checkpoints_find_all_that_is_stored(method):
+    """`get_model_state_dict` asks each module for every name of its state dict."""
+
+    def made(seed):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        ow.sparsify(net, "2:4", method)
+        return net
+
+    net, other = made(0), made(1)
+    state = {name: tensor.clone() for name, tensor in get_model_state_dict(net).items()}
+    assert state.keys() == net.state_dict().keys()
+    assert hasattr(net[0], "weight_mask") == ("0.weight_mask" in state)
+    set_model_state_dict(other, state)
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in other.state_dict().items())
+    x = torch.randn(3, 8)
+    assert torch.equal(other(x), net(x))
