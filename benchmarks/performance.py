@@ -1,8 +1,8 @@
 """Write the tables and plots of docs/performance.md from the CSV files of `openwork bench`.
 
-    openwork bench masks linear threads --threads 1 2 --out build/operators.csv
+    openwork bench masks linear threads growth --threads 1 2 --out build/operators.csv
     openwork bench resnet50 encoder --patterns 2:4 1:4 --threads 1 2 --out build/models.csv
-    python benchmarks/performance.py build/operators.csv build/models.csv
+    python benchmarks/performance.py build/operators.csv build/models.csv   # needs matplotlib
 
 Tables are printed between the lines `<!-- NAME -->` of the page; plots go to docs/performance-*.svg.
 """
@@ -13,7 +13,10 @@ import csv
 import re
 import sys
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
+
+import matplotlib.pyplot as plt
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 Row = dict[str, str]
@@ -72,7 +75,7 @@ def linear(rows: list[Row]) -> list[str]:
 def models(rows: list[Row]) -> list[str]:
     lines = ["| model | threads | variant | ms, p50 [p20, p80] | faster than the best dense |", "|---|---|---|---|---|"]
     for row in rows:
-        if row["op"] in ("mask", "linear"):
+        if row["op"] in ("mask", "linear") or row["op"].startswith("growth"):
             continue
         p20, p50, p80 = (float(row[name]) / 1e3 for name in ("p20_us", "p50_us", "p80_us"))
         lines.append(
@@ -82,37 +85,57 @@ def models(rows: list[Row]) -> list[str]:
     return lines
 
 
-def plot(rows: list[Row], threads: str) -> str:
-    """Bars of the float32 ratios by shape, as SVG: one colour a pattern, a line where dense is."""
-    found = [row for row in rows if row["op"] == "linear" and row["dtype"] == "float32" and row["threads"] == threads]
-    shapes = list(dict.fromkeys(row["shape"] for row in found))
-    patterns = [p for p in dict.fromkeys(row["pattern"] for row in found) if p != "dense"]
-    colours, width, height = ("#4477aa", "#66ccee", "#228833", "#ccbb44"), 110 * len(shapes) + 60, 300
-    top = max(float(row["ratio"]) for row in found)
-    size = f'viewBox="0 0 {width} {height}"'
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">']
-    for tick in range(0, int(top) + 2, 2):
-        y = 250 - 220 * tick / (top + 1)
-        parts.append(
-            f'<line x1="40" x2="{width}" y1="{y:.0f}" y2="{y:.0f}" stroke="#ddd"/>'
-            f'<text x="8" y="{y + 4:.0f}">{tick} x</text>'
-        )
-    for i, shape in enumerate(shapes):
-        for j, pattern in enumerate(patterns):
-            best = max(float(row["ratio"]) for row in found if row["shape"] == shape and row["pattern"] == pattern)
-            size = 220 * best / (top + 1)
-            x = 50 + 110 * i + 22 * j
-            parts.append(f'<rect x="{x}" y="{250 - size:.0f}" width="20" height="{size:.0f}" fill="{colours[j]}"/>')
-            parts.append(f'<text x="{x}" y="{246 - size:.0f}" font-size="9">{best:.1f}</text>')
-        parts.append(f'<text x="{50 + 110 * i}" y="266" font-size="9">{shape}</text>')
-    one = 250 - 220 / (top + 1)
-    parts.append(f'<line x1="40" x2="{width}" y1="{one:.0f}" y2="{one:.0f}" stroke="#cc3311" stroke-dasharray="4"/>')
-    for j, pattern in enumerate(patterns):
-        parts.append(
-            f'<rect x="{60 + 70 * j}" y="280" width="10" height="10" fill="{colours[j]}"/>'
-            f'<text x="{74 + 70 * j}" y="289">{pattern}</text>'
-        )
-    return "\n".join([*parts, "</svg>\n"])
+def plot_bars(rows: list[Row], file: Path) -> None:
+    """The float32 ratios by shape, a part for each number of threads: one colour a pattern, a line where dense is."""
+    found = [row for row in rows if (row["op"], row["dtype"]) == ("linear", "float32") and row["pattern"] != "dense"]
+    counts, patterns, shapes = (
+        list(dict.fromkeys(row[key] for row in found)) for key in ("threads", "pattern", "shape")
+    )
+    figure, parts = plt.subplots(len(counts), 1, figsize=(9, 3.2 * len(counts)), squeeze=False, layout="constrained")
+    for axes, threads in zip(parts[:, 0], counts, strict=True):
+        for i, pattern in enumerate(patterns):
+            best = [_best(found, "ratio", shape=shape, pattern=pattern, threads=threads) for shape in shapes]
+            bars = axes.bar([x + 0.2 * i for x in range(len(shapes))], best, 0.18, label=pattern, color=f"C{i + 1}")
+            axes.bar_label(bars, fmt="%.1f", fontsize=7)
+        axes.axhline(1, color="C0", linestyle=":", label="dense")
+        axes.set_xticks([x + 0.3 for x in range(len(shapes))], shapes, fontsize=7)
+        axes.set_ylabel(f"times faster, {_threads(threads)}")
+    parts[0, 0].legend(ncols=len(patterns) + 1)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def plot_growth(rows: list[Row], file: Path) -> None:
+    """Time against batch and width, dense and sparse: a column for what grows, a row for each number of threads."""
+    found = [row for row in rows if row["op"].startswith("growth with ")]
+    counts, ops, patterns = (list(dict.fromkeys(row[key] for row in found)) for key in ("threads", "op", "pattern"))
+    size = len(counts), len(ops)
+    figure, parts = plt.subplots(
+        *size, figsize=(9, 3.4 * len(counts)), squeeze=False, layout="constrained", sharex="col"
+    )
+    for (i, threads), (j, op) in product(enumerate(counts), enumerate(ops)):
+        axes, here = parts[i, j], [row for row in found if (row["threads"], row["op"]) == (threads, op)]
+        shapes = list(dict.fromkeys(row["shape"] for row in here))
+        numbers = [[int(each) for each in re.findall("[0-9]+", shape)] for shape in shapes]
+        grown = [B if op.endswith("batch") else K for B, K, _ in numbers]
+        for k, pattern in enumerate(patterns):
+            times = [-_best(here, "p50_us", -1, shape=shape, pattern=pattern) for shape in shapes]
+            axes.plot(grown, times, ":o" if pattern == "dense" else "-o", markersize=3, color=f"C{k}", label=pattern)
+        axes.set(xscale="log", yscale="log", ylabel=f"us, {_threads(threads)}")
+        axes.set_xticks(grown, grown, fontsize=7)
+        axes.minorticks_off()
+        B, K, _ = numbers[0]
+        axes.set_xlabel(f"rows (inputs and outputs {K})" if op.endswith("batch") else f"inputs and outputs ({B} rows)")
+    parts[0, 0].legend(fontsize=8)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def _best(rows: list[Row], value: str, sign: int = 1, **where: str) -> float:
+    """The largest value (least, with the sign -1, which it keeps) of the rows that are so."""
+    return max(sign * float(row[value]) for row in rows if where.items() <= row.items())
+
+
+def _threads(count: str) -> str:
+    return "1 thread" if count == "1" else f"{count} threads"
 
 
 def main() -> None:
@@ -124,8 +147,8 @@ def main() -> None:
             rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", page, flags=re.S
         )
     PAGE.write_text(page)
-    for threads in dict.fromkeys(row["threads"] for row in rows):
-        (PAGE.parent / f"performance-{threads}.svg").write_text(plot(rows, threads))
+    plot_bars(rows, PAGE.parent / "performance-linear.svg")
+    plot_growth(rows, PAGE.parent / "performance-growth.svg")
 
 
 if __name__ == "__main__":

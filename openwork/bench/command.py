@@ -25,13 +25,20 @@ SHAPES = (
     (1, 4096, 4096),
 )
 """(B, K, O)."""
+GROWTH = {
+    "batch": [(2**i, 2048, 2048) for i in range(10)],
+    "width": [(128, 2**i, 2**i) for i in range(8, 13)],
+}
+"""What grows -> (B, K, O)."""
 
 
 def bench(words: Sequence[str]) -> int:
     """Run benchmarks, print a table, write CSV."""
     parser = argparse.ArgumentParser("openwork bench", description=bench.__doc__)
     add = parser.add_argument
-    known = "masks, linear, threads, encoder, or a model of torchvision such as resnet50 (default: the first three)"
+    known = (
+        "masks, linear, threads, growth, encoder, or a model of torchvision such as resnet50 (default: the first three)"
+    )
     add("what", nargs="*", default=["masks", "linear", "threads"], help=known)
     add("--patterns", nargs="+", default=PATTERNS, metavar="N:M")
     add("--threads", nargs="+", type=int, default=[1, torch.get_num_threads()])
@@ -59,11 +66,13 @@ def _run(what: str, asked: argparse.Namespace) -> list[Row]:
             rows += operators.masks(machine(), patterns, asked.seconds)
         elif what == "linear":
             rows += operators.linear(machine(), SHAPES, patterns, asked.seconds)
+        elif what == "growth":
+            rows += operators.growth(machine(), GROWTH, patterns, asked.seconds)
         elif what == "threads":
             times = operators.layers_alternating(asked.seconds)
             over = times["in turn"] / (times["sparse"] + times["dense"]) - 1
             print(f"{torch.get_num_threads()} threads: sparse and dense layers in turn cost {over:+.1%} over their sum")
-    if what not in ("masks", "linear", "threads"):
+    if what not in ("masks", "linear", "growth", "threads"):
         stored = [getattr(torch, each) for each in asked.stored]
         compiled = not asked.no_compile
         passes = models.forward_passes(what, asked.batches, patterns, stored, seconds=asked.seconds, compiled=compiled)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -58,7 +58,13 @@ def _published(weight: Tensor, pattern: Pattern) -> Tensor:
 
 
 def linear(
-    machine: Machine, shapes: Sequence[tuple[int, int, int]], patterns: Sequence[Pattern], seconds: float
+    machine: Machine,
+    shapes: Sequence[tuple[int, int, int]],
+    patterns: Sequence[Pattern],
+    seconds: float,
+    *,
+    op: str = "linear",
+    dtypes: Sequence[str] = tuple(DTYPES),
 ) -> Iterator[Row]:
     """(B, K) times weights (O, K), beside torch's default and oneDNN's prepacked product in float32, and torch's
     bfloat16. Caches are flushed before each when B is small: then the weights come from memory, as between layers of a
@@ -73,12 +79,12 @@ def linear(
             dense["torch bfloat16"] = partial(F.linear, x.bfloat16(), weight.bfloat16())
         variants, about, bounds = dict(dense), {"torch bfloat16": ("dense", "bfloat16")}, {}
         for pattern in patterns:
-            for dtype, stored in DTYPES.items():
+            for dtype in dtypes:
                 for kind in kinds_for(weight, pattern):
                     if B > 16 if kind == "rows" else B < 4:
                         continue
                     name = f"{kind} {pattern} {dtype}"
-                    variants[name], size = _product(x, weight, pattern, kind, stored)
+                    variants[name], size = _product(x, weight, pattern, kind, DTYPES[dtype])
                     about[name] = (str(pattern), dtype)
                     bounds[name] = machine.bound(2 * B * K * O * pattern.density, size + x.nbytes + 4 * B * O)
         for name in dense:
@@ -86,7 +92,18 @@ def linear(
                 2 * B * K * O, weight.nbytes / (2 if "bf" in name else 1) + x.nbytes + 4 * B * O
             )
         times = alternating(variants, seconds=seconds, flush=B <= 16)
-        yield from rows("linear", f"B={B} K={K} O={O}", times, dense, about, bounds)
+        yield from rows(op, f"B={B} K={K} O={O}", times, dense, about, bounds)
+
+
+def growth(
+    machine: Machine,
+    shapes: Mapping[str, Sequence[tuple[int, int, int]]],
+    patterns: Sequence[Pattern],
+    seconds: float,
+) -> Iterator[Row]:
+    """The same in float32 along series of shapes: `shapes` has them by what grows."""
+    for what, series in shapes.items():
+        yield from linear(machine, series, patterns, seconds, op=f"growth with {what}", dtypes=["float32"])
 
 
 def _product(

@@ -75,6 +75,19 @@ def test_operators(capsys):
     assert float(bytes_moved["bound_us"]) == pytest.approx(3 * 4 * 16 * 64 / 1e9 * 1e6)
 
 
+def test_growth_has_its_series_in_float32(monkeypatch):
+    monkeypatch.setattr(command, "GROWTH", {"batch": [(1, 64, 64), (8, 64, 64)], "width": [(8, 32, 32), (8, 64, 64)]})
+    assert main(["bench", "growth", "--patterns", "2:4", "--threads", "1", "--seconds", "0"]) == 0
+    found = read("bench.csv")
+    assert {(row["op"], row["shape"]) for row in found} == {
+        ("growth with batch", "B=1 K=64 O=64"),
+        ("growth with batch", "B=8 K=64 O=64"),
+        ("growth with width", "B=8 K=32 O=32"),
+        ("growth with width", "B=8 K=64 O=64"),
+    }
+    assert {(row["pattern"], row["dtype"]) for row in found if row["pattern"] != "dense"} == {("2:4", "float32")}
+
+
 def test_without_the_library_nothing_is_timed_that_does_nothing(monkeypatch):
     monkeypatch.setattr(native, "_open", lambda: (None, "a test hides it"))
     assert main(["bench", "masks", "--patterns", "2:4", "--threads", "1", "--seconds", "0"]) == 0
