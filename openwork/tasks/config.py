@@ -217,8 +217,9 @@ def recipe(config: Common | dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: Common) -> list[str]:
-    """What a stored configuration and a new one would compute differently, as "field: old -> new"."""
-    a, b = recipe(old), recipe(new)
+    """What a stored configuration and a new one would compute differently, as "field: old -> new". A flag that is newer
+    than the stored one had its default."""
+    a, b = recipe(values_of(type(new)()) | old), recipe(new)
     return [f"{name}: {a.get(name)!r} -> {b.get(name)!r}" for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
 
 

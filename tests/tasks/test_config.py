@@ -79,3 +79,10 @@ def test_differences_name_fields_and_leave_out_where_a_run_happens():
     old = values_of(Config())
     assert differences(old, Config(out="elsewhere", threads=3, resume=True)) == []
     assert differences(old, Config(lr=0.2)) == ["lr: 0.1 -> 0.2"]
+
+
+def test_a_flag_that_is_newer_than_a_stored_run_had_its_default():
+    stored = values_of(config("--lr", "0.3"))
+    del stored["refresh_every"]
+    assert not differences(stored, config("--lr", "0.3"))
+    assert differences(stored, config("--lr", "0.3", "--refresh_every", "7")) == ["refresh_every: 40 -> 7"]
