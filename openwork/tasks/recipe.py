@@ -150,6 +150,7 @@ def hush() -> None:
         ".*isinstance.treespec, LeafSpec.*",
         ".*smaller than the logging interval.*",
         ".*TF32 acceleration on top of oneDNN.*",
+        ".*when logging on epoch level in distributed setting.*",  # each process has the score of all samples
     ):
         warnings.filterwarnings("ignore", message=message)
 
