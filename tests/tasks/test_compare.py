@@ -70,7 +70,7 @@ def test_a_comparison_end_to_end(compared):
         "asp",
     ]
     page = (out / "report.html").read_text()
-    assert page.count("<polyline") == 18  # 3 runs, 6 charts
+    assert page.count("<polyline") + page.count('<circle class="line') == 18  # 3 runs, 6 charts
     assert "://" not in page
 
 
