@@ -18,6 +18,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "openwork"}  # text as text, the same ids in every run
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 Row = dict[str, str]
 
@@ -98,7 +99,7 @@ def plot_bars(rows: list[Row], file: Path) -> None:
             bars = axes.bar([x + 0.2 * i for x in range(len(shapes))], best, 0.18, label=pattern, color=f"C{i + 1}")
             axes.bar_label(bars, fmt="%.1f", fontsize=7)
         axes.axhline(1, color="C0", linestyle=":", label="dense")
-        axes.set_xticks([x + 0.3 for x in range(len(shapes))], shapes, fontsize=7)
+        axes.set_xticks([x + 0.3 for x in range(len(shapes))], [_lines(shape) for shape in shapes], fontsize=8)
         axes.set_ylabel(f"times faster, {_threads(threads)}")
     parts[0, 0].legend(ncols=len(patterns) + 1)
     figure.savefig(file, metadata={"Date": None})
@@ -132,6 +133,11 @@ def plot_growth(rows: list[Row], file: Path) -> None:
 def _best(rows: list[Row], value: str, sign: int = 1, **where: str) -> float:
     """The largest value (least, with the sign -1, which it keeps) of the rows that are so."""
     return max(sign * float(row[value]) for row in rows if where.items() <= row.items())
+
+
+def _lines(shape: str) -> str:
+    rows, *weight = re.findall("[0-9]+", shape)
+    return f"{rows} rows\n{' x '.join(weight)}" if rows != "1" else f"1 row\n{' x '.join(weight)}"
 
 
 def _threads(count: str) -> str:
