@@ -95,7 +95,7 @@ def plot_bars(rows: list[Row], file: Path) -> None:
     figure, parts = plt.subplots(len(counts), 1, figsize=(9, 3.2 * len(counts)), squeeze=False, layout="constrained")
     for axes, threads in zip(parts[:, 0], counts, strict=True):
         for i, pattern in enumerate(patterns):
-            best = [_best(found, "ratio", shape=shape, pattern=pattern, threads=threads) for shape in shapes]
+            best = [max(_values(found, "ratio", shape=shape, pattern=pattern, threads=threads)) for shape in shapes]
             bars = axes.bar([x + 0.2 * i for x in range(len(shapes))], best, 0.18, label=pattern, color=f"C{i + 1}")
             axes.bar_label(bars, fmt="%.1f", fontsize=7)
         axes.axhline(1, color="C0", linestyle=":", label="dense")
@@ -119,7 +119,7 @@ def plot_growth(rows: list[Row], file: Path) -> None:
         numbers = [[int(each) for each in re.findall("[0-9]+", shape)] for shape in shapes]
         grown = [B if op.endswith("batch") else K for B, K, _ in numbers]
         for k, pattern in enumerate(patterns):
-            times = [-_best(here, "p50_us", -1, shape=shape, pattern=pattern) for shape in shapes]
+            times = [min(_values(here, "p50_us", shape=shape, pattern=pattern)) for shape in shapes]
             axes.plot(grown, times, ":o" if pattern == "dense" else "-o", markersize=3, color=f"C{k}", label=pattern)
         axes.set(xscale="log", yscale="log", ylabel=f"us, {_threads(threads)}")
         axes.set_xticks(grown, grown, fontsize=7)
@@ -130,9 +130,8 @@ def plot_growth(rows: list[Row], file: Path) -> None:
     figure.savefig(file, metadata={"Date": None})
 
 
-def _best(rows: list[Row], value: str, sign: int = 1, **where: str) -> float:
-    """The largest value (least, with the sign -1, which it keeps) of the rows that are so."""
-    return max(sign * float(row[value]) for row in rows if where.items() <= row.items())
+def _values(rows: list[Row], name: str, **where: str) -> list[float]:
+    return [float(row[name]) for row in rows if where.items() <= row.items()]
 
 
 def _lines(shape: str) -> str:

@@ -486,6 +486,7 @@ def test_a_run_is_exported(trained, tmp_path, capsys):
     assert torch.export.load(tmp_path / "net.pt2").module()(three, three)[-1].shape == (3, 2, 128, 128)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_was_not(trained, tmp_path):
     script = Path(__file__).with_name("run_and_kill.py")
     config = {**SMALL, "data": trained[1]["config"]["data"], "out": str(tmp_path / "run")}
