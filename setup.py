@@ -33,7 +33,7 @@ FLAGS = [
 FLAGS += ["-Wno-maybe-uninitialized"]  # gcc's own AVX-512 headers
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 ISAS = {
-    "x86_64": {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512vnni": [*AVX512, "-mavx512vnni"]},
+    "x86_64": {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16"]},
     "aarch64": {"neon": []},
 }
 MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())

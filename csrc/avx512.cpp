@@ -17,7 +17,7 @@ constexpr bool kSlotsUnrolled = true;
 inline Float fma(Float a, Float b, Float c) { return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 
 inline Int dot_pairs(Int sum, Short a, Short b) {
-#ifdef __AVX512VNNI__
+#ifdef HAS_DOTS
   return (Int)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #else
   return sum + (Int)_mm512_madd_epi16((__m512i)a, (__m512i)b);
@@ -25,8 +25,10 @@ inline Int dot_pairs(Int sum, Short a, Short b) {
 }
 
 bool supported() {
-#ifdef __AVX512VNNI__
-  if (!__builtin_cpu_supports("avx512vnni")) return false;
+#ifdef HAS_DOTS
+  for (const bool each : {__builtin_cpu_supports("avx512vnni") != 0, __builtin_cpu_supports("avx512vbmi") != 0,
+                          __builtin_cpu_supports("avx512bf16") != 0})
+    if (!each) return false;
 #endif
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -58,6 +60,18 @@ template <> struct Window<32> {
   static Window at(const float* x) { return {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)}; }
   Float pick(Int index) const { return (Float)_mm512_permutex2var_ps(low, (__m512i)index, high); }
 };
+
+#ifdef HAS_DOTS
+// What `dots` needs: inputs picked by number, of which only as many bits count as there are inputs, and sums of products.
+inline Int pick_pairs(Int x, Int index) { return (Int)_mm512_permutexvar_epi16((__m512i)index, (__m512i)x); }
+inline Int pick_quads(Int x, Int index) { return (Int)_mm512_permutexvar_epi8((__m512i)index, (__m512i)x); }
+inline Float add_pairs(Float sum, Int x, Int value) {
+  return (Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)value);
+}
+inline Int add_quads(Int sum, Int x, Int value) {  // x unsigned, value signed
+  return (Int)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)value);
+}
+#endif
 
 }  // namespace
 }  // namespace openwork

@@ -7,8 +7,8 @@
 namespace openwork {
 
 #if defined(__x86_64__)
-extern const Kernels kAvx512Vnni, kAvx512, kAvx2, kScalar;
-static const Kernels* const kVariants[] = {&kAvx512Vnni, &kAvx512, &kAvx2, &kScalar};
+extern const Kernels kAvx512BFloat16, kAvx512, kAvx2, kScalar;
+static const Kernels* const kVariants[] = {&kAvx512BFloat16, &kAvx512, &kAvx2, &kScalar};
 #elif defined(__aarch64__)
 extern const Kernels kNeon, kScalar;
 static const Kernels* const kVariants[] = {&kNeon, &kScalar};
@@ -30,7 +30,7 @@ static int64_t grain(const Groups& g) { return 1 + kGrain / (int64_t(g.m) * g.in
 using namespace openwork;
 
 // The version of this interface; the loader refuses another.
-OPENWORK_API int32_t openwork_abi() { return 2; }
+OPENWORK_API int32_t openwork_abi() { return 3; }
 
 OPENWORK_API void openwork_use_threads(ParallelFor parallel_for) { parallel_for_of_torch = parallel_for; }
 

@@ -7,10 +7,17 @@ namespace {
 #include "masks.inl"
 #include "panel.inl"
 #include "rows.inl"
+#ifdef HAS_DOTS
+#include "dots.inl"
+#else
+constexpr auto dots = nullptr;
+constexpr auto quantize = nullptr;
+#endif
 
 }  // namespace
 
 extern const Kernels ISA_TABLE;
-const Kernels ISA_TABLE = {ISA_NAME, kLanes, kPanelVectors, keep, prune, decay, panel, rows, transpose, peak, supported};
+const Kernels ISA_TABLE = {ISA_NAME, kLanes, kPanelVectors, keep,      prune, decay,    panel,
+                           rows,     dots,   quantize,      transpose, peak,  supported};
 
 }  // namespace openwork

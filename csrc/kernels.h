@@ -26,6 +26,8 @@ inline int64_t start_of(const Groups& g, int64_t group) {
   return (group / groups_of(g) * g.length + group % groups_of(g) * g.m) * g.inner;
 }
 
+constexpr float kSmallest = 1.17549435e-38f;  // below it floats lose digits
+
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
 enum Activation : int32_t { kNone = 0, kRelu = 1 };
 
@@ -59,6 +61,25 @@ struct Rows {
   Activation activation;
 };
 
+// A product whose lanes are outputs and whose inputs are as short as the weights ("dots"): in each 32 bits of a vector two
+// bfloat16, or four int8, of one output meet the inputs that a permutation picks from a window of one vector. Their
+// products are added up as one: a step. K padded to whole windows.
+struct Dots {
+  const void* values;      // (blocks, windows, steps, lanes, 4 bytes): two bfloat16 or four int8 of a lane
+  const uint8_t* indices;  // bfloat16: (blocks, windows, steps / 2 rounded up, lanes, 2, 2), the last those of two steps;
+                           // int8: (blocks, windows, steps, lanes, 4)
+  int64_t windows, blocks;
+  const void* x;           // (batch, x_stride bytes) bfloat16; int8: whole numbers of -127 to 127, 128 added
+  int64_t x_stride;
+  const float* bias;       // (outputs) or null
+  const float* scales;     // int8: (outputs), and (batch) those of the inputs
+  const float* x_scales;
+  void* y;                 // (batch, y_stride) bfloat16; int8: float
+  int64_t y_stride, outputs, batch;
+  int32_t steps;           // a window
+  Activation activation;
+};
+
 // How many words hold the indices of all slots of one lane: a word holds whole windows, or a window whole words.
 inline int64_t words_of(int64_t windows, int64_t slots, int64_t in_word) {
   if (slots > in_word) return windows * ((slots + in_word - 1) / in_word);
@@ -76,6 +97,10 @@ struct Kernels {
   void (*decay)(const Groups&, int32_t dtype, const void* weight, void* grad, float decay, int64_t first, int64_t last);
   void (*panel)(const Panel&, int32_t dtype);  // float32, bfloat16, int8
   void (*rows)(const Rows&, int32_t dtype, int64_t first, int64_t last);  // blocks
+  // Null where the processor has no such instructions. bfloat16, int8; blocks [first, last), inputs [from, to).
+  void (*dots)(const Dots&, int32_t dtype, int64_t first, int64_t last, int64_t from, int64_t to);
+  // One row of inputs for `dots` of int8, filled up with zeros to `padded`; returns its scale.
+  float (*quantize)(const float* x, int64_t count, uint8_t* to, int64_t padded);
   void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
   int64_t (*peak)(int64_t rounds, float* result);  // for benchmarks; result: one vector
   bool (*supported)();

@@ -52,8 +52,9 @@ def plan(
     prepacked, channels_last) and sparse, and say what `deploy` would choose. The model is not changed.
 
     `example` is a tensor, a tuple of arguments or a mapping of keyword arguments. `pattern`, `exclude` and `axis` as in
-    `verify`. `stored` is the dtype that sparse kernels keep weights in. On a CPU it is float32, or bfloat16 or int8,
-    which are smaller, and round. On a GPU it is the model's own dtype, or float16, bfloat16, int8, float8_e4m3fn.
+    `verify`. `stored` is the dtype that sparse kernels keep weights in, by default the model's own. On a CPU it is
+    float32, or bfloat16 or int8, which are smaller, and round. On a GPU it is the model's own dtype, or float16,
+    bfloat16, int8, float8_e4m3fn.
     """
     with torch.inference_mode(False):
         ready, patterns, kept_in = _ready(model, pattern, exclude, axis, stored)
@@ -121,8 +122,7 @@ def _ready(
         found = ", ".join(sorted(map(str, where)))
         raise ValueError(f"the model is on {found}; needed one CPU or one GPU: model.to('cuda') or model.to('cpu')")
     gpu = any(on_gpu(each) for each in where)
-    floats = [each.dtype for each in tensors if each.ndim > 1 and each.is_floating_point()]
-    kept_in = stored or (floats[0] if gpu and floats else torch.float32)
+    kept_in = stored or own_dtype(inner)
     allowed = STORED_ON_GPU if gpu else STORED
     if stored is not None and stored not in allowed:
         raise ValueError(f"stored={stored}; needed one of {', '.join(map(str, allowed))}")
@@ -130,6 +130,15 @@ def _ready(
     ready = copy.deepcopy(inner)
     ready = (finalize(ready) if promises(ready) else ready).eval().requires_grad_(False)
     return ready, {row.name: row.pattern or row.reason for row in report.rows}, kept_in
+
+
+def own_dtype(model: nn.Module) -> torch.dtype:
+    """What weights are stored in where nobody says: on a GPU the dtype of the first; on a CPU bfloat16 where all are,
+    else float32."""
+    weights = [each for each in (*model.parameters(), *model.buffers()) if each.ndim > 1 and each.is_floating_point()]
+    if any(on_gpu(each.device) for each in weights):
+        return weights[0].dtype
+    return torch.bfloat16 if {each.dtype for each in weights} == {torch.bfloat16} else torch.float32
 
 
 def _plan(ready: nn.Module, example: Any, patterns: Mapping[str, Pattern | str], stored: torch.dtype) -> Plan:

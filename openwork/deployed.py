@@ -14,10 +14,13 @@ from torch import Tensor, nn
 import openwork.kernels as kernels
 from openwork.layout import (
     WINDOWS,
+    Dots,
     Panel,
     Rows,
     conv_rows,
+    dots,
     from_conv_rows,
+    from_dots,
     from_panel,
     from_rows,
     panel,
@@ -27,29 +30,40 @@ from openwork.layout import (
 from openwork.ops.products import panel_numbers, rows_numbers
 from openwork.pattern import Pattern
 
-Kind = Literal["panel", "rows"]
-"""Which kernel of a CPU: lanes that are columns of the input, for many tokens or pixels, or lanes that are outputs, for
-few."""
+Kind = Literal["panel", "rows", "dots"]
+"""Which kernel of a CPU: lanes that are columns of the input, for many tokens or pixels; lanes that are outputs, for
+few; or those with inputs as short as the weights, bfloat16 or int8, where the processor multiplies these."""
 
 GpuKind = Literal["cusparselt", "cutlass", "gather", "expand"]
 """Which kernel of a GPU: sparse tensor cores by one library or the other, or the Triton kernels for few tokens."""
 
 
-def packed(weight: Tensor, pattern: Pattern, kind: Kind, stored: torch.dtype) -> Panel | Rows:
+_PRODUCTS = {
+    "panel": torch.ops.openwork.panel_linear.default,
+    "rows": torch.ops.openwork.rows_linear.default,
+    "dots": torch.ops.openwork.dots_linear.default,
+}
+
+
+def packed(weight: Tensor, pattern: Pattern, kind: Kind, stored: torch.dtype) -> Panel | Rows | Dots:
     """A weight (O, K) as the kernel of this machine reads it, its values in the dtype `stored`."""
     numbers, scales = quantized(weight.detach()) if stored == torch.int8 else (weight.detach().to(stored), None)
     return _laid_out(numbers, scales, pattern, kind)
 
 
-def _laid_out(numbers: Tensor, scales: Tensor | None, pattern: Pattern, kind: Kind) -> Panel | Rows:
-    if kind == "rows":
-        return rows(numbers.contiguous(), pattern, lanes=kernels.lanes(), scales=scales)
-    return panel(numbers.contiguous(), pattern, columns=kernels.panel_columns(), scales=scales)
+def _laid_out(numbers: Tensor, scales: Tensor | None, pattern: Pattern, kind: Kind) -> Panel | Rows | Dots:
+    if kind == "panel":
+        return panel(numbers.contiguous(), pattern, columns=kernels.panel_columns(), scales=scales)
+    return (rows if kind == "rows" else dots)(numbers.contiguous(), pattern, lanes=kernels.lanes(), scales=scales)
 
 
-def kinds_for(weight: Tensor, pattern: Pattern) -> tuple[Kind, ...]:
-    """The kernels that can take a weight."""
-    return ("panel", "rows") if weight.ndim == 2 and pattern.m in WINDOWS else ("panel",)
+def kinds_for(weight: Tensor, pattern: Pattern, stored: torch.dtype) -> tuple[Kind, ...]:
+    """The kernels of this machine that can take a layer's weight, stored as that dtype. Those of dots round no more than
+    the layer does: inputs are bfloat16 where the layer is, and int8 sums are exact in every kernel."""
+    if weight.ndim != 2 or pattern.m not in WINDOWS:
+        return ("panel",)
+    short = stored == torch.int8 or stored == weight.dtype == torch.bfloat16
+    return ("panel", "rows", "dots") if short and kernels.has_dots() else ("panel", "rows")
 
 
 class PackedLayer(nn.Module):
@@ -100,30 +114,32 @@ class _CpuLayer(PackedLayer):
 
     def _numbers(self) -> Tensor:
         """What is packed, as (O, K): of an int8 weight the int8 numbers."""
-        return from_panel(self._layout()) if self.kind == "panel" else from_rows(self._layout())
+        return {"panel": from_panel, "rows": from_rows, "dots": from_dots}[self.kind](self._layout())
 
     def _pack(self, weight: Tensor) -> None:
         self._take(packed(self._to_rows(weight.cpu()), self.pattern, self.kind, self.stored))
 
-    def _take(self, layout: Panel | Rows) -> None:
+    def _take(self, layout: Panel | Rows | Dots) -> None:
         positions = layout.words if isinstance(layout, Rows) else layout.positions
         for name, tensor in (("values", layout.values), ("positions", positions), ("scales", layout.scales)):
             self.register_buffer(name, tensor, persistent=False)
-        self.numbers = rows_numbers(layout) if isinstance(layout, Rows) else panel_numbers(layout)
+        self.numbers = panel_numbers(layout) if isinstance(layout, Panel) else rows_numbers(layout)
 
     def _layout(self) -> Any:
         tensors = (self.values, self.positions, self.scales, self.pattern)
-        if self.kind == "rows":
-            _, _, lanes, O, K = self.numbers
-            return Rows(*tensors, (O, K), lanes)
-        _, _, tile, columns, O, K = self.numbers
-        return Panel(*tensors, (O, K), tile, columns)
+        if self.kind == "panel":
+            _, _, tile, columns, O, K = self.numbers
+            return Panel(*tensors, (O, K), tile, columns)
+        _, _, lanes, O, K = self.numbers
+        return (Rows if self.kind == "rows" else Dots)(*tensors, (O, K), lanes)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        here = kernels.lanes() if self.kind == "rows" else kernels.panel_columns()
-        if self.numbers[2 if self.kind == "rows" else 3] != here:
-            self._take(_laid_out(self._numbers(), self.scales, self.pattern, self.kind))
+        here = kernels.panel_columns() if self.kind == "panel" else kernels.lanes()
+        other = "rows" if self.kind == "dots" and not kernels.has_dots() else self.kind
+        if other != self.kind or self.numbers[3 if self.kind == "panel" else 2] != here:
+            numbers, self.kind = self._numbers(), other
+            self._take(_laid_out(numbers, self.scales, self.pattern, other))
 
     def _demand_inference(self, x: Tensor) -> None:
         if x.requires_grad and torch.is_grad_enabled():
@@ -142,7 +158,7 @@ class _CpuLayer(PackedLayer):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.pattern}, {tuple(self.numbers[3 if self.kind == 'rows' else 4 :])}, {self.stored}, {self.kind}"
+        return f"{self.pattern}, {tuple(self.numbers[-2:])}, {self.stored}, {self.kind}"
 
 
 class SparseLinear(_CpuLayer):
@@ -157,9 +173,9 @@ class SparseLinear(_CpuLayer):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name it has in torch
         self._demand_inference(input)
-        rows = self.kind == "rows"
-        product = torch.ops.openwork.rows_linear.default if rows else torch.ops.openwork.panel_linear.default
-        y = product(input.float(), self.values, self.positions, self.scales, self.bias, self.numbers, self.relu)
+        product = _PRODUCTS[self.kind]
+        x = input.to(self.stored if self.kind == "dots" and self.scales is None else torch.float32)
+        y = product(x, self.values, self.positions, self.scales, self.bias, self.numbers, self.relu)
         return y if input.dtype == torch.float32 else y.to(input.dtype)
 
     def _to_rows(self, weight: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
     O = outputs, K = inputs, T = slots of one output, L = lanes of a vector, m and n as in the pattern
 
-Two layouts, for products whose lanes are different things (csrc/panel.inl, csrc/rows.inl):
+Three layouts, for products whose lanes are different things (csrc/panel.inl, csrc/rows.inl, csrc/dots.inl):
 
     Panel   lanes are columns of the input (tokens, pixels): many of them. Any pattern.
     Rows    lanes are outputs: one input or a few. M in 2, 4, 8, 16, 32.
+    Dots    lanes are outputs, inputs as short as the weights: bfloat16 or int8. M in 2, 4, 8, 16, 32.
 
-Both keep N slots of every group, zeros included, so all outputs have equally many and no pointers are needed.
+All keep N slots of every group, zeros included, so all outputs have equally many and no pointers are needed.
 """
 
 from __future__ import annotations
@@ -54,6 +55,20 @@ class Rows:
 
     values: Tensor
     words: Tensor
+    scales: Tensor | None
+    pattern: Pattern
+    shape: tuple[int, int]
+    lanes: int
+
+
+@dataclass(frozen=True)
+class Dots:
+    """`values` (O / L, windows, steps, L, 2) bfloat16 or (O / L, windows, steps, L, 4) int8: a window is one vector of
+    inputs, a step the slots that one instruction multiplies and adds. `positions` uint8, where the input of each is in
+    its window: like `values`, but for bfloat16 those of two steps side by side."""
+
+    values: Tensor
+    positions: Tensor
     scales: Tensor | None
     pattern: Pattern
     shape: tuple[int, int]
@@ -195,6 +210,74 @@ def _paired(values: Tensor) -> Tensor:
     blocks, count, lanes = values.shape
     even = torch.nn.functional.pad(values, (0, 0, 0, count % 2))
     return even.reshape(blocks, -1, 2, lanes).transpose(2, 3).contiguous()
+
+
+def dots(weight: Tensor, pattern: Pattern, *, lanes: int, scales: Tensor | None = None) -> Dots:
+    """The dots layout of a weight (O, K) in bfloat16, or int8 with its `scales`. Raises ValueError where a group holds
+    more than N non-zeros, or for an M that the vectors are no multiple of."""
+    sizes = dots_sizes(weight.dtype, pattern, lanes)
+    _demand_packable(weight)
+    values, positions = [], []
+    for _, part, keep in _parts(weight, pattern, -weight.shape[1] % sizes.window, lanes):
+        index = torch.arange(part.shape[1], dtype=torch.uint8, device=weight.device) % sizes.window
+        each = (_steps(kept.view(-1, lanes, part.shape[1] // sizes.window, sizes.slots), sizes)
+                for kept in (part[keep], index.expand_as(keep)[keep]))  # fmt: skip
+        values.append(next(each).contiguous())
+        positions.append(_two_steps(next(each)) if weight.dtype == torch.bfloat16 else next(each).contiguous())
+    return Dots(torch.cat(values), torch.cat(positions), scales, pattern, (weight.shape[0], weight.shape[1]), lanes)
+
+
+def from_dots(layout: Dots) -> Tensor:
+    """Inverse of `dots`: the dense weight, zeros filled in; of an int8 weight the int8 numbers."""
+    (O, K), lanes = layout.shape, layout.lanes
+    sizes = dots_sizes(layout.values.dtype, layout.pattern, lanes)
+    positions = layout.positions
+    if layout.values.dtype == torch.bfloat16:
+        positions = positions.view(*positions.shape[:2], -1, lanes * 2, 2).transpose(-1, -2)
+        positions = positions.flatten(2, 3)[:, :, : sizes.steps].reshape(layout.values.shape)
+    values, index = (each.permute(0, 3, 1, 2, 4).flatten(3)[..., : sizes.slots] for each in (layout.values, positions))
+    dense = values.new_zeros(*values.shape[:3], sizes.window).scatter_(3, index.long() % sizes.window, values)
+    return dense.flatten(2).flatten(0, 1)[:O, :K].contiguous()
+
+
+@dataclass(frozen=True)
+class DotsSizes:
+    """Inputs of a window; slots of one output in it; steps that take them, `together` a step."""
+
+    window: int
+    slots: int
+    steps: int
+    together: int
+
+
+def dots_sizes(dtype: torch.dtype, pattern: Pattern, lanes: int) -> DotsSizes:
+    """Raises ValueError where there is no such layout.
+
+    >>> dots_sizes(torch.bfloat16, Pattern(2, 4), lanes=16)
+    DotsSizes(window=32, slots=16, steps=8, together=2)
+    """
+    together = {torch.bfloat16: 2, torch.int8: 4}.get(dtype, 0)
+    window = lanes * together
+    if not together or pattern.m not in WINDOWS or window % pattern.m:
+        raise ValueError(
+            f"{dtype} at {pattern} has no layout by dots; needed bfloat16 or int8, and M one of "
+            f"{', '.join(map(str, WINDOWS))}"
+        )
+    slots = window // pattern.m * pattern.n
+    return DotsSizes(window, slots, -(-slots // together), together)
+
+
+def _steps(slots: Tensor, sizes: DotsSizes) -> Tensor:
+    """(blocks, L, windows, slots) -> (blocks, windows, steps, L, together), zeros for slots that are not there."""
+    full = torch.nn.functional.pad(slots, (0, sizes.steps * sizes.together - sizes.slots))
+    return full.unflatten(3, (sizes.steps, sizes.together)).permute(0, 2, 3, 1, 4)
+
+
+def _two_steps(positions: Tensor) -> Tensor:
+    """(blocks, windows, steps, L, 2) -> (blocks, windows, steps / 2 rounded up, L, 2, 2): the last those of two
+    steps."""
+    even = torch.nn.functional.pad(positions, (0, 0, 0, 0, 0, positions.shape[2] % 2))
+    return even.unflatten(2, (-1, 2)).permute(0, 1, 2, 4, 5, 3).contiguous()
 
 
 def index_bits(window: int) -> int:

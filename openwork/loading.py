@@ -23,7 +23,7 @@ from openwork.axis import Axis
 from openwork.candidates import known_axis
 from openwork.container import Stored
 from openwork.contents import Contents, opened
-from openwork.deploy import STORED
+from openwork.deploy import STORED, own_dtype
 from openwork.deployed import SparseConv2d, SparseLinear, kinds_for
 from openwork.fileformat import Sparse
 from openwork.folding import foldable, following_relu, fuse
@@ -47,7 +47,7 @@ def load_deployed(
     example: Any,
     *,
     chosen: Mapping[str, str] | None = None,
-    stored: torch.dtype = torch.float32,
+    stored: torch.dtype | None = None,
 ) -> nn.Module:
     """What `ow.deploy` makes of the model in a file, read layer by layer: memory holds the packed layers and one dense
     weight at a time, never the dense model. `path` as in `ow.load`, `stored` as in `ow.deploy`.
@@ -58,6 +58,7 @@ def load_deployed(
     with the dense one, which never exists here: `ow.deploy` does that. Where no layer is faster sparse, the result is
     dense, and a warning says so. Raises ValueError where file and model, or `chosen`, do not fit.
     """
+    stored = stored or own_dtype(model)
     if stored not in STORED:
         raise ValueError(f"stored={stored}; needed one of {', '.join(map(str, STORED))}")
     with local(path) as here, opened(here) as contents, torch.no_grad():
@@ -66,7 +67,7 @@ def load_deployed(
             _fold(streamed, example)
             run(streamed.model, example)
         layers = []
-        for each in _measured(streamed, stored) if chosen is None else _as_chosen(streamed, chosen):
+        for each in _measured(streamed, stored) if chosen is None else _as_chosen(streamed, chosen, stored):
             _settle(streamed, each, stored)
             layers.append(each)
         found = Plan((*layers, *streamed.dense), stored, machine(), {})
@@ -270,9 +271,9 @@ def _random(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype)
     return torch.empty_strided(shape, stride, dtype=dtype).normal_()
 
 
-def _as_chosen(streamed: _Streamed, chosen: Mapping[str, str]) -> Iterator[Layer]:
+def _as_chosen(streamed: _Streamed, chosen: Mapping[str, str], stored: torch.dtype) -> Iterator[Layer]:
     """The layers as `chosen` wants them. Raises ValueError where it names what cannot be."""
-    possible = {each.name: kinds_for(layer.weight, each.pattern) for layer, each in streamed.layers.items()}
+    possible = {each.name: kinds_for(layer.weight, each.pattern, stored) for layer, each in streamed.layers.items()}
     for name, kind in chosen.items():
         if kind not in possible.get(name, ()):
             why = ", ".join(possible.get(name, ())) or "none"

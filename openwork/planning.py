@@ -263,7 +263,7 @@ def _timed(module: nn.Module, pattern: Pattern, inputs: list[Tensor], stored: to
     weight: Any = module.weight
     oriented = weight.t() if _is_hf_conv1d(module) else weight
     gpu = on_gpu(weight.device)
-    kinds: Sequence[str] = gpu_kinds(module, pattern, stored, inputs) if gpu else kinds_for(oriented, pattern)
+    kinds: Sequence[str] = gpu_kinds(module, pattern, stored, inputs) if gpu else kinds_for(oriented, pattern, stored)
     measured: Counter[str] = Counter()
     shapes = Counter(tuple(x.shape) for x in inputs)
     examples = [next(x for x in inputs if tuple(x.shape) == shape) for shape in shapes]

@@ -6,18 +6,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openwork.axis import Axis
 from openwork.bench.measure import Machine, Row, alternating, rows
-from openwork.deployed import kinds_for, packed
+from openwork.deployed import Kind, SparseLinear, kinds_for
+from openwork.kernels import has_dots
 from openwork.kernels.masks import in_one_pass, prune_into
 from openwork.masks import keep_largest, prune
 from openwork.onednn import prepacked_linear
 from openwork.ops import add_decayed
 from openwork.ops import prune as prune_in_one_pass
-from openwork.ops.products import panel_numbers, rows_numbers
 from openwork.pattern import Pattern
 
 WEIGHT = (2048, 4096)
@@ -66,33 +66,61 @@ def linear(
     op: str = "linear",
     dtypes: Sequence[str] = tuple(DTYPES),
 ) -> Iterator[Row]:
-    """(B, K) times weights (O, K), beside torch's default and oneDNN's prepacked product in float32, and torch's
-    bfloat16. Caches are flushed before each when B is small: then the weights come from memory, as between layers of a
+    """(B, K) times weights (O, K), beside the dense products that torch has, each against the fastest of those that
+    round no more: float32 by torch's default and by oneDNN prepacked; bfloat16; int8 with inputs quantized within the
+    time. Caches are flushed before each when B is small: then the weights come from memory, as between layers of a
     network."""
     for B, K, O in shapes:
         x, weight = torch.randn(B, K), torch.randn(O, K)
-        dense: dict[str, Callable[[], object]] = {"torch float32": partial(F.linear, x, weight)}
-        ordered = prepacked_linear(weight, None, B)
-        if ordered is not None:
-            dense["oneDNN float32"] = partial(ordered, x)
-        if B <= 16:  # where torch has no fast bfloat16 product it takes seconds for more
-            dense["torch bfloat16"] = partial(F.linear, x.bfloat16(), weight.bfloat16())
-        variants, about, bounds = dict(dense), {"torch bfloat16": ("dense", "bfloat16")}, {}
+        dense = _dense(x, weight, dtypes)
+        variants = {name: each for name, (_, each) in dense.items()}
+        about = {name: ("dense", dtype) for name, (dtype, _) in dense.items()}
+        bounds: dict[str, float] = {}
         for pattern in patterns:
             for dtype in dtypes:
-                for kind in kinds_for(weight, pattern):
-                    if B > 16 if kind == "rows" else B < 4:
+                for kind in kinds_for(
+                    weight.to(DTYPES["bfloat16"] if dtype == "bfloat16" else weight.dtype), pattern, DTYPES[dtype]
+                ):
+                    if kind == "rows" and B > 16 or kind == "panel" and B < 4:
                         continue
                     name = f"{kind} {pattern} {dtype}"
                     variants[name], size = _product(x, weight, pattern, kind, DTYPES[dtype])
                     about[name] = (str(pattern), dtype)
-                    bounds[name] = machine.bound(2 * B * K * O * pattern.density, size + x.nbytes + 4 * B * O)
-        for name in dense:
-            bounds[name] = machine.bound(
-                2 * B * K * O, weight.nbytes / (2 if "bf" in name else 1) + x.nbytes + 4 * B * O
-            )
+                    flops = 2 * B * K * O * pattern.density / (_SPEED[dtype] if kind == "dots" else 1)
+                    bounds[name] = machine.bound(flops, size + x.nbytes + 4 * B * O)
+        for name, (dtype, _) in dense.items():
+            size = DTYPES[dtype].itemsize * K * O + x.nbytes + 4 * B * O
+            bounds[name] = machine.bound(2 * B * K * O / (_SPEED[dtype] if has_dots() else 1), size)
         times = alternating(variants, seconds=seconds, flush=B <= 16)
-        yield from rows(op, f"B={B} K={K} O={O}", times, dense, about, bounds)
+        for count, dtype in enumerate(dtypes, 1):
+            baselines = [name for name, (precision, _) in dense.items() if precision in dtypes[:count]]
+            mine = {name: each for name, each in times.items() if about[name][1] == dtype or name in baselines}
+            found = rows(op, f"B={B} K={K} O={O}", mine, baselines, about, bounds)
+            yield from (row for row in found if row.dtype == dtype)
+
+
+_SPEED = {"float32": 1, "bfloat16": 2, "int8": 4}
+"""How many times as many products as of float32 a processor makes whose instructions multiply pairs and quads."""
+
+
+def _dense(x: Tensor, weight: Tensor, dtypes: Sequence[str]) -> dict[str, tuple[str, Callable[[], object]]]:
+    """Dense products by name, with the precision of each."""
+    (B, _), found = x.shape, {"torch float32": ("float32", partial(F.linear, x, weight))}
+    ordered = prepacked_linear(weight, None, B)
+    if ordered is not None:
+        found["oneDNN float32"] = ("float32", partial(ordered, x))
+    if "bfloat16" in dtypes and (has_dots() or B <= 16):  # where the processor has no such product it takes seconds
+        found["torch bfloat16"] = ("bfloat16", partial(F.linear, x.bfloat16(), weight.bfloat16()))
+        ordered = prepacked_linear(weight.bfloat16(), None, B)
+        if ordered is not None:
+            found["oneDNN bfloat16"] = ("bfloat16", partial(ordered, x.bfloat16()))
+    if "int8" in dtypes and torch.backends.quantized.engine != "none":
+        scale = float(weight.abs().max()) / 127
+        packed_weight = torch.ops.quantized.linear_prepack(
+            torch.quantize_per_tensor(weight, scale, 0, torch.qint8), None
+        )
+        found["torch int8"] = ("int8", partial(torch.ops.quantized.linear_dynamic, x, packed_weight))
+    return found
 
 
 def growth(
@@ -107,18 +135,15 @@ def growth(
 
 
 def _product(
-    x: Tensor, weight: Tensor, pattern: Pattern, kind: str, stored: torch.dtype
+    x: Tensor, weight: Tensor, pattern: Pattern, kind: Kind, stored: torch.dtype
 ) -> tuple[Callable[[], Tensor], int]:
     """A product with the packed weight, and the bytes of what is packed."""
     sparse = prune(weight, keep_largest(weight.abs(), pattern, Axis(1)))
-    if kind == "rows":
-        made = packed(sparse, pattern, "rows", stored)
-        operator, numbers, positions = torch.ops.openwork.rows_linear.default, rows_numbers(made), made.words  # type: ignore[arg-type, union-attr]
-    else:
-        made = packed(sparse, pattern, "panel", stored)
-        operator, numbers, positions = torch.ops.openwork.panel_linear.default, panel_numbers(made), made.positions  # type: ignore[arg-type, union-attr]
-    size = made.values.nbytes + positions.nbytes
-    return lambda: operator(x, made.values, positions, made.scales, None, numbers, False), size
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(sparse, requires_grad=False)
+    made = SparseLinear(layer, pattern, kind, stored)
+    given = x.to(stored) if kind == "dots" and stored == torch.bfloat16 else x
+    return partial(made, given), made.values.nbytes + made.positions.nbytes
 
 
 def layers_alternating(seconds: float, pattern: Pattern = Pattern(2, 4)) -> dict[str, float]:

@@ -7,6 +7,7 @@ from openwork.kernels.masks import takes_lists as takes_lists
 from openwork.kernels.native import Status as Status
 from openwork.kernels.native import status as status
 from openwork.kernels.native import use_isa as use_isa
+from openwork.kernels.products import has_dots as has_dots
 from openwork.kernels.products import lanes as lanes
 from openwork.kernels.products import panel_columns as panel_columns
 from openwork.kernels.triton import status as gpu_status  # noqa: F401

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-_ABI = 2
+_ABI = 3
 _FILE = Path(__file__).with_name("libopenwork.so")
 
 
@@ -72,6 +72,29 @@ class Rows(Structure):
     )
 
 
+class Dots(Structure):
+    """A product whose lanes are outputs and whose inputs are as short as the weights: see csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("values", "indices")),
+        *((name, c_int64) for name in ("windows", "blocks")),
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        *((name, c_void_p) for name in ("bias", "scales", "x_scales", "y")),
+        *((name, c_int64) for name in ("y_stride", "outputs", "batch")),
+        *((name, c_int32) for name in ("steps", "activation")),
+    )
+
+
+class QuantizeCall(Structure):
+    """Rows of inputs as whole numbers: see csrc/api.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "to", "scales")),
+        *((name, c_int64) for name in ("B", "K", "x_stride", "to_stride")),
+    )
+
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 # Name -> (result, arguments).
@@ -92,6 +115,9 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "openwork_conv_scratch": (c_int64, (POINTER(ConvCall),)),
     "openwork_conv": (None, (POINTER(ConvCall),)),
     "openwork_rows": (None, (POINTER(Rows), c_int32)),
+    "openwork_has_dots": (c_int32, ()),
+    "openwork_dots": (None, (POINTER(Dots), c_int32)),
+    "openwork_quantize": (None, (POINTER(QuantizeCall),)),
 }
 
 

@@ -12,8 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openwork.kernels.native import DTYPES, ConvCall, LinearCall, PanelWeight, Rows, address, library
-from openwork.layout import WINDOWS, index_bits, slots_of
+from openwork.kernels.native import (
+    DTYPES,
+    ConvCall,
+    Dots,
+    LinearCall,
+    PanelWeight,
+    QuantizeCall,
+    Rows,
+    address,
+    library,
+)
+from openwork.layout import WINDOWS, dots_sizes, index_bits, slots_of
 from openwork.ops import products as reference
 from openwork.ops.products import channels_last, conv_size, quantized_rows
 from openwork.pattern import Pattern
@@ -29,6 +39,12 @@ def lanes() -> int:
     """float32 in a vector of the instruction set in use; 8 without the native library."""
     lib = library()
     return lib.openwork_lanes() if lib else 8
+
+
+def has_dots() -> bool:
+    """Whether the instruction set in use multiplies pairs of bfloat16 and quads of int8 (`openwork.layout.dots`)."""
+    lib = library()
+    return bool(lib and lib.openwork_has_dots())
 
 
 def panel_linear(
@@ -110,6 +126,44 @@ def rows_linear(
         y = y.view(torch.int32).float().mul_(input_scales[:, None] * scales)
         y = y if bias is None else y.add_(bias)
         y = y.relu_() if relu else y
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], O)
+
+
+def dots_linear(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    layout: list[int],
+    relu: bool,
+) -> Tensor:
+    lib = library()
+    if lib is None or not lib.openwork_has_dots():
+        return reference.dots_linear(x, values, positions, scales, bias, layout, relu)
+    sizes = _dots_sizes(tuple(layout), values.dtype)
+    _demand_lanes(layout[2], lib.openwork_lanes())
+    _demand(
+        (values.dtype == torch.int8) == (scales is not None) and _whole(values, sizes.values), "values", values, layout
+    )
+    _demand(positions.dtype == torch.uint8 and _whole(positions, sizes.positions), "positions", positions, layout)
+    _demand_outputs(scales, bias, layout)
+    O, K = layout[3:]
+    flat = _rows_of(x, K, torch.float32 if scales is not None else torch.bfloat16)
+    B, padded, input_scales = len(flat), sizes.windows * sizes.window, None
+    y = flat.new_empty(B, O)
+    if B:
+        if scales is not None:
+            whole, input_scales = flat.new_empty(B, padded, dtype=torch.uint8), flat.new_empty(B)
+            addresses = (flat.data_ptr(), whole.data_ptr(), input_scales.data_ptr())
+            lib.openwork_quantize(ctypes.byref(QuantizeCall(*addresses, B, K, flat.stride(0), padded)))
+            flat = whole
+        elif padded > K:
+            flat = torch.nn.functional.pad(flat, (0, padded - K))
+        weight = (values.data_ptr(), positions.data_ptr(), sizes.windows, sizes.blocks)
+        given = (flat.data_ptr(), flat.stride(0) * flat.element_size(), address(bias), address(scales))
+        call = Dots(*weight, *given, address(input_scales), y.data_ptr(), O, O, B, sizes.steps, relu)
+        lib.openwork_dots(ctypes.byref(call), DTYPES[values.dtype])
     return y if x.ndim == 2 else y.view(*x.shape[:-1], O)
 
 
@@ -216,6 +270,32 @@ def _rows_sizes(numbers: tuple[int, ...], paired: bool) -> _RowsSizes:
     return _RowsSizes(window, slots, windows, blocks, blocks * stored * lanes, words)
 
 
+@dataclass(frozen=True)
+class _DotsSizes:
+    window: int
+    steps: int
+    windows: int
+    blocks: int
+    values: int
+    positions: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _dots_sizes(numbers: tuple[int, ...], dtype: torch.dtype) -> _DotsSizes:
+    """What a dots layout consists of. Raises ValueError where the numbers make none."""
+    if len(numbers) != 5:
+        raise ValueError(f"layout {list(numbers)}; needed n, m, lanes, outputs, inputs")
+    n, m, lanes, O, K = numbers
+    if min(O, K, lanes) < 1:
+        raise ValueError(f"{list(numbers)} makes no layout by dots: make it with openwork.layout")
+    one = dots_sizes(dtype, Pattern(n, m), lanes)
+    windows, blocks = -(-K // one.window), -(-O // lanes)
+    in_step = lanes * one.together
+    positions = one.steps + one.steps % 2 if dtype == torch.bfloat16 else one.steps
+    every = blocks * windows * in_step
+    return _DotsSizes(one.window, one.steps, windows, blocks, every * one.steps, every * positions)
+
+
 # Positions that were found good: id -> a reference to the tensor, and in which state of it. So each is looked at once
 # and calls stay free of it. (An attribute of the tensor would travel in pickles, which may come from anyone.)
 _good_positions: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
@@ -265,10 +345,11 @@ def _words(windows: int, slots: int, window: int) -> int:
     return windows * -(-slots // in_word) if slots > in_word else -(-windows // (in_word // slots))
 
 
-def _rows_of(x: Tensor, K: int) -> Tensor:
+def _rows_of(x: Tensor, K: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """(..., K) -> (B, K), rows contiguous."""
-    if x.ndim == 0 or x.shape[-1] != K or x.dtype != torch.float32:
-        raise ValueError(f"input {tuple(x.shape)} of {x.dtype}; needed float32 (..., {K})")
+    if x.ndim == 0 or x.shape[-1] != K or x.dtype != dtype:
+        needed = str(dtype).removeprefix("torch.")
+        raise ValueError(f"input {tuple(x.shape)} of {x.dtype}; needed {needed} (..., {K})")
     flat = x if x.ndim == 2 else x.reshape(-1, K)
     return flat if flat.is_contiguous() or (flat.stride(1) == 1 and flat.stride(0) >= K) else flat.contiguous()
 
@@ -301,5 +382,5 @@ def _demand(holds: bool, what: str, found: Tensor | None, layout: list[int]) -> 
 
 def register(operators: Any) -> None:
     """Register them for the CPU on the library that `openwork.ops` opened."""
-    for function in (panel_linear, rows_linear, panel_conv2d):
+    for function in (panel_linear, rows_linear, dots_linear, panel_conv2d):
         operators.impl(function.__name__, function, "CPU")

@@ -1,7 +1,8 @@
 """Products with a compressed weight as operators: schema, reference, fake kernel. `openwork.kernels` has faster ones.
 
 A layout travels as its tensors and a list of numbers, so that a compiler or an exporter can carry it. Inputs and
-outputs are float32; the callers (`openwork.deployed`) cast. `relu` is applied to the result.
+outputs are float32, but for `dots_linear` with bfloat16 weights, where they are bfloat16; the callers
+(`openwork.deployed`) cast. `relu` is applied to the result.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openwork.layout import Panel, Rows, from_conv_rows, from_panel, from_rows, scale_of
+from openwork.layout import Dots, Panel, Rows, from_conv_rows, from_dots, from_panel, from_rows, scale_of
 from openwork.ops.masks import library
 from openwork.pattern import Pattern
 
 _LAYOUT = "Tensor values, Tensor positions, Tensor? scales, Tensor? bias, int[] layout"
 library.define(f"panel_linear(Tensor x, {_LAYOUT}, bool relu) -> Tensor")
 library.define(f"rows_linear(Tensor x, {_LAYOUT}, bool relu) -> Tensor")
+library.define(f"dots_linear(Tensor x, {_LAYOUT}, bool relu) -> Tensor")
 library.define(
     f"panel_conv2d(Tensor x, {_LAYOUT}, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
     "bool relu) -> Tensor"
@@ -28,7 +30,7 @@ def panel_numbers(layout: Panel) -> list[int]:
     return [layout.pattern.n, layout.pattern.m, layout.tile, layout.columns, *layout.shape]
 
 
-def rows_numbers(layout: Rows) -> list[int]:
+def rows_numbers(layout: Rows | Dots) -> list[int]:
     """n, m, lanes, then the shape of the weight."""
     return [layout.pattern.n, layout.pattern.m, layout.lanes, *layout.shape]
 
@@ -41,6 +43,11 @@ def panel_of(values: Tensor, positions: Tensor, scales: Tensor | None, numbers: 
 def rows_of(values: Tensor, words: Tensor, scales: Tensor | None, numbers: list[int]) -> Rows:
     n, m, lanes, O, K = numbers
     return Rows(values, words, scales, Pattern(n, m), (O, K), lanes)
+
+
+def dots_of(values: Tensor, positions: Tensor, scales: Tensor | None, numbers: list[int]) -> Dots:
+    n, m, lanes, O, K = numbers
+    return Dots(values, positions, scales, Pattern(n, m), (O, K), lanes)
 
 
 def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,6 +84,19 @@ def rows_linear(
     relu: bool,
 ) -> Tensor:
     return _linear(x, from_rows(rows_of(values, positions, scales, layout)), scales, bias, relu)
+
+
+@torch.library.impl(library, "dots_linear", "CompositeExplicitAutograd")
+def dots_linear(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    layout: list[int],
+    relu: bool,
+) -> Tensor:
+    return _linear(x.float(), from_dots(dots_of(values, positions, scales, layout)), scales, bias, relu).to(x.dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None, relu: bool) -> Tensor:
@@ -123,6 +143,12 @@ def _(x, values, positions, scales, bias, layout, relu):  # type: ignore[no-unty
 
 
 @torch.library.register_fake("openwork::rows_linear")
+def _(x, values, positions, scales, bias, layout, relu):  # type: ignore[no-untyped-def]
+    _demand_one_device(x, values, positions, scales, bias)
+    return x.new_empty(*x.shape[:-1], layout[3])
+
+
+@torch.library.register_fake("openwork::dots_linear")
 def _(x, values, positions, scales, bias, layout, relu):  # type: ignore[no-untyped-def]
     _demand_one_device(x, values, positions, scales, bias)
     return x.new_empty(*x.shape[:-1], layout[3])

@@ -1,4 +1,0 @@
-// AVX-512 with VNNI: Cascade Lake, Zen 4 and later. One instruction multiplies pairs of int16 and adds.
-#define ISA_NAME "avx512vnni"
-#define ISA_TABLE kAvx512Vnni
-#include "avx512.cpp"
