@@ -43,12 +43,4 @@ struct ConvCall {
   Activation activation;
 };
 
-// Rows of inputs as whole numbers of -127 to 127, 128 added, and what they are multiplied with.
-struct QuantizeCall {
-  const float* x;  // (B, K), rows x_stride apart
-  uint8_t* to;     // (B, to_stride), K padded
-  float* scales;   // (B)
-  int64_t B, K, x_stride, to_stride;
-};
-
 }  // namespace openwork

@@ -1,10 +1,9 @@
 // Products whose lanes are outputs and whose inputs are as short as the weights: bfloat16, int8.
 //
-// A window of inputs fills one vector. For each step a vector of weights, two bfloat16 or four int8 of each output, meets
+// A window of inputs fills one vector. Rows of inputs are packed in groups, window by window, so that a group is read from
+// end to end: rows are often a power of two apart, and then only a few of them stay in the cache. For each step a vector of weights, two bfloat16 or four int8 of each output, meets
 // the inputs that a permutation picks, and one instruction multiplies and adds them. Weights and indices are loaded once
 // for up to kDotsBatch inputs, which share the registers with their sums.
-
-constexpr int kDotsBatch = 12;
 
 inline Float some(const float* from, int64_t count) {  // zeros behind the last
   if (count >= kLanes) return load(from);
@@ -25,8 +24,8 @@ struct Pairs {  // bfloat16
     typedef uint16_t Words __attribute__((vector_size(VECTOR_BYTES)));
     return (Int)((Words)first(index) >> 8);
   }
-  static void finish(const Dots&, int64_t, int64_t, Float sum, Float bias, Activation activation, Out* y) {
-    sum = activated(sum + bias, activation);
+  static void finish(const Dots& d, int64_t, int64_t, Float sum, Float bias, Out* y) {
+    sum = activated(sum + bias, d.activation);
     for (int l = 0; l < kLanes; l++) y[l] = to_bfloat16(sum[l]);
   }
 };
@@ -46,21 +45,30 @@ struct Quads {  // int8
   static Sum add(Sum sum, Int x, Int index, Int value) { return add_quads(sum, pick_quads(x, index), value); }
   static Int first(const char* index) { return *(const IntInMemory*)index; }
   static Int second(const char* index) { return first(index + VECTOR_BYTES); }
-  static void finish(const Dots& d, int64_t at, int64_t b, Int sum, Float bias, Activation activation, Out* y) {
+  static void finish(const Dots& d, int64_t at, int64_t b, Int sum, Float bias, Out* y) {
     const Float scale = some(d.scales + at, d.outputs - at) * broadcast(d.x_scales[b]);
-    store(y, activated(__builtin_convertvector(sum, Float) * scale + bias, activation));
+    store(y, activated(__builtin_convertvector(sum, Float) * scale + bias, d.activation));
   }
 };
+
+template <class T>
+__attribute__((noinline)) void finish_dots(const Dots& d, int64_t output, int64_t b, typename T::Sum sum) {
+  const int64_t count = d.outputs - output;
+  const Float bias = d.bias ? some(d.bias + output, count) : Float{};
+  typename T::Out *y = (typename T::Out*)d.y + b * d.y_stride + output, all[kLanes];
+  T::finish(d, output, b, sum, bias, count < kLanes ? all : y);
+  if (count < kLanes) __builtin_memcpy(y, all, count * sizeof *y);
+}
 
 template <class T, int NB>
 void block_of_dots(const Dots& d, int64_t block, int64_t batch, const char* values, const char* indices, typename T::Sum start) {
   constexpr int sums = NB <= 2 ? 2 : 1;  // the steps of one sum alone would wait for one another
   typename T::Sum sum[NB][sums] = {};
   unrolled<NB>([&](auto b) { sum[b][0] = start; });
-  const char* x = (const char*)d.x + batch * d.x_stride;
-  for (int64_t at = 0; at < d.windows; at++, x += VECTOR_BYTES) {
+  const char* x = d.packed + batch * d.windows * VECTOR_BYTES;
+  for (int64_t at = 0; at < d.windows; at++, x += NB * VECTOR_BYTES) {
     Int inputs[NB];
-    unrolled<NB>([&](auto b) { inputs[b] = *(const IntInMemory*)(x + b * d.x_stride); });
+    unrolled<NB>([&](auto b) { inputs[b] = *(const IntInMemory*)(x + b * VECTOR_BYTES); });
     const auto step = [&](Int index, auto turn) {
       const Int value = *(const IntInMemory*)values;
       values += VECTOR_BYTES;
@@ -73,36 +81,30 @@ void block_of_dots(const Dots& d, int64_t block, int64_t batch, const char* valu
     }
     if (left) step(T::first(indices), std::integral_constant<int, 0>()), indices += VECTOR_BYTES;
   }
-  const int64_t output = block * kLanes, count = d.outputs - output;
-  const Float bias = d.bias ? some(d.bias + output, count) : Float{};
-  for (int b = 0; b < NB; b++) {
+  unrolled<NB>([&](auto b) {  // not a loop: `sum` would be an array in memory
     for (int i = 1; i < sums; i++) sum[b][0] += sum[b][i];
-    typename T::Out* y = (typename T::Out*)d.y + (batch + b) * d.y_stride + output;
-    typename T::Out all[kLanes];
-    T::finish(d, output, batch + b, sum[b][0], bias, d.activation, count < kLanes ? all : y);
-    if (count < kLanes) __builtin_memcpy(y, all, count * sizeof *y);
-  }
+    finish_dots<T>(d, block * kLanes, batch + b, sum[b][0]);
+  });
 }
 
 template <class T, int NB = kDotsBatch, class... Rest>
-void as_many_dots(int64_t count, const Rest&... rest) {
+void group_of_dots(int64_t count, const Rest&... rest) {
   if constexpr (NB > 1)
-    if (count < NB) return as_many_dots<T, NB - 1>(count, rest...);
+    if (count < NB) return group_of_dots<T, NB - 1>(count, rest...);
   block_of_dots<T, NB>(rest...);
 }
 
 template <class T>
 void dots_of(const Dots& d, int64_t first, int64_t last, int64_t from, int64_t to) {
+  const int64_t groups = dots_groups(d);
   for (int64_t block = first; block < last; block++) {
     const char* values = (const char*)d.values + block * d.windows * d.steps * VECTOR_BYTES;
     const int64_t index_bytes = d.steps / 2 * 2 * T::index_bytes + d.steps % 2 * VECTOR_BYTES;  // of a window
     const char* indices = (const char*)d.indices + block * d.windows * index_bytes;
     const typename T::Sum start = T::start(d, values);
-    int64_t groups = (to - from + kDotsBatch - 1) / kDotsBatch;  // of nearly the same size
-    for (int64_t b = from; b < to; groups--) {
-      const int64_t count = (to - b + groups - 1) / groups;
-      as_many_dots<T>(count, d, block, b, values, indices, start);
-      b += count;
+    for (int64_t group = from; group < to; group++) {
+      const int64_t row = group * d.batch / groups;
+      group_of_dots<T>((group + 1) * d.batch / groups - row, d, block, row, values, indices, start);
     }
   }
 }
@@ -112,15 +114,45 @@ void dots(const Dots& d, int32_t dtype, int64_t first, int64_t last, int64_t fro
   dots_of<Quads>(d, first, last, from, to);
 }
 
-float quantize(const float* x, int64_t count, uint8_t* to, int64_t padded) {
+// Rows [row, row + count) as (windows, count, vector): a vector is filled by `fill(row, at, inputs, to)`.
+template <class Fill>
+void pack_group(const Dots& d, int64_t row, int64_t count, int64_t window, int rest, const Fill& fill) {
+  char* to = d.packed + row * d.windows * VECTOR_BYTES;
+  for (int64_t b = 0; b < count; b++)
+    for (int64_t at = 0; at < d.windows; at++) {
+      char* vector = to + (at * count + b) * VECTOR_BYTES;
+      const int64_t left = d.K - at * window;
+      if (left < window) __builtin_memset(vector, rest, VECTOR_BYTES);
+      fill(row + b, at * window, left < window ? left : window, vector);
+    }
+}
+
+// What the whole numbers of -127 to 127 that stand for a row are multiplied with. NaN where an input is.
+inline float scale_of_row(const float* x, int64_t count) {
   int32_t largest = 0;  // the bits of magnitudes order as they do, and NaN is above all
   for (int64_t i = 0; i < count; i++) {
     const int32_t magnitude = int32_t(bits_of(x[i]) & 0x7fffffff);
     largest = largest > magnitude ? largest : magnitude;
   }
-  const float by = float_of(uint32_t(largest)) / 127, scale = by < kSmallest ? 1 : by;
-  for (int64_t i = 0; i < count; i++)  // to the nearest, ties to even, in the low bits of the sum
-    to[i] = uint8_t(bits_of(x[i] / scale + 12582912.0f) + 128);
-  __builtin_memset(to + count, 128, padded - count);
-  return scale;
+  const float scale = float_of(uint32_t(largest)) / 127;
+  return scale < kSmallest ? 1 : scale;
+}
+
+void pack(const Dots& d, int32_t dtype, int64_t from, int64_t to) {
+  const int64_t groups = dots_groups(d);
+  for (int64_t group = from; group < to; group++) {
+    const int64_t row = group * d.batch / groups, count = (group + 1) * d.batch / groups - row;
+    if (dtype == kBFloat16) {
+      pack_group(d, row, count, VECTOR_BYTES / 2, 0, [&](int64_t b, int64_t at, int64_t inputs, char* vector) {
+        __builtin_memcpy(vector, (const uint16_t*)d.x + b * d.x_stride + at, 2 * inputs);
+      });
+      continue;
+    }
+    for (int64_t b = row; b < row + count; b++) d.x_scales[b] = scale_of_row((const float*)d.x + b * d.x_stride, d.K);
+    pack_group(d, row, count, VECTOR_BYTES, 128, [&](int64_t b, int64_t at, int64_t inputs, char* vector) {
+      const float *x = (const float*)d.x + b * d.x_stride + at, scale = d.x_scales[b];
+      for (int64_t i = 0; i < inputs; i++)  // to the nearest, ties to even, in the low bits of the sum
+        vector[i] = char(bits_of(x[i] / scale + 12582912.0f) + 128);
+    });
+  }
 }

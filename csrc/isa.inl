@@ -10,14 +10,14 @@ namespace {
 #ifdef HAS_DOTS
 #include "dots.inl"
 #else
+constexpr auto pack = nullptr;
 constexpr auto dots = nullptr;
-constexpr auto quantize = nullptr;
 #endif
 
 }  // namespace
 
 extern const Kernels ISA_TABLE;
-const Kernels ISA_TABLE = {ISA_NAME, kLanes, kPanelVectors, keep,      prune, decay,    panel,
-                           rows,     dots,   quantize,      transpose, peak,  supported};
+const Kernels ISA_TABLE = {ISA_NAME, kLanes, kPanelVectors, keep, prune,     decay, panel,
+                           rows,     pack,   dots,          transpose, peak, supported};
 
 }  // namespace openwork

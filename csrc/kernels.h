@@ -69,16 +69,22 @@ struct Dots {
   const uint8_t* indices;  // bfloat16: (blocks, windows, steps / 2 rounded up, lanes, 2, 2), the last those of two steps;
                            // int8: (blocks, windows, steps, lanes, 4)
   int64_t windows, blocks;
-  const void* x;           // (batch, x_stride bytes) bfloat16; int8: whole numbers of -127 to 127, 128 added
-  int64_t x_stride;
+  const void* x;           // (batch, K) bfloat16, float for int8, rows x_stride apart
+  int64_t x_stride, K;
+  char* packed;            // (batch, windows, vector): x in groups of rows, see `pack`
   const float* bias;       // (outputs) or null
   const float* scales;     // int8: (outputs), and (batch) those of the inputs
-  const float* x_scales;
+  float* x_scales;
   void* y;                 // (batch, y_stride) bfloat16; int8: float
   int64_t y_stride, outputs, batch;
   int32_t steps;           // a window
   Activation activation;
 };
+
+// Rows of inputs that share what is loaded of the weight: groups of nearly the same size. Group g begins at row
+// g * batch / groups.
+constexpr int kDotsBatch = 12;
+inline int64_t dots_groups(const Dots& d) { return (d.batch + kDotsBatch - 1) / kDotsBatch; }
 
 // How many words hold the indices of all slots of one lane: a word holds whole windows, or a window whole words.
 inline int64_t words_of(int64_t windows, int64_t slots, int64_t in_word) {
@@ -97,10 +103,10 @@ struct Kernels {
   void (*decay)(const Groups&, int32_t dtype, const void* weight, void* grad, float decay, int64_t first, int64_t last);
   void (*panel)(const Panel&, int32_t dtype);  // float32, bfloat16, int8
   void (*rows)(const Rows&, int32_t dtype, int64_t first, int64_t last);  // blocks
-  // Null where the processor has no such instructions. bfloat16, int8; blocks [first, last), inputs [from, to).
+  // bfloat16, int8; null where the processor has no such instructions. Packs groups [from, to), then multiplies them with
+  // blocks [first, last).
+  void (*pack)(const Dots&, int32_t dtype, int64_t from, int64_t to);
   void (*dots)(const Dots&, int32_t dtype, int64_t first, int64_t last, int64_t from, int64_t to);
-  // One row of inputs for `dots` of int8, filled up with zeros to `padded`; returns its scale.
-  float (*quantize)(const float* x, int64_t count, uint8_t* to, int64_t padded);
   void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
   int64_t (*peak)(int64_t rounds, float* result);  // for benchmarks; result: one vector
   bool (*supported)();

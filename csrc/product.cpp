@@ -310,25 +310,20 @@ OPENWORK_API void openwork_rows(const Rows* rows, int32_t dtype) {
   parallel_for(rows->blocks, 1 + 16384 / work, [&](int64_t first, int64_t last) { kernels->rows(*rows, dtype, first, last); });
 }
 
-// What the processor has for `dots`, and rows of inputs for its int8.
+// Whether the processor has the instructions that `dots` needs.
 OPENWORK_API int32_t openwork_has_dots() { return kernels->dots != nullptr; }
 
-OPENWORK_API void openwork_quantize(const QuantizeCall* q) {
-  parallel_for(q->B, 1 + 16384 / q->K, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; b++)
-      q->scales[b] = kernels->quantize(q->x + b * q->x_stride, q->K, q->to + b * q->to_stride, q->to_stride);
-  });
-}
-
-// Some rows of inputs at a time, so that they stay in the second-level cache while all outputs pass over them.
+// Some groups of inputs at a time, so that they stay in the second-level cache while all outputs pass over them.
 OPENWORK_API void openwork_dots(const Dots* d, int32_t dtype) {
-  const int64_t rows = 8 * 12, some = parts(d->batch, rows);
-  const int64_t work = d->windows * d->steps * kernels->lanes * lesser(rows, d->batch);
+  constexpr int64_t together = 8;
+  const int64_t groups = dots_groups(*d), some = parts(groups, together), rows = lesser(d->batch, together * kDotsBatch);
+  parallel_for(groups, 1 + 16384 / (d->K * kDotsBatch), [&](int64_t first, int64_t last) { kernels->pack(*d, dtype, first, last); });
+  const int64_t work = d->windows * d->steps * kernels->lanes * rows;
   parallel_for(some * d->blocks, 1 + 16384 / work, [&](int64_t first, int64_t last) {
     while (first < last) {
-      const int64_t part = first / d->blocks, end = lesser(last, (part + 1) * d->blocks), from = part * rows;
+      const int64_t part = first / d->blocks, end = lesser(last, (part + 1) * d->blocks), from = part * together;
       const int64_t block = first - part * d->blocks;
-      kernels->dots(*d, dtype, block, block + end - first, from, lesser(from + rows, d->batch));
+      kernels->dots(*d, dtype, block, block + end - first, from, lesser(from + together, groups));
       first = end;
     }
   });
@@ -337,6 +332,6 @@ OPENWORK_API void openwork_dots(const Dots* d, int32_t dtype) {
 // The sizes of the structs, by number, for a test of the mirror in Python; 0 past the last.
 OPENWORK_API int64_t openwork_size_of(int32_t which) {
   const int64_t sizes[] = {sizeof(Groups), sizeof(PanelWeight), sizeof(LinearCall), sizeof(ConvCall), sizeof(Rows),
-                           sizeof(Dots),   sizeof(QuantizeCall)};
-  return which < 7 ? sizes[which] : 0;
+                           sizeof(Dots)};
+  return which < 6 ? sizes[which] : 0;
 }

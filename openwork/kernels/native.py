@@ -79,19 +79,10 @@ class Dots(Structure):
         *((name, c_void_p) for name in ("values", "indices")),
         *((name, c_int64) for name in ("windows", "blocks")),
         ("x", c_void_p),
-        ("x_stride", c_int64),
-        *((name, c_void_p) for name in ("bias", "scales", "x_scales", "y")),
+        *((name, c_int64) for name in ("x_stride", "K")),
+        *((name, c_void_p) for name in ("packed", "bias", "scales", "x_scales", "y")),
         *((name, c_int64) for name in ("y_stride", "outputs", "batch")),
         *((name, c_int32) for name in ("steps", "activation")),
-    )
-
-
-class QuantizeCall(Structure):
-    """Rows of inputs as whole numbers: see csrc/api.h."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("x", "to", "scales")),
-        *((name, c_int64) for name in ("B", "K", "x_stride", "to_stride")),
     )
 
 
@@ -117,7 +108,6 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "openwork_rows": (None, (POINTER(Rows), c_int32)),
     "openwork_has_dots": (c_int32, ()),
     "openwork_dots": (None, (POINTER(Dots), c_int32)),
-    "openwork_quantize": (None, (POINTER(QuantizeCall),)),
 }
 
 

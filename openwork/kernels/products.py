@@ -18,7 +18,6 @@ from openwork.kernels.native import (
     Dots,
     LinearCall,
     PanelWeight,
-    QuantizeCall,
     Rows,
     address,
     library,
@@ -150,19 +149,13 @@ def dots_linear(
     _demand_outputs(scales, bias, layout)
     O, K = layout[3:]
     flat = _rows_of(x, K, torch.float32 if scales is not None else torch.bfloat16)
-    B, padded, input_scales = len(flat), sizes.windows * sizes.window, None
-    y = flat.new_empty(B, O)
+    B = len(flat)
+    y, input_scales = flat.new_empty(B, O), flat.new_empty(B, dtype=torch.float32)
     if B:
-        if scales is not None:
-            whole, input_scales = flat.new_empty(B, padded, dtype=torch.uint8), flat.new_empty(B)
-            addresses = (flat.data_ptr(), whole.data_ptr(), input_scales.data_ptr())
-            lib.openwork_quantize(ctypes.byref(QuantizeCall(*addresses, B, K, flat.stride(0), padded)))
-            flat = whole
-        elif padded > K:
-            flat = torch.nn.functional.pad(flat, (0, padded - K))
+        together = torch.empty(B, sizes.windows, 4 * layout[2], dtype=torch.uint8)
         weight = (values.data_ptr(), positions.data_ptr(), sizes.windows, sizes.blocks)
-        given = (flat.data_ptr(), flat.stride(0) * flat.element_size(), address(bias), address(scales))
-        call = Dots(*weight, *given, address(input_scales), y.data_ptr(), O, O, B, sizes.steps, relu)
+        given = (flat.data_ptr(), flat.stride(0), K, together.data_ptr(), address(bias), address(scales))
+        call = Dots(*weight, *given, input_scales.data_ptr(), y.data_ptr(), O, O, B, sizes.steps, relu)
         lib.openwork_dots(ctypes.byref(call), DTYPES[values.dtype])
     return y if x.ndim == 2 else y.view(*x.shape[:-1], O)
 
