@@ -60,52 +60,76 @@ __attribute__((noinline)) void finish_dots(const Dots& d, int64_t output, int64_
   if (count < kLanes) __builtin_memcpy(y, all, count * sizeof *y);
 }
 
-template <class T, int NB>
-void block_of_dots(const Dots& d, int64_t block, int64_t batch, const char* values, const char* indices, typename T::Sum start) {
+// Some outputs: two blocks, or one.
+template <class T>
+struct Outputs {
+  int64_t block;
+  const char *values, *indices;
+  int64_t between;  // from the first to the second, in values and, where there is one step a window, in indices
+  typename T::Sum start[2];
+
+  Outputs(const Dots& d, int64_t block, bool two) : block(block), between(d.windows * d.steps * VECTOR_BYTES) {
+    values = (const char*)d.values + block * between;
+    indices = (const char*)d.indices + block * d.windows * (d.steps / 2 * 2 * T::index_bytes + d.steps % 2 * VECTOR_BYTES);
+    for (int i = 0; i <= two; i++) start[i] = T::start(d, values + i * between);
+  }
+};
+
+// NB rows of a group of `count` that begins at row `group`, from its row `row` on.
+template <class T, int BLOCKS, int NB>
+void rows_of_dots(const Dots& d, const Outputs<T>& o, int64_t group, int64_t count, int64_t row) {
   constexpr int sums = NB <= 2 ? 2 : 1;  // the steps of one sum alone would wait for one another
-  typename T::Sum sum[NB][sums] = {};
-  unrolled<NB>([&](auto b) { sum[b][0] = start; });
-  const char* x = d.packed + batch * d.windows * VECTOR_BYTES;
-  for (int64_t at = 0; at < d.windows; at++, x += NB * VECTOR_BYTES) {
+  typename T::Sum sum[BLOCKS][NB][sums] = {};
+  unrolled<BLOCKS>([&](auto i) { unrolled<NB>([&](auto b) { sum[i][b][0] = o.start[i]; }); });
+  const char *x = d.packed + (group * d.windows + row) * VECTOR_BYTES, *values = o.values, *indices = o.indices;
+  for (int64_t at = 0; at < d.windows; at++, x += (BLOCKS > 1 ? count : NB) * VECTOR_BYTES) {
     Int inputs[NB];
     unrolled<NB>([&](auto b) { inputs[b] = *(const IntInMemory*)(x + b * VECTOR_BYTES); });
-    const auto step = [&](Int index, auto turn) {
-      const Int value = *(const IntInMemory*)values;
-      values += VECTOR_BYTES;
-      unrolled<NB>([&](auto b) { sum[b][turn % sums] = T::add(sum[b][turn % sums], inputs[b], index, value); });
+    const auto step = [&](Int index, auto i, auto turn) {
+      const Int value = *(const IntInMemory*)(values + i * o.between);
+      unrolled<NB>([&](auto b) { sum[i][b][turn % sums] = T::add(sum[i][b][turn % sums], inputs[b], index, value); });
     };
+    const std::integral_constant<int, 0> first;
     int left = d.steps;
-    for (; left >= 2; left -= 2, indices += 2 * T::index_bytes) {
-      step(T::first(indices), std::integral_constant<int, 0>());
-      step(T::second(indices), std::integral_constant<int, 1>());
+    for (; BLOCKS == 1 && left >= 2; left -= 2, indices += 2 * T::index_bytes) {
+      step(T::first(indices), first, first);
+      values += VECTOR_BYTES;
+      step(T::second(indices), first, std::integral_constant<int, 1>());
+      values += VECTOR_BYTES;
     }
-    if (left) step(T::first(indices), std::integral_constant<int, 0>()), indices += VECTOR_BYTES;
+    if (BLOCKS == 1 && !left) continue;
+    unrolled<BLOCKS>([&](auto i) { step(T::first(indices + i * o.between), i, first); });
+    values += VECTOR_BYTES, indices += VECTOR_BYTES;
   }
-  unrolled<NB>([&](auto b) {  // not a loop: `sum` would be an array in memory
-    for (int i = 1; i < sums; i++) sum[b][0] += sum[b][i];
-    finish_dots<T>(d, block * kLanes, batch + b, sum[b][0]);
+  unrolled<BLOCKS>([&](auto i) {
+    unrolled<NB>([&](auto b) {  // not a loop: `sum` would be an array in memory
+      for (int each = 1; each < sums; each++) sum[i][b][0] += sum[i][b][each];
+      finish_dots<T>(d, (o.block + i) * kLanes, group + row + b, sum[i][b][0]);
+    });
   });
 }
 
-template <class T, int NB = kDotsBatch, class... Rest>
-void group_of_dots(int64_t count, const Rest&... rest) {
+template <class T, int BLOCKS, int NB = kDotsBatch / BLOCKS, class... Rest>
+void some_rows_of_dots(int64_t many, const Rest&... rest) {
   if constexpr (NB > 1)
-    if (count < NB) return group_of_dots<T, NB - 1>(count, rest...);
-  block_of_dots<T, NB>(rest...);
+    if (many < NB) return some_rows_of_dots<T, BLOCKS, NB - 1>(many, rest...);
+  rows_of_dots<T, BLOCKS, NB>(rest...);
 }
 
 template <class T>
 void dots_of(const Dots& d, int64_t first, int64_t last, int64_t from, int64_t to) {
   const int64_t groups = dots_groups(d);
-  for (int64_t block = first; block < last; block++) {
-    const char* values = (const char*)d.values + block * d.windows * d.steps * VECTOR_BYTES;
-    const int64_t index_bytes = d.steps / 2 * 2 * T::index_bytes + d.steps % 2 * VECTOR_BYTES;  // of a window
-    const char* indices = (const char*)d.indices + block * d.windows * index_bytes;
-    const typename T::Sum start = T::start(d, values);
+  for (int64_t block = first; block < last;) {
+    // With one step a window inputs come from the second-level cache too slowly: two blocks share them.
+    const bool two = d.steps == 1 && block + 1 < last;
+    const Outputs<T> outputs(d, block, two);
     for (int64_t group = from; group < to; group++) {
-      const int64_t row = group * d.batch / groups;
-      group_of_dots<T>((group + 1) * d.batch / groups - row, d, block, row, values, indices, start);
+      const int64_t row = group * d.batch / groups, count = (group + 1) * d.batch / groups - row, half = count / 2;
+      if (!two) some_rows_of_dots<T, 1>(count, d, outputs, row, count, 0);
+      if (two && half) some_rows_of_dots<T, 2>(half, d, outputs, row, count, 0);
+      if (two) some_rows_of_dots<T, 2>(count - half, d, outputs, row, count, half);
     }
+    block += 1 + two;
   }
 }
 
