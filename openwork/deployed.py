@@ -23,6 +23,7 @@ from openwork.layout import (
     from_dots,
     from_panel,
     from_rows,
+    has_dots_layout,
     panel,
     quantized,
     rows,
@@ -58,12 +59,14 @@ def _laid_out(numbers: Tensor, scales: Tensor | None, pattern: Pattern, kind: Ki
 
 
 def kinds_for(weight: Tensor, pattern: Pattern, stored: torch.dtype) -> tuple[Kind, ...]:
-    """The kernels of this machine that can take a layer's weight, stored as that dtype. Those of dots round no more than
-    the layer does: inputs are bfloat16 where the layer is, and int8 sums are exact in every kernel."""
+    """The kernels of this machine that can take a layer's weight, stored as that dtype. `dots` rounds no more than the
+    layer does: its inputs are bfloat16 where the layer's are, and int8 sums are exact in every kernel."""
     if weight.ndim != 2 or pattern.m not in WINDOWS:
         return ("panel",)
     short = stored == torch.int8 or stored == weight.dtype == torch.bfloat16
-    return ("panel", "rows", "dots") if short and kernels.has_dots() else ("panel", "rows")
+    if short and kernels.has_dots() and has_dots_layout(stored, pattern, kernels.lanes()):
+        return ("panel", "rows", "dots")
+    return ("panel", "rows")
 
 
 class PackedLayer(nn.Module):

@@ -6,7 +6,7 @@ Three layouts, for products whose lanes are different things (csrc/panel.inl, cs
 
     Panel   lanes are columns of the input (tokens, pixels): many of them. Any pattern.
     Rows    lanes are outputs: one input or a few. M in 2, 4, 8, 16, 32.
-    Dots    lanes are outputs, inputs as short as the weights: bfloat16 or int8. M in 2, 4, 8, 16, 32.
+    Dots    lanes are outputs, inputs as short as the weights: bfloat16 or int8. M in 2, 4, 8, 16, and 32 with even N.
 
 All keep N slots of every group, zeros included, so all outputs have equally many and no pointers are needed.
 """
@@ -25,6 +25,7 @@ from openwork.pattern import Pattern
 
 _CACHE = 20 * 1024  # bytes of input that a tile may take of the first-level cache, of which 32 KiB are the smallest
 _PART = 1 << 18  # weights that are packed at once: bounds temporary memory
+_TOGETHER = {torch.bfloat16: 2, torch.int8: 4}  # numbers in 32 bits
 WINDOWS = {2: 4, 4: 4, 8: 8, 16: 16, 32: 32}
 """M -> inputs that one permutation chooses from."""
 
@@ -235,7 +236,7 @@ def from_dots(layout: Dots) -> Tensor:
     if layout.values.dtype == torch.bfloat16:
         positions = positions.view(*positions.shape[:2], -1, lanes * 2, 2).transpose(-1, -2)
         positions = positions.flatten(2, 3)[:, :, : sizes.steps].reshape(layout.values.shape)
-    values, index = (each.permute(0, 3, 1, 2, 4).flatten(3)[..., : sizes.slots] for each in (layout.values, positions))
+    values, index = (each.permute(0, 3, 1, 2, 4).flatten(3) for each in (layout.values, positions))
     dense = values.new_zeros(*values.shape[:3], sizes.window).scatter_(3, index.long() % sizes.window, values)
     return dense.flatten(2).flatten(0, 1)[:O, :K].contiguous()
 
@@ -256,21 +257,32 @@ def dots_sizes(dtype: torch.dtype, pattern: Pattern, lanes: int) -> DotsSizes:
     >>> dots_sizes(torch.bfloat16, Pattern(2, 4), lanes=16)
     DotsSizes(window=32, slots=16, steps=8, together=2)
     """
-    together = {torch.bfloat16: 2, torch.int8: 4}.get(dtype, 0)
-    window = lanes * together
-    if not together or pattern.m not in WINDOWS or window % pattern.m:
+    together = _TOGETHER.get(dtype, 0)
+    if not has_dots_layout(dtype, pattern, lanes):
         raise ValueError(
-            f"{dtype} at {pattern} has no layout by dots; needed bfloat16 or int8, and M one of "
-            f"{', '.join(map(str, WINDOWS))}"
+            f"{dtype} at {pattern} has no layout by dots; needed bfloat16 or int8, M one of "
+            f"{', '.join(map(str, WINDOWS))}, and slots that fill whole steps"
         )
+    window = lanes * together
     slots = window // pattern.m * pattern.n
-    return DotsSizes(window, slots, -(-slots // together), together)
+    return DotsSizes(window, slots, slots // together, together)
+
+
+def has_dots_layout(dtype: torch.dtype, pattern: Pattern, lanes: int) -> bool:
+    """Whether the slots of a window fill whole steps.
+
+    >>> has_dots_layout(torch.int8, Pattern(1, 16), lanes=16), has_dots_layout(torch.int8, Pattern(1, 32), lanes=16)
+    (True, False)
+    """
+    together = _TOGETHER.get(dtype, 0)
+    if not together or pattern.m not in WINDOWS or lanes * together % pattern.m:
+        return False
+    return lanes * together // pattern.m * pattern.n % together == 0
 
 
 def _steps(slots: Tensor, sizes: DotsSizes) -> Tensor:
-    """(blocks, L, windows, slots) -> (blocks, windows, steps, L, together), zeros for slots that are not there."""
-    full = torch.nn.functional.pad(slots, (0, sizes.steps * sizes.together - sizes.slots))
-    return full.unflatten(3, (sizes.steps, sizes.together)).permute(0, 2, 3, 1, 4)
+    """(blocks, L, windows, slots) -> (blocks, windows, steps, L, together)."""
+    return slots.unflatten(3, (sizes.steps, sizes.together)).permute(0, 2, 3, 1, 4)
 
 
 def _two_steps(positions: Tensor) -> Tensor:

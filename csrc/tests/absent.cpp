@@ -5,7 +5,9 @@ namespace openwork {
 namespace {
 
 constexpr Kernels absent(const char* name) {
-  return {name, 0, 0, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, [] { return false; }};
+  Kernels none{};
+  none.name = name, none.supported = [] { return false; };
+  return none;
 }
 
 }  // namespace
@@ -15,8 +17,12 @@ extern const Kernels kAvx2;
 const Kernels kAvx2 = absent("avx2");
 #endif
 #ifdef NO_AVX512
-extern const Kernels kAvx512, kAvx512Vnni;
-const Kernels kAvx512 = absent("avx512"), kAvx512Vnni = absent("avx512vnni");
+extern const Kernels kAvx512;
+const Kernels kAvx512 = absent("avx512");
+#endif
+#ifdef NO_AVX512BF16
+extern const Kernels kAvx512BFloat16;
+const Kernels kAvx512BFloat16 = absent("avx512bf16");
 #endif
 
 }  // namespace openwork

@@ -187,6 +187,72 @@ void test_rows(const Kernels& kernels, Random& random) {
     }
 }
 
+void test_dots(const Kernels& kernels, Random& random) {
+  const int32_t dtype = random.of({int32_t(openwork::kBFloat16), int32_t(openwork::kInt8)}), lanes = kernels.lanes;
+  const bool whole = dtype == openwork::kInt8;
+  const int together = whole ? 4 : 2;
+  const int64_t window = lanes * together;
+  openwork::Dots d{};
+  d.steps = int32_t(random.one_in(2) ? random.from(1, 2) : random.from(1, 9));
+  d.K = random.from(1, 5 * window), d.windows = up(d.K, window) / window;
+  d.outputs = random.from(1, 5 * lanes), d.blocks = up(d.outputs, lanes) / lanes;
+  d.batch = random.one_in(8) ? random.from(90, 130) : random.from(1, 30);
+  d.x_stride = d.K + random.from(0, 3), d.y_stride = d.outputs + random.from(0, 3), d.activation = random_activation(random);
+  const int64_t in_step = lanes * together, indices_of_window = (whole ? d.steps : up(d.steps, 2)) * in_step;
+  Values values(random, dtype, whole ? 1 : 2, d.blocks * d.windows * d.steps * in_step);
+  Guarded<uint8_t> indices(random, d.blocks * d.windows * indices_of_window);
+  for (uint8_t& each : indices) each = uint8_t(random.next());
+  Guarded<float> numbers(random, whole ? (d.batch - 1) * d.x_stride + d.K : 0), bias(random, d.outputs), scales(random, d.outputs);
+  Guarded<uint16_t> halves(random, whole ? 0 : (d.batch - 1) * d.x_stride + d.K);
+  fill(random, numbers, true), fill(random, bias, false);
+  for (uint16_t& each : halves) each = uint16_t(random.next() >> 16 & 0x3fff) | uint16_t(random.one_in(2) << 15);
+  for (float& each : scales) each = 0.01f * (1.5f + random.real());
+  Guarded<float> y(random, whole ? (d.batch - 1) * d.y_stride + d.outputs : 0), x_scales(random, d.batch);
+  Guarded<uint16_t> y_halves(random, whole ? 0 : (d.batch - 1) * d.y_stride + d.outputs);
+  Guarded<char> packed(random, d.batch * d.windows * lanes * 4, 64);
+  d.values = values.memory.data(), d.indices = indices.data(), d.packed = packed.data();
+  d.x = whole ? (const void*)numbers.data() : halves.data(), d.y = whole ? (void*)y.data() : y_halves.data();
+  d.bias = random.one_in(2) ? bias.data() : nullptr;
+  if (whole) d.scales = scales.data(), d.x_scales = x_scales.data();
+  openwork_dots(&d, dtype);
+
+  for (int64_t b = 0; b < d.batch; b++) {
+    float largest = 0;
+    for (int64_t k = 0; whole && k < d.K; k++) {
+      const float size = std::fabs(numbers[b * d.x_stride + k]);
+      largest = std::isnan(size) || std::isnan(largest) ? NAN : std::fmax(largest, size);
+    }
+    const float scale = largest / 127 < 1.17549435e-38f ? 1 : largest / 127;
+    for (int64_t o = 0; o < d.outputs; o++) {
+      Sum sum;
+      for (int64_t w = 0; w < d.windows; w++)
+        for (int64_t step = 0; step < d.steps; step++)
+          for (int i = 0; i < together; i++) {
+            const int64_t slot = o % lanes * together + i, at = (o / lanes * d.windows + w) * indices_of_window;
+            const int64_t index = w * window + indices[at + (whole ? step * in_step + slot : (step / 2 * in_step + slot) * 2 + step % 2)] % window;
+            const double value = values[((o / lanes * d.windows + w) * d.steps + step) * in_step + slot];
+            if (index >= d.K) continue;
+            const int64_t from = b * d.x_stride + index;
+            sum.add(value * (whole ? std::nearbyint(double(numbers[from] / scale)) : bfloat16(halves[from])));
+          }
+      const int64_t to = b * d.y_stride + o;
+      if (whole) {
+        float wanted = float(sum.value) * (scale * scales[o]) + (d.bias ? bias[o] : 0);
+        if (d.activation == openwork::kRelu && wanted < 0) wanted = 0;
+        if (std::isnan(wanted) ? std::isnan(y[to]) : wanted == y[to]) continue;
+      } else {  // rounded once more, to 8 bits, and numbers below 2^-126 may be zero
+        if (d.bias) sum.add(bias[o]);
+        const double exact = d.activation == openwork::kRelu && sum.value < 0 ? 0 : sum.value;
+        const double slack = double(sum.terms + 2) * (std::ldexp(sum.size, -23) + std::ldexp(1.0, -126));
+        if (std::fabs(bfloat16(y_halves[to]) - exact) <= slack + std::ldexp(std::fabs(exact), -8)) continue;
+      }
+      fail("dtype %d, %d steps, %lld windows, output %lld of %lld, input %lld of %lld: %g instead of %g", dtype, d.steps, (long long)d.windows,
+           (long long)o, (long long)d.outputs, (long long)b, (long long)d.batch, whole ? double(y[to]) : double(bfloat16(y_halves[to])),
+           sum.value);
+    }
+  }
+}
+
 // ---- whole layers ----
 
 namespace {

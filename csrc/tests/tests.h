@@ -13,6 +13,7 @@ OPENWORK_API void openwork_linear(const openwork::LinearCall* call);
 OPENWORK_API int64_t openwork_conv_scratch(const openwork::ConvCall* call);
 OPENWORK_API void openwork_conv(const openwork::ConvCall* call);
 OPENWORK_API void openwork_rows(const openwork::Rows* rows, int32_t dtype);
+OPENWORK_API void openwork_dots(const openwork::Dots* dots, int32_t dtype);
 
 namespace openwork_tests {
 
@@ -23,6 +24,7 @@ void test_masks(const Kernels& kernels, Random& random);
 void test_transpose(const Kernels& kernels, Random& random);
 void test_panel(const Kernels& kernels, Random& random);
 void test_rows(const Kernels& kernels, Random& random);
+void test_dots(const Kernels& kernels, Random& random);
 void test_linear(const Kernels& kernels, Random& random);
 void test_conv(const Kernels& kernels, Random& random);
 

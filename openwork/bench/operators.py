@@ -81,7 +81,7 @@ def linear(
                 for kind in kinds_for(
                     weight.to(DTYPES["bfloat16"] if dtype == "bfloat16" else weight.dtype), pattern, DTYPES[dtype]
                 ):
-                    if kind == "rows" and B > 16 or kind == "panel" and B < 4:
+                    if (kind == "rows" and B > 16) or (kind == "panel" and B < 4):
                         continue
                     name = f"{kind} {pattern} {dtype}"
                     variants[name], size = _product(x, weight, pattern, kind, DTYPES[dtype])

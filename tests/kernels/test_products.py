@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import openwork.kernels as kernels
-from openwork.layout import WINDOWS, Panel, Rows, conv_rows, panel, quantized, rows
+from openwork.layout import WINDOWS, Dots, Panel, Rows, conv_rows, dots, panel, quantized, rows
 from openwork.ops import products as reference
 from openwork.ops.products import panel_numbers, rows_numbers
 from openwork.pattern import Pattern
@@ -47,14 +47,20 @@ def stored(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     return quantized(weight) if dtype == torch.int8 else (weight.to(dtype), None)
 
 
-def linear(x: Tensor, layout: Panel | Rows, bias: Tensor | None, relu: bool) -> Tensor:
+def linear(x: Tensor, layout: Panel | Rows | Dots, bias: Tensor | None, relu: bool) -> Tensor:
+    if isinstance(layout, Dots):
+        x = x if layout.scales is not None else x.bfloat16()
+        given = (x, layout.values, layout.positions, layout.scales, bias, rows_numbers(layout))
+        return ops.dots_linear(*given, relu)
     if isinstance(layout, Rows):
         return ops.rows_linear(x, layout.values, layout.words, layout.scales, bias, rows_numbers(layout), relu)
     return ops.panel_linear(x, layout.values, layout.positions, layout.scales, bias, panel_numbers(layout), relu)
 
 
-def packed(weight: Tensor, pattern: Pattern, kind: str, dtype: torch.dtype) -> Panel | Rows:
+def packed(weight: Tensor, pattern: Pattern, kind: str, dtype: torch.dtype) -> Panel | Rows | Dots:
     numbers, scales = stored(weight, dtype)
+    if kind == "dots":
+        return dots(numbers, pattern, lanes=kernels.lanes() if kernels.has_dots() else 16, scales=scales)
     if kind == "rows":
         return rows(numbers, pattern, lanes=kernels.lanes(), scales=scales)
     return panel(numbers, pattern, columns=kernels.panel_columns(), scales=scales)
@@ -69,12 +75,28 @@ def within_bound(y: Tensor, product: Any, x: Tensor, weight: Tensor, bias: Tenso
     return y.shape == exact.shape and bool(((y - exact).abs() <= (terms + 2) * 2.0**-24 * size).all())
 
 
-def good(y: Tensor, x: Tensor, weight: Tensor, layout: Panel | Rows, bias: Tensor | None, relu: bool) -> bool:
+def good(y: Tensor, x: Tensor, weight: Tensor, layout: Panel | Rows | Dots, bias: Tensor | None, relu: bool) -> bool:
+    if isinstance(layout, Dots):
+        given = (layout.values, layout.positions, layout.scales, bias, rows_numbers(layout), relu)
+        if layout.scales is not None:
+            return torch.equal(y, reference.dots_linear(x, *given))  # type: ignore[operator]
+        return within_bfloat16(y, x.bfloat16().double(), stored(weight, torch.bfloat16)[0].double(), bias, relu)
     if layout.scales is None:
         return within_bound(y, F.linear, x, stored(weight, layout.values.dtype)[0].float(), bias, relu)
     by = reference.rows_linear if isinstance(layout, Rows) else reference.panel_linear
     positions, numbers = (layout.words, rows_numbers) if isinstance(layout, Rows) else (layout.positions, panel_numbers)
     return torch.equal(y, by(x, layout.values, positions, layout.scales, bias, numbers(layout), relu))  # type: ignore[operator]
+
+
+def within_bfloat16(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> bool:
+    """Whether y is the product of bfloat16 numbers, summed in float32 and rounded to bfloat16. The instruction rounds
+    twice a pair, and takes numbers below 2^-126 for zero."""
+    b = None if bias is None else bias.double()
+    exact, size = F.linear(x, weight, b), F.linear(x.abs(), weight.abs(), None if b is None else b.abs())
+    exact = exact.relu() if relu else exact
+    terms = int((weight != 0).sum(1).max()) + 2
+    bound = terms * (2.0**-23 * size + 2.0**-126) + 2.0**-8 * exact.abs()
+    return y.dtype == torch.bfloat16 and y.shape == exact.shape and bool(((y - exact).abs() <= bound).all())
 
 
 @st.composite
@@ -186,6 +208,88 @@ def test_int8_inputs_next_to_zero_are_zero(isa: str, kind: str) -> None:
     for size in (0.0, 1e-45, 5e-44, 1e-38):
         y = linear(torch.full((3, 16), size), layout, torch.ones(20), False)
         assert torch.equal(y, torch.ones(3, 20)), size
+
+
+# --- products whose inputs are as short as the weights ---------------------------------------------------------------
+
+SHORT = [torch.bfloat16, torch.int8]
+
+
+@many
+@given(
+    data=st.data(),
+    pattern=st.sampled_from([2, 4, 8, 16]).flatmap(lambda m: st.builds(Pattern, st.integers(1, m), st.just(m)))
+    | st.builds(Pattern, st.integers(1, 16).map(lambda half: 2 * half), st.just(32)),
+    dtype=st.sampled_from(SHORT),
+)
+def test_dots_are_the_dense_product(isa: str, data: st.DataObject, pattern: Pattern, dtype: torch.dtype) -> None:
+    """Also without the instructions: there the reference runs."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+    O, K = data.draw(st.integers(1, 70), label="O"), data.draw(st.integers(1, 200), label="K")
+    x, relu = data.draw(inputs(K, generator), label="x"), data.draw(st.booleans(), label="relu")
+    bias = torch.randn(O, generator=generator) if data.draw(st.booleans(), label="bias") else None
+    weight = sparse((O, K), pattern, generator)
+    layout = packed(weight, pattern, "dots", dtype)
+    y = linear(x, layout, bias, relu)
+    assert y.shape == (*x.shape[:-1], O)
+    assert good(y.reshape(-1, O), x.reshape(-1, K), weight, layout, bias, relu)
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+@pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(1, 16)])  # eight steps a window, and one
+def test_dots_of_every_number_of_rows(isa: str, pattern: Pattern, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = sparse((49, 133), pattern, generator), torch.randn(49, generator=generator)
+    layout = packed(weight, pattern, "dots", dtype)
+    for B in (*range(40), 95, 96, 97, 200):
+        x = torch.randn(B, 133, generator=generator)
+        assert good(linear(x, layout, bias, False), x, weight, layout, bias, False), B
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", SHORT)
+def test_dots_on_several_threads(isa: str, dtype: torch.dtype, threads: int) -> None:
+    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    weight, x = sparse((300, 256), Pattern(2, 4), generator), torch.randn(230, 256, generator=generator)
+    layout = packed(weight, Pattern(2, 4), "dots", dtype)
+    torch.set_num_threads(threads)
+    try:
+        assert good(linear(x, layout, None, False), x, weight, layout, None, False)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_surfaces_from_dots(isa: str, bad: float) -> None:
+    weight = sparse((20, 40), Pattern(2, 4), torch.Generator().manual_seed(0)).abs()
+    x = torch.rand(5, 40)
+    x[3, 6] = bad
+    y = linear(x, packed(weight, Pattern(2, 4), "dots", torch.bfloat16), None, True)
+    assert y[[0, 1, 2, 4]].isfinite().all()
+    met = weight[:, 6] != 0
+    assert met.any()
+    assert not y[3, met].isfinite().any() or bad == -torch.inf
+    y = linear(x, packed(weight, Pattern(2, 4), "dots", torch.int8), None, True)
+    assert torch.equal(y.isnan().any(1), torch.arange(5) == 3)
+    assert y[3].isnan().all()
+
+
+def test_int8_dots_are_those_of_the_other_kernels(isa: str) -> None:
+    """Whole numbers are exact: the choice of a kernel does not change a result."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = sparse((40, 100), Pattern(2, 4), generator), torch.randn(30, 100, generator=generator)
+    kinds = ("panel", "rows", "dots")
+    panels, rowed, dotted = (linear(x, packed(weight, Pattern(2, 4), kind, torch.int8), None, True) for kind in kinds)
+    assert torch.equal(dotted, panels)
+    assert torch.equal(dotted, rowed)
+
+
+def test_long_int8_sums_do_not_overflow(isa: str) -> None:
+    """The largest inputs and weights: with 128 added to inputs a sum passes 2^31 on its way and comes back."""
+    K = 2**18
+    weight = torch.ones(1, K) * (torch.arange(K) % 2 == 0)
+    y = linear(torch.ones(1, K), packed(weight, Pattern(2, 4), "dots", torch.int8), None, False)
+    assert y.item() == pytest.approx(K / 2, rel=1e-6)
 
 
 # --- convolutions --------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
-// In place of the compiler's header where a machine without AVX-512 tests avx512.cpp and avx512vnni.cpp: the intrinsics
+// In place of the compiler's header where a machine without AVX-512 tests avx512.cpp and avx512bf16.cpp: the intrinsics
 // by SIMDe (libsimde-dev), in plain C. Found first with -I.
 #pragma once
 
 #define SIMDE_NO_NATIVE
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512/broadcast.h>
+#include <simde/x86/avx512/dpbf16.h>
+#include <simde/x86/avx512/dpbusd.h>
 #include <simde/x86/avx512/dpwssd.h>
 #include <simde/x86/avx512/fmadd.h>
 #include <simde/x86/avx512/loadu.h>
