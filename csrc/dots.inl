@@ -46,7 +46,7 @@ struct Quads {  // int8
   static Int first(const char* index) { return *(const IntInMemory*)index; }
   static Int second(const char* index) { return first(index + VECTOR_BYTES); }
   static void finish(const Dots& d, int64_t at, int64_t b, Int sum, Float bias, Out* y) {
-    const Float scale = some(d.scales + at, d.outputs - at) * broadcast(d.x_scales[b]);
+    const Float scale = some(d.scales + at, d.outputs - at) * broadcast(d.x_scales[d.pixels ? b / (d.pixels->outH * d.pixels->outW) : b]);
     store(y, activated(__builtin_convertvector(sum, Float) * scale + bias, d.activation));
   }
 };
@@ -81,7 +81,7 @@ void rows_of_dots(const Dots& d, const Outputs<T>& o, int64_t group, int64_t cou
   constexpr int sums = NB <= 2 ? 2 : 1;  // the steps of one sum alone would wait for one another
   typename T::Sum sum[BLOCKS][NB][sums] = {};
   unrolled<BLOCKS>([&](auto i) { unrolled<NB>([&](auto b) { sum[i][b][0] = o.start[i]; }); });
-  const char *x = d.packed + (group * d.windows + row) * VECTOR_BYTES, *values = o.values, *indices = o.indices;
+  const char *x = d.packed + ((group - d.packed_from) * d.windows + row) * VECTOR_BYTES, *values = o.values, *indices = o.indices;
   for (int64_t at = 0; at < d.windows; at++, x += (BLOCKS > 1 ? count : NB) * VECTOR_BYTES) {
     Int inputs[NB];
     unrolled<NB>([&](auto b) { inputs[b] = *(const IntInMemory*)(x + b * VECTOR_BYTES); });
@@ -138,45 +138,68 @@ void dots(const Dots& d, int32_t dtype, int64_t first, int64_t last, int64_t fro
   dots_of<Quads>(d, first, last, from, to);
 }
 
-// Rows [row, row + count) as (windows, count, vector): a vector is filled by `fill(row, at, inputs, to)`.
+int32_t largest(const float* x, int64_t count) {
+  int32_t most = 0;  // magnitudes order as their bits do
+  for (int64_t i = 0; i < count; i++) {
+    const int32_t magnitude = int32_t(bits_of(x[i]) & 0x7fffffff);
+    most = most > magnitude ? most : magnitude;
+  }
+  return most;
+}
+
+void quantize(const float* x, int64_t count, float scale, uint8_t* to) {
+  for (int64_t i = 0; i < count; i++)  // to the nearest, ties to even, in the low bits of the sum
+    to[i] = uint8_t(bits_of(x[i] / scale + 12582912.0f) + 128);
+}
+
+// Rows [row, row + count) as (windows, count, vector): `fill(b, at, inputs, to)` writes inputs [at, at + inputs) of row b.
 template <class Fill>
-void pack_group(const Dots& d, int64_t row, int64_t count, int64_t window, int rest, const Fill& fill) {
-  char* to = d.packed + row * d.windows * VECTOR_BYTES;
+void pack_group(const Dots& d, int64_t row, int64_t count, int64_t window, int zero, const Fill& fill) {
+  char* to = d.packed + (row - d.packed_from) * d.windows * VECTOR_BYTES;
   for (int64_t b = 0; b < count; b++)
     for (int64_t at = 0; at < d.windows; at++) {
       char* vector = to + (at * count + b) * VECTOR_BYTES;
       const int64_t left = d.K - at * window;
-      if (left < window) __builtin_memset(vector, rest, VECTOR_BYTES);
+      if (left < window) __builtin_memset(vector, zero, VECTOR_BYTES);
       fill(row + b, at * window, left < window ? left : window, vector);
     }
 }
 
-// What the whole numbers of -127 to 127 that stand for a row are multiplied with. NaN where an input is.
-inline float scale_of_row(const float* x, int64_t count) {
-  int32_t largest = 0;  // the bits of magnitudes order as they do, and NaN is above all
-  for (int64_t i = 0; i < count; i++) {
-    const int32_t magnitude = int32_t(bits_of(x[i]) & 0x7fffffff);
-    largest = largest > magnitude ? largest : magnitude;
-  }
-  const float scale = float_of(uint32_t(largest)) / 127;
-  return scale < kSmallest ? 1 : scale;
+// Rows of pixels: stretches of channels, or zeros where the kernel is outside of the image.
+template <class Number>
+void pack_pixels(const Dots& d, const Pixels& p, int64_t row, int64_t count, Number zero) {
+  const int64_t pixels = p.outH * p.outW;
+  pack_group(d, row, count, VECTOR_BYTES / sizeof(Number), zero, [&](int64_t b, int64_t at, int64_t inputs, char* vector) {
+    const int64_t image = b / pixels, y0 = b % pixels / p.outW * p.stride_h - p.pad_h, x0 = b % p.outW * p.stride_w - p.pad_w;
+    Number* to = (Number*)vector;
+    for (int64_t k = at; k < at + inputs;) {
+      const int64_t tap = k / p.channels, channel = k % p.channels, left = at + inputs - k;
+      const int64_t some = left < p.channels - channel ? left : p.channels - channel;
+      const int64_t y = y0 + tap / p.kernel_w * p.dilation_h, x = x0 + tap % p.kernel_w * p.dilation_w;
+      if (y < 0 || y >= p.H || x < 0 || x >= p.W)
+        for (int64_t i = 0; i < some; i++) to[i] = zero;
+      else
+        __builtin_memcpy(to, (const Number*)d.x + ((image * p.H + y) * p.W + x) * p.channels + channel, some * sizeof(Number));
+      k += some, to += some;
+    }
+  });
 }
 
 void pack(const Dots& d, int32_t dtype, int64_t from, int64_t to) {
   const int64_t groups = dots_groups(d);
   for (int64_t group = from; group < to; group++) {
     const int64_t row = group * d.batch / groups, count = (group + 1) * d.batch / groups - row;
-    if (dtype == kBFloat16) {
+    if (d.pixels && dtype == kBFloat16) pack_pixels<uint16_t>(d, *d.pixels, row, count, 0);
+    else if (d.pixels) pack_pixels<uint8_t>(d, *d.pixels, row, count, 128);
+    else if (dtype == kBFloat16)
       pack_group(d, row, count, VECTOR_BYTES / 2, 0, [&](int64_t b, int64_t at, int64_t inputs, char* vector) {
         __builtin_memcpy(vector, (const uint16_t*)d.x + b * d.x_stride + at, 2 * inputs);
       });
-      continue;
+    else {
+      for (int64_t b = row; b < row + count; b++) d.x_scales[b] = scale_for(largest((const float*)d.x + b * d.x_stride, d.K));
+      pack_group(d, row, count, VECTOR_BYTES, 128, [&](int64_t b, int64_t at, int64_t inputs, char* vector) {
+        quantize((const float*)d.x + b * d.x_stride + at, inputs, d.x_scales[b], (uint8_t*)vector);
+      });
     }
-    for (int64_t b = row; b < row + count; b++) d.x_scales[b] = scale_of_row((const float*)d.x + b * d.x_stride, d.K);
-    pack_group(d, row, count, VECTOR_BYTES, 128, [&](int64_t b, int64_t at, int64_t inputs, char* vector) {
-      const float *x = (const float*)d.x + b * d.x_stride + at, scale = d.x_scales[b];
-      for (int64_t i = 0; i < inputs; i++)  // to the nearest, ties to even, in the low bits of the sum
-        vector[i] = char(bits_of(x[i] / scale + 12582912.0f) + 128);
-    });
   }
 }

@@ -64,16 +64,25 @@ struct Rows {
 // A product whose lanes are outputs and whose inputs are as short as the weights ("dots"): in each 32 bits of a vector two
 // bfloat16, or four int8, of one output meet the inputs that a permutation picks from a window of one vector. Their
 // products are added up as one: a step. K padded to whole windows.
+// Rows that are the output pixels of all images, their inputs numbered kernel position by kernel position, channels
+// within: pieces of the images, which have their channels last.
+struct Pixels {
+  int64_t channels, H, W, outH, outW;
+  int32_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w;
+};
+
 struct Dots {
   const void* values;      // (blocks, windows, steps, lanes, 4 bytes): two bfloat16 or four int8 of a lane
   const uint8_t* indices;  // bfloat16: (blocks, windows, steps / 2 rounded up, lanes, 2, 2), the last those of two steps;
                            // int8: (blocks, windows, steps, lanes, 4)
   int64_t windows, blocks;
-  const void* x;           // (batch, K) bfloat16, float for int8, rows x_stride apart
-  int64_t x_stride, K;
-  char* packed;            // (batch, windows, vector): x in groups of rows, see `pack`
+  const void* x;           // (batch, K) bfloat16, float for int8, rows x_stride apart; of pixels (N, H, W, channels),
+  int64_t x_stride, K;     // bfloat16, or whole numbers plus 128 for int8
+  const Pixels* pixels;    // or null
+  char* packed;            // (batch, windows, vector): x in groups of rows, see `pack`; from row `packed_from` on
+  int64_t packed_from;
   const float* bias;       // (outputs) or null
-  const float* scales;     // int8: (outputs), and (batch) those of the inputs
+  const float* scales;     // int8: (outputs), and those of the inputs: (batch), of pixels (N)
   float* x_scales;
   void* y;                 // (batch, y_stride) bfloat16; int8: float
   int64_t y_stride, outputs, batch;
@@ -85,6 +94,14 @@ struct Dots {
 // g * batch / groups.
 constexpr int kDotsBatch = 12;
 inline int64_t dots_groups(const Dots& d) { return (d.batch + kDotsBatch - 1) / kDotsBatch; }
+
+// What the whole numbers of -127 to 127 that stand for some inputs are multiplied with, by the bits of the largest
+// magnitude. NaN where an input is; 1 where there is nothing but zeros, or next to nothing.
+inline float scale_for(int32_t largest) {
+  float value;
+  __builtin_memcpy(&value, &largest, 4);
+  return value / 127 < kSmallest ? 1 : value / 127;
+}
 
 // How many words hold the indices of all slots of one lane: a word holds whole windows, or a window whole words.
 inline int64_t words_of(int64_t windows, int64_t slots, int64_t in_word) {
@@ -107,6 +124,8 @@ struct Kernels {
   // blocks [first, last).
   void (*pack)(const Dots&, int32_t dtype, int64_t from, int64_t to);
   void (*dots)(const Dots&, int32_t dtype, int64_t first, int64_t last, int64_t from, int64_t to);
+  int32_t (*largest)(const float* x, int64_t count);  // the bits of the largest magnitude, NaN above all
+  void (*quantize)(const float* x, int64_t count, float scale, uint8_t* to);  // whole numbers plus 128
   void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
   int64_t (*peak)(int64_t rounds, float* result);  // for benchmarks; result: one vector
   bool (*supported)();

@@ -58,15 +58,15 @@ def _laid_out(numbers: Tensor, scales: Tensor | None, pattern: Pattern, kind: Ki
     return (rows if kind == "rows" else dots)(numbers.contiguous(), pattern, lanes=kernels.lanes(), scales=scales)
 
 
-def kinds_for(weight: Tensor, pattern: Pattern, stored: torch.dtype) -> tuple[Kind, ...]:
-    """The kernels of this machine that can take a layer's weight, stored as that dtype. `dots` rounds no more than the
+def kinds_for(weight: Tensor, pattern: Pattern, stored: torch.dtype, groups: int = 1) -> tuple[Kind, ...]:
+    """The kernels of this machine that can take a layer's weight, stored as that dtype, of a convolution in so many
+    groups. `dots` rounds no more than the
     layer does: its inputs are bfloat16 where the layer's are, and int8 sums are exact in every kernel."""
-    if weight.ndim != 2 or pattern.m not in WINDOWS:
-        return ("panel",)
     short = stored == torch.int8 or stored == weight.dtype == torch.bfloat16
-    if short and kernels.has_dots() and has_dots_layout(stored, pattern, kernels.lanes()):
-        return ("panel", "rows", "dots")
-    return ("panel", "rows")
+    rows: tuple[Kind, ...] = ("rows",) if weight.ndim == 2 and pattern.m in WINDOWS else ()
+    if short and groups == 1 and kernels.has_dots() and has_dots_layout(stored, pattern, kernels.lanes()):
+        return ("panel", *rows, "dots")
+    return ("panel", *rows)
 
 
 class PackedLayer(nn.Module):
@@ -117,7 +117,10 @@ class _CpuLayer(PackedLayer):
 
     def _numbers(self) -> Tensor:
         """What is packed, as (O, K): of an int8 weight the int8 numbers."""
-        return {"panel": from_panel, "rows": from_rows, "dots": from_dots}[self.kind](self._layout())
+        layout = self._layout()
+        if isinstance(layout, Panel):
+            return from_panel(layout)
+        return from_rows(layout) if isinstance(layout, Rows) else from_dots(layout)
 
     def _pack(self, weight: Tensor) -> None:
         self._take(packed(self._to_rows(weight.cpu()), self.pattern, self.kind, self.stored))
@@ -138,9 +141,9 @@ class _CpuLayer(PackedLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        here = kernels.panel_columns() if self.kind == "panel" else kernels.lanes()
-        other = "rows" if self.kind == "dots" and not kernels.has_dots() else self.kind
-        if other != self.kind or self.numbers[3 if self.kind == "panel" else 2] != here:
+        other: Kind = "panel" if self.kind == "dots" and not kernels.has_dots() else self.kind
+        here = kernels.panel_columns() if other == "panel" else kernels.lanes()
+        if other != self.kind or self.numbers[3 if other == "panel" else 2] != here:
             numbers, self.kind = self._numbers(), other
             self._take(_laid_out(numbers, self.scales, self.pattern, other))
 
@@ -150,6 +153,9 @@ class _CpuLayer(PackedLayer):
                 f"{type(self).__name__} is for inference, and its input requires grad: call the deployed model under "
                 "torch.inference_mode(), or train the model that was deployed"
             )
+
+    def _input(self, x: Tensor) -> Tensor:
+        return x.to(torch.bfloat16 if self.kind == "dots" and self.scales is None else torch.float32)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Only moves that keep the packed weight as it is: casts would tear values and positions apart."""
@@ -177,8 +183,7 @@ class SparseLinear(_CpuLayer):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name it has in torch
         self._demand_inference(input)
         product = _PRODUCTS[self.kind]
-        x = input.to(self.stored if self.kind == "dots" and self.scales is None else torch.float32)
-        y = product(x, self.values, self.positions, self.scales, self.bias, self.numbers, self.relu)
+        y = product(self._input(input), self.values, self.positions, self.scales, self.bias, self.numbers, self.relu)
         return y if input.dtype == torch.float32 else y.to(input.dtype)
 
     def _to_rows(self, weight: Tensor) -> Tensor:
@@ -194,14 +199,14 @@ class SparseConv2d(_CpuLayer):
 
     relu = False
 
-    def __init__(self, conv: nn.Conv2d | nn.Conv1d, pattern: Pattern, stored: torch.dtype):
+    def __init__(self, conv: nn.Conv2d | nn.Conv1d, pattern: Pattern, kind: Kind, stored: torch.dtype):
         self.flat = isinstance(conv, nn.Conv1d)
         self.kernel = [1] * self.flat + list(conv.kernel_size)
         self.stride = [1] * self.flat + list(conv.stride)
         self.dilation = [1] * self.flat + list(conv.dilation)
         self.padding = [0] * self.flat + symmetric_padding(conv)
         self.groups, self.channels = conv.groups, conv.in_channels // conv.groups
-        super().__init__(conv.weight, conv.bias, pattern, "panel", stored)
+        super().__init__(conv.weight, conv.bias, pattern, kind, stored)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name it has in torch
         self._demand_inference(input)
@@ -209,8 +214,11 @@ class SparseConv2d(_CpuLayer):
         image = input.unsqueeze(0) if unbatched else input
         image = image.unsqueeze(2) if self.flat else image
         layout = (self.values, self.positions, self.scales, self.bias, self.numbers)
-        geometry = (self.kernel, self.stride, self.padding, self.dilation, self.groups, self.relu)
-        y = torch.ops.openwork.panel_conv2d.default(image.float(), *layout, *geometry)
+        geometry = (self.kernel, self.stride, self.padding, self.dilation)
+        if self.kind == "dots":
+            y = torch.ops.openwork.dots_conv2d.default(self._input(image), *layout, *geometry, self.relu)
+        else:
+            y = torch.ops.openwork.panel_conv2d.default(image.float(), *layout, *geometry, self.groups, self.relu)
         y = y.squeeze(2) if self.flat else y
         y = y.squeeze(0) if unbatched else y
         return y if input.dtype == torch.float32 else y.to(input.dtype)

@@ -273,7 +273,10 @@ def _random(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype)
 
 def _as_chosen(streamed: _Streamed, chosen: Mapping[str, str], stored: torch.dtype) -> Iterator[Layer]:
     """The layers as `chosen` wants them. Raises ValueError where it names what cannot be."""
-    possible = {each.name: kinds_for(layer.weight, each.pattern, stored) for layer, each in streamed.layers.items()}
+    possible = {
+        each.name: kinds_for(layer.weight, each.pattern, stored, getattr(layer, "groups", 1))
+        for layer, each in streamed.layers.items()
+    }
     for name, kind in chosen.items():
         if kind not in possible.get(name, ()):
             why = ", ".join(possible.get(name, ())) or "none"

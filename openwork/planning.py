@@ -188,7 +188,7 @@ def sparse_module(module: Any, pattern: Pattern, kind: Any, stored: torch.dtype)
     if kind in get_args(GpuKind):
         return deployed_gpu.gpu_module(module, pattern, kind, stored, transposed=_is_hf_conv1d(module))
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return SparseConv2d(module, pattern, stored)
+        return SparseConv2d(module, pattern, kind, stored)
     return SparseLinear(module, pattern, kind, stored, transposed=_is_hf_conv1d(module))
 
 
@@ -263,7 +263,11 @@ def _timed(module: nn.Module, pattern: Pattern, inputs: list[Tensor], stored: to
     weight: Any = module.weight
     oriented = weight.t() if _is_hf_conv1d(module) else weight
     gpu = on_gpu(weight.device)
-    kinds: Sequence[str] = gpu_kinds(module, pattern, stored, inputs) if gpu else kinds_for(oriented, pattern, stored)
+    kinds: Sequence[str] = (
+        gpu_kinds(module, pattern, stored, inputs)
+        if gpu
+        else kinds_for(oriented, pattern, stored, getattr(module, "groups", 1))
+    )
     measured: Counter[str] = Counter()
     shapes = Counter(tuple(x.shape) for x in inputs)
     examples = [next(x for x in inputs if tuple(x.shape) == shape) for shape in shapes]

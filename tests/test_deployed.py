@@ -75,7 +75,7 @@ def kinds(layer: nn.Module, pattern: ow.Pattern) -> list[str]:
 
 def deployed(layer: nn.Module, pattern: ow.Pattern, kind: str, stored: torch.dtype) -> nn.Module:
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        return SparseConv2d(layer, pattern, stored)
+        return SparseConv2d(layer, pattern, kind, stored)
     return SparseLinear(layer, pattern, kind, stored, transposed=not isinstance(layer, nn.Linear))
 
 
@@ -122,7 +122,7 @@ def test_convolutions(name, stored, isa):
 def test_channels_that_the_pattern_does_not_divide(isa):
     layer = nn.Conv2d(6, 4, 3, padding=1).eval().requires_grad_(False)
     layer.weight[:, 1::2] = 0  # 2:4 as far as groups go, the last of 2
-    check(layer, SparseConv2d(layer, P24, torch.float32), torch.randn(2, 6, 5, 5), torch.float32)
+    check(layer, SparseConv2d(layer, P24, "panel", torch.float32), torch.randn(2, 6, 5, 5), torch.float32)
     layer = nn.Linear(10, 4).eval().requires_grad_(False)
     layer.weight[:, 1::2] = 0
     for kind in ("panel", "rows"):
@@ -317,7 +317,7 @@ def test_gradients_are_refused_and_say_what_to_do():
         made(x)
     with torch.inference_mode():
         made(x)
-    conv = SparseConv2d(projected(nn.Conv2d(4, 4, 1)), P24, torch.float32)
+    conv = SparseConv2d(projected(nn.Conv2d(4, 4, 1)), P24, "panel", torch.float32)
     with pytest.raises(RuntimeError, match="SparseConv2d is for inference"):
         conv(torch.randn(1, 4, 2, 2, requires_grad=True))
 

@@ -13,7 +13,9 @@ OPENWORK_API void openwork_linear(const openwork::LinearCall* call);
 OPENWORK_API int64_t openwork_conv_scratch(const openwork::ConvCall* call);
 OPENWORK_API void openwork_conv(const openwork::ConvCall* call);
 OPENWORK_API void openwork_rows(const openwork::Rows* rows, int32_t dtype);
-OPENWORK_API void openwork_dots(const openwork::Dots* dots, int32_t dtype);
+OPENWORK_API void openwork_dots(const openwork::Dots* dots, int32_t dtype, int64_t threads);
+OPENWORK_API int64_t openwork_dots_scratch(const openwork::Dots* dots, int64_t threads);
+OPENWORK_API void openwork_quantize(const float* x, int64_t N, int64_t count, uint8_t* to, float* scales, int32_t* bits);
 
 namespace openwork_tests {
 

@@ -105,7 +105,8 @@ _SPEED = {"float32": 1, "bfloat16": 2, "int8": 4}
 
 def _dense(x: Tensor, weight: Tensor, dtypes: Sequence[str]) -> dict[str, tuple[str, Callable[[], object]]]:
     """Dense products by name, with the precision of each."""
-    (B, _), found = x.shape, {"torch float32": ("float32", partial(F.linear, x, weight))}
+    B, found = len(x), dict[str, tuple[str, Callable[[], object]]]()
+    found["torch float32"] = ("float32", partial(F.linear, x, weight))
     ordered = prepacked_linear(weight, None, B)
     if ordered is not None:
         found["oneDNN float32"] = ("float32", partial(ordered, x))

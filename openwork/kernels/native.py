@@ -72,6 +72,16 @@ class Rows(Structure):
     )
 
 
+class Pixels(Structure):
+    """Rows that are the output pixels of images: see csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("channels", "H", "W", "outH", "outW")),
+        *((name, c_int32) for name in ("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w")),
+        ("kernel_w", c_int32),
+    )
+
+
 class Dots(Structure):
     """A product whose lanes are outputs and whose inputs are as short as the weights: see csrc/kernels.h."""
 
@@ -80,7 +90,9 @@ class Dots(Structure):
         *((name, c_int64) for name in ("windows", "blocks")),
         ("x", c_void_p),
         *((name, c_int64) for name in ("x_stride", "K")),
-        *((name, c_void_p) for name in ("packed", "bias", "scales", "x_scales", "y")),
+        *((name, c_void_p) for name in ("pixels", "packed")),
+        ("packed_from", c_int64),
+        *((name, c_void_p) for name in ("bias", "scales", "x_scales", "y")),
         *((name, c_int64) for name in ("y_stride", "outputs", "batch")),
         *((name, c_int32) for name in ("steps", "activation")),
     )
@@ -107,7 +119,9 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "openwork_conv": (None, (POINTER(ConvCall),)),
     "openwork_rows": (None, (POINTER(Rows), c_int32)),
     "openwork_has_dots": (c_int32, ()),
-    "openwork_dots": (None, (POINTER(Dots), c_int32)),
+    "openwork_dots": (None, (POINTER(Dots), c_int32, c_int64)),
+    "openwork_dots_scratch": (c_int64, (POINTER(Dots), c_int64)),
+    "openwork_quantize": (None, (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p)),
 }
 
 

@@ -18,6 +18,7 @@ from openwork.kernels.native import (
     Dots,
     LinearCall,
     PanelWeight,
+    Pixels,
     Rows,
     address,
     library,
@@ -140,6 +141,50 @@ def dots_linear(
     lib = library()
     if lib is None or not lib.openwork_has_dots():
         return reference.dots_linear(x, values, positions, scales, bias, layout, relu)
+    sizes = _demand_dots(lib, values, positions, scales, bias, layout)
+    O, K = layout[3:]
+    flat = _rows_of(x, K, torch.float32 if scales is not None else torch.bfloat16)
+    y = flat.new_empty(len(flat), O)
+    _run_dots(lib, values, positions, scales, bias, layout, sizes, flat, None, flat.new_empty(len(flat)), y, relu)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], O)
+
+
+def _run_dots(
+    lib: Any,
+    values: Tensor,
+    positions: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    layout: list[int],
+    sizes: _DotsSizes,
+    x: Tensor,
+    pixels: Pixels | None,
+    x_scales: Tensor,
+    y: Tensor,
+    relu: bool,
+) -> None:
+    """Into y, rows of outputs. `x_scales` float32, given for `pixels`, else written."""
+    if not y.numel():
+        return
+    O, K = layout[3:]
+    weight = (values.data_ptr(), positions.data_ptr(), sizes.windows, sizes.blocks)
+    where = ctypes.addressof(pixels) if pixels is not None else None
+    inputs = (x.data_ptr(), x.stride(0), K, where, None, 0)
+    outputs = (address(bias), address(scales), x_scales.data_ptr(), y.data_ptr(), O, O, y.numel() // O)
+    call, threads = Dots(*weight, *inputs, *outputs, sizes.steps, relu), torch.get_num_threads()
+    packed = torch.empty(lib.openwork_dots_scratch(ctypes.byref(call), threads), dtype=torch.uint8, device="cpu")
+    call.packed = packed.data_ptr()
+    lib.openwork_dots(ctypes.byref(call), DTYPES[values.dtype], threads)
+
+
+def _demand_dots(
+    lib: Any,
+    values: Tensor,
+    positions: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    layout: list[int],
+) -> _DotsSizes:
     sizes = _dots_sizes(tuple(layout), values.dtype)
     _demand_lanes(layout[2], lib.openwork_lanes())
     _demand(
@@ -147,17 +192,49 @@ def dots_linear(
     )
     _demand(positions.dtype == torch.uint8 and _whole(positions, sizes.positions), "positions", positions, layout)
     _demand_outputs(scales, bias, layout)
-    O, K = layout[3:]
-    flat = _rows_of(x, K, torch.float32 if scales is not None else torch.bfloat16)
-    B = len(flat)
-    y, input_scales = flat.new_empty(B, O), flat.new_empty(B, dtype=torch.float32)
-    if B:
-        together = torch.empty(B, sizes.windows, 4 * layout[2], dtype=torch.uint8)
-        weight = (values.data_ptr(), positions.data_ptr(), sizes.windows, sizes.blocks)
-        given = (flat.data_ptr(), flat.stride(0), K, together.data_ptr(), address(bias), address(scales))
-        call = Dots(*weight, *given, input_scales.data_ptr(), y.data_ptr(), O, O, B, sizes.steps, relu)
-        lib.openwork_dots(ctypes.byref(call), DTYPES[values.dtype])
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], O)
+    return sizes
+
+
+def dots_conv2d(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    layout: list[int],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    relu: bool,
+) -> Tensor:
+    lib = library()
+    if lib is None or not lib.openwork_has_dots():
+        rest = (kernel, stride, padding, dilation, relu)
+        return reference.dots_conv2d(x, values, positions, scales, bias, layout, *rest)
+    sizes = _demand_dots(lib, values, positions, scales, bias, layout)
+    _demand_geometry(kernel, stride, padding, dilation)
+    m, O, K = layout[1], *layout[3:]
+    channels = -(-x.shape[1] // m) * m if x.ndim == 4 else 0
+    if channels * math.prod(kernel) != K:
+        raise ValueError(f"input {tuple(x.shape)} for a kernel {kernel} and {K} inputs of each output")
+    if x.dtype != (needed := torch.bfloat16 if scales is None else torch.float32):
+        raise ValueError(f"input of {x.dtype}; needed {needed}")
+    size = [conv_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
+    if min(size) < 1:
+        raise ValueError(f"input {tuple(x.shape)} is smaller than the kernel {kernel} with padding {padding}")
+    images = torch.nn.functional.pad(x.permute(0, 2, 3, 1), (0, channels - x.shape[1])).contiguous()
+    x_scales = images.new_empty(len(x), dtype=torch.float32)
+    if scales is not None and images.numel():
+        whole, count = torch.empty_like(images, dtype=torch.uint8), images[0].numel()
+        bits = torch.empty(len(x) * (count // 2**14 + 1), dtype=torch.int32, device="cpu")
+        lib.openwork_quantize(images.data_ptr(), len(x), count, whole.data_ptr(), x_scales.data_ptr(), bits.data_ptr())
+        images = whole
+    pixels = Pixels(channels, *x.shape[2:], *size, *stride, *padding, *dilation, kernel[1])
+    y = x.new_empty(len(x), *size, O)
+    _run_dots(lib, values, positions, scales, bias, layout, sizes, images, pixels, x_scales, y, relu)
+    y = y.permute(0, 3, 1, 2)
+    return y if channels_last(x) else y.contiguous()
 
 
 def panel_conv2d(
@@ -375,5 +452,5 @@ def _demand(holds: bool, what: str, found: Tensor | None, layout: list[int]) -> 
 
 def register(operators: Any) -> None:
     """Register them for the CPU on the library that `openwork.ops` opened."""
-    for function in (panel_linear, rows_linear, dots_linear, panel_conv2d):
+    for function in (panel_linear, rows_linear, dots_linear, panel_conv2d, dots_conv2d):
         operators.impl(function.__name__, function, "CPU")

@@ -1,7 +1,7 @@
 """Products with a compressed weight as operators: schema, reference, fake kernel. `openwork.kernels` has faster ones.
 
 A layout travels as its tensors and a list of numbers, so that a compiler or an exporter can carry it. Inputs and
-outputs are float32, but for `dots_linear` with bfloat16 weights, where they are bfloat16; the callers
+outputs are float32, but for those of dots with bfloat16 weights, where they are bfloat16; the callers
 (`openwork.deployed`) cast. `relu` is applied to the result.
 """
 
@@ -22,6 +22,9 @@ library.define(f"dots_linear(Tensor x, {_LAYOUT}, bool relu) -> Tensor")
 library.define(
     f"panel_conv2d(Tensor x, {_LAYOUT}, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
     "bool relu) -> Tensor"
+)
+library.define(
+    f"dots_conv2d(Tensor x, {_LAYOUT}, int[] kernel, int[] stride, int[] padding, int[] dilation, bool relu) -> Tensor"
 )
 
 
@@ -126,6 +129,39 @@ def panel_conv2d(
     relu: bool,
 ) -> Tensor:
     rows = from_panel(panel_of(values, positions, scales, layout))
+    return _conv2d(x, rows, scales, bias, kernel, stride, padding, dilation, groups, relu)
+
+
+@torch.library.impl(library, "dots_conv2d", "CompositeExplicitAutograd")
+def dots_conv2d(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    layout: list[int],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    relu: bool,
+) -> Tensor:
+    rows = from_dots(dots_of(values, positions, scales, layout))
+    return _conv2d(x.float(), rows, scales, bias, kernel, stride, padding, dilation, 1, relu).to(x.dtype)
+
+
+def _conv2d(
+    x: Tensor,
+    rows: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    relu: bool,
+) -> Tensor:
     weight = from_conv_rows(rows, x.shape[1] // groups, (kernel[0], kernel[1]))
     if scales is None:
         y = F.conv2d(x, weight.float(), bias, stride, padding, dilation, groups)
@@ -157,8 +193,20 @@ def _(x, values, positions, scales, bias, layout, relu):  # type: ignore[no-unty
 @torch.library.register_fake("openwork::panel_conv2d")
 def _(x, values, positions, scales, bias, layout, kernel, stride, padding, dilation, groups, relu):  # type: ignore[no-untyped-def]
     _demand_one_device(x, values, positions, scales, bias)
+    return _fake_conv2d(x, layout[4], kernel, stride, padding, dilation)
+
+
+@torch.library.register_fake("openwork::dots_conv2d")
+def _(x, values, positions, scales, bias, layout, kernel, stride, padding, dilation, relu):  # type: ignore[no-untyped-def]
+    _demand_one_device(x, values, positions, scales, bias)
+    return _fake_conv2d(x, layout[3], kernel, stride, padding, dilation)
+
+
+def _fake_conv2d(
+    x: Tensor, O: int, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
     size = [conv_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
-    y = x.new_empty(x.shape[0], layout[4], *size)
+    y = x.new_empty(x.shape[0], O, *size)
     return y.contiguous(memory_format=torch.channels_last) if channels_last(x) else y
 
 

@@ -50,7 +50,7 @@ class Deployed(nn.Module):
         plain = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 16), nn.Linear(16, 4)])
         ow.project(plain, "2:4")
         pattern, stored = ow.Pattern(2, 4), torch.float32
-        self.conv = SparseConv2d(plain[0], pattern, stored)
+        self.conv = SparseConv2d(plain[0], pattern, "panel", stored)
         self.up, self.down = (
             SparseLinear(layer, pattern, kind, stored) for layer, kind in zip(plain[1:], ("panel", "rows"), strict=True)
         )

@@ -30,8 +30,16 @@ def python(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
 @needs_library
 def test_structs_have_one_size_in_c_and_in_python() -> None:
     lib = native.library()
-    structs = (native.Groups, native.PanelWeight, native.LinearCall, native.ConvCall, native.Rows, native.Dots)
-    assert [lib.openwork_size_of(i) for i in range(7)] == [*map(ctypes.sizeof, structs), 0]
+    structs = (
+        native.Groups,
+        native.PanelWeight,
+        native.LinearCall,
+        native.ConvCall,
+        native.Rows,
+        native.Dots,
+        native.Pixels,
+    )
+    assert [lib.openwork_size_of(i) for i in range(8)] == [*map(ctypes.sizeof, structs), 0]
 
 
 @needs_library
