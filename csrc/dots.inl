@@ -25,8 +25,12 @@ struct Pairs {  // bfloat16
     return (Int)((Words)first(index) >> 8);
   }
   static void finish(const Dots& d, int64_t, int64_t, Float sum, Float bias, Out* y) {
-    sum = activated(sum + bias, d.activation);
-    for (int l = 0; l < kLanes; l++) y[l] = to_bfloat16(sum[l]);
+    typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+    typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
+    const Bits bits = (Bits)activated(sum + bias, d.activation), upper = bits >> 16;  // as to_bfloat16 of each
+    const Bits rounded = (bits + 0x7fff + (upper & 1)) >> 16, nan = (upper & 0x8000) | 0x7fc0;
+    const Halves halves = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded, Halves);
+    __builtin_memcpy(y, &halves, sizeof halves);
   }
 };
 
@@ -168,21 +172,30 @@ void pack_group(const Dots& d, int64_t row, int64_t count, int64_t window, int z
 // Rows of pixels: stretches of channels, or zeros where the kernel is outside of the image.
 template <class Number>
 void pack_pixels(const Dots& d, const Pixels& p, int64_t row, int64_t count, Number zero) {
-  const int64_t pixels = p.outH * p.outW;
-  pack_group(d, row, count, VECTOR_BYTES / sizeof(Number), zero, [&](int64_t b, int64_t at, int64_t inputs, char* vector) {
-    const int64_t image = b / pixels, y0 = b % pixels / p.outW * p.stride_h - p.pad_h, x0 = b % p.outW * p.stride_w - p.pad_w;
-    Number* to = (Number*)vector;
-    for (int64_t k = at; k < at + inputs;) {
-      const int64_t tap = k / p.channels, channel = k % p.channels, left = at + inputs - k;
-      const int64_t some = left < p.channels - channel ? left : p.channels - channel;
-      const int64_t y = y0 + tap / p.kernel_w * p.dilation_h, x = x0 + tap % p.kernel_w * p.dilation_w;
-      if (y < 0 || y >= p.H || x < 0 || x >= p.W)
-        for (int64_t i = 0; i < some; i++) to[i] = zero;
-      else
-        __builtin_memcpy(to, (const Number*)d.x + ((image * p.H + y) * p.W + x) * p.channels + channel, some * sizeof(Number));
-      k += some, to += some;
+  constexpr int64_t window = VECTOR_BYTES / sizeof(Number);
+  const Number* image[kDotsBatch];
+  int64_t y0[kDotsBatch], x0[kDotsBatch];
+  for (int64_t b = 0; b < count; b++) {
+    const int64_t pixels = p.outH * p.outW, pixel = (row + b) % pixels;
+    image[b] = (const Number*)d.x + (row + b) / pixels * p.H * p.W * p.channels;
+    y0[b] = pixel / p.outW * p.stride_h - p.pad_h, x0[b] = pixel % p.outW * p.stride_w - p.pad_w;
+  }
+  Number zeros[window];
+  for (Number& each : zeros) each = zero;
+  char* to = d.packed + (row - d.packed_from) * d.windows * VECTOR_BYTES;
+  for (int64_t at = 0; at < d.windows * window; at += window, to += count * VECTOR_BYTES)
+    for (int64_t k = at; k < at + window;) {
+      const int64_t tap = k / p.channels, channel = k % p.channels, dy = tap / p.kernel_w * p.dilation_h, dx = tap % p.kernel_w * p.dilation_w;
+      const int64_t left = at + window - k, some = k >= d.K ? left : left < p.channels - channel ? left : p.channels - channel;
+      for (int64_t b = 0; b < count; b++) {
+        const int64_t y = y0[b] + dy, x = x0[b] + dx;
+        const bool outside = k >= d.K || y < 0 || y >= p.H || x < 0 || x >= p.W;
+        const Number* from = outside ? zeros : image[b] + (y * p.W + x) * p.channels + channel;
+        if (some == window) __builtin_memcpy(to + b * VECTOR_BYTES, from, VECTOR_BYTES);
+        else __builtin_memcpy(to + b * VECTOR_BYTES + (k - at) * sizeof(Number), from, some * sizeof(Number));
+      }
+      k += some;
     }
-  });
 }
 
 void pack(const Dots& d, int32_t dtype, int64_t from, int64_t to) {
