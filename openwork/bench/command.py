@@ -43,7 +43,13 @@ def bench(words: Sequence[str]) -> int:
     add("--patterns", nargs="+", default=PATTERNS, metavar="N:M")
     add("--threads", nargs="+", type=int, default=[1, torch.get_num_threads()])
     add("--batches", nargs="+", type=int, default=[1, 8], help="of whole models")
-    add("--stored", nargs="+", default=["float32"], choices=["float32", "bfloat16", "int8"], help="of whole models")
+    add(
+        "--stored",
+        nargs="+",
+        choices=["float32", "bfloat16", "int8"],
+        help="of whole models (default: their own dtype)",
+    )
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of whole models, their own")
     add("--seconds", type=float, default=5.0, help="for each group of variants that take turns")
     add("--no-compile", action="store_true", help="leave torch.compile out of the dense baselines of whole models")
     add("--out", type=Path, default=Path("bench.csv"))
@@ -73,9 +79,9 @@ def _run(what: str, asked: argparse.Namespace) -> list[Row]:
             over = times["in turn"] / (times["sparse"] + times["dense"]) - 1
             print(f"{torch.get_num_threads()} threads: sparse and dense layers in turn cost {over:+.1%} over their sum")
     if what not in ("masks", "linear", "growth", "threads"):
-        stored = [getattr(torch, each) for each in asked.stored]
-        compiled = not asked.no_compile
-        passes = models.forward_passes(what, asked.batches, patterns, stored, seconds=asked.seconds, compiled=compiled)
+        stored = [getattr(torch, each) for each in asked.stored or [asked.dtype]]
+        given = {"seconds": asked.seconds, "compiled": not asked.no_compile, "dtype": getattr(torch, asked.dtype)}
+        passes = models.forward_passes(what, asked.batches, patterns, stored, **given)
         for each in passes:
             if isinstance(each, Row):
                 rows.append(each)

@@ -72,11 +72,14 @@ def forward_passes(
     *,
     seconds: float,
     compiled: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[Row | tuple[Plan, tuple[int, int]]]:
-    """Rows of each model and batch, all variants taking turns: dense (eager, channels_last, compiled), deployed.
-    Yields the plans of the deployed ones as well, each with the `memory` of its model."""
+    """Rows of each model in `dtype` and batch, all variants taking turns: dense (eager, channels_last, compiled; where
+    there are int8 weights, linear layers in torch's int8), deployed with weights in each of `stored`. Yields the plans
+    of the deployed ones as well, each with the `memory` of its model. Dense int8 is a baseline of int8 alone."""
     for batch in batches:
         model, x = build(name, batch)
+        model, x = model.to(dtype), x.to(dtype)
         dense = copy.deepcopy(model)
         with torch.inference_mode():
             fold_batch_norm(dense, x)
@@ -86,21 +89,42 @@ def forward_passes(
             variants["dense channels_last"] = partial(last, x.to(memory_format=torch.channels_last))
         if compiled:
             variants["dense compiled"] = partial(torch.compile(copy.deepcopy(dense)), x)
-        baselines, about = list(variants), {}
+        baselines = list(variants)
+        about = {name: ("dense", _short(dtype)) for name in baselines}
+        if torch.int8 in stored and dtype == torch.float32 and x.ndim == 3:
+            variants["dense int8"] = partial(_quantized(dense), x)
+            about["dense int8"] = ("dense", "int8")
         for pattern in patterns:
             sparse = copy.deepcopy(model)
             project(sparse, pattern)
-            for dtype in stored:
+            for kept in stored:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    fast = deploy(sparse, x, pattern=pattern, stored=dtype)
-                short = str(dtype).removeprefix("torch.")
-                variants[f"deployed {pattern} {short}"] = partial(fast, x)
-                about[f"deployed {pattern} {short}"] = (str(pattern), short)
+                    fast = deploy(sparse, x, pattern=pattern, stored=kept)
+                short = f"deployed {pattern} {_short(kept)}"
+                variants[short], about[short] = partial(fast, x), (str(pattern), _short(kept))
                 yield fast.deployment, memory(fast, x)  # type: ignore[misc]
         with torch.inference_mode():
             times = alternating(variants, seconds=seconds, flush=False)
-        yield from rows(name, f"batch {batch}", times, baselines, about, {})
+        int8 = {name: each for name, each in times.items() if about[name][1] == "int8"}
+        others = {name: each for name, each in times.items() if name not in int8}
+        yield from rows(name, f"batch {batch}", others, baselines, about, {})
+        if int8:
+            against = [*baselines, *(name for name in int8 if name.startswith("dense"))]
+            both = rows(name, f"batch {batch}", {**others, **int8}, against, about, {})
+            yield from (row for row in both if row.dtype == "int8")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _quantized(model: nn.Module) -> nn.Module:
+    """Linear layers in torch's int8, inputs quantized as they come."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # to be moved to another package, some day
+        made: nn.Module = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    return made
 
 
 def memory(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
