@@ -23,22 +23,42 @@ inline int32_t nan_key(int32_t dtype) {
   return dtype == kFloat32 ? 0x7f800001 : dtype == kBFloat16 ? 0x7f81 : 0x7c01;
 }
 
-// weight[i] in, keep[i] out, all bits set where kept. M is 0 where the group size is only known at run time.
+// f(0), ..., f(m - 1). M is m, and then arrays become registers, or 0 where m is only known at run time.
+template <int M, class F>
+inline __attribute__((always_inline)) void each(int m, const F& f) {
+  if constexpr (M) unrolled<M>(f);
+  else for (int i = 0; i < m; i++) f(i);
+}
+
+// weight[i] in, keep[i] out, all bits set where kept.
 template <int M, class T, class V>
-inline void count(const V* weight, V* keep, T nan, int n, int m) {
+inline __attribute__((always_inline)) void count(const V* weight, V* keep, T nan, int n, int m) {
   if (M) m = M;
   V key[M ? M : kLargestGroup];
-  for (int i = 0; i < m; i++) {
+  each<M>(m, [&](auto i) {
     const V magnitude = weight[i] & (V{} + kMagnitude<T>);
     key[i] = magnitude < V{} + nan ? magnitude : V{} + nan;  // the minimum
-  }
+  });
   if (n == 1) {  // the first that equals the largest
     V largest = key[0], taken{};
-    for (int i = 1; i < m; i++) largest = largest > key[i] ? largest : key[i];
-    for (int i = 0; i < m; i++) {
+    each<M>(m, [&](auto i) { largest = largest > key[i] ? largest : key[i]; });
+    each<M>(m, [&](auto i) {
       keep[i] = V(key[i] == largest) & ~taken;
       taken |= keep[i];
+    });
+    return;
+  }
+  if (m > 8 && 4 * n <= m) {  // a few of many: one after another, each of which becomes -1
+    for (int times = 0; times < n; times++) {
+      V largest = key[0], taken{};
+      each<M>(m, [&](auto i) { largest = largest > key[i] ? largest : key[i]; });
+      each<M>(m, [&](auto i) {
+        const V equal = V(key[i] == largest);
+        key[i] |= equal & ~taken;
+        taken |= equal;
+      });
     }
+    each<M>(m, [&](auto i) { keep[i] = key[i] >> (8 * sizeof(T) - 1); });
     return;
   }
   if (M == 4 && n == 2) {  // both of one pair, or the larger of each
@@ -64,12 +84,14 @@ inline void count(const V* weight, V* keep, T nan, int n, int m) {
     for (int i = 0; i < m; i++) keep[i] = V(lost[i] < V{} + T(n));
     return;
   }
-  for (int i = 0; i < m; i++) {  // twice as many comparisons, but one sum in a register
+  each<M>(m, [&](auto i) {  // twice as many comparisons, but one sum in a register
     V lost = V{} + T(i);
-    for (int j = 0; j < i; j++) lost += V(key[i] > key[j]);
-    for (int j = i + 1; j < m; j++) lost -= V(key[j] > key[i]);
+    each<M>(m, [&](auto j) {
+      if (j < i) lost += V(key[i] > key[j]);
+      else if (j > i) lost -= V(key[j] > key[i]);
+    });
     keep[i] = V(lost < V{} + T(n));
-  }
+  });
 }
 
 template <int BYTES, class T>
