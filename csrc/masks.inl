@@ -175,7 +175,9 @@ struct Bytes {  // the mask, one byte a weight, 1 where kept
   void vector(Out* to, typename Vector<T, BYTES>::type, typename Vector<T, BYTES>::type kept) const {
     typedef Vector<T, BYTES> W;
     typedef uint8_t Narrow __attribute__((vector_size(W::lanes)));
-    const Narrow bytes = __builtin_convertvector(kept, Narrow) & (Narrow{} + uint8_t(1));
+    // In two steps, since gcc 12 takes one from 32 bits to 8 member by member.
+    const auto halves = __builtin_convertvector(kept, typename Vector<int16_t, 2 * W::lanes>::type);
+    const Narrow bytes = __builtin_convertvector(halves, Narrow) & (Narrow{} + uint8_t(1));
     __builtin_memcpy(to, &bytes, sizeof bytes);
   }
 };
