@@ -302,6 +302,7 @@ void whole_block(const Block<Sink>& b, Scattered<Sink>& rest) {
   switch (b.members) {
     case 4: return whole_block_of<4>(b, rest);
     case 8: return whole_block_of<8>(b, rest);
+    case 16: return whole_block_of<16>(b, rest);
     default: return whole_block_of<0>(b, rest);
   }
 }
