@@ -14,7 +14,7 @@ template <class T, int BYTES>
 struct Vector {
   typedef T type __attribute__((vector_size(BYTES)));
   typedef T in_memory __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
-  static constexpr int lanes = BYTES / int(sizeof(T)), pieces = BYTES / 16, piece = 16 / int(sizeof(T));
+  static constexpr int lanes = BYTES / int(sizeof(T));
 };
 
 // The bits of a float other than the sign; infinity plus one, which every NaN counts as.
@@ -23,22 +23,42 @@ inline int32_t nan_key(int32_t dtype) {
   return dtype == kFloat32 ? 0x7f800001 : dtype == kBFloat16 ? 0x7f81 : 0x7c01;
 }
 
-// weight[i] in, keep[i] out, all bits set where kept. M is 0 where the group size is only known at run time.
+// f(0), ..., f(m - 1). M is m, and then arrays become registers, or 0 where m is only known at run time.
+template <int M, class F>
+inline __attribute__((always_inline)) void each(int m, const F& f) {
+  if constexpr (M) unrolled<M>(f);
+  else for (int i = 0; i < m; i++) f(i);
+}
+
+// weight[i] in, keep[i] out, all bits set where kept.
 template <int M, class T, class V>
-inline void count(const V* weight, V* keep, T nan, int n, int m) {
+inline __attribute__((always_inline)) void count(const V* weight, V* keep, T nan, int n, int m) {
   if (M) m = M;
   V key[M ? M : kLargestGroup];
-  for (int i = 0; i < m; i++) {
+  each<M>(m, [&](auto i) {
     const V magnitude = weight[i] & (V{} + kMagnitude<T>);
     key[i] = magnitude < V{} + nan ? magnitude : V{} + nan;  // the minimum
-  }
+  });
   if (n == 1) {  // the first that equals the largest
     V largest = key[0], taken{};
-    for (int i = 1; i < m; i++) largest = largest > key[i] ? largest : key[i];
-    for (int i = 0; i < m; i++) {
+    each<M>(m, [&](auto i) { largest = largest > key[i] ? largest : key[i]; });
+    each<M>(m, [&](auto i) {
       keep[i] = V(key[i] == largest) & ~taken;
       taken |= keep[i];
+    });
+    return;
+  }
+  if (m > 8 && 4 * n <= m) {  // a few of many: one after another, each of which becomes -1
+    for (int times = 0; times < n; times++) {
+      V largest = key[0], taken{};
+      each<M>(m, [&](auto i) { largest = largest > key[i] ? largest : key[i]; });
+      each<M>(m, [&](auto i) {
+        const V equal = V(key[i] == largest);
+        key[i] |= equal & ~taken;
+        taken |= equal;
+      });
     }
+    each<M>(m, [&](auto i) { keep[i] = key[i] >> (8 * sizeof(T) - 1); });
     return;
   }
   if (M == 4 && n == 2) {  // both of one pair, or the larger of each
@@ -64,35 +84,27 @@ inline void count(const V* weight, V* keep, T nan, int n, int m) {
     for (int i = 0; i < m; i++) keep[i] = V(lost[i] < V{} + T(n));
     return;
   }
-  for (int i = 0; i < m; i++) {  // twice as many comparisons, but one sum in a register
+  each<M>(m, [&](auto i) {  // twice as many comparisons, but one sum in a register
     V lost = V{} + T(i);
-    for (int j = 0; j < i; j++) lost += V(key[i] > key[j]);
-    for (int j = i + 1; j < m; j++) lost -= V(key[j] > key[i]);
+    each<M>(m, [&](auto j) {
+      if (j < i) lost += V(key[i] > key[j]);
+      else if (j > i) lost -= V(key[j] > key[i]);
+    });
     keep[i] = V(lost < V{} + T(n));
-  }
-}
-
-// A vector from pieces of 16 bytes, `stride` weights apart, and back.
-template <int BYTES, class T>
-inline typename Vector<T, BYTES>::type load(const T* from, int64_t stride) {
-  typedef Vector<T, BYTES> W;
-  if (stride == W::piece) return *(const typename W::in_memory*)from;
-  typename W::type v;
-  for (int p = 0; p < W::pieces; p++) __builtin_memcpy((char*)&v + 16 * p, from + p * stride, 16);
-  return v;
+  });
 }
 
 template <int BYTES, class T>
-inline void store(T* to, int64_t stride, typename Vector<T, BYTES>::type v) {
-  typedef Vector<T, BYTES> W;
-  if (stride == W::piece) {
-    *(typename W::in_memory*)to = v;
-    return;
-  }
-  for (int p = 0; p < W::pieces; p++) __builtin_memcpy(to + p * stride, (char*)&v + 16 * p, 16);
+inline typename Vector<T, BYTES>::type load(const T* from) {
+  return *(const typename Vector<T, BYTES>::in_memory*)from;
 }
 
-// Within each piece of 16 bytes, of two vectors: the even members side by side, the odd ones, and the inverse of both.
+template <int BYTES, class T>
+inline void store(T* to, typename Vector<T, BYTES>::type v) {
+  *(typename Vector<T, BYTES>::in_memory*)to = v;
+}
+
+// Within each piece of two vectors: the even members side by side, the odd ones, and the inverse of both.
 enum Half { kEven, kOdd, kLow, kHigh };
 
 template <int LANES, int PIECE>
@@ -103,32 +115,36 @@ constexpr int source(Half half, int l) {
   return base + within + second * LANES;
 }
 
-template <Half HALF, class T, int BYTES, int... L>
+template <Half HALF, class T, int BYTES, int PIECE, int... L>
 inline typename Vector<T, BYTES>::type shuffled(typename Vector<T, BYTES>::type a, typename Vector<T, BYTES>::type b,
                                                 std::integer_sequence<int, L...>) {
-  typedef Vector<T, BYTES> W;
+  constexpr int lanes = Vector<T, BYTES>::lanes;
 #ifdef __clang__
-  return __builtin_shufflevector(a, b, source<W::lanes, W::piece>(HALF, L)...);
+  return __builtin_shufflevector(a, b, source<lanes, PIECE>(HALF, L)...);
 #else
-  return __builtin_shuffle(a, b, typename W::type{T(source<W::lanes, W::piece>(HALF, L))...});
+  return __builtin_shuffle(a, b, typename Vector<T, BYTES>::type{T(source<lanes, PIECE>(HALF, L))...});
 #endif
 }
 
-template <Half HALF, class T, int BYTES>
+template <Half HALF, class T, int BYTES, int PIECE = 16 / int(sizeof(T))>
 inline typename Vector<T, BYTES>::type shuffled(typename Vector<T, BYTES>::type a, typename Vector<T, BYTES>::type b) {
-  return shuffled<HALF, T, BYTES>(a, b, std::make_integer_sequence<int, Vector<T, BYTES>::lanes>());
+  return shuffled<HALF, T, BYTES, PIECE>(a, b, std::make_integer_sequence<int, Vector<T, BYTES>::lanes>());
 }
 
-// Groups of M end to end, M a power of two -> member i of each group in v[i], and back. Each piece of 16 bytes is sorted
-// on its own, so the pieces of a vector hold different stretches of M * piece weights.
+// Vectors are sorted in pieces of 16 bytes where groups are within them, since then the shuffles are the fastest.
+template <int M, class T, int BYTES>
+constexpr int piece_of = M && M * sizeof(T) <= 16 ? 16 / int(sizeof(T)) : Vector<T, BYTES>::lanes;
+
+// Groups of M end to end, M a power of two -> member i of each group in v[i], and back.
 template <int M, class T, int BYTES>
 inline void separate(typename Vector<T, BYTES>::type* v, int m) {
+  constexpr int piece = piece_of<M, T, BYTES>;
   if (M) m = M;
   typename Vector<T, BYTES>::type sorted[M ? M : kLargestGroup];
   for (int width = 1; width < m; width *= 2) {
     for (int i = 0; i < m / 2; i++) {
-      sorted[i] = shuffled<kEven, T, BYTES>(v[2 * i], v[2 * i + 1]);
-      sorted[m / 2 + i] = shuffled<kOdd, T, BYTES>(v[2 * i], v[2 * i + 1]);
+      sorted[i] = shuffled<kEven, T, BYTES, piece>(v[2 * i], v[2 * i + 1]);
+      sorted[m / 2 + i] = shuffled<kOdd, T, BYTES, piece>(v[2 * i], v[2 * i + 1]);
     }
     for (int i = 0; i < m; i++) v[i] = sorted[i];
   }
@@ -136,18 +152,19 @@ inline void separate(typename Vector<T, BYTES>::type* v, int m) {
 
 template <int M, class T, int BYTES>
 inline void interleave(typename Vector<T, BYTES>::type* v, int m) {
+  constexpr int piece = piece_of<M, T, BYTES>;
   if (M) m = M;
   typename Vector<T, BYTES>::type merged[M ? M : kLargestGroup];
   for (int width = 1; width < m; width *= 2) {
     for (int i = 0; i < m / 2; i++) {
-      merged[2 * i] = shuffled<kLow, T, BYTES>(v[i], v[m / 2 + i]);
-      merged[2 * i + 1] = shuffled<kHigh, T, BYTES>(v[i], v[m / 2 + i]);
+      merged[2 * i] = shuffled<kLow, T, BYTES, piece>(v[i], v[m / 2 + i]);
+      merged[2 * i + 1] = shuffled<kHigh, T, BYTES, piece>(v[i], v[m / 2 + i]);
     }
     for (int i = 0; i < m; i++) v[i] = merged[i];
   }
 }
 
-// Sinks: what is written for a weight and whether it is kept, one by one or a vector whose pieces are `stride` apart.
+// Sinks: what is written for a weight and whether it is kept, one by one or a vector.
 template <class T>
 struct Bytes {  // the mask, one byte a weight, 1 where kept
   typedef T Weight;
@@ -155,11 +172,13 @@ struct Bytes {  // the mask, one byte a weight, 1 where kept
   static constexpr bool once = false;
   void one(Out* to, T, bool kept) const { *to = kept; }
   template <int BYTES>
-  void vector(Out* to, int64_t stride, typename Vector<T, BYTES>::type, typename Vector<T, BYTES>::type kept) const {
+  void vector(Out* to, typename Vector<T, BYTES>::type, typename Vector<T, BYTES>::type kept) const {
     typedef Vector<T, BYTES> W;
     typedef uint8_t Narrow __attribute__((vector_size(W::lanes)));
-    const Narrow bytes = __builtin_convertvector(kept, Narrow) & (Narrow{} + uint8_t(1));
-    for (int p = 0; p < W::pieces; p++) __builtin_memcpy(to + p * stride, (char*)&bytes + p * W::piece, W::piece);
+    // In two steps, since gcc 12 takes one from 32 bits to 8 member by member.
+    const auto halves = __builtin_convertvector(kept, typename Vector<int16_t, 2 * W::lanes>::type);
+    const Narrow bytes = __builtin_convertvector(halves, Narrow) & (Narrow{} + uint8_t(1));
+    __builtin_memcpy(to, &bytes, sizeof bytes);
   }
 };
 
@@ -170,9 +189,9 @@ struct Pruned {  // the weight where kept, else +0.0
   static constexpr bool once = false;
   void one(Out* to, T weight, bool kept) const { *to = kept ? weight : T(0); }
   template <int BYTES>
-  void vector(Out* to, int64_t stride, typename Vector<T, BYTES>::type weight,
+  void vector(Out* to, typename Vector<T, BYTES>::type weight,
               typename Vector<T, BYTES>::type kept) const {
-    store<BYTES>(to, stride, weight & kept);
+    store<BYTES>(to, weight & kept);
   }
 };
 
@@ -186,12 +205,12 @@ struct Decayed {  // float32: what was there plus rate * weight where pruned, ea
     *to = int32_t(bits_of(float_of(uint32_t(*to)) + term));
   }
   template <int BYTES>
-  void vector(Out* to, int64_t stride, typename Vector<int32_t, BYTES>::type weight,
+  void vector(Out* to, typename Vector<int32_t, BYTES>::type weight,
               typename Vector<int32_t, BYTES>::type kept) const {
     typedef typename Vector<int32_t, BYTES>::type V;
     typedef typename Vector<float, BYTES>::type Floats;
     const Floats term = (Floats)((V)((Floats)weight * rate) & ~kept);
-    store<BYTES>(to, stride, (V)((Floats)load<BYTES>(to, stride) + term));
+    store<BYTES>(to, (V)((Floats)load<BYTES>(to) + term));
   }
 };
 
@@ -252,19 +271,19 @@ void neighbours(const Block<Sink>& b, const Scattered<Sink>& rest) {
   for (int l = 0; l < W::lanes; l++) lane[l] = l;
   for (int64_t next = 0; next < b.columns; next += W::lanes) {
     const int64_t r = next + W::lanes <= b.columns ? next : b.columns - W::lanes;
-    for (int i = 0; i < m; i++) values[i] = load<BYTES>(b.weight + r + i * b.inner, W::piece);
+    for (int i = 0; i < m; i++) values[i] = load<BYTES>(b.weight + r + i * b.inner);
     count<M>(values, kept, rest.nan, rest.n, m);
     for (int i = 0; i < m; i++) {
       typename Sink::Out* to = b.to + r + i * b.wide;
       if constexpr (Sink::once)
         if (r != next) {
           const typename W::type seen = lane < (typename W::type{} + typename Sink::Weight(next - r));
-          const typename W::type before = load<BYTES>(to, W::piece) & seen;
-          rest.sink.template vector<BYTES>(to, W::piece, values[i], kept[i]);
-          store<BYTES>(to, W::piece, before | (load<BYTES>(to, W::piece) & ~seen));
+          const typename W::type before = load<BYTES>(to) & seen;
+          rest.sink.template vector<BYTES>(to, values[i], kept[i]);
+          store<BYTES>(to, before | (load<BYTES>(to) & ~seen));
           continue;
         }
-      rest.sink.template vector<BYTES>(to, W::piece, values[i], kept[i]);
+      rest.sink.template vector<BYTES>(to, values[i], kept[i]);
     }
   }
 }
@@ -283,6 +302,7 @@ void whole_block(const Block<Sink>& b, Scattered<Sink>& rest) {
   switch (b.members) {
     case 4: return whole_block_of<4>(b, rest);
     case 8: return whole_block_of<8>(b, rest);
+    case 16: return whole_block_of<16>(b, rest);
     default: return whole_block_of<0>(b, rest);
   }
 }
@@ -294,18 +314,16 @@ int64_t interleaved(const typename Sink::Weight* weight, int64_t weights, typena
   typedef typename Sink::Weight T;
   typedef Vector<T, VECTOR_BYTES> W;
   if (M) m = M;
-  const bool whole = m <= W::piece;  // a group is within a piece of 16 bytes: vectors may be loaded as they lie
-  const int64_t stride = whole ? W::piece : int64_t(m) * W::piece, next = whole ? W::lanes : W::piece;
   typename W::type v[M ? M : kLargestGroup], kept[M ? M : kLargestGroup];
   int64_t at = 0;
   for (; at + int64_t(m) * W::lanes <= weights; at += int64_t(m) * W::lanes) {
-    for (int i = 0; i < m; i++) v[i] = load<VECTOR_BYTES>(weight + at + i * next, stride);
+    for (int i = 0; i < m; i++) v[i] = load<VECTOR_BYTES>(weight + at + i * W::lanes);
     separate<M, T, VECTOR_BYTES>(v, m);
     count<M>(v, kept, rest.nan, rest.n, m);
     interleave<M, T, VECTOR_BYTES>(kept, m);
     for (int i = 0; i < m; i++) {
-      const int64_t piece = at + i * next;
-      rest.sink.template vector<VECTOR_BYTES>(to + piece, stride, load<VECTOR_BYTES>(weight + piece, stride), kept[i]);
+      const int64_t here = at + i * W::lanes;
+      rest.sink.template vector<VECTOR_BYTES>(to + here, load<VECTOR_BYTES>(weight + here), kept[i]);
     }
   }
   return at;
