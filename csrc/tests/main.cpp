@@ -21,8 +21,12 @@ struct Test {
 };
 
 const Test kTests[] = {{"masks", test_masks, 300}, {"transpose", test_transpose, 60}, {"panel", test_panel, 300},
-                       {"rows", test_rows, 300},   {"dots", test_dots, 300},          {"linear", test_linear, 150},
-                       {"convolution", test_conv, 400}};
+                       {"rows", test_rows, 300},   {"dots", test_dots, 400},          {"quantize", test_quantize, 100},
+                       {"linear", test_linear, 150}, {"convolution", test_conv, 400}};
+
+bool runs(const Test& test) {  // here: not every processor has dot products
+  return openwork::kernels->dots || (test.run != test_dots && test.run != test_quantize);
+}
 
 double now() {
   timespec t;
@@ -51,7 +55,7 @@ long run_isa(const char* name, uint64_t first_seed, double seconds) {
   long cases = 0;
   for (uint64_t seed = first_seed, round = 0; round == 0 || now() < end; round++, seed += 10000)
     for (const Test& test : kTests)
-      for (int i = 0; (openwork::kernels->dots || test.run != test_dots) && i < (round ? test.least / 10 : test.least); i++, cases++) one_case(test, seed + uint64_t(i));
+      for (int i = 0; runs(test) && i < (round ? test.least / 10 : test.least); i++, cases++) one_case(test, seed + uint64_t(i));
   return cases;
 }
 
@@ -59,7 +63,7 @@ void repeat(uint64_t seed, const char* name) {
   openwork_use_isa(name);
   current.isa = name;
   for (const Test& test : kTests)
-    if (openwork::kernels->dots || test.run != test_dots) one_case(test, seed);
+    if (runs(test)) one_case(test, seed);
 }
 
 #ifdef __SANITIZE_ADDRESS__

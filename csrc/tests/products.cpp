@@ -194,35 +194,59 @@ void test_dots(const Kernels& kernels, Random& random) {
   const int64_t window = lanes * together;
   openwork::Dots d{};
   d.steps = int32_t(random.one_in(2) ? random.from(1, 2) : random.from(1, 9));
-  d.K = random.from(1, 5 * window), d.windows = up(d.K, window) / window;
+  const bool images = random.one_in(2);
+  openwork::Pixels p{};
+  p.channels = random.one_in(3) ? window : random.from(1, 40), p.kernel_w = int32_t(random.from(1, 3));
+  p.H = random.from(1, 9), p.W = random.from(1, 9), p.outH = random.from(1, 9), p.outW = random.from(1, 9);
+  p.stride_h = int32_t(random.from(1, 2)), p.stride_w = int32_t(random.from(1, 2)), p.pad_h = int32_t(random.from(0, 2));
+  p.pad_w = int32_t(random.from(0, 2)), p.dilation_h = int32_t(random.from(1, 2)), p.dilation_w = int32_t(random.from(1, 2));
+  const int64_t N = random.from(1, 3), kernel_h = random.from(1, 3), threads = random.of({1, 2, 64});
+  d.pixels = images ? &p : nullptr;
+  d.K = images ? p.channels * p.kernel_w * kernel_h : random.from(1, 5 * window), d.windows = up(d.K, window) / window;
   d.outputs = random.from(1, 5 * lanes), d.blocks = up(d.outputs, lanes) / lanes;
-  d.batch = random.one_in(8) ? random.from(90, 130) : random.from(1, 30);
+  d.batch = images ? N * p.outH * p.outW : random.one_in(8) ? random.from(90, 230) : random.from(1, 30);
   d.x_stride = d.K + random.from(0, 3), d.y_stride = d.outputs + random.from(0, 3), d.activation = random_activation(random);
   const int64_t in_step = lanes * together, indices_of_window = (whole ? d.steps : up(d.steps, 2)) * in_step;
   Values values(random, dtype, whole ? 1 : 2, d.blocks * d.windows * d.steps * in_step);
   Guarded<uint8_t> indices(random, d.blocks * d.windows * indices_of_window);
   for (uint8_t& each : indices) each = uint8_t(random.next());
-  Guarded<float> numbers(random, whole ? (d.batch - 1) * d.x_stride + d.K : 0), bias(random, d.outputs), scales(random, d.outputs);
-  Guarded<uint16_t> halves(random, whole ? 0 : (d.batch - 1) * d.x_stride + d.K);
+  const int64_t numbers_in = images ? N * p.H * p.W * p.channels : (d.batch - 1) * d.x_stride + d.K;
+  Guarded<float> numbers(random, whole && !images ? numbers_in : 0), bias(random, d.outputs), scales(random, d.outputs);
+  Guarded<uint16_t> halves(random, whole ? 0 : numbers_in);
+  Guarded<uint8_t> bytes(random, whole && images ? numbers_in : 0);
   fill(random, numbers, true), fill(random, bias, false);
+  for (uint8_t& each : bytes) each = uint8_t(random.from(1, 255));
   for (uint16_t& each : halves) each = uint16_t(random.next() >> 16 & 0x3fff) | uint16_t(random.one_in(2) << 15);
   for (float& each : scales) each = 0.01f * (1.5f + random.real());
-  Guarded<float> y(random, whole ? (d.batch - 1) * d.y_stride + d.outputs : 0), x_scales(random, d.batch);
+  Guarded<float> y(random, whole ? (d.batch - 1) * d.y_stride + d.outputs : 0), x_scales(random, images ? N : d.batch);
+  for (float& each : x_scales) each = 0.5f + 0.1f * random.real();
   Guarded<uint16_t> y_halves(random, whole ? 0 : (d.batch - 1) * d.y_stride + d.outputs);
-  Guarded<char> packed(random, d.batch * d.windows * lanes * 4, 64);
-  d.values = values.memory.data(), d.indices = indices.data(), d.packed = packed.data();
-  d.x = whole ? (const void*)numbers.data() : halves.data(), d.y = whole ? (void*)y.data() : y_halves.data();
+  d.values = values.memory.data(), d.indices = indices.data();
+  d.x = !whole ? (const void*)halves.data() : images ? (const void*)bytes.data() : numbers.data(), d.y = whole ? (void*)y.data() : y_halves.data();
   d.bias = random.one_in(2) ? bias.data() : nullptr;
   if (whole) d.scales = scales.data(), d.x_scales = x_scales.data();
-  openwork_dots(&d, dtype);
+  Guarded<char> packed(random, openwork_dots_scratch(&d, threads), 64);
+  d.packed = packed.data();
+  openwork_dots(&d, dtype, threads);
 
+  const int64_t pixels = p.outH * p.outW;
   for (int64_t b = 0; b < d.batch; b++) {
     float largest = 0;
-    for (int64_t k = 0; whole && k < d.K; k++) {
+    for (int64_t k = 0; whole && !images && k < d.K; k++) {
       const float size = std::fabs(numbers[b * d.x_stride + k]);
       largest = std::isnan(size) || std::isnan(largest) ? NAN : std::fmax(largest, size);
     }
-    const float scale = largest / 127 < 1.17549435e-38f ? 1 : largest / 127;
+    const float scale = images ? x_scales[b / pixels] : largest / 127 < 1.17549435e-38f ? 1 : largest / 127;
+    const auto input = [&](int64_t k) -> double {
+      int64_t from = b * d.x_stride + k;
+      if (images) {
+        const int64_t tap = k / p.channels, row = b % pixels / p.outW * p.stride_h - p.pad_h + tap / p.kernel_w * p.dilation_h;
+        const int64_t column = b % p.outW * p.stride_w - p.pad_w + tap % p.kernel_w * p.dilation_w;
+        if (row < 0 || row >= p.H || column < 0 || column >= p.W) return 0;
+        from = ((b / pixels * p.H + row) * p.W + column) * p.channels + k % p.channels;
+      }
+      return !whole ? double(bfloat16(halves[from])) : images ? bytes[from] - 128.0 : std::nearbyint(double(numbers[from] / scale));
+    };
     for (int64_t o = 0; o < d.outputs; o++) {
       Sum sum;
       for (int64_t w = 0; w < d.windows; w++)
@@ -231,9 +255,7 @@ void test_dots(const Kernels& kernels, Random& random) {
             const int64_t slot = o % lanes * together + i, at = (o / lanes * d.windows + w) * indices_of_window;
             const int64_t index = w * window + indices[at + (whole ? step * in_step + slot : (step / 2 * in_step + slot) * 2 + step % 2)] % window;
             const double value = values[((o / lanes * d.windows + w) * d.steps + step) * in_step + slot];
-            if (index >= d.K) continue;
-            const int64_t from = b * d.x_stride + index;
-            sum.add(value * (whole ? std::nearbyint(double(numbers[from] / scale)) : bfloat16(halves[from])));
+            if (index < d.K) sum.add(value * input(index));
           }
       const int64_t to = b * d.y_stride + o;
       if (whole) {
@@ -250,6 +272,24 @@ void test_dots(const Kernels& kernels, Random& random) {
            (long long)o, (long long)d.outputs, (long long)b, (long long)d.batch, whole ? double(y[to]) : double(bfloat16(y_halves[to])),
            sum.value);
     }
+  }
+}
+
+void test_quantize(const Kernels&, Random& random) {
+  const int64_t N = random.from(1, 3), count = random.one_in(8) ? random.from(16000, 40000) : random.from(1, 200);
+  Guarded<float> x(random, N * count), scales(random, N);
+  Guarded<uint8_t> whole(random, N * count);
+  Guarded<int32_t> bits(random, N * (count / (1 << 14) + 1));
+  fill(random, x, true);
+  openwork_quantize(x.data(), N, count, whole.data(), scales.data(), bits.data());
+  for (int64_t n = 0; n < N; n++) {
+    float largest = 0;
+    for (int64_t i = n * count; i < (n + 1) * count; i++)
+      largest = std::isnan(x[i]) || std::isnan(largest) ? NAN : std::fmax(largest, std::fabs(x[i]));
+    const float scale = largest / 127 < 1.17549435e-38f ? 1 : largest / 127;
+    if (std::isnan(scale) ? !std::isnan(scales[n]) : scale != scales[n]) fail("scale %g instead of %g", double(scales[n]), double(scale));
+    for (int64_t i = n * count; !std::isnan(scale) && i < (n + 1) * count; i++)
+      if (whole[i] != uint8_t(int(std::nearbyint(x[i] / scale)) + 128)) fail("%d for %g at scale %g", whole[i], double(x[i]), double(scale));
   }
 }
 

@@ -27,6 +27,7 @@ void test_transpose(const Kernels& kernels, Random& random);
 void test_panel(const Kernels& kernels, Random& random);
 void test_rows(const Kernels& kernels, Random& random);
 void test_dots(const Kernels& kernels, Random& random);
+void test_quantize(const Kernels& kernels, Random& random);
 void test_linear(const Kernels& kernels, Random& random);
 void test_conv(const Kernels& kernels, Random& random);
 

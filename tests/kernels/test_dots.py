@@ -1,0 +1,257 @@
+"""Convolutions by dot products, and what operators on dots refuse; their products are in test_products.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+import openwork.kernels as kernels
+from openwork.axis import Axis
+from openwork.deployed import kinds_for
+from openwork.layout import Dots, conv_rows, dots, dots_sizes, from_dots, quantized
+from openwork.masks import keep_largest, prune
+from openwork.ops import products as reference
+from openwork.ops.products import rows_numbers
+from openwork.pattern import Pattern
+
+ops = torch.ops.openwork
+SHORT = [torch.bfloat16, torch.int8]
+PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(4, 8), Pattern(1, 16), Pattern(3, 16), Pattern(2, 32)]
+many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+two = st.lists(st.integers(1, 3), min_size=2, max_size=2)
+needs_dots = pytest.mark.skipif(not kernels.has_dots(), reason="needs AVX-512 with BF16, VBMI and VNNI")
+
+
+def sparse(shape: tuple[int, ...], pattern: Pattern, generator: torch.Generator) -> Tensor:
+    weight = torch.randn(shape, generator=generator)
+    rows = conv_rows(weight, pattern) if len(shape) == 4 else F.pad(weight, (0, -shape[1] % pattern.m))
+    rows = prune(rows, keep_largest(rows.abs(), pattern, Axis(1)))
+    return rows if len(shape) == 4 else rows[:, : shape[1]]
+
+
+def packed(rows: Tensor, pattern: Pattern, stored: torch.dtype) -> Dots:
+    numbers, scales = quantized(rows) if stored == torch.int8 else (rows.to(stored), None)
+    return dots(numbers, pattern, lanes=kernels.lanes() if kernels.has_dots() else 16, scales=scales)
+
+
+def conv(x: Tensor, layout: Dots, bias: Tensor | None, geometry: tuple[Any, ...], relu: bool) -> Tensor:
+    return ops.dots_conv2d(
+        x, layout.values, layout.positions, layout.scales, bias, rows_numbers(layout), *geometry, relu
+    )
+
+
+@pytest.mark.parametrize("stored", SHORT)
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_a_layout_holds_its_weight(lanes: int, stored: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for pattern in (Pattern(1, 2), *PATTERNS):
+        if lanes * 4 // stored.itemsize < pattern.m:
+            continue
+        for O, K in ((1, 1), (5, 37), (lanes, 64), (3 * lanes + 1, 130)):
+            weight = sparse((O, K), pattern, generator)
+            numbers, scales = quantized(weight) if stored == torch.int8 else (weight.to(stored), None)
+            layout = dots(numbers, pattern, lanes=lanes, scales=scales)
+            assert torch.equal(from_dots(layout), numbers)
+            sizes = dots_sizes(stored, pattern, lanes)
+            assert sizes.steps * sizes.together == sizes.slots == sizes.window * pattern.n // pattern.m
+
+
+def test_layouts_that_are_none_say_why() -> None:
+    weight = torch.zeros(4, 64)
+    for dtype, pattern in (
+        (torch.float32, Pattern(2, 4)),
+        (torch.bfloat16, Pattern(1, 32)),
+        (torch.int8, Pattern(2, 6)),
+    ):
+        with pytest.raises(ValueError, match="has no layout by dots; needed bfloat16 or int8, M one of"):
+            dots(weight.to(dtype), pattern, lanes=16)
+    with pytest.raises(ValueError, match=r"a group of the weight .4, 64. holds 4 non-zeros; needed 2:4"):
+        dots(torch.ones(4, 64, dtype=torch.bfloat16), Pattern(2, 4), lanes=16)
+
+
+@many
+@given(data=st.data(), pattern=st.sampled_from(PATTERNS), stored=st.sampled_from(SHORT), stride=two, dilation=two)
+def test_convolution_is_the_dense_one(
+    isa: str, data: st.DataObject, pattern: Pattern, stored: torch.dtype, stride: list[int], dilation: list[int]
+) -> None:
+    """int8 bit by bit; bfloat16 within the rounding of sums in float32, twice a pair, and of the result."""
+    draw, generator = data.draw, torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+    kernel = draw(st.lists(st.sampled_from([1, 1, 2, 3, 5]), min_size=2, max_size=2), label="kernel")
+    padding = draw(st.lists(st.integers(0, 4), min_size=2, max_size=2), label="padding")
+    least = [max(1, d * (k - 1) + 1 - 2 * p) for k, d, p in zip(kernel, dilation, padding, strict=True)]
+    H, W = (size + draw(st.one_of(st.integers(0, 6), st.integers(0, 30))) for size in least)
+    C, O, N = (
+        draw(st.integers(low, high), label=name) for low, high, name in ((1, 70, "C"), (1, 40, "O"), (0, 3, "N"))
+    )
+    relu, last = draw(st.booleans(), label="relu"), draw(st.booleans(), label="channels_last")
+    bias = torch.randn(O, generator=generator) if draw(st.booleans(), label="bias") else None
+    rows, x = sparse((O, C, *kernel), pattern, generator), torch.randn(N, C, H, W, generator=generator)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    x = x if stored == torch.int8 else x.bfloat16()
+    layout, geometry = packed(rows, pattern, stored), (kernel, stride, padding, dilation)
+    y = conv(x, layout, bias, geometry, relu)
+    given = (x, layout.values, layout.positions, layout.scales, bias, rows_numbers(layout), *geometry, relu)
+    expected = reference.dots_conv2d(*given)  # type: ignore[operator]
+    assert (y.shape, y.dtype) == (expected.shape, x.dtype)
+    if stored == torch.int8:
+        assert torch.equal(y, expected)
+    else:
+        weight = from_dots(layout).view(O, *kernel, -1)[..., :C].movedim(-1, 1).double()
+        exact = F.conv2d(x.double(), weight, None if bias is None else bias.double(), stride, padding, dilation)
+        sizes = (x.double().abs(), weight.abs(), None if bias is None else bias.double().abs())
+        size = F.conv2d(*sizes, stride, padding, dilation)
+        exact = exact.relu() if relu else exact
+        bound = (weight[0].numel() + 2) * (2.0**-23 * size + 2.0**-126) + 2.0**-8 * exact.abs()
+        assert bool(((y - exact).abs() <= bound).all())
+    if last and not x.is_contiguous():
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    else:
+        assert y.is_contiguous()
+
+
+@needs_dots
+@pytest.mark.parametrize("stored", SHORT)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_images_with_few_pixels_and_with_many(stored: torch.dtype, threads: int) -> None:
+    """Where rows are few all threads pack first, where they are many each packs for itself: the same results."""
+    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    rows = sparse((40, 24, 3, 3), Pattern(2, 4), generator)
+    layout, geometry = packed(rows, Pattern(2, 4), stored), ([3, 3], [1, 1], [1, 1], [1, 1])
+    x = torch.randn(2, 24, 41, 40, generator=generator).to(torch.float32 if stored == torch.int8 else stored)
+    torch.set_num_threads(threads)
+    try:
+        whole, alone = conv(x, layout, None, geometry, True), conv(x[1:], layout, None, geometry, True)
+        corner = conv(x[1:, :, :6, :6].contiguous(), layout, None, geometry, True)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(whole[1:], alone)
+    if stored == torch.bfloat16:  # of int8 the scales would be others
+        assert torch.equal(corner[..., :5, :5], whole[1:, :, :5, :5])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("stored", SHORT)
+def test_what_is_not_finite_surfaces(isa: str, stored: torch.dtype, bad: float) -> None:
+    rows = conv_rows(torch.ones(4, 4, 3, 3) * (torch.arange(4) < 2)[:, None, None], Pattern(2, 4))
+    x = torch.rand(2, 4, 6, 6).to(torch.float32 if stored == torch.int8 else stored)
+    x[1, 0, 2, 2] = bad
+    y = conv(x, packed(rows, Pattern(2, 4), stored), None, ([3, 3], [1, 1], [1, 1], [1, 1]), True)
+    assert y[0].isfinite().all()
+    near = torch.zeros(6, 6, dtype=torch.bool)
+    near[1:4, 1:4] = True
+    assert torch.equal(y[1].isfinite(), ~near.expand(4, 6, 6)) if stored != torch.int8 else bool(y[1].isnan().all())
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def good(operator: str, stored: torch.dtype) -> dict[str, Any]:
+    """Arguments that fit: 10 outputs of 72 inputs at 2:4; a convolution's are 24 channels at 3 x 1."""
+    generator = torch.Generator().manual_seed(0)
+    layout = packed(sparse((10, 72), Pattern(2, 4), generator), Pattern(2, 4), stored)
+    x = torch.randn(3, 72) if operator == "dots_linear" else torch.randn(2, 24, 5, 4)
+    made = {
+        "x": x if stored == torch.int8 else x.bfloat16(),
+        "values": layout.values,
+        "positions": layout.positions,
+        "scales": layout.scales,
+        "bias": torch.ones(10),
+        "layout": rows_numbers(layout),
+        "relu": False,
+    }
+    geometry = {"kernel": [3, 1], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]}
+    return made if operator == "dots_linear" else made | geometry
+
+
+OPERATORS = ["dots_linear", "dots_conv2d"]
+
+
+def refused(operator: str, given: dict[str, Any], complaint: str) -> None:
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=complaint):
+        getattr(ops, operator)(**given)
+
+
+@needs_dots
+@pytest.mark.parametrize("stored", SHORT)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_bad_input(operator: str, stored: torch.dtype) -> None:
+    fits = good(operator, stored)
+    assert getattr(ops, operator)(**fits).isfinite().all()
+    for name in ("values", "positions", "bias", "scales"):
+        right = fits[name]
+        if right is None:
+            refused(operator, {**fits, name: torch.ones(10)}, "values .* do not fit")
+            continue
+        strided = torch.stack([right, right], -1)[..., 0]
+        for wrong in (right[1:], right[:0], torch.cat([right, right[:1]]), right.double(), right.bool(), strided):
+            complaint = "has no layout by dots" if name == "values" and wrong.dtype != right.dtype else "do not fit"
+            refused(operator, {**fits, name: wrong}, complaint)
+    if stored == torch.int8:
+        refused(operator, {**fits, "scales": None}, "values .* do not fit")
+    right = fits["layout"]
+    for wrong in ([], right[:-1], [*right, 1]):
+        refused(operator, {**fits, "layout": wrong}, "layout")
+    for at, number, complaint in (
+        (0, 0, "1 <= N <= M"),
+        (0, 5, "1 <= N <= M"),
+        (1, 6, "no layout"),
+        (2, 8, "another instruction set|do not fit"),
+        (3, 0, "makes no layout"),
+        (3, 40, "do not fit"),
+        (4, 0, "makes no layout"),
+        (4, 2**40, "do not fit|inputs"),
+    ):
+        refused(operator, {**fits, "layout": [*right[:at], number, *right[at + 1 :]]}, complaint)
+    x = fits["x"]
+    for bad in (x.double(), x.half(), x[:, 2:], torch.tensor(1.0).to(x.dtype)):
+        refused(operator, {**fits, "x": bad}, "input")
+    for name in ("x", "values", "positions", "bias"):
+        refused(operator, {**fits, name: fits[name].to("meta")}, "on cpu, meta; needed one device")
+    if operator == "dots_conv2d":
+        for name, bad, complaint in (
+            ("kernel", [3], "kernel"),
+            ("kernel", [1, 1], "kernel"),
+            ("stride", [0, 1], "stride"),
+            ("padding", [-1, 0], "padding"),
+            ("dilation", [1], "dilation"),
+            ("dilation", [3, 1], "smaller than the kernel"),
+        ):
+            refused(operator, {**fits, name: bad}, complaint)
+
+
+@needs_dots
+@pytest.mark.parametrize("stored", SHORT)
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_indices_stay_inside_the_window(stored: torch.dtype, data: st.DataObject) -> None:
+    """Instructions look at no more bits than a window has inputs."""
+    fits = good("dots_linear", stored)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
+    fits["positions"] = torch.randint(0, 256, fits["positions"].shape, dtype=torch.uint8, generator=generator)
+    assert ops.dots_linear(**fits).isfinite().all()
+
+
+@pytest.mark.parametrize("stored", SHORT)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_compilers_see_them(operator: str, stored: torch.dtype) -> None:
+    fits = good(operator, stored)
+    function = getattr(ops, operator).default
+    torch.library.opcheck(function, tuple(fits[each.name] for each in function._schema.arguments))
+
+
+def test_which_weights_have_them(isa: str) -> None:
+    weight, half = torch.zeros(16, 64), torch.zeros(16, 64, dtype=torch.bfloat16)
+    has = kernels.has_dots()
+    assert ("dots" in kinds_for(half, Pattern(2, 4), torch.bfloat16)) == has
+    assert ("dots" in kinds_for(weight, Pattern(2, 4), torch.int8)) == has
+    assert ("dots" in kinds_for(half.view(16, 16, 2, 2), Pattern(2, 4), torch.bfloat16)) == has
+    assert "dots" not in kinds_for(weight, Pattern(2, 4), torch.bfloat16)  # its inputs would be rounded
+    assert "dots" not in kinds_for(half, Pattern(2, 4), torch.float32)
+    assert "dots" not in kinds_for(half.view(16, 16, 2, 2), Pattern(2, 4), torch.bfloat16, groups=2)
+    assert "dots" not in kinds_for(weight, Pattern(3, 6), torch.int8)
