@@ -65,25 +65,40 @@ def linear(rows: list[Row]) -> list[str]:
             for pattern in patterns:
                 of = [row for row in here if row["pattern"] == pattern and row["dtype"] == dtype]
                 best = max(of, key=lambda row: float(row["ratio"]))
-                cells.append(f"{ratio(best)} ({float(best['roofline']):.0%})")
-            dense = f"{float(here[0]['baseline_p50_us']):.0f}, {here[0]['baseline']}"
+                cells.append(f"{ratio(best)} ({float(best['roofline']):.0%}{_kernel(best)})")
+            against = next(row for row in here if row["dtype"] == dtype)
+            dense = f"{float(against['baseline_p50_us']):.0f}, {against['baseline']}"
             lines.append(
                 f"| {', '.join(re.findall('[0-9]+', shape))} | {threads} | {dtype} | {dense} | {' | '.join(cells)} |"
             )
     return lines
 
 
+def _kernel(row: Row) -> str:
+    """The kernels that lanes of outputs have, by a letter: r, d."""
+    return {"rows": " r", "dots": " d"}.get(row["impl"].split()[0], "")
+
+
 def models(rows: list[Row]) -> list[str]:
-    lines = ["| model | threads | variant | ms, p50 [p20, p80] | faster than the best dense |", "|---|---|---|---|---|"]
+    lines = [
+        "| model | threads | variant | ms, p50 [p20, p80] | faster than the best dense | MB of weights | MB of process |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         if row["op"] in ("mask", "linear") or row["op"].startswith("growth"):
             continue
         p20, p50, p80 = (float(row[name]) / 1e3 for name in ("p20_us", "p50_us", "p80_us"))
         lines.append(
             f"| {row['op']}, {row['shape']} | {row['threads']} | {row['impl']} "
-            f"| {p50:.1f} [{p20:.1f}, {p80:.1f}] | {ratio(row)} |"
+            f"| {p50:.1f} [{p20:.1f}, {p80:.1f}] | {ratio(row)} | {_megabytes(row, 'held_bytes')} "
+            f"| {_megabytes(row, 'grown_bytes')} |"
         )
     return lines
+
+
+def _megabytes(row: Row, field: str) -> str:
+    value = float(row.get(field) or "nan")
+    return "" if value != value else f"{value / 1e6:.0f}"
 
 
 def plot_bars(rows: list[Row], file: Path) -> None:

@@ -65,6 +65,20 @@ def test_a_margin_is_left_for_noise(monkeypatch, sparse, kind, reason):
     assert (conv.kind, conv.reason, conv.sparse) == (kind, reason, sparse)
 
 
+@pytest.mark.skipif(not ow.kernels.has_dots(), reason="needs AVX-512 with BF16, VBMI and VNNI")
+def test_dots_are_for_layers_in_bfloat16_and_for_int8(monkeypatch):
+    """A convolution in the better memory format, as a dense one; by default weights stay in the model's dtype."""
+    half = net().bfloat16()
+    say(monkeypatch, **{"panel": 0.5, "rows": 0.5, "dots": 0.4, "dots, channels_last": 0.3})
+    found = ow.plan(half, X.bfloat16(), pattern="2:4")
+    assert found.stored == torch.bfloat16
+    assert {each.name: (each.kind, each.sparse) for each in found.layers if each.kind} == {
+        "conv.weight": ("dots", 0.3), "a.weight": ("dots", 0.8), "b.weight": ("dots", 0.4)}  # fmt: skip
+    assert set(ow.plan(net(), X, pattern="2:4", stored=torch.int8).chosen.values()) == {"dots"}
+    for model, x, stored in ((net(), X, torch.bfloat16), (half, X.bfloat16(), torch.float32)):
+        assert "dots" not in ow.plan(model, x, pattern="2:4", stored=stored).chosen.values()
+
+
 def test_alike_layers_are_measured_once(monkeypatch):
     asked = []
     say(monkeypatch, panel=0.5, rows=0.6)

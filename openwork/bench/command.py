@@ -86,11 +86,7 @@ def _run(what: str, asked: argparse.Namespace) -> list[Row]:
             if isinstance(each, Row):
                 rows.append(each)
             else:
-                plan, (held, grown) = each
-                print(
-                    f"{len(plan.chosen)} of {len(plan.layers)} weights sparse; "
-                    f"{held / 1e6:.1f} MB held, process +{grown / 1e6:.1f} MB"
-                )
+                print(f"{len(each.chosen)} of {len(each.layers)} weights sparse")
     if rows:
         print("\n".join(aligned(*table(rows))), flush=True)
     return rows
@@ -98,14 +94,26 @@ def _run(what: str, asked: argparse.Namespace) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells, for printing."""
-    header = ["op", "shape", "impl", "threads", "p50 us", "p20..p80", "x baseline", "baseline", "of bound"]
+    header = [
+        "op",
+        "shape",
+        "impl",
+        "threads",
+        "p50 us",
+        "p20..p80",
+        "x baseline",
+        "baseline",
+        "of bound",
+        "MB held, +process",
+    ]
     return header, [_cells(row) for row in rows]
 
 
 def _cells(r: Row) -> list[str]:
     times = [f"{r.p50_us:.0f}", f"{r.p20_us:.0f}..{r.p80_us:.0f}", f"{r.ratio:.2f}"]
     share = "-" if math.isnan(r.roofline) else f"{r.roofline:.0%}"
-    return [r.op, r.shape, r.impl, str(r.threads), *times, r.baseline, share]
+    size = "-" if math.isnan(r.held_bytes) else f"{r.held_bytes / 1e6:.1f}, +{r.grown_bytes / 1e6:.1f}"
+    return [r.op, r.shape, r.impl, str(r.threads), *times, r.baseline, share, size]
 
 
 def plan(words: Sequence[str]) -> int:

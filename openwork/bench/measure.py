@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from openwork.kernels.native import library
 class Row:
     """One variant of one operator. Times in microseconds: 20th, 50th and 80th percentile. `ratio` is the baseline's
     median over this median: above 1 where this is faster. `bound_us` is what the machine's peak and bandwidth allow,
-    the larger of operations over peak and bytes over bandwidth, and `roofline` its share of the median."""
+    the larger of operations over peak and bytes over bandwidth, and `roofline` its share of the median. Of whole models
+    `held_bytes` are their parameters and buffers, and `grown_bytes` by how much the peak of a fresh process grew while
+    it loaded the model and ran it once."""
 
     op: str
     shape: str
@@ -44,6 +46,8 @@ class Row:
     torch: str
     openwork: str
     date: str
+    held_bytes: float = float("nan")
+    grown_bytes: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,10 @@ def rows(
     baselines: Iterable[str],
     about: Mapping[str, tuple[str, str]],
     bounds: Mapping[str, float],
+    memory: Mapping[str, tuple[int, int]] | None = None,
 ) -> list[Row]:
-    """One row for each variant, against the fastest of `baselines`. `about`: variant -> (pattern, dtype)."""
+    """One row for each variant, against the fastest of `baselines`. `about`: variant -> (pattern, dtype); `memory`:
+    variant -> (held, grown)."""
     medians = {name: statistics.median(each) for name, each in times.items()}
     best = min(baselines, key=lambda name: medians[name])
     made = []
@@ -107,7 +113,9 @@ def rows(
         bound, (pattern, dtype) = bounds.get(name, float("nan")), about.get(name, ("dense", "float32"))
         against = (best, 1e6 * medians[best], medians[best] / medians[name])
         limit = (1e6 * bound, bound / medians[name])
-        made.append(Row(op, shape, pattern, dtype, name, p20, p50, p80, *against, *limit, **_where()))
+        held, grown = (memory or {}).get(name, (float("nan"), float("nan")))
+        row = Row(op, shape, pattern, dtype, name, p20, p50, p80, *against, *limit, **_where())
+        made.append(replace(row, held_bytes=held, grown_bytes=grown))
     return made
 
 

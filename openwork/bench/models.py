@@ -73,10 +73,10 @@ def forward_passes(
     seconds: float,
     compiled: bool,
     dtype: torch.dtype = torch.float32,
-) -> Iterator[Row | tuple[Plan, tuple[int, int]]]:
+) -> Iterator[Row | Plan]:
     """Rows of each model in `dtype` and batch, all variants taking turns: dense (eager, channels_last, compiled; where
     there are int8 weights, linear layers in torch's int8), deployed with weights in each of `stored`. Yields the plans
-    of the deployed ones as well, each with the `memory` of its model. Dense int8 is a baseline of int8 alone."""
+    of the deployed ones as well. Dense int8 is a baseline of int8 alone."""
     for batch in batches:
         model, x = build(name, batch)
         model, x = model.to(dtype), x.to(dtype)
@@ -91,6 +91,7 @@ def forward_passes(
             variants["dense compiled"] = partial(torch.compile(copy.deepcopy(dense)), x)
         baselines = list(variants)
         about = {name: ("dense", _short(dtype)) for name in baselines}
+        bytes_of = {"dense eager": memory(dense, x)}
         if torch.int8 in stored and dtype == torch.float32 and x.ndim == 3:
             variants["dense int8"] = partial(_quantized(dense), x)
             about["dense int8"] = ("dense", "int8")
@@ -103,15 +104,16 @@ def forward_passes(
                     fast = deploy(sparse, x, pattern=pattern, stored=kept)
                 short = f"deployed {pattern} {_short(kept)}"
                 variants[short], about[short] = partial(fast, x), (str(pattern), _short(kept))
-                yield fast.deployment, memory(fast, x)  # type: ignore[misc]
+                bytes_of[short] = memory(fast, x)
+                yield fast.deployment  # type: ignore[misc]
         with torch.inference_mode():
             times = alternating(variants, seconds=seconds, flush=False)
         int8 = {name: each for name, each in times.items() if about[name][1] == "int8"}
         others = {name: each for name, each in times.items() if name not in int8}
-        yield from rows(name, f"batch {batch}", others, baselines, about, {})
+        yield from rows(name, f"batch {batch}", others, baselines, about, {}, bytes_of)
         if int8:
             against = [*baselines, *(name for name in int8 if name.startswith("dense"))]
-            both = rows(name, f"batch {batch}", {**others, **int8}, against, about, {})
+            both = rows(name, f"batch {batch}", {**others, **int8}, against, about, {}, bytes_of)
             yield from (row for row in both if row.dtype == "int8")
 
 

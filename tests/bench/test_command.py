@@ -125,7 +125,36 @@ def test_whole_models(monkeypatch, capsys):
         "deployed 2:4 int8",
     ]
     assert {row["baseline"] for row in found} <= {"dense eager", "dense channels_last"}
-    assert capsys.readouterr().out.count("of 1 weights sparse; 1.0 MB held, process +2.0 MB") == 4
+    assert [row["held_bytes"] for row in found[:4]] == ["1e+06", "nan", "1e+06", "1e+06"]
+    printed = capsys.readouterr().out
+    assert printed.count("of 1 weights sparse\n") == 4
+    assert printed.count("1.0, +2.0") == 6
+
+
+def test_whole_models_in_bfloat16_and_with_torchs_int8(monkeypatch):
+    monkeypatch.setattr(models, "memory", lambda model, example: (1, 2))
+    monkeypatch.setattr(
+        models, "build", lambda name, batch: (nn.Sequential(nn.Linear(32, 16)), torch.randn(batch, 4, 32))
+    )
+    words = ["bench", "net", "--patterns", "2:4", "--batches", "1", "--threads", "1", "--seconds", "0", "--no-compile"]
+    assert main([*words, "--dtype", "bfloat16"]) == 0
+    found = {row["impl"]: row for row in read("bench.csv")}
+    assert set(found) == {"dense eager", "deployed 2:4 bfloat16"}
+    assert {row["dtype"] for row in found.values()} == {"bfloat16"}
+    assert main([*words, "--stored", "float32", "int8"]) == 0
+    found = {row["impl"]: row for row in read("bench.csv")}
+    assert set(found) == {"dense eager", "deployed 2:4 float32", "dense int8", "deployed 2:4 int8"}
+    assert found["deployed 2:4 float32"]["baseline"] == "dense eager"  # int8 rounds more
+
+
+def test_each_precision_is_compared_with_those_that_round_no_more():
+    rows = list(operators.linear(Machine(1e9, 1e9), [(8, 64, 48)], [ow.Pattern(2, 4)], 0))
+    assert {row.baseline.split()[1] for row in rows if row.dtype == "float32"} == {"float32"}
+    assert {row.baseline.split()[1] for row in rows if row.dtype == "bfloat16"} <= {"float32", "bfloat16"}
+    assert [row.impl for row in rows if row.dtype == "float32"][:2] == ["torch float32", "oneDNN float32"]
+    names = [row.impl for row in rows]
+    assert len(names) == len(set(names))
+    assert any("dots" in name for name in names) == ow.kernels.has_dots()
 
 
 @pytest.mark.slow
