@@ -81,7 +81,7 @@ def _kernel(row: Row) -> str:
 
 def models(rows: list[Row]) -> list[str]:
     lines = [
-        "| model | threads | variant | ms, p50 [p20, p80] | faster than the best dense | MB of weights | MB of process |",
+        "| model | threads | variant | ms, p50 [p20, p80] | times the best dense | MB of weights | MB of process |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -82,11 +82,12 @@ def _run(what: str, asked: argparse.Namespace) -> list[Row]:
         stored = [getattr(torch, each) for each in asked.stored or [asked.dtype]]
         given = {"seconds": asked.seconds, "compiled": not asked.no_compile, "dtype": getattr(torch, asked.dtype)}
         passes = models.forward_passes(what, asked.batches, patterns, stored, **given)
-        for each in passes:
-            if isinstance(each, Row):
-                rows.append(each)
-            else:
-                print(f"{len(each.chosen)} of {len(each.layers)} weights sparse")
+        with torch.no_grad():  # weights of inference mode cannot be frozen by a compiler
+            for each in passes:
+                if isinstance(each, Row):
+                    rows.append(each)
+                else:
+                    print(f"{len(each.chosen)} of {len(each.layers)} weights sparse", flush=True)
     if rows:
         print("\n".join(aligned(*table(rows))), flush=True)
     return rows

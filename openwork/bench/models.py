@@ -74,21 +74,22 @@ def forward_passes(
     compiled: bool,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Row | Plan]:
-    """Rows of each model in `dtype` and batch, all variants taking turns: dense (eager, channels_last, compiled; where
-    there are int8 weights, linear layers in torch's int8), deployed with weights in each of `stored`. Yields the plans
+    """Rows of each model in `dtype` and batch, all variants taking turns: dense (eager, channels_last, compiled with
+    frozen weights; where there are int8 weights, linear layers in torch's int8), deployed with weights in each of
+    `stored`, and that compiled. Yields the plans
     of the deployed ones as well. Dense int8 is a baseline of int8 alone."""
     for batch in batches:
+        torch.compiler.reset()  # some compiled models of one class are too many
         model, x = build(name, batch)
         model, x = model.to(dtype), x.to(dtype)
         dense = copy.deepcopy(model)
-        with torch.inference_mode():
-            fold_batch_norm(dense, x)
+        fold_batch_norm(dense, x)
         variants: dict[str, Callable[[], object]] = {"dense eager": partial(dense, x)}
         if x.ndim == 4:
             last = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             variants["dense channels_last"] = partial(last, x.to(memory_format=torch.channels_last))
         if compiled:
-            variants["dense compiled"] = partial(torch.compile(copy.deepcopy(dense)), x)
+            variants["dense compiled"] = _compiled(dense, x)
         baselines = list(variants)
         about = {name: ("dense", _short(dtype)) for name in baselines}
         bytes_of = {"dense eager": memory(dense, x)}
@@ -104,10 +105,11 @@ def forward_passes(
                     fast = deploy(sparse, x, pattern=pattern, stored=kept)
                 short = f"deployed {pattern} {_short(kept)}"
                 variants[short], about[short] = partial(fast, x), (str(pattern), _short(kept))
+                if compiled:
+                    variants[short + " compiled"], about[short + " compiled"] = _compiled(fast, x), about[short]
                 bytes_of[short] = memory(fast, x)
                 yield fast.deployment  # type: ignore[misc]
-        with torch.inference_mode():
-            times = alternating(variants, seconds=seconds, flush=False)
+        times = alternating(variants, seconds=seconds, flush=False)
         int8 = {name: each for name, each in times.items() if about[name][1] == "int8"}
         others = {name: each for name, each in times.items() if name not in int8}
         yield from rows(name, f"batch {batch}", others, baselines, about, {}, bytes_of)
@@ -115,6 +117,16 @@ def forward_passes(
             against = [*baselines, *(name for name in int8 if name.startswith("dense"))]
             both = rows(name, f"batch {batch}", {**others, **int8}, against, about, {}, bytes_of)
             yield from (row for row in both if row.dtype == "int8")
+
+
+def _compiled(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    """A copy compiled at its best: weights are constants, which dense products have laid out ahead of time."""
+    import torch._inductor.config as inductor
+
+    made = torch.compile(copy.deepcopy(model))
+    with inductor.patch(freezing=True):
+        made(x)
+    return partial(made, x)
 
 
 def _short(dtype: torch.dtype) -> str:
