@@ -325,13 +325,14 @@ OPENWORK_API int64_t openwork_dots_scratch(const Dots* d, int64_t threads) {
 
 OPENWORK_API void openwork_dots(const Dots* given, int32_t dtype, int64_t threads) {
   const Dots& d = *given;
-  const int64_t groups = dots_groups(d), parts_of_all = parts(groups, kTogether), rows = lesser(d.batch, kTogether * kDotsBatch);
+  const int64_t groups = dots_groups(d), together = parts(groups, parts(groups, kTogether));  // of nearly the same size
+  const int64_t parts_of_all = parts(groups, together), rows = lesser(d.batch, together * kDotsBatch);
   if (each_packs(d, threads))
     return parallel_for(parts_of_all, 1, [&](int64_t first, int64_t last) {
       Dots mine = d;
       mine.packed = (char*)memory<0>((kTogether * kDotsBatch) * d.windows * kernels->lanes);
-      for (int64_t from = first * kTogether; from < lesser(last * kTogether, groups); from += kTogether) {
-        const int64_t to = lesser(from + kTogether, groups);
+      for (int64_t from = first * together; from < lesser(last * together, groups); from += together) {
+        const int64_t to = lesser(from + together, groups);
         mine.packed_from = from * d.batch / groups;
         kernels->pack(mine, dtype, from, to);
         kernels->dots(mine, dtype, 0, d.blocks, from, to);
@@ -341,9 +342,9 @@ OPENWORK_API void openwork_dots(const Dots* given, int32_t dtype, int64_t thread
   const int64_t work = d.windows * d.steps * kernels->lanes * rows;
   parallel_for(parts_of_all * d.blocks, 1 + 16384 / work, [&](int64_t first, int64_t last) {
     while (first < last) {
-      const int64_t part = first / d.blocks, end = lesser(last, (part + 1) * d.blocks), from = part * kTogether;
+      const int64_t part = first / d.blocks, end = lesser(last, (part + 1) * d.blocks), from = part * together;
       const int64_t block = first - part * d.blocks;
-      kernels->dots(d, dtype, block, block + end - first, from, lesser(from + kTogether, groups));
+      kernels->dots(d, dtype, block, block + end - first, from, lesser(from + together, groups));
       first = end;
     }
   });

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -117,9 +118,10 @@ def _dense(x: Tensor, weight: Tensor, dtypes: Sequence[str]) -> dict[str, tuple[
             found["oneDNN bfloat16"] = ("bfloat16", partial(ordered, x.bfloat16()))
     if "int8" in dtypes and torch.backends.quantized.engine != "none":
         scale = float(weight.abs().max()) / 127
-        packed_weight = torch.ops.quantized.linear_prepack(
-            torch.quantize_per_tensor(weight, scale, 0, torch.qint8), None
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # to be moved to another package, some day
+            whole = torch.quantize_per_tensor(weight, scale, 0, torch.qint8)
+        packed_weight = torch.ops.quantized.linear_prepack(whole, None)
         found["torch int8"] = ("int8", partial(torch.ops.quantized.linear_dynamic, x, packed_weight))
     return found
 
