@@ -213,6 +213,10 @@ class SparseConv2d(_CpuLayer):
         unbatched = input.ndim == (2 if self.flat else 3)
         image = input.unsqueeze(0) if unbatched else input
         image = image.unsqueeze(2) if self.flat else image
+        if image.shape[1] != self.channels * self.groups:  # kernels know it rounded up to M
+            raise ValueError(
+                f"input {tuple(input.shape)} has {image.shape[1]} channels; needed {self.channels * self.groups}"
+            )
         layout = (self.values, self.positions, self.scales, self.bias, self.numbers)
         geometry = (self.kernel, self.stride, self.padding, self.dilation)
         if self.kind == "dots":

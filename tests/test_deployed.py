@@ -21,6 +21,7 @@ from torch.multiprocessing import get_context
 import openwork as ow
 from openwork.deployed import SparseConv2d, SparseLinear, demand_undeployed, symmetric_padding
 from openwork.kernels import native
+from openwork.layout import has_dots_layout
 
 STATUS = ow.kernels.status()
 STORED = [torch.float32, torch.bfloat16, torch.int8]
@@ -71,9 +72,9 @@ CONV = {
 
 def kinds(layer: nn.Module, pattern: ow.Pattern, stored: torch.dtype = torch.float32) -> list[str]:
     """Those of float32 layers; int8's dots also on instruction sets without them, where they are slow."""
-    fits = pattern.m in (2, 4, 8)
+    fits = has_dots_layout(stored, pattern, ow.kernels.lanes())
     found = ["panel", *["rows"] * (layer.weight.ndim == 2 and pattern.m in (2, 4, 8, 16, 32))]
-    return [*found, *["dots"] * (stored == torch.int8 and fits and getattr(layer, "groups", 1) == 1)]
+    return [*found, *["dots"] * (fits and stored == torch.int8 and getattr(layer, "groups", 1) == 1)]
 
 
 def deployed(layer: nn.Module, pattern: ow.Pattern, kind: str, stored: torch.dtype) -> nn.Module:
@@ -120,7 +121,7 @@ def test_convolutions(name, stored, isa):
         if x.ndim == 4:
             last = made(x.to(memory_format=torch.channels_last))
             assert torch.equal(last, made(x))
-        assert last.is_contiguous(memory_format=torch.channels_last)
+            assert last.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_channels_that_the_pattern_does_not_divide(isa):
@@ -131,6 +132,15 @@ def test_channels_that_the_pattern_does_not_divide(isa):
     layer.weight[:, 1::2] = 0
     for kind in ("panel", "rows"):
         check(layer, SparseLinear(layer, P24, kind, torch.float32), torch.randn(3, 10), torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["panel", "dots"])
+def test_an_input_with_other_channels_is_refused(kind, isa):
+    """Also where both numbers are the same rounded up to M."""
+    made = deployed(projected(nn.Conv2d(8, 4, 3)), P24, kind, torch.int8)
+    for channels in (4, 7, 12):
+        with pytest.raises(ValueError, match=rf"has {channels} channels; needed 8"):
+            made(torch.randn(2, channels, 5, 5))
 
 
 @pytest.mark.parametrize("kind", ["panel", "rows"])
@@ -157,7 +167,7 @@ BFLOAT16 = {
     "one row": (lambda: nn.Linear(32, 16, bias=False), (32,)),
     "Hugging Face's Conv1D": (lambda: hf_conv1d(10, 24), (5, 24)),
     "conv1d": (lambda: nn.Conv1d(8, 6, 3, padding=2), (2, 8, 11)),
-    "conv2d": (lambda: nn.Conv2d(6, 20, (3, 1), stride=(1, 2), padding=1, dilation=(2, 1)), (2, 6, 9, 7)),
+    "conv2d": (lambda: nn.Conv2d(8, 20, (3, 1), stride=(1, 2), padding=1, dilation=(2, 1)), (2, 8, 9, 7)),
     "one image": (lambda: nn.Conv2d(40, 6, 1), (40, 7, 9)),
 }
 

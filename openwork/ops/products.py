@@ -169,7 +169,8 @@ def _conv2d(
         whole, input_scales = quantized_rows(x) if len(x) else (x, x.new_empty(0))
         sums = F.conv2d(whole.double(), weight.double(), None, stride, padding, dilation, groups).float()
         y = sums * (input_scales[:, None] * scales)[..., None, None] + (0 if bias is None else bias[:, None, None])
-    return y.relu() if relu else y
+    y = y.relu() if relu else y
+    return y.contiguous(memory_format=torch.channels_last) if channels_last(x) else y.contiguous()
 
 
 @torch.library.register_fake("openwork::panel_linear")
