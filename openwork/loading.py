@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from openwork.axis import Axis
 from openwork.candidates import known_axis
@@ -58,6 +59,12 @@ def load_deployed(
     with the dense one, which never exists here: `ow.deploy` does that. Where no layer is faster sparse, the result is
     dense, and a warning says so. Raises ValueError where file and model, or `chosen`, do not fit.
     """
+    elsewhere = {str(x.device) for x in tree_leaves(example) if isinstance(x, Tensor) and x.device.type != "cpu"}
+    if elsewhere:
+        raise ValueError(
+            f"load_deployed packs weights for the CPU, the example is on {', '.join(sorted(elsewhere))}: move it to the "
+            "CPU, or ow.load the file into a model there and ow.deploy that"
+        )
     stored = stored or own_dtype(model)
     if stored not in STORED:
         raise ValueError(f"stored={stored}; needed one of {', '.join(map(str, STORED))}")

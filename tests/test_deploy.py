@@ -90,6 +90,33 @@ def test_other_batches_and_memory_formats(sparse_wins):
         torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-5)
 
 
+def test_it_compiles_whole(sparse_wins):
+    model = net()
+    for stored in (torch.float32, torch.int8):
+        fast = ow.deploy(model, X, pattern="2:4", exclude=["down"], stored=stored)
+        assert any(isinstance(each, SparseConv2d) for each in fast.modules())
+        compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(X), fast(X))
+
+
+@pytest.mark.skipif(not ow.kernels.has_dots(), reason="needs AVX-512 with BF16, VBMI and VNNI")
+def test_a_model_in_bfloat16(monkeypatch):
+    """Everything but the grouped convolution by dots; outputs as far from float64's as the dense model's own."""
+    say(monkeypatch, panel=0.8, rows=0.8, dots=0.5, sparse=0.5)
+    model = net().bfloat16()
+    x = X.bfloat16()
+    fast = ow.deploy(model, x, pattern="2:4", exclude=["down"])
+    kinds = {name: each.kind for name, each in fast.named_modules() if isinstance(each, SparseConv2d | SparseLinear)}
+    assert kinds == {"stem.0": "dots", "grouped": "panel", "line": "dots", "up": "dots"}
+    exact = copy.deepcopy(model).double()(x.double())
+    with torch.no_grad():
+        y, dense = fast(x), model(x)
+    assert y.dtype == torch.bfloat16
+    assert (y - exact).abs().max() <= 2 * (dense - exact).abs().max() + 0.01 * exact.abs().max()
+    assert {each.dtype for each in fast.state_dict().values() if each.is_floating_point()} == {torch.bfloat16}
+
+
 def test_dense_is_kept_where_sparse_loses(monkeypatch):
     say(monkeypatch, panel=2.0, rows=2.0)
     model = net()

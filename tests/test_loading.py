@@ -277,6 +277,11 @@ def test_groups_that_do_not_run_along_the_inputs_stay_dense(path):
     assert {each.reason for each in fast.deployment.layers} == {"its groups do not run along the inputs"}
 
 
+def test_an_example_on_another_device_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="packs weights for the CPU, the example is on meta: move it to the CPU, or"):
+        ow.load_deployed(tmp_path / "none.safetensors", Net(), (EXAMPLE.to("meta"),))
+
+
 @pytest.mark.parametrize("chosen", [{"stem.weight": "panel"}, {"conv.weight": "rows"}, {"gone": "panel"}])
 def test_a_choice_that_cannot_be_is_named(path, saved, chosen):
     ((name, kind),) = chosen.items()
