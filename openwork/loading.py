@@ -62,7 +62,7 @@ def load_deployed(
     elsewhere = {str(x.device) for x in tree_leaves(example) if isinstance(x, Tensor) and x.device.type != "cpu"}
     if elsewhere:
         raise ValueError(
-            f"load_deployed packs weights for the CPU, the example is on {', '.join(sorted(elsewhere))}: move it to the "
+            f"load_deployed packs for the CPU, the example is on {', '.join(sorted(elsewhere))}: move it to the "
             "CPU, or ow.load the file into a model there and ow.deploy that"
         )
     stored = stored or own_dtype(model)

@@ -278,7 +278,7 @@ def test_groups_that_do_not_run_along_the_inputs_stay_dense(path):
 
 
 def test_an_example_on_another_device_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="packs weights for the CPU, the example is on meta: move it to the CPU, or"):
+    with pytest.raises(ValueError, match="packs for the CPU, the example is on meta: move it to the CPU, or"):
         ow.load_deployed(tmp_path / "none.safetensors", Net(), (EXAMPLE.to("meta"),))
 
 
