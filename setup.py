@@ -13,6 +13,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -33,7 +34,12 @@ FLAGS = [
 FLAGS += ["-Wno-maybe-uninitialized"]  # gcc's own AVX-512 headers
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 ISAS = {
-    "x86_64": {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16"]},
+    "x86_64": {
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": AVX512,
+        "avx512vnni": [*AVX512, "-mavx512vnni"],
+        "avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16"],
+    },
     "aarch64": {"neon": []},
 }
 MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
@@ -61,10 +67,16 @@ class BuildNative(build_ext):
 
     def _compile(self, source: tuple[str, list[str]]) -> list[str]:
         name, flags = source
-        depends = [str(path) for path in Path("csrc").iterdir()]
-        return self.compiler.compile(
-            [f"csrc/{name}.cpp"], self.build_temp, include_dirs=["csrc"], extra_postargs=FLAGS + flags, depends=depends
-        )
+        options = {"include_dirs": ["csrc"], "depends": [str(path) for path in Path("csrc").iterdir()]}
+        try:
+            return self.compiler.compile([f"csrc/{name}.cpp"], self.build_temp, extra_postargs=FLAGS + flags, **options)
+        except CompileError:
+            if name != "avx512bf16":
+                raise
+            print("warning: this compiler knows no AVX-512 BF16: its kernels are left out", file=sys.stderr)
+            return self.compiler.compile(
+                [f"csrc/{name}.cpp"], self.build_temp, extra_postargs=[*FLAGS, "-DTOO_NEW"], **options
+            )
 
     def copy_extensions_to_source(self) -> None:
         if any(Path(path).exists() for path in self.get_outputs()):

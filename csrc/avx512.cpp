@@ -1,4 +1,4 @@
-// AVX-512 F, BW, DQ, VL: Skylake-X, Zen 4 and later.
+// AVX-512 F, BW, DQ, VL: Skylake-X and later.
 #define VECTOR_BYTES 64
 #ifndef ISA_NAME
 #define ISA_NAME "avx512"
@@ -17,7 +17,7 @@ constexpr bool kSlotsUnrolled = true;
 inline Float fma(Float a, Float b, Float c) { return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 
 inline Int dot_pairs(Int sum, Short a, Short b) {
-#ifdef HAS_DOTS
+#ifdef __AVX512VNNI__
   return (Int)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #else
   return sum + (Int)_mm512_madd_epi16((__m512i)a, (__m512i)b);
@@ -25,10 +25,11 @@ inline Int dot_pairs(Int sum, Short a, Short b) {
 }
 
 bool supported() {
+#ifdef __AVX512VNNI__
+  if (!__builtin_cpu_supports("avx512vnni")) return false;
+#endif
 #ifdef HAS_DOTS
-  for (const bool each : {__builtin_cpu_supports("avx512vnni") != 0, __builtin_cpu_supports("avx512vbmi") != 0,
-                          __builtin_cpu_supports("avx512bf16") != 0})
-    if (!each) return false;
+  if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512bf16")) return false;
 #endif
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

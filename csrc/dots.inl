@@ -1,9 +1,9 @@
 // Products whose lanes are outputs and whose inputs are as short as the weights: bfloat16, int8.
 //
-// A window of inputs fills one vector. Rows of inputs are packed in groups, window by window, so that a group is read from
-// end to end: rows are often a power of two apart, and then only a few of them stay in the cache. For each step a vector of weights, two bfloat16 or four int8 of each output, meets
-// the inputs that a permutation picks, and one instruction multiplies and adds them. Weights and indices are loaded once
-// for up to kDotsBatch inputs, which share the registers with their sums.
+// A window of inputs fills one vector. For each step a vector of weights, two bfloat16 or four int8 of each output, meets the
+// inputs that a permutation picks, and one instruction multiplies and adds them. Weights and indices are loaded once for up to
+// kDotsBatch rows of inputs, which share the registers with their sums. Such groups of rows are packed window by window, so
+// that they are read from end to end: rows are often a power of two apart, and then only a few of them stay in the cache.
 
 inline Float some(const float* from, int64_t count) {  // zeros behind the last
   if (count >= kLanes) return load(from);
@@ -152,8 +152,7 @@ int32_t largest(const float* x, int64_t count) {
 }
 
 void quantize(const float* x, int64_t count, float scale, uint8_t* to) {
-  for (int64_t i = 0; i < count; i++)  // to the nearest, ties to even, in the low bits of the sum
-    to[i] = uint8_t(bits_of(x[i] / scale + 12582912.0f) + 128);
+  for (int64_t i = 0; i < count; i++) to[i] = uint8_t(nearest(x[i], scale) + 128);
 }
 
 // Rows [row, row + count) as (windows, count, vector): `fill(b, at, inputs, to)` writes inputs [at, at + inputs) of row b.

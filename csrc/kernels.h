@@ -4,7 +4,8 @@
 //
 // One translation unit an instruction set (scalar.cpp, avx2.cpp, ...), compiled with its own flags, includes the
 // kernels (*.inl) into an anonymous namespace and fills one table. dispatch.cpp chooses a table at run time.
-// The .inl files use nothing from std:: that is inline: the linker could keep the copy that a newer CPU compiled.
+// The .inl files use nothing from std:: that is inline, and functions here are static: of copies with one name the linker
+// could keep the one that a newer CPU compiled.
 #pragma once
 
 #include <cstddef>
@@ -19,10 +20,10 @@ struct Groups {
   int32_t n, m;
 };
 
-inline int64_t groups_of(const Groups& g) { return (g.length + g.m - 1) / g.m; }  // for each index of `outer`
+static inline int64_t groups_of(const Groups& g) { return (g.length + g.m - 1) / g.m; }  // for each index of `outer`
 
 // Where group number `group` of all begins. Its members and columns are one stretch of memory.
-inline int64_t start_of(const Groups& g, int64_t group) {
+static inline int64_t start_of(const Groups& g, int64_t group) {
   return (group / groups_of(g) * g.length + group % groups_of(g) * g.m) * g.inner;
 }
 
@@ -61,9 +62,6 @@ struct Rows {
   Activation activation;
 };
 
-// A product whose lanes are outputs and whose inputs are as short as the weights ("dots"): in each 32 bits of a vector two
-// bfloat16, or four int8, of one output meet the inputs that a permutation picks from a window of one vector. Their
-// products are added up as one: a step. K padded to whole windows.
 // Rows that are the output pixels of all images, their inputs numbered kernel position by kernel position, channels
 // within: pieces of the images, which have their channels last.
 struct Pixels {
@@ -71,6 +69,9 @@ struct Pixels {
   int32_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w;
 };
 
+// A product whose lanes are outputs and whose inputs are as short as the weights ("dots"): in each 32 bits of a vector two
+// bfloat16, or four int8, of one output meet the inputs that a permutation picks from a window of one vector. Their
+// products are added up as one: a step. K padded to whole windows.
 struct Dots {
   const void* values;      // (blocks, windows, steps, lanes, 4 bytes): two bfloat16 or four int8 of a lane
   const uint8_t* indices;  // bfloat16: (blocks, windows, steps / 2 rounded up, lanes, 2, 2), the last those of two steps;
@@ -93,18 +94,27 @@ struct Dots {
 // Rows of inputs that share what is loaded of the weight: groups of nearly the same size. Group g begins at row
 // g * batch / groups.
 constexpr int kDotsBatch = 12;
-inline int64_t dots_groups(const Dots& d) { return (d.batch + kDotsBatch - 1) / kDotsBatch; }
+static inline int64_t dots_groups(const Dots& d) { return (d.batch + kDotsBatch - 1) / kDotsBatch; }
 
 // What the whole numbers of -127 to 127 that stand for some inputs are multiplied with, by the bits of the largest
 // magnitude. NaN where an input is; 1 where there is nothing but zeros, or next to nothing.
-inline float scale_for(int32_t largest) {
+static inline float scale_for(int32_t largest) {
   float value;
   __builtin_memcpy(&value, &largest, 4);
   return value / 127 < kSmallest ? 1 : value / 127;
 }
 
+// The nearest whole number, ties to even, of |value / scale| <= 127, in the low bits: adding 1.5 * 2^23 leaves no room for
+// a fraction. Of what is not a number it is any.
+static inline int32_t nearest(float value, float scale) {
+  const float shifted = value / scale + 12582912.0f;
+  int32_t bits;
+  __builtin_memcpy(&bits, &shifted, 4);
+  return bits;
+}
+
 // How many words hold the indices of all slots of one lane: a word holds whole windows, or a window whole words.
-inline int64_t words_of(int64_t windows, int64_t slots, int64_t in_word) {
+static inline int64_t words_of(int64_t windows, int64_t slots, int64_t in_word) {
   if (slots > in_word) return windows * ((slots + in_word - 1) / in_word);
   const int64_t together = in_word / slots;
   return (windows + together - 1) / together;

@@ -83,24 +83,15 @@ void rescale(const PanelWeight& w, int64_t first, int64_t last, float* sum, int6
     }
 }
 
-// What the whole numbers of -127 to 127 that stand for some inputs are multiplied with. NaN where an input is, so that it
-// surfaces; 1 where there is nothing but zeros, or next to nothing.
 float scale_of(const float* x, int64_t count) {
   float largest = 0;
   for (int64_t i = 0; i < count; i++) {
     const float size = std::fabs(x[i]);
     largest = size > largest || size != size ? size : largest;
   }
-  return largest / 127 < kSmallest ? 1 : largest / 127;
-}
-
-// Nearest whole number, ties to even, of |value / scale| <= 127: adding 1.5 * 2^23 leaves no room for a fraction, and the
-// number in the low bits. Of what is not a number it is any.
-int16_t quantized(float value, float scale) {
-  const float shifted = value / scale + 12582912.0f;
   int32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  return int16_t(bits);
+  std::memcpy(&bits, &largest, 4);
+  return scale_for(bits);
 }
 
 // Enough tasks for the threads to share evenly, none so small that it only fetches its inputs.
@@ -138,7 +129,7 @@ void pack_panel(const LinearCall& call, int64_t first, int64_t count, char* to, 
     kernels->transpose(x + k, call.x_stride, count, inputs, part, columns);
     for (int64_t i = 0; i < inputs; i++) {
       int16_t* to = panel + (k + i) * columns;
-      for (int64_t c = 0; c < count; c++) to[c] = quantized(part[i * columns + c], scales[first + c]);
+      for (int64_t c = 0; c < count; c++) to[c] = int16_t(nearest(part[i * columns + c], scales[first + c]));
       for (int64_t c = count; c < width; c++) to[c] = 0;
     }
   }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from openwork.candidates import AxisChoice, PatternChoice
-from openwork.deployed import PackedLayer
+from openwork.deployed import PackedLayer, SparseConv2d
 from openwork.folding import fold_batch_norm, following_relu, replace
 from openwork.gemms import run
 from openwork.parametrization import unwrap
@@ -234,6 +234,8 @@ def _channels_last(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.Conv2d:
             module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
+        elif isinstance(module, SparseConv2d):
+            module.channels_last = not module.flat
     return model
 
 

@@ -58,10 +58,15 @@ def _laid_out(numbers: Tensor, scales: Tensor | None, pattern: Pattern, kind: Ki
     return (rows if kind == "rows" else dots)(numbers.contiguous(), pattern, lanes=kernels.lanes(), scales=scales)
 
 
+def kind_here(kind: Kind) -> Kind:
+    """The kernel that stands in for one that another machine chose."""
+    return "panel" if kind == "dots" and not kernels.has_dots() else kind
+
+
 def kinds_for(weight: Tensor, pattern: Pattern, stored: torch.dtype, groups: int = 1) -> tuple[Kind, ...]:
     """The kernels of this machine that can take a layer's weight, stored as that dtype, of a convolution in so many
-    groups. `dots` rounds no more than the
-    layer does: its inputs are bfloat16 where the layer's are, and int8 sums are exact in every kernel."""
+    groups. `dots` rounds no more than the layer does: its inputs are bfloat16 where the layer's are, and int8 sums are
+    exact in every kernel."""
     short = stored == torch.int8 or stored == weight.dtype == torch.bfloat16
     rows: tuple[Kind, ...] = ("rows",) if weight.ndim == 2 and pattern.m in WINDOWS else ()
     if short and groups == 1 and kernels.has_dots() and has_dots_layout(stored, pattern, kernels.lanes()):
@@ -141,7 +146,7 @@ class _CpuLayer(PackedLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        other: Kind = "panel" if self.kind == "dots" and not kernels.has_dots() else self.kind
+        other = kind_here(self.kind)
         here = kernels.panel_columns() if other == "panel" else kernels.lanes()
         if other != self.kind or self.numbers[3 if other == "panel" else 2] != here:
             numbers, self.kind = self._numbers(), other
@@ -198,6 +203,8 @@ class SparseConv2d(_CpuLayer):
     (N, C, L) with a kernel of one dim, is a convolution of images one pixel high."""
 
     relu = False
+    channels_last = False
+    """Bring inputs into that memory format, in which the layer, what follows it, or both are faster."""
 
     def __init__(self, conv: nn.Conv2d | nn.Conv1d, pattern: Pattern, kind: Kind, stored: torch.dtype):
         self.flat = isinstance(conv, nn.Conv1d)
@@ -217,6 +224,7 @@ class SparseConv2d(_CpuLayer):
             raise ValueError(
                 f"input {tuple(input.shape)} has {image.shape[1]} channels; needed {self.channels * self.groups}"
             )
+        image = image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
         layout = (self.values, self.positions, self.scales, self.bias, self.numbers)
         geometry = (self.kernel, self.stride, self.padding, self.dilation)
         if self.kind == "dots":

@@ -25,7 +25,7 @@ from openwork.candidates import known_axis
 from openwork.container import Stored
 from openwork.contents import Contents, opened
 from openwork.deploy import STORED, own_dtype
-from openwork.deployed import SparseConv2d, SparseLinear, kinds_for
+from openwork.deployed import SparseConv2d, SparseLinear, kind_here, kinds_for
 from openwork.fileformat import Sparse
 from openwork.folding import foldable, following_relu, fuse
 from openwork.folding import replace as replace_module
@@ -268,7 +268,9 @@ def _measured(streamed: _Streamed, stored: torch.dtype) -> Iterator[Layer]:
         if alike not in known:
             inputs = [each for form, calls in stream.inputs.items() for each in [_random(*form)] * calls]
             with stream.at_hand(layer):
-                (known[alike],) = measure_layers(_Alone(layer), tuple(inputs), {"layer.weight": stream.pattern}, stored)
+                (known[alike],) = measure_layers(
+                    _Alone(layer), tuple(inputs), {"layer.weight": stream.pattern}, stored, formats=False
+                )
         yield replace(known[alike], name=stream.name)
 
 
@@ -284,13 +286,14 @@ def _as_chosen(streamed: _Streamed, chosen: Mapping[str, str], stored: torch.dty
         each.name: kinds_for(layer.weight, each.pattern, stored, getattr(layer, "groups", 1))
         for layer, each in streamed.layers.items()
     }
-    for name, kind in chosen.items():
+    here: dict[str, Any] = {name: kind_here(kind) for name, kind in chosen.items()}  # type: ignore[arg-type]
+    for name, kind in here.items():
         if kind not in possible.get(name, ()):
             why = ", ".join(possible.get(name, ())) or "none"
             raise ValueError(f"chosen: {name!r} by the kernel {kind!r}; for this weight of the file there is: {why}")
     for layer, each in streamed.layers.items():
         shapes = tuple(dict.fromkeys(shape for shape, _, _ in each.inputs))
-        by = next((kind for kind in possible[each.name] if kind == chosen.get(each.name)), None)
+        by = next((kind for kind in possible[each.name] if kind == here.get(each.name)), None)
         yield Layer(each.name, tuple(layer.weight.shape), each.pattern, shapes, kind=by, reason="as chosen")
 
 

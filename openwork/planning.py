@@ -94,10 +94,16 @@ def on_gpu(device: torch.device) -> bool:
 
 
 def measure_layers(
-    model: nn.Module, example: Any, patterns: Mapping[str, Pattern | str], stored: torch.dtype
+    model: nn.Module,
+    example: Any,
+    patterns: Mapping[str, Pattern | str],
+    stored: torch.dtype,
+    *,
+    formats: bool = True,
 ) -> tuple[Layer, ...]:
     """Time every layer of a plain model in eval mode on the inputs that `example` brings it. `patterns`: weight name ->
-    its pattern, or the reason why it has none."""
+    its pattern, or the reason why it has none. `formats`: sparse convolutions, like dense ones, count in the better
+    memory format, since the whole model will be tried in both."""
     seen = _inputs(model, example)
     times: dict[Any, Layer] = {}
     layers = []
@@ -114,7 +120,7 @@ def measure_layers(
         calls = tuple((tuple(x.shape), x.stride()) for x in inputs)
         alike = (repr(module), shape, weight.dtype, pattern, kinds, calls)
         if alike not in times:
-            times[alike] = _timed(module, pattern, inputs, stored)
+            times[alike] = _timed(module, pattern, inputs, stored, formats)
         layers.append(replace(times[alike], name=name, shape=shape))
     return tuple(layers)
 
@@ -259,7 +265,7 @@ def _clock(device: torch.device) -> Callable[[Mapping[str, Callable[[], object]]
     return functools.partial(fastest_on_gpu, device=device) if device.type == "cuda" else fastest
 
 
-def _timed(module: nn.Module, pattern: Pattern, inputs: list[Tensor], stored: torch.dtype) -> Layer:
+def _timed(module: nn.Module, pattern: Pattern, inputs: list[Tensor], stored: torch.dtype, formats: bool) -> Layer:
     weight: Any = module.weight
     oriented = weight.t() if _is_hf_conv1d(module) else weight
     gpu = on_gpu(weight.device)
@@ -276,14 +282,13 @@ def _timed(module: nn.Module, pattern: Pattern, inputs: list[Tensor], stored: to
     for x, calls in zip(examples, shapes.values(), strict=True):
         variants: dict[str, Callable[[], object]] = dict(_dense_variants(module, oriented, x))
         variants |= {kind: _call(each, x) for kind, each in made.items()}
-        if "dots" in made and x.ndim == 4:
+        if formats and "dots" in made and weight.ndim == x.ndim == 4:
             variants["dots, channels_last"] = _call(made["dots"], x.to(memory_format=torch.channels_last))
-        found = dict(_clock(weight.device)(variants))
-        if "dots, channels_last" in found:  # like a dense convolution, in the better format
-            found["dots"] = min(found["dots"], found.pop("dots, channels_last"))
-        for name, seconds in found.items():
+        for name, seconds in _clock(weight.device)(variants).items():
             totals[name] += seconds * calls  # type: ignore[assignment]
             measured[name] += 1
+    if "dots, channels_last" in totals:
+        totals["dots"] = min(totals["dots"], totals.pop("dots, channels_last"))
     everywhere = [name for name in totals if measured[name] == len(shapes)]
     dense_by = min((name for name in everywhere if name not in made), key=lambda name: totals[name])
     if not made:

@@ -161,6 +161,8 @@ def test_the_memory_format_that_was_fastest(monkeypatch, best):
         fast = ow.deploy(model, X, pattern="2:4", exclude=["1"])
     assert type(fast[0]) is (SparseConv2d if "sparse" in best else nn.Conv2d)
     assert fast[1].weight.is_contiguous(memory_format=torch.channels_last) == ("last" in best)
+    assert fast(X).is_contiguous(memory_format=torch.channels_last) == ("last" in best)
+    assert getattr(fast[0], "channels_last", "last" in best) == ("last" in best)  # also where no dense one is left
     torch.testing.assert_close(fast(X), model(X), atol=1e-5, rtol=1e-5)
 
 

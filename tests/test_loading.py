@@ -193,6 +193,15 @@ def test_what_was_chosen_survives_json_and_the_result_pickle(path, saved):
         assert torch.equal(pickle.loads(pickle.dumps(first))(EXAMPLE), first(EXAMPLE))
 
 
+def test_what_another_processor_chose_is_done_by_the_kernel_that_is_here(path, saved, monkeypatch):
+    monkeypatch.setattr(ow.kernels, "has_dots", lambda: False)
+    fast = ow.load_deployed(
+        path, Net(), EXAMPLE, chosen={"up.weight": "dots", "conv.weight": "dots"}, stored=torch.int8
+    )
+    assert fast.deployment.chosen == {"up.weight": "panel", "conv.weight": "panel"}
+    assert {fast.up.kind, fast.conv.kind} == {"panel"}
+
+
 class Odd(nn.Module):
     """Weights that no kernel takes, or not from here."""
 

@@ -74,6 +74,8 @@ def test_dots_are_for_layers_in_bfloat16_and_for_int8(monkeypatch):
     assert found.stored == torch.bfloat16
     assert {each.name: (each.kind, each.sparse) for each in found.layers if each.kind} == {
         "conv.weight": ("dots", 0.3), "a.weight": ("dots", 0.8), "b.weight": ("dots", 0.4)}  # fmt: skip
+    alone = planning.measure_layers(half, X.bfloat16(), {"conv.weight": P24}, torch.bfloat16, formats=False)
+    assert [(each.kind, each.sparse) for each in alone] == [("dots", 0.4)]
     assert set(ow.plan(net(), X, pattern="2:4", stored=torch.int8).chosen.values()) == {"dots"}
     for model, x, stored in ((net(), X, torch.bfloat16), (half, X.bfloat16(), torch.float32)):
         assert "dots" not in ow.plan(model, x, pattern="2:4", stored=stored).chosen.values()

@@ -17,8 +17,8 @@ extern const Kernels kAvx2;
 const Kernels kAvx2 = absent("avx2");
 #endif
 #ifdef NO_AVX512
-extern const Kernels kAvx512;
-const Kernels kAvx512 = absent("avx512");
+extern const Kernels kAvx512, kAvx512Vnni;
+const Kernels kAvx512 = absent("avx512"), kAvx512Vnni = absent("avx512vnni");
 #endif
 #ifdef NO_AVX512BF16
 extern const Kernels kAvx512BFloat16;

@@ -76,8 +76,8 @@ def forward_passes(
 ) -> Iterator[Row | Plan]:
     """Rows of each model in `dtype` and batch, all variants taking turns: dense (eager, channels_last, compiled with
     frozen weights; where there are int8 weights, linear layers in torch's int8), deployed with weights in each of
-    `stored`, and that compiled. Yields the plans
-    of the deployed ones as well. Dense int8 is a baseline of int8 alone."""
+    `stored`, and that compiled. Yields the plans of the deployed ones as well. Dense int8 is a baseline of int8
+    alone."""
     for batch in batches:
         torch.compiler.reset()  # some compiled models of one class are too many
         model, x = build(name, batch)

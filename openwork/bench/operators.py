@@ -88,9 +88,10 @@ def linear(
                     variants[name], size = _product(x, weight, pattern, kind, DTYPES[dtype])
                     about[name] = (str(pattern), dtype)
                     flops = 2 * B * K * O * pattern.density / (_SPEED[dtype] if kind == "dots" else 1)
-                    bounds[name] = machine.bound(flops, size + x.nbytes + 4 * B * O)
+                    moved = (2 if kind == "dots" and dtype == "bfloat16" else 4) * B * (K + O)
+                    bounds[name] = machine.bound(flops, size + moved)
         for name, (dtype, _) in dense.items():
-            size = DTYPES[dtype].itemsize * K * O + x.nbytes + 4 * B * O
+            size = DTYPES[dtype].itemsize * K * O + (2 if dtype == "bfloat16" else 4) * B * (K + O)
             bounds[name] = machine.bound(2 * B * K * O / (_SPEED[dtype] if has_dots() else 1), size)
         times = alternating(variants, seconds=seconds, flush=B <= 16)
         for count, dtype in enumerate(dtypes, 1):
@@ -111,7 +112,8 @@ def _dense(x: Tensor, weight: Tensor, dtypes: Sequence[str]) -> dict[str, tuple[
     ordered = prepacked_linear(weight, None, B)
     if ordered is not None:
         found["oneDNN float32"] = ("float32", partial(ordered, x))
-    if "bfloat16" in dtypes and (has_dots() or B <= 16):  # where the processor has no such product it takes seconds
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if "bfloat16" in dtypes and (native or B <= 16):  # where the processor has no such product it takes seconds
         found["torch bfloat16"] = ("bfloat16", partial(F.linear, x.bfloat16(), weight.bfloat16()))
         ordered = prepacked_linear(weight.bfloat16(), None, B)
         if ordered is not None:

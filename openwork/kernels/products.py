@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import warnings
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -140,6 +141,7 @@ def dots_linear(
 ) -> Tensor:
     lib = library()
     if lib is None or not lib.openwork_has_dots():
+        _say_slow()
         return reference.dots_linear(x, values, positions, scales, bias, layout, relu)
     sizes = _demand_dots(lib, values, positions, scales, bias, layout)
     O, K = layout[3:]
@@ -177,6 +179,16 @@ def _run_dots(
     lib.openwork_dots(ctypes.byref(call), DTYPES[values.dtype], threads)
 
 
+@functools.cache
+def _say_slow() -> None:
+    """Once: the references unpack the weight at every call."""
+    warnings.warn(
+        "a layer packed for dot products runs where there are none, slowly: deploy again here, or unpickle the model "
+        "here, which packs it anew",
+        stacklevel=2,
+    )
+
+
 def _demand_dots(
     lib: Any,
     values: Tensor,
@@ -210,6 +222,7 @@ def dots_conv2d(
 ) -> Tensor:
     lib = library()
     if lib is None or not lib.openwork_has_dots():
+        _say_slow()
         rest = (kernel, stride, padding, dilation, relu)
         return reference.dots_conv2d(x, values, positions, scales, bias, layout, *rest)
     sizes = _demand_dots(lib, values, positions, scales, bias, layout)
@@ -223,8 +236,9 @@ def dots_conv2d(
     size = [conv_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
     if min(size) < 1:
         raise ValueError(f"input {tuple(x.shape)} is smaller than the kernel {kernel} with padding {padding}")
-    images = torch.nn.functional.pad(x.permute(0, 2, 3, 1), (0, channels - x.shape[1])).contiguous()
-    x_scales = images.new_empty(len(x), dtype=torch.float32)
+    images = x.permute(0, 2, 3, 1)
+    images = torch.nn.functional.pad(images, (0, channels - x.shape[1])) if channels > x.shape[1] else images
+    images, x_scales = images.contiguous(), x.new_ones(len(x), dtype=torch.float32)
     if scales is not None and images.numel():
         whole, count = torch.empty_like(images, dtype=torch.uint8), images[0].numel()
         bits = torch.empty(len(x) * (count // 2**14 + 1), dtype=torch.int32, device="cpu")

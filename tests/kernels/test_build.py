@@ -53,7 +53,7 @@ def test_kernels_as_arm_code() -> None:
 @pytest.mark.slow
 def test_avx512_kernels_in_plain_c() -> None:
     found = cases("avx512", os.environ.get("CXX", "g++"), "/usr/include/simde/x86/avx512.h")
-    assert set(found) == {"avx512bf16", "avx512", "scalar"}
+    assert set(found) == {"avx512bf16", "avx512vnni", "avx512", "scalar"}
     assert min(found.values()) > 1000
 
 
@@ -112,6 +112,31 @@ def test_without_a_compiler_the_package_is_installed_and_says_why_it_is_slower(t
     assert where.startswith(str(tmp_path)), done.stderr
     assert status.startswith("no native kernels: libopenwork.so was not built: it takes a C++17 compiler")
     assert pruned == "[[0.0, 2.0]]"
+
+
+@pytest.mark.slow
+def test_a_compiler_without_bfloat16_builds_the_other_kernels(tmp_path: Path) -> None:
+    if lacking := missing("g++", "bash"):
+        pytest.skip(f"needs {lacking}")
+    old = tmp_path / "g++"
+    old.write_text(
+        '#!/bin/bash\n[[ "$*" == *-mavx512bf16* ]] && { echo "unrecognized option" >&2; exit 1; }\n'
+        'exec g++ "${@/-O3/-O0}"\n'
+    )
+    old.chmod(0o755)
+    made, printed = wheel(tmp_path, str(old))
+    if "x86_64" not in made.name:
+        pytest.skip("needs x86-64")
+    assert "warning: this compiler knows no AVX-512 BF16: its kernels are left out" in printed
+    with zipfile.ZipFile(made) as archive:
+        archive.extractall(tmp_path / "installed")
+    script = "import openwork as ow; print(','.join(ow.kernels.status().available))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+    )
+    assert "avx512bf16" not in done.stdout
+    assert done.stdout.strip().endswith("scalar"), done.stderr
 
 
 @pytest.mark.slow

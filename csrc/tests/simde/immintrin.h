@@ -1,4 +1,4 @@
-// In place of the compiler's header where a machine without AVX-512 tests avx512.cpp and avx512bf16.cpp: the intrinsics
+// In place of the compiler's header where a machine without AVX-512 tests avx512.cpp and what includes it: the intrinsics
 // by SIMDe (libsimde-dev), in plain C. Found first with -I.
 #pragma once
 
