@@ -89,11 +89,16 @@ def models(rows: list[Row]) -> list[str]:
             continue
         p20, p50, p80 = (float(row[name]) / 1e3 for name in ("p20_us", "p50_us", "p80_us"))
         lines.append(
-            f"| {row['op']}, {row['shape']} | {row['threads']} | {row['impl']} "
+            f"| {row['op']}, {row['shape']} | {row['threads']} | {_variant(row)} "
             f"| {p50:.1f} [{p20:.1f}, {p80:.1f}] | {ratio(row)} | {_megabytes(row, 'held_bytes')} "
             f"| {_megabytes(row, 'grown_bytes')} |"
         )
     return lines
+
+
+def _variant(row: Row) -> str:
+    """What was run, with its dtype where the name lacks it."""
+    return row["impl"] if row["dtype"] == "float32" or row["dtype"] in row["impl"] else f"{row['impl']} {row['dtype']}"
 
 
 def _megabytes(row: Row, field: str) -> str:
@@ -113,6 +118,7 @@ def plot_bars(rows: list[Row], file: Path) -> None:
             best = [max(_values(found, "ratio", shape=shape, pattern=pattern, threads=threads)) for shape in shapes]
             bars = axes.bar([x + 0.2 * i for x in range(len(shapes))], best, 0.18, label=pattern, color=f"C{i + 1}")
             axes.bar_label(bars, fmt="%.1f", fontsize=7)
+        axes.margins(y=0.2)  # room for the legend
         axes.axhline(1, color="C0", linestyle=":", label="dense")
         axes.set_xticks([x + 0.3 for x in range(len(shapes))], [_lines(shape) for shape in shapes], fontsize=8)
         axes.set_ylabel(f"times faster, {_threads(threads)}")
