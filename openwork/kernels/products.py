@@ -233,9 +233,7 @@ def dots_conv2d(
         raise ValueError(f"input {tuple(x.shape)} for a kernel {kernel} and {K} inputs of each output")
     if x.dtype != (needed := torch.bfloat16 if scales is None else torch.float32):
         raise ValueError(f"input of {x.dtype}; needed {needed}")
-    size = [conv_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
-    if min(size) < 1:
-        raise ValueError(f"input {tuple(x.shape)} is smaller than the kernel {kernel} with padding {padding}")
+    size = _output_size(x, kernel, stride, padding, dilation)
     images = x.permute(0, 2, 3, 1)
     images = torch.nn.functional.pad(images, (0, channels - x.shape[1])) if channels > x.shape[1] else images
     images, x_scales = images.contiguous(), x.new_ones(len(x), dtype=torch.float32)
@@ -277,9 +275,7 @@ def panel_conv2d(
         raise ValueError(f"input {tuple(x.shape)} for a kernel {kernel}, {groups} groups and {K} inputs of each output")
     if x.dtype != torch.float32:
         raise ValueError(f"input of {x.dtype}; needed float32")
-    size = [conv_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
-    if min(size) < 1:
-        raise ValueError(f"input {tuple(x.shape)} is smaller than the kernel {kernel} with padding {padding}")
+    size = _output_size(x, kernel, stride, padding, dilation)
     last, input_scales = channels_last(x), None
     if scales is not None and x.numel():
         whole, input_scales = quantized_rows(x)
@@ -422,6 +418,13 @@ def _demand_geometry(kernel: list[int], stride: list[int], padding: list[int], d
     for name, numbers, least in each_least:
         if len(numbers) != 2 or min(numbers) < least or max(numbers) >= 2**31:
             raise ValueError(f"{name} {numbers}; needed two numbers, of at least {least} and below 2**31")
+
+
+def _output_size(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
+    size = [conv_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
+    if min(size) < 1:
+        raise ValueError(f"input {tuple(x.shape)} is smaller than the kernel {kernel} with padding {padding}")
+    return size
 
 
 def _words(windows: int, slots: int, window: int) -> int:
