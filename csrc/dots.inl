@@ -142,15 +142,6 @@ void dots(const Dots& d, int32_t dtype, int64_t first, int64_t last, int64_t fro
   dots_of<Quads>(d, first, last, from, to);
 }
 
-int32_t largest(const float* x, int64_t count) {
-  int32_t most = 0;  // magnitudes order as their bits do
-  for (int64_t i = 0; i < count; i++) {
-    const int32_t magnitude = int32_t(bits_of(x[i]) & 0x7fffffff);
-    most = most > magnitude ? most : magnitude;
-  }
-  return most;
-}
-
 void quantize(const float* x, int64_t count, float scale, uint8_t* to) {
   for (int64_t i = 0; i < count; i++) to[i] = uint8_t(nearest(x[i], scale) + 128);
 }

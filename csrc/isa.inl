@@ -12,14 +12,13 @@ namespace {
 #else
 constexpr auto pack = nullptr;
 constexpr auto dots = nullptr;
-constexpr auto largest = nullptr;
 constexpr auto quantize = nullptr;
 #endif
 
 }  // namespace
 
 extern const Kernels ISA_TABLE;
-const Kernels ISA_TABLE = {ISA_NAME, kLanes, kPanelVectors, keep,     prune,     decay, panel,    rows,
-                           pack,     dots,   largest,       quantize, transpose, peak,  supported};
+const Kernels ISA_TABLE = {ISA_NAME, kLanes, kPanelVectors, keep,      prune,   decay, panel,    rows,
+                           pack,     dots,   quantize,      transpose, largest, peak,  supported};
 
 }  // namespace openwork

@@ -134,9 +134,9 @@ struct Kernels {
   // blocks [first, last).
   void (*pack)(const Dots&, int32_t dtype, int64_t from, int64_t to);
   void (*dots)(const Dots&, int32_t dtype, int64_t first, int64_t last, int64_t from, int64_t to);
-  int32_t (*largest)(const float* x, int64_t count);  // the bits of the largest magnitude, NaN above all
   void (*quantize)(const float* x, int64_t count, float scale, uint8_t* to);  // whole numbers plus 128
   void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
+  int32_t (*largest)(const float* x, int64_t count);  // the bits of the largest magnitude, NaN above all
   int64_t (*peak)(int64_t rounds, float* result);  // for benchmarks; result: one vector
   bool (*supported)();
 };

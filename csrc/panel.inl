@@ -130,6 +130,15 @@ void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t col
     }
 }
 
+int32_t largest(const float* x, int64_t count) {
+  int32_t most = 0;  // magnitudes order as their bits do
+  for (int64_t i = 0; i < count; i++) {
+    const int32_t magnitude = int32_t(bits_of(x[i]) & 0x7fffffff);
+    most = most > magnitude ? most : magnitude;
+  }
+  return most;
+}
+
 // Multiply-adds that depend on nothing but themselves: what this core can do at most. Returns how many float operations.
 int64_t peak(int64_t rounds, float* result) {
   constexpr int chains = 12;

@@ -1,6 +1,5 @@
 // Products with a compressed weight: bring the input into the form that the kernels read, cut the work into tasks that
 // threads share, bring the result into the form that the caller reads. Nothing here depends on the instruction set.
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -83,17 +82,6 @@ void rescale(const PanelWeight& w, int64_t first, int64_t last, float* sum, int6
     }
 }
 
-float scale_of(const float* x, int64_t count) {
-  float largest = 0;
-  for (int64_t i = 0; i < count; i++) {
-    const float size = std::fabs(x[i]);
-    largest = size > largest || size != size ? size : largest;
-  }
-  int32_t bits;
-  std::memcpy(&bits, &largest, 4);
-  return scale_for(bits);
-}
-
 // Enough tasks for the threads to share evenly, none so small that it only fetches its inputs.
 int64_t outputs_of_task(int64_t outputs, int64_t others) {
   int64_t block = 256;
@@ -142,7 +130,7 @@ void linear(const LinearCall& call) {
   const Scratch scratch = scratch_of(call);
   if (w.dtype == kInt8)
     parallel_for(call.B, 1 + 16384 / w.K, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; b++) scratch.scales[b] = scale_of(call.x + b * call.x_stride, w.K);
+      for (int64_t b = first; b < last; b++) scratch.scales[b] = scale_for(kernels->largest(call.x + b * call.x_stride, w.K));
     });
   parallel_for(panels, 1 + 16384 / (w.K * columns), [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; p++)

@@ -51,7 +51,7 @@ def bench(words: Sequence[str]) -> int:
     )
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of whole models, their own")
     add("--seconds", type=float, default=5.0, help="for each group of variants that take turns")
-    add("--no-compile", action="store_true", help="leave torch.compile out of the dense baselines of whole models")
+    add("--no-compile", action="store_true", help="leave out what torch.compile makes of whole models")
     add("--out", type=Path, default=Path("bench.csv"))
     asked = parser.parse_args(words)
     found: list[Row] = []

@@ -9,7 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,8 @@ def rows(
         against = (best, 1e6 * medians[best], medians[best] / medians[name])
         limit = (1e6 * bound, bound / medians[name])
         held, grown = (memory or {}).get(name, (float("nan"), float("nan")))
-        row = Row(op, shape, pattern, dtype, name, p20, p50, p80, *against, *limit, **_where())
-        made.append(replace(row, held_bytes=held, grown_bytes=grown))
+        where = {**_where(), "held_bytes": held, "grown_bytes": grown}
+        made.append(Row(op, shape, pattern, dtype, name, p20, p50, p80, *against, *limit, **where))
     return made
 
 
