@@ -1,8 +1,7 @@
 """Check and measure everything that runs on a GPU, in a few minutes, and write the GPU tables of docs/performance.md.
 
-    python benchmarks/gpu.py                            # all but `pretrain`, into build/gpu.csv and build/gpu.json
+    python benchmarks/gpu.py                            # all, into build/gpu.csv and build/gpu.json
     python benchmarks/gpu.py check masks linear         # some of them
-    python benchmarks/gpu.py pretrain --text FILE --steps 3000
     python benchmarks/gpu.py --tables build/gpu.csv     # needs no GPU: writes the tables
     python benchmarks/gpu.py --rehearse                 # needs no GPU: every section once, tiny; its times mean nothing
 
@@ -38,15 +37,16 @@ import openwork as ow
 from openwork import kernels, semistructured
 from openwork.axis import Axis
 from openwork.bench.measure import quantile, today, write_csv
-from openwork.bench.models import Block, Encoder
+from openwork.bench.models import Encoder
 from openwork.deployed_gpu import GpuLinear
 from openwork.masks import keep_largest as defined_mask
 from openwork.metrics import pack
-from openwork.ops import add_decayed, add_decayed_list, keep_largest, pack_list, prune
+from openwork.ops import add_decayed, add_decayed_list, keep_largest, pack_list, prune, prune_list
 from openwork.planning import as_graph
 
 sys.path.insert(0, str(Path(__file__).parent))
 import gpu_tables
+import pretraining
 
 SECTIONS = ("check", "masks", "lists", "linear", "decode", "training", "models")
 PATTERNS = ("2:4", "1:4", "1:8", "1:16", "1:32")
@@ -199,13 +199,15 @@ def _check_masks(weight: Tensor, pattern: ow.Pattern, axis: Axis) -> int:
     assert torch.equal(pruned.view(integers), torch.where(keep, weight, 0.0).view(integers)), f"prune {where}"
     gradient = torch.randn_like(weight)
     expected = gradient + torch.where(keep, 0.0, weight) * 0.37
+    for each in prune_list([weight] * 3, pattern, [axis] * 3):
+        assert torch.equal(each.view(integers), pruned.view(integers)), f"prune in a list {where}"
     lists = [gradient.clone() for _ in range(3)]
     add_decayed(gradient, weight, 0.37, pattern, axis)
     add_decayed_list(lists, [weight] * 3, 0.37, pattern, [axis] * 3)
     for each in (gradient, *lists):
         same = (each == expected) | (each.isnan() & expected.isnan())
         assert bool(same.all()), f"SR-STE term {where}: {int((~same).sum())} differ"
-    return 6
+    return 9
 
 
 def _check_products(rows: int, text: str, dtype: torch.dtype, device: torch.device) -> int:
@@ -290,28 +292,28 @@ def mask_kernels(bench: Bench) -> Iterator[Row]:
 
 
 def lists(bench: Bench) -> Iterator[Row]:
-    """The SR-STE term of ResNet-50's weights: one launch for all, beside one for each and the reference."""
+    """Pruning ResNet-50's weights, and their SR-STE term: one launch for all, beside one for each."""
     shapes = resnet50_shapes()[:6] if bench.tiny else resnet50_shapes()
     weights = [torch.randn(shape, device=bench.device) for shape in shapes]
     gradients, pattern = [torch.zeros_like(w) for w in weights], ow.Pattern(2, 4)
     axes = [Axis(1)] * len(weights)
 
-    def one_by_one() -> None:
+    def prunes() -> None:
+        for weight in weights:
+            prune(weight, pattern, Axis(1))
+
+    def terms() -> None:
         for gradient, weight in zip(gradients, weights, strict=True):
             add_decayed(gradient, weight, 2e-4, pattern, Axis(1))
 
-    variants: dict[str, Callable[[], object]] = {
-        "one by one": one_by_one,
-        "list": partial(add_decayed_list, gradients, weights, 2e-4, pattern, axes),
+    listed = {
+        "prune": (prunes, partial(prune_list, weights, pattern, axes)),
+        "SR-STE term": (terms, partial(add_decayed_list, gradients, weights, 2e-4, pattern, axes)),
     }
-    yield from bench.rows(
-        "lists",
-        f"{len(weights)} weights",
-        bench.times(variants, flush=False),
-        ["one by one"],
-        pattern="2:4",
-        dtype="float32",
-    )
+    for what, (one_by_one, at_once) in listed.items():
+        times = bench.times({"one by one": one_by_one, "list": at_once}, flush=False)
+        shape = f"{what}, {len(weights)} weights"
+        yield from bench.rows("lists", shape, times, ["one by one"], pattern="2:4", dtype="float32")
 
 
 def resnet50_shapes() -> list[tuple[int, ...]]:
@@ -417,36 +419,13 @@ def _all_of(layers: Sequence[Any], x: Tensor, device: torch.device) -> Callable[
 # --- networks --------------------------------------------------------------------------------------------------------
 
 
-class Gpt(nn.Module):
-    """A decoder of GPT-2's size and shape: 12 blocks of width 768, 1024 tokens, tied output layer."""
-
-    def __init__(self, words: int = 50304, width: int = 768, heads: int = 12, blocks: int = 12, tokens: int = 1024):
-        super().__init__()
-        self.heads = heads
-        self.words, self.places = nn.Embedding(words, width), nn.Embedding(tokens, width)
-        self.blocks = nn.ModuleList(Block(width, heads, causal=True) for _ in range(blocks))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, words, bias=False)
-        self.head.weight = self.words.weight
-        for each in self.parameters():
-            if each.ndim == 2:
-                nn.init.normal_(each, std=0.02)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.words(tokens) + self.places(torch.arange(tokens.shape[1], device=tokens.device))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-def gpt(bench: Bench) -> nn.Module:
-    return Gpt(64, 32, 2, 2, 16) if bench.tiny else Gpt()
-
-
 def training(bench: Bench) -> Iterator[Row]:
     """A compiled SR-STE step over the compiled dense one, bfloat16 by autocast, with the optimizer."""
     for name in ("resnet50", "gpt2"):
         steps = {
-            how: training_step(bench, name, how) for how in methods() if name == "gpt2" or how in ("dense", "SR-STE")
+            how: training_step(bench, name, how)
+            for how in pretraining.METHODS
+            if name == "gpt2" or how in ("dense", "SR-STE")
         }
         times = bench.times(steps, flush=False)
         yield from bench.rows(
@@ -459,24 +438,20 @@ def training(bench: Bench) -> Iterator[Row]:
         )
 
 
-def methods() -> dict[str, Any]:
-    """How the models of this file are trained. "accelerated" is "transposable" on sparse tensor cores."""
-    transposable = ow.TransposableSRSTE()
-    return {"dense": None, "SR-STE": ow.SRSTE(), "transposable": transposable, "accelerated": transposable}
-
-
 def training_step(bench: Bench, name: str, how: str) -> Callable[[], object]:
     torch.manual_seed(0)
     device = bench.device
     if name == "gpt2":
-        model = gpt(bench).to(device)
+        size = pretraining.SIZES["tiny" if bench.tiny else "gpt2"]
+        model = pretraining.Gpt(size, 64 if bench.tiny else 50304).to(device)
         x = torch.randint(64, (2, 16) if bench.tiny else (8, 1024), device=device)
         target = x.roll(-1, 1)
     else:
         model = resnet().to(device).to(memory_format=torch.channels_last)
         x = torch.randn(*((2, 3, 32, 32) if bench.tiny else (128, 3, 224, 224)), device=device)
         x, target = x.to(memory_format=torch.channels_last), torch.randint(1000, (len(x),), device=device)
-    optimizer = _prepared(model, how)
+    first_and_last = [each for each in ("conv1", "fc", "head") if hasattr(model, each)]
+    optimizer = pretraining.prepared(model, how, first_and_last, lr=1e-4)
     run = model if bench.tiny else torch.compile(model)
 
     def step() -> None:
@@ -494,19 +469,6 @@ def resnet() -> nn.Module:
     from openwork.tasks.torchvision_compat import ensure_torchvision
 
     return ensure_torchvision().models.resnet50()
-
-
-def _prepared(model: nn.Module, how: str) -> torch.optim.Optimizer:
-    """The optimizer of a model that is made sparse as `how` says."""
-    method = methods()[how]
-    if method is not None:
-        ow.sparsify(model, "2:4", method, exclude=[name for name in ("conv1", "fc", "head") if hasattr(model, name)])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=next(model.parameters()).is_cuda)
-    if method is not None:
-        ow.attach(optimizer, model)
-    if how == "accelerated" and next(model.parameters()).is_cuda:
-        ow.accelerate(model)
-    return optimizer
 
 
 def whole_models(bench: Bench) -> Iterator[Row]:
@@ -538,34 +500,6 @@ def whole_models(bench: Bench) -> Iterator[Row]:
         )
 
 
-def pretrain(bench: Bench, text: Path, steps: int) -> dict[str, list[float]]:
-    """Loss curves of a GPT-2-small-size network on the bytes of a text: dense, SR-STE, SR-STE transposable."""
-    data = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
-    tokens, batch = (16, 2) if bench.tiny else (1024, 16)
-    curves: dict[str, list[float]] = {}
-    for how in methods():
-        torch.manual_seed(0)
-        model = (Gpt(256, 32, 2, 2, 16) if bench.tiny else Gpt(words=256)).to(bench.device)
-        optimizer = _prepared(model, how)
-        run = model if bench.tiny else torch.compile(model)
-        order, losses = torch.Generator().manual_seed(1), []
-        for step in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = 6e-4 * min(1.0, (step + 1) / 200) * max(0.1, 1 - step / steps)
-            at = torch.randint(len(data) - tokens - 1, (batch,), generator=order)
-            x = torch.stack([data[i : i + tokens + 1] for i in at.tolist()]).to(bench.device)
-            optimizer.zero_grad()
-            with torch.autocast(bench.device.type, torch.bfloat16):
-                loss = F.cross_entropy(run(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        curves[how] = torch.stack(losses).float().tolist()
-        last = curves[how][-max(1, steps // 10) :]
-        print(f"{how}: loss {statistics.mean(last):.4f} over the last {len(last)} of {steps} steps")
-    return curves
-
-
 # --- the command -----------------------------------------------------------------------------------------------------
 
 RUNS: Mapping[str, Callable[[Bench], Iterator[Row]]] = {
@@ -582,21 +516,17 @@ RUNS: Mapping[str, Callable[[Bench], Iterator[Row]]] = {
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", nargs="*", help=f"{', '.join(SECTIONS)} (default: these), pretrain")
+    add("what", nargs="*", help=f"{', '.join(SECTIONS)} (default: these)")
     add("--rounds", type=int, default=30, help="times that each variant runs")
     add("--out", type=Path, default=Path("build/gpu"), help="without ending: .csv and .json are written")
-    add("--text", type=Path, help="for pretrain: a text, read as bytes")
-    add("--steps", type=int, default=3000, help="for pretrain")
     add("--tables", type=Path, metavar="CSV", help="write the tables of docs/performance.md from a run, and stop")
     add("--page", type=Path, default=gpu_tables.PAGE, help="for --tables")
     add("--rehearse", action="store_true", help="tiny, on the CPU, to try the script")
     asked = parser.parse_args(words)
     asked.what = asked.what or list(SECTIONS)
-    unknown = [each for each in asked.what if each not in (*SECTIONS, "pretrain")]
+    unknown = [each for each in asked.what if each not in SECTIONS]
     if unknown:
-        parser.error(f"no section {unknown[0]!r}; there are {', '.join(SECTIONS)}, pretrain")
-    if "pretrain" in asked.what and asked.text is None:
-        parser.error("pretrain needs --text FILE, real text of a megabyte or more")
+        parser.error(f"no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
     return asked
 
 
@@ -614,18 +544,11 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"warning: {warned}")
     rows: list[Row] = []
     for each in asked.what:
-        if each != "pretrain":
-            with torch.inference_mode() if each not in ("training",) else torch.enable_grad():
-                for row in RUNS[each](bench):
-                    rows.append(row)
-                    print(gpu_tables.line(asdict(row)), flush=True)
-            write(asked.out, rows)
-    if "pretrain" in asked.what:
-        curves = pretrain(bench, asked.text, asked.steps)
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.with_name(asked.out.name + "-pretrain.json").write_text(
-            json.dumps({"gpu": gpu_name(device), "versions": versions(), "date": today(), "loss": curves})
-        )
+        with torch.inference_mode() if each not in ("training",) else torch.enable_grad():
+            for row in RUNS[each](bench):
+                rows.append(row)
+                print(gpu_tables.line(asdict(row)), flush=True)
+        write(asked.out, rows)
     return 0
 
 

@@ -77,11 +77,11 @@ def write(file: Path, page: Path) -> None:
         here = [row for row in rows if row["section"] == name]
         if here:
             about = ", ".join(here[0][each] for each in ("gpu", "versions", "date"))
-            text = _between(text, f"<!-- gpu {name} -->\n", f"\n{about}.\n\n{made(here)}\n\n", page)
+            text = between(text, f"<!-- gpu {name} -->\n", f"\n{about}.\n\n{made(here)}\n\n", page)
     page.write_text(text)
 
 
-def _between(text: str, start: str, new: str, page: Path) -> str:
+def between(text: str, start: str, new: str, page: Path) -> str:
     """The page with other text after a line, up to the next `<!-- end -->`."""
     before, found, rest = text.partition(start)
     _, end, after = rest.partition("<!-- end -->")

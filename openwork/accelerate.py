@@ -20,18 +20,12 @@ from torch import Tensor, nn
 
 from openwork import semistructured
 from openwork.gemms import quiet, run
+from openwork.masked_class import plain_class, shared_class
 from openwork.methods import is_transposable
-from openwork.parametrization import (
-    Masked,
-    change_of,
-    masked_modules,
-    masked_weights,
-    plain_class,
-    shared_class,
-    unwrap,
-)
+from openwork.parametrization import Masked, masked_modules, masked_weights, unwrap
 from openwork.pattern import Pattern
 from openwork.report import aligned
+from openwork.scope import change_of
 from openwork.semistructured import BACKENDS
 
 _BACKEND = "cusparselt"

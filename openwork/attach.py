@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from openwork.lists import add_gradient_terms
 from openwork.methods import steps_of_a_mask
-from openwork.parametrization import add_gradient_terms, held_weights, masked_modules, unwrap
+from openwork.parametrization import held_weights, masked_modules, unwrap
 from openwork.promise import promises
 from openwork.sharded import is_sharded, whole
 from openwork.sparsify import masks

@@ -15,8 +15,9 @@ from openwork.candidates import HELD, AxisChoice, PatternChoice, Remainder, deci
 from openwork.container import CODES
 from openwork.contents import Contents
 from openwork.deployed import demand_undeployed
+from openwork.masked_class import AGE
 from openwork.masks import kept_per_group, prune
-from openwork.parametrization import AGE, Masked, masked_modules, masked_weights, plain_name, weight_name
+from openwork.parametrization import Masked, masked_modules, masked_weights, plain_name, weight_name
 from openwork.pattern import Pattern
 from openwork.promise import promises
 from openwork.verify import tightest

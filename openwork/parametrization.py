@@ -4,121 +4,34 @@
 weight without calling `forward` (attention's out_proj, the encoder layer's fast path). Two state-dict hooks keep
 the dense names in checkpoints. Kept apart from `torch.nn.utils.parametrize`:
 
-- one shared class per (original class, tensor names): torch makes one class per instance, which makes regional
-  `torch.compile` recompile for each block;
+- one shared class per (original class, tensor names), see `openwork.masked_class`;
 - our own removal: torch's deletes the property from the class, which breaks copies that share it.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.optim.swa_utils import AveragedModel
 
 from openwork import kernels
 from openwork.axis import Axis
+from openwork.masked_class import AGE, plain_class, shared_class
 from openwork.methods import Method, steps_of_a_mask, stores_mask
-from openwork.ops import keep_largest, keep_largest_list, keep_transposable
+from openwork.ops import keep_largest, keep_transposable
 from openwork.pattern import Pattern
+from openwork.scope import ForwardScope
 from openwork.sharded import by_groups, elementwise, placed_like, whole
 
 _WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
-AGE = "_mask_age"
-"""What follows a weight's name in a state dict: optimizer steps since its mask was chosen."""
 _ORIGINAL = re.compile(r"\bparametrizations\.([^.]+)\.original$")
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-
-
-class _StepClock:
-    """Counts the optimizer steps of the process. Fused optimizers write weights without raising their version."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def tick(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.steps += 1
-
-
-_clock = _StepClock()
-register_optimizer_step_post_hook(_clock.tick)
-
-
-class ForwardScope:
-    """Computes each masked weight once within one forward of the root module, per grad mode.
-
-    RAFT runs its update block 12 times in a forward, an encoder layer reads its weights 6 times. `enter` and
-    `leave` are forward hooks of the root. Outside a root forward, and under `torch.compile` (which merges equal
-    expressions itself), nothing is kept. Each thread has its own; copies start empty. A weight that is changed
-    between two reads is computed again, but for writes into `.data`, of which torch keeps no count.
-    """
-
-    def __init__(self) -> None:
-        self._here = threading.local()
-
-    def __reduce__(self) -> tuple[type[ForwardScope], tuple[()]]:
-        return ForwardScope, ()
-
-    def remember(self, owner: object, weight: Tensor, keep: Tensor) -> None:
-        """Hold the mask that a forward used until the optimizer step asks for it."""
-        if not torch.compiler.is_compiling() and weight.requires_grad and torch.is_grad_enabled():
-            self._masks()[id(owner)] = (ref(weight), _state(weight), keep)
-
-    def recall(self, owner: object, weight: Tensor) -> Tensor | None:
-        """The mask of the forward since which this very weight has not changed, once; None if there is none."""
-        found = self._masks().pop(id(owner), None)
-        return found[2] if found and found[0]() is weight and found[1] == _state(weight) else None
-
-    def _masks(self) -> dict[int, tuple[ref[Tensor], tuple[int | None, int], Tensor]]:
-        if not hasattr(self._here, "masks"):
-            self._here.masks = {}
-        return self._here.masks
-
-    def enter(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._here.depth = getattr(self._here, "depth", 0) + 1
-            self._here.seen = {}  # in a nested call too: what looks like a call around it may have been interrupted
-
-    def leave(self, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._here.depth = max(0, getattr(self._here, "depth", 0) - 1)
-            if self._here.depth == 0:
-                self._here.seen = {}
-
-    def once(self, owner: object, weight: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """`compute(weight)`, or what it gave before in this forward for the very same weight."""
-        if torch.compiler.is_compiling() or not getattr(self._here, "depth", 0):
-            return compute(weight)
-        key = (id(owner), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        version = (_state(weight), _clock.steps)
-        found = self._here.seen.get(key)
-        if found is None or found[0] is not weight or found[1] != version:
-            found = self._here.seen[key] = (weight, version, compute(weight))
-        return found[2]
-
-
-def _state(weight: Tensor) -> tuple[int | None, int]:
-    """What differs once a weight was changed: in place, or by `weight.data = other`, which raises no version."""
-    try:
-        address = weight.data_ptr()
-    except RuntimeError:  # inside torch.func, where it has none
-        address = 0
-    return None if weight.is_inference() else weight._version, address
-
-
-def change_of(weight: Tensor) -> tuple[object, ...]:
-    """What stays equal as long as a weight has not changed, also for optimizers that raise no version."""
-    return (*_state(weight), _clock.steps)
 
 
 class Masked(nn.Module):
@@ -300,44 +213,6 @@ def held_weights(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tup
     ]
 
 
-def keep_all(held: Iterable[tuple[Masked, nn.Parameter]]) -> list[Tensor]:
-    """`Masked.keep` of many weights. Those on a GPU that are ranked afresh take one launch for each pattern."""
-    held = list(held)
-    found: dict[int, Tensor] = {}
-    ranked = {i: each for i, each in enumerate(held) if each[0].ranks_in_one_pass(each[1])}
-    for pattern, indices in _in_lists(ranked, lambda masked: masked.pattern):
-        scores = [held[i][0].method.score(held[i][1].detach()) for i in indices]
-        found |= zip(indices, keep_largest_list(scores, pattern, [held[i][0].axis for i in indices]), strict=True)
-    return [found[i] if i in found else masked.keep(weight) for i, (masked, weight) in enumerate(held)]
-
-
-def add_gradient_terms(held: Iterable[tuple[Masked, nn.Parameter]], scale: Tensor | None) -> None:
-    """`Masked.add_gradient_term` of many weights. On a GPU one launch adds those of one method and pattern."""
-    held = [each for each in held if each[1].grad is not None and hasattr(each[0].method, "gradient_term")]
-    simple = {i: each for i, each in enumerate(held) if scale is None and each[0].adds_in_one_pass(each[1])}
-    simple = {i: each for i, each in simple.items() if hasattr(each[0].method, "add_terms_in_one_pass")}
-    done: set[int] = set()
-    for (method, pattern), indices in _in_lists(simple, lambda masked: (masked.method, masked.pattern)):
-        weights = [held[i][1] for i in indices]
-        gradients: Any = [weight.grad for weight in weights]
-        method.add_terms_in_one_pass(gradients, weights, pattern, [held[i][0].axis for i in indices])
-        done |= set(indices)
-    for i, (masked, weight) in enumerate(held):
-        if i not in done:
-            masked.add_gradient_term(weight, scale)
-
-
-def _in_lists(
-    held: Mapping[int, tuple[Masked, nn.Parameter]], alike: Callable[[Masked], Any]
-) -> list[tuple[Any, list[int]]]:
-    """Which of the weights one launch can take together, and what they have alike."""
-    lists: dict[Any, list[int]] = {}
-    for i, (masked, weight) in held.items():
-        if kernels.takes_lists(weight):
-            lists.setdefault((weight.device, alike(masked)), []).append(i)
-    return [(what, indices) for (_, what), indices in lists.items()]
-
-
 def plain_name(name: str) -> str:
     """A module's name without what activation checkpointing, `torch.compile` and FSDP put in.
 
@@ -361,116 +236,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     while isinstance(model, _WRAPPERS) or "_orig_mod" in model._modules:
         model = next(model.children())
     return model
-
-
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module has without masked weights."""
-    return getattr(module, "_openwork_class", type(module))
-
-
-@functools.cache
-def shared_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    """The one subclass of `original` whose tensors `names` are read through their parametrizations.
-
-    Being made on demand it cannot be found by name, so its instances say how they are rebuilt: pickle, deepcopy
-    and spawned processes work.
-    """
-
-    def reduce(self: nn.Module, _: int) -> tuple[Any, ...]:
-        state = original.__getstate__(self) if hasattr(original, "__getstate__") else self.__dict__
-        return _rebuild, (original, names), state
-
-    members: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": original.__module__, "_openwork_class": original}
-    members |= {name: _read_through(name) for name in names}
-    members |= {f"{name}_mask": _stored_mask(name) for name in names} | {f"{name}{AGE}": _age(name) for name in names}
-    members |= {"register_parameter": _register_parameter, "__delattr__": _refuse_to_remove}
-    members["_distribute_module_applied"] = property(_distributed, _set_distributed)
-    if issubclass(original, nn.RNNBase):
-        members |= {"_flat_weights": property(_fresh_weights, _ignore), "flatten_parameters": _ignore}
-    return type(f"Parametrized{original.__name__}", (original,), members)
-
-
-def _rebuild(original: Any, names: tuple[str, ...]) -> nn.Module:
-    made = shared_class(original, names)
-    return made.__new__(made)
-
-
-def _read_through(name: str) -> property:
-    def read(self: Any) -> Tensor:
-        return self.parametrizations[name]()
-
-    def refuse(self: nn.Module, value: object) -> None:
-        raise _assigned(self, name)
-
-    return property(read, refuse)
-
-
-def _stored_mask(name: str) -> property:
-    """The mask under its name in the state dict, where `torch.distributed.checkpoint.state_dict` looks for it."""
-
-    def read(self: Any) -> Tensor:
-        if (mask := self.parametrizations[name][0].mask) is None:
-            raise AttributeError(name)  # nn.Module then looks for another of this name
-        return mask
-
-    return property(read)
-
-
-def _age(name: str) -> property:
-    def read(self: Any) -> Tensor:
-        if not self.parametrizations[name][0].refreshed:
-            raise AttributeError(name)
-        return torch.tensor(self.parametrizations[name][0].age)
-
-    return property(read)
-
-
-def _register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
-    """Where `module.weight = nn.Parameter(...)` leads; torch's own error is only that the name is taken."""
-    if name in self.parametrizations:
-        raise _assigned(self, name)
-    plain_class(self).register_parameter(self, name, param)
-
-
-def _assigned(module: nn.Module, name: str) -> RuntimeError:
-    return RuntimeError(
-        f"assigning {name} of a sparsified {plain_class(module).__name__}: it is computed from a dense weight; "
-        f"write `with torch.no_grad(): module.parametrizations.{name}.original.copy_(value)`, or finalize first"
-    )
-
-
-def _refuse_to_remove(self: Any, name: str) -> None:
-    """torch removes a tensor before it registers a parametrization, and then changes the class, which others share."""
-    if name in self._parameters or name in self.parametrizations:
-        raise RuntimeError(
-            f"removing or parametrizing {name} of a sparsified {plain_class(self).__name__}: call ow.finalize first, "
-            "or register other parametrizations before ow.sparsify, which then leaves the module alone; "
-            "of torch's two FSDPs only fully_shard (FSDP2) works"
-        )
-    plain_class(self).__delattr__(self, name)
-
-
-def _distributed(self: nn.Module) -> bool:
-    """What torch asks before it splits a module over processes. Its own styles stumble over a masked weight later."""
-    if "_distribute_module_applied" not in self.__dict__:
-        raise RuntimeError(
-            f"a sparsified {plain_class(self).__name__} cannot be split by a ParallelStyle of torch's: put Colwise or "
-            "Rowwise of openwork.integrations.tensor_parallel into the plan, or leave this layer out of it"
-        )
-    return self.__dict__["_distribute_module_applied"]
-
-
-def _set_distributed(self: nn.Module, value: bool) -> None:
-    self.__dict__["_distribute_module_applied"] = value
-
-
-def _fresh_weights(self: nn.RNNBase) -> list[Tensor | None]:
-    """What an RNN hands its kernel. torch keeps this list between forwards, where it would go stale."""
-    return [getattr(self, name, None) for name in self._flat_weights_names]
-
-
-def _ignore(self: nn.Module, value: object = None) -> None:
-    pass
 
 
 def _renamed(module: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:

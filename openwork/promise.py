@@ -15,8 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from openwork.axis import Axis
 from openwork.methods import Method
-from openwork.parametrization import ForwardScope, held_weights, masked_modules
+from openwork.parametrization import held_weights, masked_modules
 from openwork.pattern import Pattern
+from openwork.scope import ForwardScope
 
 
 @dataclass

@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from openwork.axis import to_rows
 from openwork.candidates import AxisChoice, Candidate, PatternChoice, Remainder, decide
 from openwork.gemms import count_macs
+from openwork.lists import keep_all, prune_ahead
+from openwork.masked_class import plain_class
 from openwork.masks import keep_largest, prune
 from openwork.methods import SRSTE, Method, is_transposable
 from openwork.parametrization import (
-    ForwardScope,
     Masked,
-    keep_all,
     mask_weights,
     masked_modules,
     masked_weights,
-    plain_class,
     unmask_weights,
     unwrap,
     weight_name,
 )
 from openwork.promise import Promise, promises, watch_optimizers
 from openwork.report import Report, Row
+from openwork.scope import ForwardScope
 from openwork.sharded import is_sharded
 from openwork.transposable import keep_transposable
 
@@ -76,7 +76,8 @@ def sparsify(
     _mask(decided, method, scope)
     weights = {each.name: (each.pattern, each.axis) for each in decided if each.pattern}
     hooks = (
-        model.register_forward_pre_hook(scope.enter, prepend=True),
+        model.register_forward_pre_hook(prune_ahead, prepend=True),
+        model.register_forward_pre_hook(scope.enter, prepend=True),  # the first of the two that runs
         model.register_forward_hook(scope.leave, always_call=True),
     )
     watch = watch_optimizers(model) if hasattr(method, "gradient_term") else None

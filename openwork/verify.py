@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from openwork.axis import Axis, reduction_size
 from openwork.candidates import HELD, AxisChoice, Candidate, PatternChoice, decide
 from openwork.gemms import Use, watch
+from openwork.masked_class import plain_class
 from openwork.masks import kept_per_group
-from openwork.parametrization import plain_class, plain_name, unwrap
+from openwork.parametrization import plain_name, unwrap
 from openwork.pattern import Pattern
 from openwork.promise import Promise, promises
 from openwork.report import Report, Row

@@ -151,11 +151,11 @@ def _seconds(function: Callable[[], object]) -> float:
 
 def _where() -> dict[str, Any]:
     version = importlib.metadata.version("openwork")
-    here = {"threads": torch.get_num_threads(), "machine": _processor(), "isa": kernels.status().isa or "none"}
+    here = {"threads": torch.get_num_threads(), "machine": processor(), "isa": kernels.status().isa or "none"}
     return here | {"torch": torch.__version__, "openwork": version, "date": today()}
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name: /proc/cpuinfo knows more than the standard library does."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -23,6 +23,7 @@ from openwork.ops.masks import (
     _keep_largest,
     _keep_largest_list,
     _prune,
+    _prune_list,
     demand_alike,
     for_operator,
     parsed,
@@ -48,8 +49,10 @@ def in_one_pass(weight: Tensor) -> bool:
 
 
 def takes_lists(weight: Tensor) -> bool:
-    """Whether the operators on lists are one launch for weights like this one, instead of one for each."""
-    return weight.is_cuda
+    """Whether the operators on lists are one launch for weights like this one, instead of one for each. Not where a
+    CUDA graph is captured, or compiled code may become one: a list is a table of addresses, which the graph would have
+    to hold, and launches in a graph cost next to nothing."""
+    return weight.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
 
 def keep_largest(score: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> Tensor:
@@ -106,6 +109,7 @@ ON_CUDA: dict[str, tuple[str, Callable[..., Any]]] = {
     "prune": ("masks", _prune),
     "add_decayed": ("masks", _add_decayed),
     "keep_largest_list": ("masks", _keep_largest_list),
+    "prune_list": ("masks", _prune_list),
     "add_decayed_list": ("masks", _add_decayed_list),
     "pack_list": ("bits", _pack_list),
     "packed_sad_list": ("bits", _packed_sad_list),

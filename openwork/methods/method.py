@@ -17,7 +17,8 @@ class Method(Protocol):
 
     A method that ranks by magnitude may do without the mask, and is then faster where there is a kernel for it:
     `forward_in_one_pass(weight, pattern, axis)`, and `add_term_in_one_pass(gradient, weight, pattern, axis)` in place;
-    `add_terms_in_one_pass(gradients, weights, pattern, axes)` does that for many weights in one launch of a GPU.
+    `forwards_in_one_pass(weights, pattern, axes)` and `add_terms_in_one_pass(gradients, weights, pattern, axes)` do
+    that for many weights in one launch of a GPU.
 
     `refresh_every` says that the mask is stored and chosen anew by `attach` after so many optimizer steps, and
     `transposable = True` that it is N:M along the output axis as well.

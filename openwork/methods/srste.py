@@ -18,7 +18,7 @@ from torch import Tensor
 from openwork import ops
 from openwork.axis import Axis
 from openwork.masks import prune
-from openwork.methods.gradients import straight_through, straight_through_largest
+from openwork.methods.gradients import straight_through, straight_through_largest, straight_through_largest_list
 from openwork.pattern import Pattern
 
 
@@ -44,6 +44,9 @@ class SRSTE:
 
     def forward_in_one_pass(self, weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
         return straight_through_largest(weight, pattern, axis)
+
+    def forwards_in_one_pass(self, weights: Sequence[Tensor], pattern: Pattern, axes: Sequence[Axis]) -> list[Tensor]:
+        return straight_through_largest_list(weights, pattern, axes)
 
     def gradient_term(self, weight: Tensor, keep: Tensor) -> Tensor:
         return prune(weight, ~keep).mul_(self.decay)

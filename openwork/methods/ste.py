@@ -6,13 +6,14 @@ for N:M in Zhou et al., ICLR 2021, arXiv:2102.04010, the baseline there).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from openwork.axis import Axis
-from openwork.methods.gradients import straight_through, straight_through_largest
+from openwork.methods.gradients import straight_through, straight_through_largest, straight_through_largest_list
 from openwork.pattern import Pattern
 
 
@@ -32,3 +33,6 @@ class STE:
 
     def forward_in_one_pass(self, weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
         return straight_through_largest(weight, pattern, axis)
+
+    def forwards_in_one_pass(self, weights: Sequence[Tensor], pattern: Pattern, axes: Sequence[Axis]) -> list[Tensor]:
+        return straight_through_largest_list(weights, pattern, axes)

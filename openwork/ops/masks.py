@@ -28,6 +28,7 @@ library.define(f"keep_largest(Tensor score, {_WHERE}) -> Tensor")
 library.define(f"prune(Tensor weight, {_WHERE}) -> Tensor")
 library.define(f"add_decayed(Tensor(a!) gradient, Tensor weight, float rate, {_WHERE}) -> ()")
 library.define(f"keep_largest_list(Tensor[] scores, {_WHERE_EACH}) -> Tensor[]")
+library.define(f"prune_list(Tensor[] weights, {_WHERE_EACH}) -> Tensor[]")
 library.define(f"add_decayed_list(Tensor(a!)[] gradients, Tensor[] weights, float rate, {_WHERE_EACH}) -> ()")
 
 
@@ -60,6 +61,12 @@ def keep_largest_list(scores: Sequence[Tensor], pattern: Pattern, axes: Sequence
     """`keep_largest` of many weights that share a pattern: on a GPU in one launch."""
     masks: list[Tensor] = torch.ops.openwork.keep_largest_list.default(list(scores), *_numbers_each(pattern, axes))
     return masks
+
+
+def prune_list(weights: Sequence[Tensor], pattern: Pattern, axes: Sequence[Axis]) -> list[Tensor]:
+    """`prune` of many weights that share a pattern: on a GPU in one launch."""
+    pruned: list[Tensor] = torch.ops.openwork.prune_list.default(list(weights), *_numbers_each(pattern, axes))
+    return pruned
 
 
 def add_decayed_list(
@@ -126,6 +133,14 @@ def _keep_largest_list(
     return [keep(score, n, m, *where) for score, *where in zip(scores, dims, blocks, flat, strict=True)]
 
 
+@torch.library.impl(library, "prune_list", "CompositeExplicitAutograd")
+def _prune_list(
+    weights: list[Tensor], n: int, m: int, dims: list[int], blocks: list[int], flat: list[bool]
+) -> list[Tensor]:
+    one = torch.ops.openwork.prune.default
+    return [one(weight, n, m, *where) for weight, *where in zip(weights, dims, blocks, flat, strict=True)]
+
+
 @torch.library.impl(library, "add_decayed_list", "CompositeExplicitAutograd")
 def _add_decayed_list(
     gradients: list[Tensor],
@@ -145,6 +160,11 @@ def _add_decayed_list(
 @torch.library.register_fake("openwork::keep_largest_list")
 def _(scores: list[Tensor], *where: Any) -> list[Tensor]:
     return [torch.empty_like(score, dtype=torch.bool) for score in scores]
+
+
+@torch.library.register_fake("openwork::prune_list")
+def _(weights: list[Tensor], *where: Any) -> list[Tensor]:
+    return [torch.empty_like(weight) for weight in weights]
 
 
 @torch.library.register_fake("openwork::add_decayed_list")

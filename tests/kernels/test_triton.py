@@ -59,6 +59,7 @@ def test_compiled_for_gpus_that_are_not_here(tmp_path: Path) -> None:
         "prune",
         "add_decayed",
         "keep_largest_list",
+        "prune_list",
         "add_decayed_list",
         "pack_list",
         "packed_sad_list",

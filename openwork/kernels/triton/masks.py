@@ -202,6 +202,14 @@ def keep_largest_list(scores: Sequence[Tensor], n: int, m: int, *each: Sequence[
     return masks
 
 
+def prune_list(weights: Sequence[Tensor], n: int, m: int, *each: Sequence[Any]) -> list[Tensor]:
+    where: list[Where] = list(zip(*each, strict=True))
+    pruned = [torch.empty_like(weight) for weight in weights]
+    for index in _launch_list(weights, pruned, n, m, where, PRUNE):
+        pruned[index] = prune(weights[index], n, m, *where[index])
+    return pruned
+
+
 def add_decayed_list(
     gradients: Sequence[Tensor], weights: Sequence[Tensor], rate: float, n: int, m: int, *each: Sequence[Any]
 ) -> None:

@@ -98,6 +98,9 @@ def test_lists_are_their_members(pattern: Pattern) -> None:
     keep = [keep_largest(w.abs(), pattern, axis) for w, axis in zip(weights, axes, strict=True)]
     found = masks.keep_largest_list([w.abs() for w in weights], pattern.n, pattern.m, *each)
     assert all(torch.equal(a, b) for a, b in zip(found, keep, strict=True))
+    pruned = masks.prune_list(weights, pattern.n, pattern.m, *each)
+    alike = [torch.where(k, w, 0.0) for w, k in zip(weights, keep, strict=True)]
+    assert all(torch.equal(native.bits(a), native.bits(b)) for a, b in zip(pruned, alike, strict=True))
     gradients = [torch.empty_like(w).copy_(native.numbers(tuple(w.shape), w.dtype, 1, "real")) for w in weights]
     expected = [native.defined_decay(g, w, 0.5, k) for g, w, k in zip(gradients, weights, keep, strict=True)]
     masks.add_decayed_list(gradients, weights, 0.5, pattern.n, pattern.m, *each)

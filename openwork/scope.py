@@ -1,0 +1,111 @@
+"""What is computed once in a forward pass, and how to tell that a weight has changed since."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from openwork import kernels
+
+
+class _StepClock:
+    """Counts the optimizer steps of the process. Fused optimizers write weights without raising their version."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def tick(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.steps += 1
+
+
+_clock = _StepClock()
+register_optimizer_step_post_hook(_clock.tick)
+
+
+class ForwardScope:
+    """Computes each masked weight once within one forward of the root module, per grad mode.
+
+    RAFT runs its update block 12 times in a forward, an encoder layer reads its weights 6 times. `enter` and
+    `leave` are forward hooks of the root. Outside a root forward, and under `torch.compile` (which merges equal
+    expressions itself), nothing is kept. Each thread has its own; copies start empty. What the last forward computed
+    may be given ahead in this one (`wants`, `give`). A weight that is changed
+    between two reads is computed again, but for writes into `.data`, of which torch keeps no count.
+    """
+
+    def __init__(self) -> None:
+        self._here = threading.local()
+
+    def __reduce__(self) -> tuple[type[ForwardScope], tuple[()]]:
+        return ForwardScope, ()
+
+    def remember(self, owner: object, weight: Tensor, keep: Tensor) -> None:
+        """Hold the mask that a forward used until the optimizer step asks for it."""
+        if not torch.compiler.is_compiling() and weight.requires_grad and torch.is_grad_enabled():
+            self._masks()[id(owner)] = (ref(weight), _state(weight), keep)
+
+    def recall(self, owner: object, weight: Tensor) -> Tensor | None:
+        """The mask of the forward since which this very weight has not changed, once; None if there is none."""
+        found = self._masks().pop(id(owner), None)
+        return found[2] if found and found[0]() is weight and found[1] == _state(weight) else None
+
+    def _masks(self) -> dict[int, tuple[ref[Tensor], tuple[int | None, int], Tensor]]:
+        if not hasattr(self._here, "masks"):
+            self._here.masks = {}
+        return self._here.masks
+
+    def enter(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._here.depth = getattr(self._here, "depth", 0) + 1
+            self._here.seen = {}  # in a nested call too: what looks like a call around it may have been interrupted
+
+    def leave(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._here.depth = max(0, getattr(self._here, "depth", 0) - 1)
+            if self._here.depth == 0:
+                self._here.used = {key for key, (weight, *_) in self._here.seen.items() if kernels.takes_lists(weight)}
+                self._here.seen = {}
+
+    def once(self, owner: object, weight: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """`compute(weight)`, or what it gave before in this forward for the very same weight."""
+        if torch.compiler.is_compiling() or not getattr(self._here, "depth", 0):
+            return compute(weight)
+        found = self._here.seen.get(_key(owner))
+        if found is None or found[0] is not weight or found[1] != change_of(weight):
+            found = self.give(owner, weight, compute(weight))
+        return found[2]
+
+    def wants(self, owner: object) -> bool:
+        """Whether the last forward computed this weight in the grad mode of now, on a device that takes lists: then
+        this one, which has just begun, will ask for it too."""
+        return getattr(self._here, "depth", 0) > 0 and _key(owner) in getattr(self._here, "used", ())
+
+    def give(self, owner: object, weight: Tensor, computed: Tensor) -> tuple[Tensor, object, Tensor]:
+        """Keep what was computed of a weight until this forward ends."""
+        found: tuple[Tensor, object, Tensor] = (weight, change_of(weight), computed)
+        self._here.seen[_key(owner)] = found
+        return found
+
+
+def _key(owner: object) -> tuple[int, bool, bool]:
+    return id(owner), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+def _state(weight: Tensor) -> tuple[int | None, int]:
+    """What differs once a weight was changed: in place, or by `weight.data = other`, which raises no version."""
+    try:
+        address = weight.data_ptr()
+    except RuntimeError:  # inside torch.func, where it has none
+        address = 0
+    return None if weight.is_inference() else weight._version, address
+
+
+def change_of(weight: Tensor) -> tuple[object, ...]:
+    """What stays equal as long as a weight has not changed, also for optimizers that raise no version."""
+    return (*_state(weight), _clock.steps)
