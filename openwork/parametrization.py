@@ -27,7 +27,7 @@ from openwork.methods import Method, steps_of_a_mask, stores_mask
 from openwork.ops import keep_largest, keep_transposable
 from openwork.pattern import Pattern
 from openwork.scope import ForwardScope
-from openwork.sharded import by_groups, elementwise, placed_like, whole
+from openwork.sharded import by_groups, elementwise, is_sharded, placed_like, whole
 
 _WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
 _ORIGINAL = re.compile(r"\bparametrizations\.([^.]+)\.original$")
@@ -271,6 +271,10 @@ def _from_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, *_:
     for inside, outside in _renamed(module, prefix):
         if outside in state:
             state[inside] = state.pop(outside)
+    for name, _, weight in masked_weights(module):  # `set_model_state_dict` spreads tensors whose names it knows
+        inside = f"{prefix}parametrizations.{name}.original"
+        if is_sharded(weight) and inside in state and not is_sharded(state[inside]):
+            state[inside] = placed_like(state[inside], weight)
 
 
 def _report_dense_names(_: nn.Module, incompatible: Any) -> None:

@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
@@ -70,7 +71,9 @@ def one_rank(rank, folder):
     again, its_optimizer = sharded()
     load_whole(again, weights)
     set_optimizer_state_dict(again, its_optimizer, state, options=StateDictOptions(full_state_dict=True))
-    ends = [gather(net, built()).state_dict()]
+    third, _ = sharded()
+    set_model_state_dict(third, dict(weights), options=StateDictOptions(full_state_dict=True))
+    ends = [gather(net, built()).state_dict(), gather(third, built()).state_dict()]
     for each in ((net, optimizer), (again, its_optimizer)):
         train(*each, range(3, 5))
         ends.append(gather(each[0], built()).state_dict())
@@ -86,8 +89,9 @@ def test_a_sharded_network_goes_on_from_whole_tensors_and_is_gathered(tmp_path):
     mp.spawn(one_rank, (tmp_path,), nprocs=RANKS)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
     assert all(map(same, one, other))  # also the statistics
-    saved, before, end, resumed = one
+    saved, before, loaded, end, resumed = one
     assert same(saved, before)
+    assert same(saved, loaded)
     assert same(resumed, end)
     assert not same(end, before)
     assert list(end) == list(Net().state_dict())
