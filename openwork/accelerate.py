@@ -24,13 +24,13 @@ from openwork.masked_class import plain_class, shared_class
 from openwork.methods import is_transposable
 from openwork.parametrization import Masked, masked_modules, masked_weights, unwrap
 from openwork.pattern import Pattern
+from openwork.planning import clock, here
 from openwork.report import aligned
 from openwork.scope import change_of
 from openwork.semistructured import BACKENDS
 
 _BACKEND = "cusparselt"
 _MULTIPLE = 16  # of rows and columns that it takes in 16-bit types
-_SECONDS = 0.05  # that one product is timed for
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class SparseTensorCores:
     `check` does that once."""
 
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-    algorithms: dict[tuple[Any, ...], int] = field(default_factory=dict, compare=False)
+    algorithms: dict[tuple[Any, ...], semistructured.Algorithm] = field(default_factory=dict, compare=False)
 
     def pack(self, weight: Tensor) -> semistructured.Packed:
         weight = weight.contiguous()
@@ -107,12 +107,14 @@ def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
     """
     model = unwrap(model)
     layers = _layers(model)
-    _demand_tensor_cores(next(layer.device for layer in layers.values()))
+    device = next(layer.device for layer in layers.values())
+    _demand_tensor_cores(device)
     engine = SparseTensorCores()
-    for layer in layers.values():
-        if not layer.reason:
-            engine.check(layer.masked.effective(layer.weight))
-    return accelerate_with(engine, model, layers, example)
+    with here(device):
+        for layer in layers.values():
+            if not layer.reason:
+                engine.check(layer.masked.effective(layer.weight))
+        return accelerate_with(engine, model, layers, example)
 
 
 @dataclass(frozen=True)
@@ -201,12 +203,16 @@ def accelerate_with(engine: Engine, model: nn.Module, layers: dict[str, Layer], 
 
 @dataclass
 class Product:
-    """How one layer multiplies, and its packed weight while that has not changed. Copies start without one."""
+    """How one layer multiplies, and its packed weight while that has not changed. Copies start without one.
+
+    A replay of a CUDA graph changes the weight where no count can tell: once one was captured, packing is part of each
+    product, in the graph and out of it."""
 
     engine: Engine
     key: Any = None
     packed: tuple[Any, Any] = (None, None)
     warned: bool = field(default=False)
+    captured: bool = field(default=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Product, (self.engine,)
@@ -226,7 +232,8 @@ class Product:
             None if bias is None else bias.to(dtype),
             x.to(dtype).reshape(-1, x.shape[-1]),
         )
-        if key != self.key:
+        self.captured = self.captured or capturing(x)
+        if key != self.key or self.captured:
             self.key, self.packed = key, (self.engine.pack(weight.detach()), None)
         if rows.requires_grad and torch.is_grad_enabled() and self.packed[1] is None:
             self.packed = (self.packed[0], self.engine.pack(weight.detach().t()))
@@ -265,6 +272,11 @@ class _SparseLinear(torch.autograd.Function):
             None,
             None,
         )
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether what is computed from a tensor now goes into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -327,11 +339,5 @@ def _times(engine: Engine, layer: Layer, x: Tensor) -> tuple[float, float]:
         engine.multiply(x, engine.pack(weight), None)
         engine.multiply(grad, engine.pack(weight.t()), None)
 
-    return _seconds(dense), _seconds(sparse)
-
-
-def _seconds(function: Any) -> float:
-    from torch.utils.benchmark import Timer  # it imports the compiler, which takes long
-
-    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-    return float(timer.blocked_autorange(min_run_time=_SECONDS).median)
+    times = clock(x.device)({"dense": dense, "sparse": sparse})
+    return times["dense"], times["sparse"]

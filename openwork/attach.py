@@ -31,10 +31,12 @@ from openwork.topology import Topology
 
 
 class Handle:
-    """What `attach` returns. `steps` counts optimizer steps that were not skipped."""
+    """What `attach` returns. `steps` counts optimizer steps that were not skipped. To ask a GPU whether one was is to
+    wait for it, so that is put off until somebody wants to know."""
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, topology: Topology | None):
-        self.steps = 0
+        self._steps = 0
+        self._skipped: Tensor | None = None  # of these, on the optimizer's device
         self.topology = topology
         self._optimizer, self._model = ref(optimizer), model  # the optimizer's hooks hold the handle: no circle
         self._before: dict[str, Tensor] = {}
@@ -47,6 +49,12 @@ class Handle:
         ]
         if topology and not topology.snapshots:
             topology.begin(_whole_masks(model))
+
+    @property
+    def steps(self) -> int:
+        if self._skipped is not None:
+            self._steps, self._skipped = self._steps - int(self._skipped), None
+        return self._steps
 
     def detach(self) -> None:
         """Remove every hook from the optimizer."""
@@ -62,7 +70,7 @@ class Handle:
         return {"steps": self.steps, "topology": self.topology.state_dict() if self.topology else None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.steps = state["steps"]
+        self._steps, self._skipped = state["steps"], None
         if self.topology and state["topology"]:
             self.topology.load_state_dict(state["topology"])
 
@@ -99,10 +107,16 @@ class Handle:
         add_gradient_terms(held, scale)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        overflow = getattr(optimizer, "found_inf", None)
-        if (overflow is not None and bool(overflow)) or creates_state_only(optimizer):
+        if creates_state_only(optimizer):
             return
-        self.steps += 1
+        overflow: Tensor | None = getattr(optimizer, "found_inf", None)
+        if overflow is not None and (self._refreshes or self.topology):
+            if bool(overflow):
+                return
+        elif overflow is not None:
+            skipped = (overflow > 0).long()
+            self._skipped = skipped if self._skipped is None else self._skipped + skipped
+        self._steps += 1
         if self._refreshes:
             for masked, weight in held_weights(optimizer, self._model):
                 masked.count_step(weight)

@@ -25,6 +25,7 @@ from openwork.planning import (
     as_graph,
     fastest,
     finished,
+    here,
     machine,
     measure_layers,
     on_gpu,
@@ -56,7 +57,7 @@ def plan(
     float32, or bfloat16 or int8, which are smaller, and round. On a GPU it is the model's own dtype, or float16,
     bfloat16, int8, float8_e4m3fn.
     """
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), here(_device(unwrap(model))):
         ready, patterns, kept_in = _ready(model, pattern, exclude, axis, stored)
         fold_batch_norm(ready, example)
         return _plan(ready, example, patterns, kept_in)
@@ -82,7 +83,8 @@ def deploy(
     `cuda_graph` says that the caller will run it as a CUDA graph: then whole models are timed as graphs, without what
     launching costs.
     """
-    with torch.inference_mode(False):  # also where the caller is in it: what is made here can be loaded into later
+    # Not in inference mode, also where the caller is in it: what is made here can be loaded into later.
+    with torch.inference_mode(False), here(_device(unwrap(model))):
         dense, patterns, kept_in = _ready(model, pattern, exclude, axis, stored)
         expected = _outputs(dense, example)
         fold_batch_norm(dense, example)
@@ -93,7 +95,7 @@ def deploy(
         result = dense if best.startswith("dense") else sparse
         result = _channels_last(result) if best.endswith("channels_last") else result
         difference = _difference(expected, _outputs(result, example))
-    found = dataclasses.replace(found, whole=whole, difference=difference)
+    found = dataclasses.replace(found, whole=whole, difference=difference, returned=best)
     if result is dense:
         warnings.warn(f"sparse is not faster than dense here: the dense model is returned\n{found}", stacklevel=2)
     exact = kept_in == torch.float32 and all(each.dtype == torch.float32 and each.is_cpu for each in expected)
@@ -158,9 +160,11 @@ def _converted(model: nn.Module, found: Plan, example: Any) -> nn.Module:
             continue
         name = layer.name.rpartition(".")[0]
         dense = model.get_submodule(name)
-        made = sparse_module(dense, layer.pattern, layer.kind, found.stored)
+        made: Any = sparse_module(dense, layer.pattern, layer.kind, found.stored)
+        if layer.algorithms:
+            made.algorithms = dict(layer.algorithms)
         if name in followed:
-            made.relu = True  # type: ignore[assignment]
+            made.relu = True
             replace(model, model.get_submodule(followed[name]), nn.Identity())
         if dense is model:
             return made

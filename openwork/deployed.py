@@ -105,6 +105,13 @@ class PackedLayer(nn.Module):
     def _from_rows(self, rows: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _demand_inference(self, x: Tensor) -> None:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__} is for inference, and its input requires grad: call the deployed model under "
+                "torch.inference_mode(), or train the model that was deployed"
+            )
+
 
 class _CpuLayer(PackedLayer):
     """As the native kernels of a CPU read it."""
@@ -151,13 +158,6 @@ class _CpuLayer(PackedLayer):
         if other != self.kind or self.numbers[3 if other == "panel" else 2] != here:
             numbers, self.kind = self._numbers(), other
             self._take(_laid_out(numbers, self.scales, self.pattern, other))
-
-    def _demand_inference(self, x: Tensor) -> None:
-        if x.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{type(self).__name__} is for inference, and its input requires grad: call the deployed model under "
-                "torch.inference_mode(), or train the model that was deployed"
-            )
 
     def _input(self, x: Tensor) -> Tensor:
         return x.to(torch.bfloat16 if self.kind == "dots" and self.scales is None else torch.float32)

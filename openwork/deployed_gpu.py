@@ -19,7 +19,7 @@ from openwork.deployed import GpuKind, PackedLayer, symmetric_padding
 from openwork.layout import conv_rows, from_conv_rows, quantized, scale_of
 from openwork.ops.thin import ROWS, Thin, from_thin, thin
 from openwork.pattern import Pattern
-from openwork.semistructured import QUANTIZED
+from openwork.semistructured import QUANTIZED, Algorithm
 
 _FLOAT8_MOST = 448.0  # the largest number of float8_e4m3fn
 
@@ -80,7 +80,7 @@ class GpuLayer(PackedLayer):
             rows, scales = quantized_weight(rows, self.stored)
         rows = rows.to(self.stored)
         self.shape = (rows.shape[0], rows.shape[1])
-        self.algorithms: dict[int, int] = {}
+        self.algorithms: dict[int, Algorithm] = {}
         if self.kind in semistructured.BACKENDS:
             packed = semistructured.pack(rows, self.kind)
             self.padded, values, positions = packed.padded, packed.values, packed.meta
@@ -88,8 +88,16 @@ class GpuLayer(PackedLayer):
             layout = thin(rows, self.pattern)
             self.padded, values, positions = self.shape, layout.values, layout.words
         for name, tensor in (("values", values), ("positions", positions), ("scales", scales)):
-            self.register_buffer(name, tensor, persistent=False)
+            self._keep(name, tensor)
         _pack_bias(self)
+
+    def _keep(self, name: str, tensor: Tensor | None) -> None:
+        """As a buffer, in the memory of the one before where that fits: a CUDA graph may read it there."""
+        before = self._buffers.get(name)
+        if tensor is None or before is None or (before.shape, before.dtype) != (tensor.shape, tensor.dtype):
+            self.register_buffer(name, tensor, persistent=False)
+        else:
+            before.copy_(tensor)
 
     def bias_for_kernel(self) -> Tensor | None:
         """In the dtype and size that the kernel takes; None where the kernel takes none."""
@@ -104,9 +112,9 @@ class GpuLayer(PackedLayer):
             known = (flat, self._semi_structured(), self.packed_bias, self._out())
             self.algorithms[len(flat)] = semistructured.algorithm_for(*known)
 
-    def algorithm_for(self, rows: int) -> int:
+    def algorithm_for(self, rows: int) -> Algorithm:
         """The algorithm that was fastest for so many rows, or for the number next to it that was searched."""
-        found, distance = 0, -1
+        found, distance = semistructured.DEFAULT, -1
         for searched, algorithm in self.algorithms.items():  # no `min(key=...)`: torch.compile does not trace it
             if distance < 0 or abs(searched - rows) < distance:
                 found, distance = algorithm, abs(searched - rows)
@@ -129,8 +137,8 @@ class GpuLayer(PackedLayer):
         y = y[:, : self.shape[0]]
         if scales is not None:
             assert self.scales is not None
-            y = y.float() * (scales[:, None] * self.scales)
-            y = y if self.bias is None else y + self.bias
+            y = y * self.scales  # int32 becomes float32 here; each of these lines is one pass over what may be large
+            y = y.mul_(scales[:, None]) if self.bias is None else torch.addcmul(self.bias, y, scales[:, None])
         return y.relu() if self.relu else y
 
     def _out(self) -> torch.dtype:
@@ -154,7 +162,13 @@ class GpuLayer(PackedLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         weight, algorithms = state.pop("dense"), state["algorithms"]
         nn.Module.__setstate__(self, state)
-        self._pack(weight)
+        try:
+            self._pack(weight)
+        except ValueError as error:
+            raise RuntimeError(
+                f"a layer that was deployed on a GPU comes back on {weight.device}: {error}. Load it onto a GPU "
+                "(map_location), or save its state dict, which any plain model loads"
+            ) from error
         self.algorithms = algorithms
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
@@ -178,6 +192,7 @@ class GpuLinear(GpuLayer):
         super().__init__(layer, pattern, kind, stored)
 
     def forward(self, x: Tensor) -> Tensor:
+        self._demand_inference(x)
         y = self._product(self._rows(x))
         return y.reshape(*x.shape[:-1], self.shape[0]).to(x.dtype)
 
@@ -207,6 +222,7 @@ class GpuConv2d(GpuLayer):
         super().__init__(conv, pattern, kind, stored)
 
     def forward(self, x: Tensor) -> Tensor:
+        self._demand_inference(x)
         unbatched = x.ndim == (2 if self.flat else 3)
         image = x.unsqueeze(0) if unbatched else x
         patches = self._patches(image)
@@ -249,7 +265,7 @@ class GpuConv2d(GpuLayer):
 
 def _pack_bias(layer: GpuLayer, *_: object) -> None:
     """After a state was loaded too: the bias comes after the weight then."""
-    layer.register_buffer("packed_bias", layer.bias_for_kernel(), persistent=False)
+    layer._keep("packed_bias", layer.bias_for_kernel())
 
 
 def quantized_weight(rows: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -271,7 +271,7 @@ def _from_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, *_:
     for inside, outside in _renamed(module, prefix):
         if outside in state:
             state[inside] = state.pop(outside)
-    for name, _, weight in masked_weights(module):  # `set_model_state_dict` spreads tensors whose names it knows
+    for name, _masked, weight in masked_weights(module):  # `set_model_state_dict` spreads tensors whose names it knows
         inside = f"{prefix}parametrizations.{name}.original"
         if is_sharded(weight) and inside in state and not is_sharded(state[inside]):
             state[inside] = placed_like(state[inside], weight)

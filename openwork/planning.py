@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -23,8 +24,11 @@ from openwork.masks import kept_per_group
 from openwork.onednn import prepacked_linear
 from openwork.pattern import Pattern
 from openwork.report import aligned
+from openwork.semistructured import Algorithm
 
 _CPU = torch.device("cpu")
+
+_BUSY = 2_000_000  # cycles of a GPU's clock: a millisecond
 
 MARGIN = 0.97
 """A sparse layer is chosen where it takes less than this share of the dense time: below, it may be noise."""
@@ -45,6 +49,8 @@ class Layer:
     sparse: float = 0.0
     kind: Kind | GpuKind | None = None
     reason: str = ""
+    algorithms: Mapping[int, Algorithm] = field(default_factory=dict)
+    """Of a layer on a GPU: by rows of input, the algorithm that it was timed with."""
 
     @property
     def ratio(self) -> float:
@@ -55,23 +61,27 @@ class Layer:
 @dataclass(frozen=True)
 class Plan:
     """What `plan` measured, layer by layer. `str()` is a table. Only `deploy` measures the rest: `whole` are the times
-    of whole models in seconds, `difference` how far the outputs of what it returned are from those of the model it got,
-    on the example: the largest difference over the largest magnitude."""
+    of whole models in seconds, `returned` names the one that it returned, and `difference` is how far its outputs are
+    from those of the model it got, on the example: the largest difference over the largest magnitude."""
 
     layers: tuple[Layer, ...]
     stored: torch.dtype
     machine: str
     whole: Mapping[str, float] = field(default_factory=dict)
     difference: float | None = None
+    returned: str = ""
 
     @property
     def chosen(self) -> dict[str, Kind | GpuKind]:
-        return {each.name: each.kind for each in self.layers if each.kind}
+        """The kernel of each weight that runs sparse: of none where the dense model was returned."""
+        dense = self.returned.startswith("dense")
+        return {each.name: each.kind for each in self.layers if each.kind and not dense}
 
     def __str__(self) -> str:
         header = ["weight", "shape", "pattern", "inputs", "dense us", "by", "sparse us", "ratio", "choice", "reason"]
         lines = [_cells(each) for each in self.layers]
         whole = [f"whole model, {name}: {seconds * 1e3:.2f} ms" for name, seconds in self.whole.items()]
+        whole += [f"returned: {self.returned}"] if self.returned else []
         summary = f"{len(self.chosen)} of {len(self.layers)} weights run sparse, stored in {self.stored}"
         if self.difference is not None:
             whole.append(f"outputs differ from the given model's by {self.difference:.1g} of the largest")
@@ -219,8 +229,8 @@ def fastest_on_gpu(
     variants: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 30
 ) -> dict[str, float]:
     """The median time of each on the GPU, in seconds, by its own clock. They take turns. Before each, memory is written
-    that fills the GPU's cache: so weights come from memory, as between layers of a network, and launching, which a
-    graph or a compiler saves, is hidden behind it."""
+    that fills the GPU's cache, so that weights come from memory, as between layers of a network; and the GPU is kept
+    busy for about a millisecond, so that launching, which a graph or a compiler saves, is hidden."""
     waste = torch.empty(2**28, dtype=torch.uint8, device=device)
     for each in [*variants.values()] * 3:
         each()
@@ -229,6 +239,7 @@ def fastest_on_gpu(
         for name, each in variants.items():
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             waste.zero_()
+            torch.cuda._sleep(_BUSY)
             start.record()
             each()
             stop.record()
@@ -248,7 +259,7 @@ def finished(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def as_graph(call: Callable[[], object]) -> Callable[[], object]:
-    """The call as a captured CUDA graph: what replays it."""
+    """The call as a captured CUDA graph of the current device: what replays it, and keeps alive what it reads."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -256,12 +267,21 @@ def as_graph(call: Callable[[], object]) -> Callable[[], object]:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         call()
-    return graph.replay
+    return functools.partial(_replay, graph, call)
 
 
-def _clock(device: torch.device) -> Callable[[Mapping[str, Callable[[], object]]], dict[str, float]]:
+def _replay(graph: torch.cuda.CUDAGraph, captured: Callable[[], object]) -> None:
+    graph.replay()
+
+
+def here(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one: streams, events and graphs belong to that."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def clock(device: torch.device) -> Callable[[Mapping[str, Callable[[], object]]], dict[str, float]]:
     return functools.partial(fastest_on_gpu, device=device) if device.type == "cuda" else fastest
 
 
@@ -284,7 +304,7 @@ def _timed(module: nn.Module, pattern: Pattern, inputs: list[Tensor], stored: to
         variants |= {kind: _call(each, x) for kind, each in made.items()}
         if formats and "dots" in made and weight.ndim == x.ndim == 4:
             variants["dots, channels_last"] = _call(made["dots"], x.to(memory_format=torch.channels_last))
-        for name, seconds in _clock(weight.device)(variants).items():
+        for name, seconds in clock(weight.device)(variants).items():
             totals[name] += seconds * calls  # type: ignore[assignment]
             measured[name] += 1
     if "dots, channels_last" in totals:
@@ -306,6 +326,7 @@ def _timed(module: nn.Module, pattern: Pattern, inputs: list[Tensor], stored: to
         sparse,
         kind if wins else None,
         "" if wins else "dense is faster",
+        dict(getattr(made[kind], "algorithms", {})),
     )
 
 
@@ -335,7 +356,7 @@ def _tried(
         for x in examples:
             layer.search(x)
             layer(x)
-    except (RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # Triton's are of many kinds
         return " ".join(str(error).split())[:160]
     return layer
 

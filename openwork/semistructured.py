@@ -5,19 +5,22 @@ alone; where they are missing no weight is taken, and `cannot` says why.
 
 A backend packs a weight (O, K) whose groups of four hold at most two non-zeros, and multiplies (B, K) by it. What it
 packs belongs to a library version and a GPU, so it is never stored: `unpack` gives the weight back. cuSPARSELt has
-several algorithms for each shape; which is fastest is searched once and kept in a file of the user's cache.
+several algorithms for each shape, and splits sums in several ways; which is fastest is searched once and kept in a file
+of the user's cache.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +32,15 @@ from openwork.pattern import Pattern
 
 PATTERN = Pattern(2, 4)
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
-_SLOW_ON_HOPPER = 800  # cuSPARSELt 0.8.0: slower on H100 and L4, repaired in 0.8.1 (NVIDIA's release notes)
+Algorithm = tuple[int, int, int]
+"""Of cuSPARSELt: its number, into how many parts sums are split, and how the parts are added."""
+DEFAULT: Algorithm = (0, 1, -1)
+_SLOW_ON_HOPPER = "0.8.0"  # of cuSPARSELt: slower on H100 and L4, repaired in 0.8.1 (NVIDIA's release notes)
+_PACKAGES = ("nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12")
 
 library.define(
     "semi_structured_linear(Tensor x, Tensor packed, Tensor? meta, Tensor? bias, str backend, int outputs, "
-    "int algorithm, ScalarType out) -> Tensor"
+    "int[] algorithm, ScalarType out) -> Tensor"
 )
 
 
@@ -46,7 +53,7 @@ class Backend:
     units: Mapping[torch.dtype, tuple[int, int, int]]
     pack: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     product: Callable[..., Tensor]
-    search: Callable[..., int]
+    search: Callable[..., Algorithm]
     missing: Callable[[torch.device], str]
     version: Callable[[], str]
 
@@ -56,15 +63,20 @@ def _lt_pack(weight: Tensor) -> tuple[Tensor, None]:
 
 
 def _lt_product(
-    x: Tensor, packed: Tensor, _: None, bias: Tensor | None, outputs: int, algorithm: int, out: torch.dtype
+    x: Tensor, packed: Tensor, _: None, bias: Tensor | None, outputs: int, algorithm: Algorithm, out: torch.dtype
 ) -> Tensor:
+    number, parts, mode = algorithm
+    how: dict[str, Any] = {"alg_id": number, "split_k": parts, "split_k_mode": mode}
     asked = None if out == x.dtype else out
-    return torch._cslt_sparse_mm(packed, x.t(), bias, out_dtype=asked, transpose_result=True, alg_id=algorithm)
+    return torch._cslt_sparse_mm(packed, x.t(), bias, out_dtype=asked, transpose_result=True, **how)
 
 
-def _lt_search(x: Tensor, packed: Tensor, _: None, bias: Tensor | None, outputs: int, out: torch.dtype) -> int:
+def _lt_search(x: Tensor, packed: Tensor, _: None, bias: Tensor | None, outputs: int, out: torch.dtype) -> Algorithm:
     asked = None if out == x.dtype else out
-    return int(torch._cslt_sparse_mm_search(packed, x.t(), bias, out_dtype=asked, transpose_result=True))
+    library: Any = torch._C._cusparselt
+    with torch.cuda.device(x.device):  # no operator of torch's, so nothing else sets it
+        number, parts, mode, _most = library.mm_search(packed, x.t(), bias, None, asked, True)
+    return int(number), int(parts), int(mode)
 
 
 def _lt_missing(device: torch.device) -> str:
@@ -80,7 +92,7 @@ def _cutlass_pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cutlass_product(
-    x: Tensor, packed: Tensor, meta: Tensor, bias: Tensor | None, outputs: int, algorithm: int, out: torch.dtype
+    x: Tensor, packed: Tensor, meta: Tensor, bias: Tensor | None, outputs: int, algorithm: Algorithm, out: torch.dtype
 ) -> Tensor:
     if bias is None:
         return torch._sparse_semi_structured_mm(packed, meta, x.t()).t().contiguous()
@@ -104,7 +116,18 @@ def _too_old(device: torch.device) -> str:
 
 
 def _lt_version() -> str:
-    return f"cuSPARSELt {torch.backends.cusparselt.version()}"
+    return f"cuSPARSELt {_lt_number()}"
+
+
+@functools.cache
+def _lt_number() -> str:
+    """Of the library that is loaded: of the package that torch depends on; torch itself knows the one that it was built
+    with."""
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    built = torch.backends.cusparselt.version()
+    return "none" if built is None else f"{built // 1000}.{built // 100 % 10}.{built % 100}"
 
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -122,7 +145,7 @@ BACKENDS: Mapping[str, Backend] = {
         dict.fromkeys(_HALVES, (32, 64, 8)),
         _cutlass_pack,
         _cutlass_product,
-        lambda *_: 0,
+        lambda *_: DEFAULT,
         _cutlass_missing,
         lambda: "CUTLASS",
     ),
@@ -191,12 +214,12 @@ def unpack(packed: Packed, rows: int = 1024) -> Tensor:
         count = min(rows, KP - first)
         unit = torch.zeros(count, KP, dtype=torch.float32, device=packed.values.device)
         unit.diagonal(first).fill_(1)
-        product = multiply(unit.to(dtype), packed, None, 0, out)
+        product = multiply(unit.to(dtype), packed, None, DEFAULT, out)
         parts.append(product[:, :O].t().to(dtype))
     return torch.cat(parts, dim=1)[:, :K].contiguous()
 
 
-def multiply(x: Tensor, packed: Packed, bias: Tensor | None, algorithm: int, out: torch.dtype) -> Tensor:
+def multiply(x: Tensor, packed: Packed, bias: Tensor | None, algorithm: Algorithm, out: torch.dtype) -> Tensor:
     """(B, K) times the weight: (B, O padded), in `out`. `bias` has O padded numbers."""
     x = _padded(x, (packed.padded[1] - x.shape[1], 0)).contiguous()
     operator = torch.ops.openwork.semi_structured_linear.default
@@ -211,15 +234,25 @@ def _semi_structured_linear(
     bias: Tensor | None,
     backend: str,
     outputs: int,
-    algorithm: int,
+    algorithm: list[int],
     out: torch.dtype,
 ) -> Tensor:
     known, B = BACKENDS[backend], len(x)
     if B == 0:
         return x.new_empty(0, outputs, dtype=out)
     whole = _padded(x, (0, -B % known.units[x.dtype][2])).contiguous()
-    y = known.product(whole, packed, meta, bias, outputs, algorithm, out)
-    return y[:B] if len(y) == B else y[:B].clone()
+    try:
+        y = known.product(whole, packed, meta, bias, outputs, tuple(algorithm), out)
+    except RuntimeError as error:
+        if tuple(algorithm) == DEFAULT:
+            raise
+        warnings.warn(
+            f"{known.version()} refuses algorithm {algorithm} for {tuple(whole.shape)} by {outputs} outputs, which was "
+            f"searched for other rows or by another library, and its own choice is taken: {error}",
+            stacklevel=2,
+        )
+        y = known.product(whole, packed, meta, bias, outputs, DEFAULT, out)
+    return y[:B]
 
 
 @torch.library.register_fake("openwork::semi_structured_linear")
@@ -239,7 +272,7 @@ def _padded(matrix: Tensor, more: tuple[int, int]) -> Tensor:
 # --- the fastest algorithm ------------------------------------------------------------------------------------------
 
 
-def algorithm_for(x: Tensor, packed: Packed, bias: Tensor | None, out: torch.dtype) -> int:
+def algorithm_for(x: Tensor, packed: Packed, bias: Tensor | None, out: torch.dtype) -> Algorithm:
     """The fastest algorithm for these rows: from the file, or searched now and written there."""
     known = BACKENDS[packed.backend]
     units = known.units[packed.values.dtype][2]
@@ -259,42 +292,55 @@ def machine(device: torch.device) -> str:
     return f"{name}, {BACKENDS['cusparselt'].version()}, torch {torch.__version__}"
 
 
-def algorithms_file() -> Path:
-    """Where algorithms are kept: OPENWORK_CACHE, or the user's cache."""
+def algorithms_file() -> Path | None:
+    """Where algorithms are kept: OPENWORK_CACHE, or the user's cache; None where the user has no home."""
     folder = os.environ.get("OPENWORK_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(folder).expanduser() / "openwork" / "algorithms.json"
-
-
-def read_algorithms(file: Path) -> dict[str, dict[str, int]]:
-    """Machine -> shape -> algorithm. A damaged file counts as empty, and a warning says so."""
-    if not file.exists():
-        return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        kept = {str(m): {str(k): v for k, v in each.items() if type(v) is int and v >= 0} for m, each in found.items()}
+        return Path(folder).expanduser() / "openwork" / "algorithms.json"
+    except RuntimeError:
+        return None
+
+
+def read_algorithms(file: Path | None) -> dict[str, dict[str, Algorithm]]:
+    """Machine -> shape -> algorithm. A damaged file counts as empty, and a warning says so."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file else {}
+        return {
+            str(machine): {str(key): tuple(each) for key, each in entries.items() if _is_algorithm(each)}
+            for machine, entries in found.items()
+        }
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
     except (OSError, ValueError, AttributeError) as error:
         warnings.warn(f"{file} cannot be read ({error}): algorithms are searched again", stacklevel=2)
         return {}
-    return kept
 
 
-def remember_algorithm(file: Path, where: str, key: str, algorithm: int) -> None:
-    """Add one entry; readers see the file before or after, whole."""
+def _is_algorithm(each: object) -> bool:
+    return isinstance(each, list) and [type(number) for number in each] == [int] * 3 and each[0] >= 0
+
+
+def remember_algorithm(file: Path | None, where: str, key: str, algorithm: Algorithm) -> None:
+    """Add one entry; readers see the file before or after, whole. Of two who write at once one is searched again."""
+    if file is None:
+        return
     found = read_algorithms(file)
     found.setdefault(where, {})[key] = algorithm
+    beside = file.with_suffix(f".{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as beside:
-            json.dump(found, beside, indent=1, sort_keys=True)
-        os.replace(beside.name, file)
+        beside.write_text(json.dumps(found, indent=1, sort_keys=True), encoding="utf-8")
+        beside.replace(file)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
         warnings.warn(f"{file} cannot be written ({error}): algorithms are searched in each process", stacklevel=2)
 
 
 def version_warning(device: torch.device) -> str:
     """What is known to be wrong with the cuSPARSELt at hand; empty if nothing is."""
     with contextlib.suppress(Exception):
-        slow = torch.backends.cusparselt.version() == _SLOW_ON_HOPPER
+        slow = _lt_number().startswith(_SLOW_ON_HOPPER)
         if slow and torch.cuda.get_device_capability(device) in ((9, 0), (8, 9)):
             return "cuSPARSELt 0.8.0 is slow on this GPU: install nvidia-cusparselt 0.8.1 or newer"
     return ""

@@ -165,7 +165,12 @@ def test_it_compiles_around_the_products():
 
 def test_with_an_example_each_layer_is_timed(monkeypatch):
     times = iter([3.0, 2.0, 2.0, 3.0])  # dense, sparse of the first layer, then of the second
-    monkeypatch.setattr(module, "_seconds", lambda function: (function(), next(times))[1])
+
+    def clock(device):
+        assert device == torch.device("cpu")
+        return lambda variants: {name: (each(), next(times))[1] for name, each in variants.items()}
+
+    monkeypatch.setattr(module, "clock", clock)
     fast = net()
     report = accelerated(fast, batches()[0])
     assert report.sparse == {"0.weight": (3.0, 2.0)}
@@ -174,6 +179,24 @@ def test_with_an_example_each_layer_is_timed(monkeypatch):
     assert "1.50 x dense" in str(report)
     assert type(fast[0]).__name__ == "AcceleratedLinear"
     assert type(fast[2]).__name__ == "ParametrizedLinear"
+
+
+def test_in_a_captured_graph_packing_is_part_of_each_product(monkeypatch):
+    """Replays change weights unseen, so what was packed before a capture, or since, is not trusted."""
+    fast, x = net(), batches()[0]
+    accelerated(fast)
+    product = fast[0].__dict__["_openwork_product"]
+    fast(x), fast(x)
+    COUNTS.update(pack=0)
+    fast(x)
+    assert COUNTS["pack"] == 0
+    monkeypatch.setattr(module, "capturing", lambda tensor: True)
+    fast(x)
+    monkeypatch.setattr(module, "capturing", lambda tensor: False)
+    before = COUNTS["pack"]
+    fast(x)
+    assert (before, COUNTS["pack"]) == (3, 6)  # two layers, and one again for the gradient of its input
+    assert copy.deepcopy(product).captured is False
 
 
 def test_layers_that_do_not_fit_say_why():
@@ -207,7 +230,7 @@ def test_torch_s_own_operators_are_called_as_they_want_it(monkeypatch):
     stand_in, searched = OnCPU((torch.bfloat16,)), []
 
     def product(x, packed, meta, bias, outputs, algorithm, out):
-        assert (algorithm, out) == (7, torch.bfloat16)
+        assert (algorithm, out) == ((7, 2, 1), torch.bfloat16)
         return stand_in.multiply(x, packed_parts[packed], bias)
 
     def pack(weight):
@@ -221,7 +244,7 @@ def test_torch_s_own_operators_are_called_as_they_want_it(monkeypatch):
         module.BACKENDS["cusparselt"],
         pack=pack,
         product=product,
-        search=lambda *found: (searched.append(found), 7)[1],
+        search=lambda *found: (searched.append(found), (7, 2, 1))[1],
         missing=lambda device: "",
     )
     monkeypatch.setitem(module.BACKENDS, "cusparselt", backend)

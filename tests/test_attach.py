@@ -284,6 +284,24 @@ def test_a_step_skipped_for_overflow_changes_and_counts_nothing(make, fused):
     assert [scale and scale.item() for scale in scales] == ([65536.0, 65536.0, 32768.0] if fused else [None, None])
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_whether_a_step_was_skipped_is_asked_when_somebody_wants_to_know(fused):
+    """On a GPU the answer has to be waited for. A fused optimizer skips by itself; nothing else needs the answer."""
+    model = sparse_net()
+    optimizer = SGD(model.parameters(), fused=fused)
+    handle = ow.attach(optimizer, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    for factor in (1.0, float("inf"), 1.0, float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert (handle._skipped is not None) is fused
+    assert handle.state_dict()["steps"] == handle.steps == 3
+    handle.load_state_dict({"steps": 7, "topology": None})
+    assert handle.steps == 7
+
+
 @pytest.mark.parametrize("make", [SGD, Adam, partial(SGD, lr=torch.tensor(0.1))], ids=["sgd", "adam", "tensor rate"])
 def test_the_step_that_only_creates_state_adds_and_counts_nothing(make):
     """torch.distributed.checkpoint runs one, with learning rate 0 and zero gradients."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.metadata
 import io
 import json
 import pickle
@@ -54,9 +55,12 @@ def plain_product(x: Tensor, packed: Tensor, _: None, bias: Any, outputs: int, a
     return y.to(out)
 
 
-def plain_search(x: Tensor, packed: Tensor, *_: Any) -> int:
+SEARCHED = (7, 2, 1)
+
+
+def plain_search(x: Tensor, packed: Tensor, *_: Any) -> semistructured.Algorithm:
     SEARCHES.append((len(x), x.shape[1]))
-    return 7
+    return SEARCHED
 
 
 PLAIN = Backend(
@@ -201,7 +205,7 @@ def test_copies_pack_again(how: str, monkeypatch: Any) -> None:
         again = pickle.loads(stored) if how == "pickle" else torch.load(io.BytesIO(stored), weights_only=False)
     assert packs == [1]
     assert torch.equal(again(x), made(x))
-    assert again.algorithms == {4: 7}
+    assert again.algorithms == {4: SEARCHED}
 
 
 def _saved(made: nn.Module) -> bytes:
@@ -274,7 +278,7 @@ def net(pattern: str = "2:4") -> nn.Module:
 
 def clock(monkeypatch: Any, **times: float) -> None:
     """Every variant takes a second, but for those named."""
-    monkeypatch.setattr(planning, "_clock", lambda _: lambda variants: {n: times.get(n, 1.0) for n in variants})
+    monkeypatch.setattr(planning, "clock", lambda _: lambda variants: {n: times.get(n, 1.0) for n in variants})
     whole = {"sparse": 0.5}
     monkeypatch.setattr(deploy, "fastest", lambda variants, seconds: {n: whole.get(n, 1.0) for n in variants})
 
@@ -338,6 +342,77 @@ def test_a_deployed_model_is_the_model(monkeypatch: Any) -> None:
         ow.save(fast, "never.safetensors", pattern="2:4")
 
 
+def test_what_is_deployed_runs_the_algorithms_that_were_timed(monkeypatch: Any) -> None:
+    clock(monkeypatch, cusparselt=0.5)
+    used = []
+
+    def product(*arguments: Any) -> Tensor:
+        used.append(arguments[-2])
+        return plain_product(*arguments)
+
+    monkeypatch.setitem(semistructured.BACKENDS, "cusparselt", dataclasses.replace(PLAIN, product=product))  # type: ignore[arg-type]
+    x = torch.randn(2, 4, 8, 8).bfloat16()
+    fast = ow.deploy(net(), x, pattern="2:4")
+    used.clear()
+    fast(x)
+    assert used == [SEARCHED] * 4
+    assert [each.algorithms for each in fast.deployment.layers if each.kind] == [{128: SEARCHED}] * 2 + [
+        {2: SEARCHED}
+    ] * 2
+
+
+def test_a_dense_model_that_was_returned_says_so(monkeypatch: Any) -> None:
+    clock(monkeypatch, cusparselt=0.5)
+    monkeypatch.setattr(deploy, "fastest", lambda variants, seconds: dict.fromkeys(variants, 1.0))
+    with pytest.warns(UserWarning, match="sparse is not faster than dense here"):
+        fast = ow.deploy(net(), torch.randn(2, 4, 8, 8).bfloat16(), pattern="2:4")
+    assert fast.deployment.returned == "dense"
+    assert fast.deployment.chosen == {}
+    assert "returned: dense" in str(fast.deployment)
+    assert not any(isinstance(each, GpuLayer) for each in fast.modules())
+
+
+def test_an_algorithm_that_the_library_refuses_is_replaced_by_its_own_choice(monkeypatch: Any) -> None:
+    def picky(*arguments: Any) -> Tensor:
+        if arguments[-2] != semistructured.DEFAULT:
+            raise RuntimeError("CUSPARSE_STATUS_NOT_SUPPORTED")
+        return plain_product(*arguments)
+
+    monkeypatch.setitem(semistructured.BACKENDS, "cusparselt", dataclasses.replace(PLAIN, product=picky))  # type: ignore[arg-type]
+    layer, x = sparse(nn.Linear(64, 32)), torch.randn(4, 64).bfloat16()
+    made = GpuLinear(layer, ow.Pattern(2, 4), "cusparselt", torch.bfloat16)
+    made.search(x)
+    with pytest.warns(UserWarning, match=r"refuses algorithm \[7, 2, 1\] for \(8, 64\) by 32 outputs.*NOT_SUPPORTED"):
+        assert close(made(x), layer(x))
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8])
+def test_a_new_state_is_packed_where_the_old_one_was(stored: torch.dtype) -> None:
+    """A captured graph goes on reading there."""
+    made, other = (GpuLinear(sparse(nn.Linear(64, 32)), ow.Pattern(2, 4), "cusparselt", stored) for _ in range(2))
+    before = {name: each.data_ptr() for name, each in made._buffers.items() if each is not None}
+    made.load_state_dict(other.state_dict())
+    assert {name: each.data_ptr() for name, each in made._buffers.items() if each is not None} == before
+    x = torch.randn(4, 64).bfloat16()
+    assert close(made(x), other(x))
+
+
+def test_training_through_a_deployed_layer_is_refused() -> None:
+    x = torch.randn(2, 8, 5, 5).bfloat16().requires_grad_()
+    made = GpuConv2d(sparse(nn.Conv2d(8, 16, 1)), ow.Pattern(2, 4), "cusparselt", torch.bfloat16)
+    with pytest.raises(RuntimeError, match="GpuConv2d is for inference, and its input requires grad"):
+        made(x)
+    with torch.no_grad():
+        made(x)
+
+
+def test_a_pickled_layer_that_comes_back_without_a_gpu_says_what_to_do(monkeypatch: Any) -> None:
+    stored = pickle.dumps(GpuLinear(sparse(nn.Linear(64, 32)), ow.Pattern(2, 4), "cusparselt", torch.bfloat16))
+    monkeypatch.setattr(semistructured, "BACKENDS", BACKENDS)
+    with pytest.raises(RuntimeError, match=r"comes back on cpu: .*Load it onto a GPU.*save its state dict"):
+        pickle.loads(stored)
+
+
 def test_the_operator_compiles(monkeypatch: Any) -> None:
     layer = sparse(nn.Linear(64, 32))
     made, x = GpuLinear(layer, ow.Pattern(2, 4), "cusparselt", torch.bfloat16), torch.randn(4, 64).bfloat16()
@@ -352,7 +427,7 @@ def test_fake_kernels_fit(name: str) -> None:
     made = GpuLinear(sparse(nn.Linear(64, 32)), ow.Pattern(2, 4), kind, torch.bfloat16)
     x = torch.randn(8, 64).bfloat16()
     if kind == "cutlass":
-        arguments = (x, made.values, made.positions, made.packed_bias, kind, 32, 0, torch.bfloat16)
+        arguments = (x, made.values, made.positions, made.packed_bias, kind, 32, [0, 1, -1], torch.bfloat16)
     else:
         arguments = (x, made.values, made.positions, made.packed_bias, made._thin().numbers, False, False)
     torch.library.opcheck(getattr(torch.ops.openwork, name).default, arguments)
@@ -377,15 +452,17 @@ def test_algorithms_are_searched_once_for_each_shape(tmp_path: Path) -> None:
         made.search(torch.randn(3, 64).bfloat16())
         made.search(torch.randn(2, 50, 64).bfloat16())
     assert SEARCHES == [(8, 64), (104, 64)]
-    assert made.algorithms == {3: 7, 100: 7}
-    made.algorithms = {3: 5, 100: 6}
-    assert [made.algorithm_for(rows) for rows in (1, 3, 40, 60, 1000)] == [5, 5, 5, 6, 6]
+    assert made.algorithms == {3: SEARCHED, 100: SEARCHED}
+    made.algorithms = {3: (5, 1, -1), 100: (6, 1, -1)}
+    assert [made.algorithm_for(rows)[0] for rows in (1, 3, 40, 60, 1000)] == [5, 5, 5, 6, 6]
     (of_machine,) = json.loads((tmp_path / "openwork" / "algorithms.json").read_text()).values()
     kept = "torch.bfloat16 to torch.bfloat16, bias"
-    assert of_machine == {f"32x64x8 {kept}": 7, f"32x64x104 {kept}": 7}
+    assert of_machine == {f"32x64x8 {kept}": [*SEARCHED], f"32x64x104 {kept}": [*SEARCHED]}
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"a": {"b": "c", "d": -1, "e": true}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", '{"a": {"b": "c", "d": -1, "e": [1, 2], "f": [1, true, 0], "g": [-1, 1, 0]}}']
+)
 def test_a_damaged_file_of_algorithms_is_searched_again(tmp_path: Path, text: str) -> None:
     file = tmp_path / "openwork" / "algorithms.json"
     file.parent.mkdir()
@@ -400,10 +477,42 @@ def test_a_damaged_file_of_algorithms_is_searched_again(tmp_path: Path, text: st
     assert len(list(file.parent.iterdir())) == 1
 
 
+def test_without_a_home_algorithms_are_kept_nowhere(monkeypatch: Any) -> None:
+    for name in ("OPENWORK_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    made = GpuLinear(sparse(nn.Linear(64, 32)), ow.Pattern(2, 4), "cusparselt", torch.bfloat16)
+    made.search(torch.randn(3, 64).bfloat16())
+    assert made.algorithms == {3: SEARCHED}
+
+
+def test_the_version_is_that_of_the_installed_library(monkeypatch: Any) -> None:
+    found = {"nvidia-cusparselt-cu12": "0.8.0.4"}
+
+    def version(package: str) -> str:
+        if package not in found:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return found[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 702)
+    for expected, slow in (("0.8.0.4", True), ("0.8.1.1", False), ("0.7.2", False)):
+        found = {"nvidia-cusparselt-cu12": expected} if expected.count(".") == 3 else {}
+        semistructured._lt_number.cache_clear()
+        assert BACKENDS["cusparselt"].version() == f"cuSPARSELt {expected}"
+        assert ("install nvidia-cusparselt 0.8.1" in semistructured.version_warning(torch.device("cpu"))) is slow
+    semistructured._lt_number.cache_clear()
+
+
 def test_a_folder_that_cannot_be_written_is_said(monkeypatch: Any, tmp_path: Path) -> None:
     (tmp_path / "openwork").write_text("a file")
     with pytest.warns(UserWarning, match="cannot be written"):
-        semistructured.remember_algorithm(semistructured.algorithms_file(), "m", "k", 1)
+        semistructured.remember_algorithm(semistructured.algorithms_file(), "m", "k", SEARCHED)
 
 
 def test_the_fp8_scale_reaches_the_largest_number() -> None:
