@@ -17,6 +17,7 @@ from openwork.tasks.stepping import SCHEDULES
 FSDP2 = "fsdp2"  # ours: Lightning has no name for it
 METHODS = ("dense", "asp", "ste", "sr-ste", "transposable-sr-ste")
 DECAYED = ("sr-ste", "transposable-sr-ste")
+REFRESHED = ("transposable-sr-ste",)  # methods whose masks stay for some steps
 _EVERY = ("checkpoint_every", "topology_every", "log_every", "validate_every", "refresh_every")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 REMAINDERS = ("skip", "pad", "error")

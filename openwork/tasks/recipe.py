@@ -23,6 +23,7 @@ from openwork.tasks import find
 from openwork.tasks.config import Config, differences, values_of
 from openwork.tasks.rundir import RunDir, first_process, read_lines, write_text
 from openwork.tasks.sharding import gather, whole_twin
+from openwork.tasks.summary import churns
 from openwork.tasks.task import Task, build_method, described
 
 _PICTURE = 32, 96  # rows and columns of the mask picture
@@ -173,7 +174,7 @@ def summary(config: Config, report: ow.Report, net: nn.Module, run: RunDir) -> d
         "macs_dense": report.macs_dense,
         "macs": report.macs_dense if config.method == "dense" else report.macs_sparse,
         "sad_start": topology[-1]["sad_start"] / topology[-1]["weights"] if topology else None,
-        "churn": statistics.fmean(r["sad_step"] / r["weights"] for r in topology) if topology else None,
+        "churn": statistics.fmean(churns(topology, config.method)) if topology else None,
         "seconds_per_step": statistics.median(steps) if steps else None,
         "seconds": sum(steps) if steps else None,
         "layers": [layer(row) for row in report.rows],

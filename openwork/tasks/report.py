@@ -9,7 +9,7 @@ from typing import Any
 from openwork.tasks.charts import Line, line_chart, mask_picture
 from openwork.tasks.page import figure, grid, heading, legend, page, paragraph, table
 from openwork.tasks.rundir import RunDir, read_lines, write_text
-from openwork.tasks.summary import cells, header, label_of, metrics_of, notes, rows_of
+from openwork.tasks.summary import cells, churns, header, label_of, metrics_of, notes, rows_of
 from openwork.tasks.task import Metric
 
 _COLORS = 8  # in the style sheet
@@ -65,11 +65,15 @@ def curves(runs: Sequence[tuple[Path, Result]]) -> str:
     color = {label: i % _COLORS for i, label in enumerate(labels)}
 
     def lines(file: str, value: Callable[[dict[str, Any]], float | None]) -> list[Line]:
+        return every(file, lambda records, _: [value(record) for record in records])
+
+    def every(file: str, values: Callable[[list[dict[str, Any]], str], list[Any]]) -> list[Line]:
         made = []
         for run, result in runs:
-            label, records = label_of(result["config"]), read_lines(run / file)
-            points = [(r["step"], v) for r in records if (v := value(r)) is not None]
-            made.append(Line(f"{label}, seed {result['config']['seed']}", color[label], points))
+            config, records = result["config"], read_lines(run / file)
+            label, found = label_of(config), values(records, config["method"])
+            points = [(r["step"], v) for r, v in zip(records, found, strict=True) if v is not None]
+            made.append(Line(f"{label}, seed {config['seed']}", color[label], points))
         return made
 
     metric = "metrics.jsonl"
@@ -81,9 +85,7 @@ def curves(runs: Sequence[tuple[Path, Result]]) -> str:
         line_chart(
             "SAD from the start, share of weights", lines("topology.jsonl", _share("sad_start")), percent=True, floor=0
         ),
-        line_chart(
-            "Churn in one step, share of weights", lines("topology.jsonl", _share("sad_step")), percent=True, floor=0
-        ),
+        line_chart("Churn in one step, share of weights", every("topology.jsonl", churns), percent=True, floor=0),
     ]
     return legend((f"c{color[label]}", label) for label in labels) + grid("charts", figures)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openwork.tasks.config import DECAYED
+from openwork.tasks.config import DECAYED, REFRESHED
 from openwork.tasks.task import Metric
 
 
@@ -177,6 +177,18 @@ def _macs(count: int | None) -> str:
     return f"{count / 1e9:.3g} G" if count >= 999.5e6 else f"{count / 1e6:.3g} M"
 
 
+def churns(records: Sequence[Mapping[str, Any]], method: str) -> list[float]:
+    """The share of weights that changes in one step, at each record of a topology.jsonl: as counted in the recorded
+    step, or, where masks stay for some steps and then change at once, the mean over the steps since the last record."""
+    if method not in REFRESHED:
+        return [record["sad_step"] / record["weights"] for record in records]
+    steps = [0, *(record["step"] for record in records)]
+    return [
+        record["sad_last"] / record["weights"] / (record["step"] - before)
+        for record, before in zip(records, steps, strict=False)
+    ]
+
+
 def notes(metrics: Sequence[Metric]) -> list[str]:
     first = metrics[0]
     better = "higher" if first.higher_is_better else "lower"
@@ -186,6 +198,7 @@ def notes(metrics: Sequence[Metric]) -> list[str]:
         "p: paired t-test of that difference, with 3 seeds or more;",
         "SAD: share of the sparse layers' weights whose membership at the end differs from the start;",
         "churn: the share that changes in one step, mean over the recorded steps; dense: of the mask it would have;",
+        "of masks that stay for some steps (transposable): the change from record to record, over the steps between;",
         "time: of all training steps, without validation;",
         "ASP starts from the dense run of its seed, so its budget is two trainings.",
     ]

@@ -1,6 +1,6 @@
 import pytest
 
-from openwork.tasks.summary import cells, header, paired_p, plain_table, rows_of
+from openwork.tasks.summary import cells, churns, header, paired_p, plain_table, rows_of
 from openwork.tasks.task import described, percent
 
 METRICS = [percent("val_accuracy", "accuracy")]
@@ -15,6 +15,18 @@ def result(method, seed, accuracy, pattern="2:4", decay=2e-4):
 
 DENSE = [result("dense", seed, accuracy) for seed, accuracy in enumerate((0.90, 0.92, 0.94))]
 SPARSE = [result("sr-ste", seed, accuracy) for seed, accuracy in enumerate((0.89, 0.92, 0.92))]
+
+
+def test_churn_is_that_of_one_step_also_where_masks_change_at_once():
+    """Chosen anew every 40 steps and recorded every 20: half of the records see all changes, the others none."""
+    changes = [0, 40, 0, 20]
+    records = [
+        {"step": 20 * (i + 1), "weights": 1000, "sad_step": change, "sad_last": change}
+        for i, change in enumerate(changes)
+    ]
+    assert churns(records, "sr-ste") == [0.0, 0.04, 0.0, 0.02]
+    assert churns(records, "transposable-sr-ste") == pytest.approx([0.0, 0.002, 0.0, 0.001])
+    assert churns([], "transposable-sr-ste") == []
 
 
 def test_rows_pair_seeds_with_dense():
