@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from openwork import planning
 from openwork.candidates import AxisChoice, PatternChoice
 from openwork.deployed import PackedLayer, SparseConv2d
 from openwork.folding import fold_batch_norm, following_relu, replace
@@ -72,6 +73,7 @@ def deploy(
     axis: AxisChoice = "input",
     stored: torch.dtype | None = None,
     cuda_graph: bool = False,
+    compiled: bool = False,
 ) -> nn.Module:
     """A copy of the model for inference on the CPU or GPU that it is on, each layer dense or sparse, whichever was
     measured faster; arguments as in `plan`. Batch normalization is folded into the layers before it.
@@ -81,7 +83,9 @@ def deploy(
     are from the given model's; of more than rounding explains, a warning says so. The result is saved, loaded, copied
     and pickled like any model: its state dict has dense names and shapes, without normalizations that were folded.
     `cuda_graph` says that the caller will run it as a CUDA graph: then whole models are timed as graphs, without what
-    launching costs.
+    launching costs. `compiled` says that the caller will hand it to `torch.compile`: then whole models are timed
+    compiled, with frozen weights (`torch._inductor.config.freezing`, which helps dense products). That takes minutes
+    for a large model, and on a CPU a C++ compiler.
     """
     # Not in inference mode, also where the caller is in it: what is made here can be loaded into later.
     with torch.inference_mode(False), here(_device(unwrap(model))):
@@ -90,7 +94,8 @@ def deploy(
         fold_batch_norm(dense, example)
         found = _plan(dense, example, patterns, kept_in)
         sparse = _converted(copy.deepcopy(dense), found, example)
-        whole = _whole(dense, sparse, example, bool(found.chosen), cuda_graph)
+        models = {"dense": dense, "sparse": sparse} if found.chosen else {"dense": dense}
+        whole = _whole(models, example, cuda_graph, compiled)
         best = _winner(whole)
         result = dense if best.startswith("dense") else sparse
         result = _channels_last(result) if best.endswith("channels_last") else result
@@ -216,18 +221,18 @@ def _winner(whole: Mapping[str, float]) -> str:
     return best if whole[best] < MARGIN * whole[dense] else dense
 
 
-def _whole(dense: nn.Module, sparse: nn.Module, example: Any, differ: bool, graph: bool) -> dict[str, float]:
-    """Median seconds of one forward of whole models; images also in channels_last."""
-    variants: dict[str, Callable[[], object]] = {"dense": _forward(dense, example)}
-    if differ:
-        variants["sparse"] = _forward(sparse, example)
-    if any(isinstance(module, nn.Conv2d) for module in dense.modules()):
-        variants["dense, channels_last"] = _forward(_channels_last(copy.deepcopy(dense)), example)
-        if differ:
-            variants["sparse, channels_last"] = _forward(_channels_last(copy.deepcopy(sparse)), example)
-    device = _device(dense)
+def _whole(models: Mapping[str, nn.Module], example: Any, graph: bool, compiled: bool) -> dict[str, float]:
+    """Median seconds of one forward of whole models: compiled where the caller will compile them; else images also in
+    channels_last."""
+    device = _device(models["dense"])
     if graph and device.type != "cuda":
         raise ValueError(f"cuda_graph=True for a model on {device}; needed one on a GPU: model.to('cuda')")
+    ready = dict(models)
+    if compiled:
+        ready = {f"{name}, compiled": planning.compiled(each, example) for name, each in models.items()}
+    elif any(isinstance(module, nn.Conv2d) for module in models["dense"].modules()):
+        ready |= {f"{name}, channels_last": _channels_last(copy.deepcopy(each)) for name, each in models.items()}
+    variants = {name: _forward(each, example) for name, each in ready.items()}
     with torch.inference_mode():
         if device.type == "cuda":
             variants = {name: finished(as_graph(each) if graph else each) for name, each in variants.items()}

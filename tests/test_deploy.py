@@ -14,6 +14,7 @@ from fake_times import say
 from torch import nn
 
 import openwork as ow
+from openwork import planning
 from openwork.deployed import SparseConv2d, SparseLinear
 from openwork.tasks.models import allow_torchvision
 
@@ -115,6 +116,23 @@ def test_a_model_in_bfloat16(monkeypatch):
     assert y.dtype == torch.bfloat16
     assert (y - exact).abs().max() <= 2 * (dense - exact).abs().max() + 0.01 * exact.abs().max()
     assert {each.dtype for each in fast.state_dict().values() if each.is_floating_point()} == {torch.bfloat16}
+
+
+def test_what_will_be_compiled_is_compared_compiled(monkeypatch):
+    """Dense models gain more by it: here enough to win."""
+    say(monkeypatch, panel=0.5, rows=0.5, sparse=0.5, **{"dense, compiled": 0.4})
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval(), torch.randn(4, 16)
+    ow.project(model, "2:4")
+    fast = ow.deploy(model, x, pattern="2:4")
+    assert fast.deployment.returned == "sparse"
+    with pytest.warns(UserWarning, match="sparse is not faster than dense here"):
+        dense = ow.deploy(model, x, pattern="2:4", compiled=True)
+    assert dense.deployment.whole == {"dense, compiled": 0.4, "sparse, compiled": 0.5}
+    assert not any(isinstance(each, SparseLinear) for each in dense.modules())
+    compiled = planning.compiled(fast, x)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+    assert not isinstance(fast, type(compiled))
 
 
 def test_dense_is_kept_where_sparse_loses(monkeypatch):

@@ -19,6 +19,7 @@ from openwork.deploy import deploy
 from openwork.folding import fold_batch_norm
 from openwork.pattern import Pattern
 from openwork.planning import Plan
+from openwork.planning import compiled as compile_for_inference
 from openwork.sparsify import project
 
 
@@ -89,7 +90,7 @@ def forward_passes(
             last = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             variants["dense channels_last"] = partial(last, x.to(memory_format=torch.channels_last))
         if compiled:
-            variants["dense compiled"] = _compiled(dense, x)
+            variants["dense compiled"] = partial(compile_for_inference(dense, x), x)
         baselines = list(variants)
         about = {name: ("dense", _short(dtype)) for name in baselines}
         bytes_of = {"dense eager": memory(dense, x)}
@@ -106,7 +107,10 @@ def forward_passes(
                 short = f"deployed {pattern} {_short(kept)}"
                 variants[short], about[short] = partial(fast, x), (str(pattern), _short(kept))
                 if compiled:
-                    variants[short + " compiled"], about[short + " compiled"] = _compiled(fast, x), about[short]
+                    variants[short + " compiled"], about[short + " compiled"] = (
+                        partial(compile_for_inference(fast, x), x),
+                        about[short],
+                    )
                 bytes_of[short] = memory(fast, x)
                 yield fast.deployment  # type: ignore[misc]
         times = alternating(variants, seconds=seconds, flush=False)
@@ -117,16 +121,6 @@ def forward_passes(
             against = [*baselines, *(name for name in int8 if name.startswith("dense"))]
             both = rows(name, f"batch {batch}", {**others, **int8}, against, about, {}, bytes_of)
             yield from (row for row in both if row.dtype == "int8")
-
-
-def _compiled(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
-    """A copy compiled at its best: weights are constants, which dense products have laid out ahead of time."""
-    import torch._inductor.config as inductor
-
-    made = torch.compile(copy.deepcopy(model))
-    with inductor.patch(freezing=True):
-        made(x)
-    return partial(made, x)
 
 
 def _short(dtype: torch.dtype) -> str:
