@@ -104,31 +104,43 @@ Case = Callable[[], Iterable[Row]]
 
 @dataclass(frozen=True)
 class Bench:
-    """Where, and how often at most. `tiny`: a rehearsal."""
+    """Where, and how often at most. `tiny`: a rehearsal. `failures`: of variants, since someone emptied it."""
 
     device: torch.device
     rounds: int
     tiny: bool
+    failures: list[str] = field(default_factory=list)
 
     def times(
         self, variants: Mapping[str, Callable[[], object]], flush: bool = True, launched: bool = True
     ) -> dict[str, list[float]]:
-        """Seconds of each variant in each round; they take turns, and slow ones stop sooner. `flush`: the cache is
-        overwritten before each. `launched`: each is launched before the GPU gets to it."""
+        """Seconds of each variant in each round; they take turns, and slow ones stop sooner. One that raises is left
+        out, and is among the failures. `flush`: the cache is overwritten before each. `launched`: each is launched
+        before the GPU gets to it."""
         waste = torch.empty(1 if self.tiny else 2**28, dtype=torch.uint8, device=self.device)
-        rounds = {}
-        for name, each in variants.items():
-            for _ in range(1 if self.tiny else 3):
-                each()
-            rounds[name] = min(self.rounds, max(LEAST, int(SECONDS / self._timed(each, launched)())))
-        marks: dict[str, list[Any]] = {name: [] for name in variants}
+        rounds = {name: self._rounds(name, each, launched) for name, each in variants.items()}
+        marks: dict[str, list[Any]] = {name: [] for name, count in rounds.items() if count}
         for turn in range(self.rounds):
-            for name, each in variants.items():
+            for name in marks:
                 if turn < rounds[name]:
                     if flush:
                         waste.zero_()
-                    marks[name].append(self._timed(each, launched))
+                    marks[name].append(self._timed(variants[name], launched))
         return {name: [stop() for stop in pairs] for name, pairs in marks.items()}
+
+    def _rounds(self, name: str, call: Callable[[], object], launched: bool) -> int:
+        """How often a variant runs, which has run a few times then; 0 where it raises."""
+        try:
+            for _ in range(1 if self.tiny else 3):
+                call()
+            seconds = self._timed(call, launched)()
+        except Exception as error:
+            if gpu_check.lost(self.device):
+                raise
+            traceback.print_exc()
+            self.failures.append(f"{name}: {gpu_check.summary(error)}")
+            return 0
+        return min(self.rounds, max(LEAST, int(SECONDS / seconds)))
 
     def _timed(self, call: Callable[[], object], launched: bool) -> Callable[[], float]:
         if self.device.type != "cuda":
@@ -157,7 +169,7 @@ class Bench:
         """One row for each variant against the fastest baseline. `about`: pattern, dtype, share, note, of each variant
         or of all."""
         medians = {name: statistics.median(each) for name, each in times.items()}
-        best = min(baselines, key=lambda name: medians[name])
+        best = min((name for name in baselines if name in medians), key=lambda name: medians[name])
         made = []
         for name, each in times.items():
             p20, p50, p80 = (1e6 * quantile(each, q) for q in (0.2, 0.5, 0.8))
@@ -220,7 +232,7 @@ def of_masks(bench: Bench, dtype: torch.dtype, text: str) -> list[Row]:
     once = weight.nbytes
     moved = {"copy": 2 * once, "prune": 2 * once, "mask": once + weight.numel(), "SR-STE term": 3 * once}
     times = bench.times(variants)
-    speed = {name: bytes_ / statistics.median(times[name]) for name, bytes_ in moved.items()}
+    speed = {name: bytes_ / statistics.median(times[name]) for name, bytes_ in moved.items() if name in times}
     share = {name: each / speed["copy"] for name, each in speed.items()}
     about = {
         "pattern": text,
@@ -539,6 +551,8 @@ class Run:
         except Exception as error:
             traceback.print_exc()
             self.failures.append(f"{where}: {gpu_check.summary(error)}")
+        self.failures += [f"{where}: {each}" for each in self.bench.failures]
+        self.bench.failures.clear()
         self.gone = bool(self.failures) and gpu_check.lost(self.bench.device)
         if self.rows:
             write(self.out, self.rows)
@@ -585,8 +599,10 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"warning: {warned}")
     run = Run(bench, asked.out, time.monotonic() + 60 * asked.minutes)
     for section in asked.what:
+        begun = time.monotonic()
         for name, measure in RUNS[section](bench).items():
             run.case(section, name, measure)
+        print(f"{section} took {time.monotonic() - begun:.0f} s", flush=True)
     return run.end()
 
 

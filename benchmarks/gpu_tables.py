@@ -30,13 +30,16 @@ def times(row: Row) -> str:
 
 
 def masks(rows: Sequence[Row]) -> str:
-    """Share of the copy bandwidth."""
+    """Share of the copy bandwidth; a dash for what failed."""
     lines = []
     for dtype, pattern in dict.fromkeys((row["dtype"], row["pattern"]) for row in rows):
         here = {row["impl"]: row for row in rows if (row["dtype"], row["pattern"]) == (dtype, pattern)}
-        shares = [f"{float(here[name]['share']):.2f}" for name in ("prune", "mask", "SR-STE term")]
-        slower = float(here["reference"]["p50_us"]) / float(here["mask"]["p50_us"])
-        lines.append([pattern, dtype, here["copy"]["note"], *shares, f"{slower:.0f}"])
+        shares = [
+            f"{float(here[name]['share']):.2f}" if name in here else "-" for name in ("prune", "mask", "SR-STE term")
+        ]
+        both = "reference" in here and "mask" in here
+        slower = f"{float(here['reference']['p50_us']) / float(here['mask']['p50_us']):.0f}" if both else "-"
+        lines.append([pattern, dtype, here["copy"]["note"], *shares, slower])
     return table(["pattern", "dtype", "copy", "prune", "mask", "SR-STE term", "reference over mask"], lines)
 
 

@@ -106,6 +106,8 @@ def test_tables_say_what_was_measured() -> None:
     step = row(section="training", shape="gpt2", impl="SR-STE", ratio=0.98)
     assert gpu_tables.training([step]).splitlines()[2] == "| gpt2 | SR-STE | 10.0 [9.0, 12.0] | 1.020 |"
     assert "x1.00 of copy  91% of copy" in gpu_tables.line(rows[1])
+    failed = [each for each in rows if each["impl"] not in ("prune", "reference")]
+    assert gpu_tables.masks(failed).splitlines()[2] == "| 2:4 | bfloat16 | 4000 GB/s | - | 0.83 | 0.87 | - |"
 
 
 def test_a_page_without_the_place_is_refused(tmp_path: Path) -> None:
@@ -157,7 +159,7 @@ def test_slow_variants_run_less_often(monkeypatch: Any) -> None:
 def test_when_time_is_up_it_says_what_it_skipped(tmp_path: Path, capsys: Any) -> None:
     words = ["--rehearse", "--minutes", "0", "--out", str(tmp_path / "gpu")]
     assert gpu.main(["lists", "masks", *words]) == 0
-    lines = capsys.readouterr().out.splitlines()[1:]
+    lines = [each for each in capsys.readouterr().out.splitlines() if " took 0 s" not in each][1:]
     assert lines[:2] == [f"skipped, no time was left: lists: {each}" for each in ("prune", "SR-STE term")]
     assert lines[2:] == [f"skipped, no time was left: masks: {each}" for each in gpu.mask_kernels(TINY)]
     assert list(tmp_path.iterdir()) == []
@@ -182,6 +184,17 @@ def test_what_fails_costs_nothing_else(tmp_path: Path, capsys: Any, monkeypatch:
     printed = capsys.readouterr()
     assert printed.out.splitlines()[-1] == "FAILED: lists: broken: RuntimeError: CUDA out of memory"
     assert 'raise RuntimeError("CUDA out of memory")' in printed.err  # the traceback
+
+
+def test_a_variant_that_fails_costs_no_other(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(gpu, "dense_int8", lambda x, layer: {"dense int8": broken})
+    assert gpu.main(["linear", "--rehearse", "--out", str(tmp_path / "gpu")]) == 1
+    assert [(row["impl"], row["dtype"]) for row in written(tmp_path / "gpu.csv")] == [
+        ("dense", "bfloat16"),
+        ("dense", "float16"),
+    ]
+    failed = [each for each in capsys.readouterr().out.splitlines() if each.startswith("FAILED")]
+    assert failed == ["FAILED: linear: 64,64,64 bfloat16: dense int8: RuntimeError: CUDA out of memory"]
 
 
 def test_what_was_measured_is_written_before_the_next_case(tmp_path: Path, monkeypatch: Any) -> None:
@@ -265,7 +278,7 @@ def test_gradients_that_are_wrong_are_found(stand_in: Any) -> None:
         return plain_product(x, packed, None, bias, *rest) * (1 if unpacks or bias is not None else 1.1)
 
     stand_in["product"] = too_large
-    with pytest.raises(gpu_check.Failed, match="accelerate, 64 rows: gradient of input: relative error 0.21"):
+    with pytest.raises(gpu_check.Failed, match=r"accelerate, 64 rows: gradient of input: relative error 0\.21"):
         gpu_check.run("accelerated", CPU)
 
 
