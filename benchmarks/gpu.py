@@ -1,12 +1,20 @@
-"""Check and measure everything that runs on a GPU, in a few minutes, and write the GPU tables of docs/performance.md.
+"""Check and measure everything that runs on a GPU, and write the GPU tables of docs/performance.md.
 
-    python benchmarks/gpu.py                            # all, into build/gpu.csv and build/gpu.json
-    python benchmarks/gpu.py check masks linear         # some of them
-    python benchmarks/gpu.py --tables build/gpu.csv     # needs no GPU: writes the tables
-    python benchmarks/gpu.py --rehearse                 # needs no GPU: every section once, tiny; its times mean nothing
+    python benchmarks/gpu.py                                # all, as far as nine minutes reach
+    python benchmarks/gpu.py check masks lists linear --out build/gpu-1    # all, in three calls of some minutes each
+    python benchmarks/gpu.py decode models --out build/gpu-2
+    python benchmarks/gpu.py training --out build/gpu-3
+    python benchmarks/gpu.py --tables build/gpu-1.csv build/gpu-2.csv build/gpu-3.csv    # needs no GPU: the tables
+    python benchmarks/gpu.py --rehearse                     # needs no GPU: all once, tiny; its times mean nothing
+
+Each section is a list of cases. What a case has measured is written at once. One that fails costs nothing but itself:
+its traceback is printed, and the exit status is 1. After `--minutes` no other case begins; those left are printed as
+skipped, and the status is 1 where checks are among them.
 
 Times are those of CUDA events, variants take turns, the median is reported with the 20th and 80th percentile. Before
-each call memory is written that fills the GPU's cache, so that nothing is found there. The dense baseline of a product
+each call memory is written that fills the GPU's cache, so that nothing is found there, and then the GPU waits for a
+millisecond: when it gets to the call, all of it has been launched, and no time to launch is measured. Only of lists of
+weights and of whole networks launching is part of the time, and the GPU is idle before. The dense baseline of a product
 is the fastest of torch's default library, cuBLASLt by its heuristics, and at 4096 and 8192 what torch.compile finds by
 searching. Decoding is timed as CUDA graphs over copies of the weight that together exceed the cache. A ratio compares
 numbers of one run.
@@ -17,13 +25,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import statistics
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,17 +48,19 @@ from openwork import kernels, semistructured
 from openwork.axis import Axis
 from openwork.bench.measure import quantile, today, write_csv
 from openwork.bench.models import Encoder
-from openwork.deployed_gpu import GpuLinear
+from openwork.deployed import PackedLayer
+from openwork.deployed_gpu import quantized_input, quantized_weight
 from openwork.masks import keep_largest as defined_mask
-from openwork.metrics import pack
-from openwork.ops import add_decayed, add_decayed_list, keep_largest, pack_list, prune, prune_list
+from openwork.ops import add_decayed, add_decayed_list, keep_largest, prune, prune_list
 from openwork.planning import as_graph
 
 sys.path.insert(0, str(Path(__file__).parent))
+import gpu_check
 import gpu_tables
 import pretraining
+from gpu_check import NotHere, packed, product_kinds, short, sparse_linear
 
-SECTIONS = ("check", "masks", "lists", "linear", "decode", "training", "models")
+SECTIONS = ("check", "masks", "lists", "linear", "decode", "models", "training")
 PATTERNS = ("2:4", "1:4", "1:8", "1:16", "1:32")
 SQUARES = tuple((size, size, size) for size in (1024, 2048, 4096, 8192, 16384))
 SEARCHED = SQUARES[2:4]
@@ -57,6 +69,11 @@ VIT_L = tuple((32 * 197, k, o) for k, o in ((1024, 3072), (1024, 1024), (1024, 4
 LLAMA_8B = tuple((4096, k, o) for k, o in ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)))
 DECODE = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192))
 """(B, K, O), and (K, O) for decoding."""
+SECONDS = 1.0
+"""Of the GPU's time, after which a variant has run often enough, if at least `LEAST` times."""
+LEAST = 5
+ABOUT_A_MILLISECOND = 2_000_000
+"""In cycles of the GPU."""
 
 
 @dataclass(frozen=True)
@@ -79,37 +96,63 @@ class Row:
     gpu: str
     versions: str
     date: str
+    case: str = ""
+
+
+Case = Callable[[], Iterable[Row]]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how long. `tiny`: a rehearsal."""
+    """Where, and how often at most. `tiny`: a rehearsal. `failures`: of variants, since someone emptied it."""
 
     device: torch.device
     rounds: int
     tiny: bool
+    failures: list[str] = field(default_factory=list)
 
-    def times(self, variants: Mapping[str, Callable[[], object]], flush: bool = True) -> dict[str, list[float]]:
-        """Seconds of each variant in each round; they take turns."""
+    def times(
+        self, variants: Mapping[str, Callable[[], object]], flush: bool = True, launched: bool = True
+    ) -> dict[str, list[float]]:
+        """Seconds of each variant in each round; they take turns, and slow ones stop sooner. One that raises is left
+        out, and is among the failures. `flush`: the cache is overwritten before each. `launched`: each is launched
+        before the GPU gets to it."""
         waste = torch.empty(1 if self.tiny else 2**28, dtype=torch.uint8, device=self.device)
-        for each in variants.values():
-            for _ in range(1 if self.tiny else 3):
-                each()
-        marks: dict[str, list[Any]] = {name: [] for name in variants}
-        for _ in range(self.rounds):
-            for name, each in variants.items():
-                if flush:
-                    waste.zero_()
-                marks[name].append(self._timed(each))
+        rounds = {name: self._rounds(name, each, launched) for name, each in variants.items()}
+        marks: dict[str, list[Any]] = {name: [] for name, count in rounds.items() if count}
+        for turn in range(self.rounds):
+            for name in marks:
+                if turn < rounds[name]:
+                    if flush:
+                        waste.zero_()
+                    marks[name].append(self._timed(variants[name], launched))
         return {name: [stop() for stop in pairs] for name, pairs in marks.items()}
 
-    def _timed(self, call: Callable[[], object]) -> Callable[[], float]:
+    def _rounds(self, name: str, call: Callable[[], object], launched: bool) -> int:
+        """How often a variant runs, which has run a few times then; 0 where it raises."""
+        try:
+            for _ in range(1 if self.tiny else 3):
+                call()
+            seconds = self._timed(call, launched)()
+        except Exception as error:
+            if gpu_check.lost(self.device):
+                raise
+            traceback.print_exc()
+            self.failures.append(f"{name}: {gpu_check.summary(error)}")
+            return 0
+        return min(self.rounds, max(LEAST, int(SECONDS / seconds)))
+
+    def _timed(self, call: Callable[[], object], launched: bool) -> Callable[[], float]:
         if self.device.type != "cuda":
             begun = time.perf_counter()
             call()
             passed = time.perf_counter() - begun
             return lambda: passed
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if launched:
+            torch.cuda._sleep(ABOUT_A_MILLISECOND)
+        else:
+            torch.cuda.synchronize()
         start.record()
         call()
         stop.record()
@@ -126,7 +169,7 @@ class Bench:
         """One row for each variant against the fastest baseline. `about`: pattern, dtype, share, note, of each variant
         or of all."""
         medians = {name: statistics.median(each) for name, each in times.items()}
-        best = min(baselines, key=lambda name: medians[name])
+        best = min((name for name in baselines if name in medians), key=lambda name: medians[name])
         made = []
         for name, each in times.items():
             p20, p50, p80 = (1e6 * quantile(each, q) for q in (0.2, 0.5, 0.8))
@@ -149,150 +192,63 @@ def versions() -> str:
     return ", ".join(f"{name} {number}" for name, number in found.items())
 
 
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def cases(
+    function: Callable[..., Iterable[Row]], bench: Bench, names: Mapping[str, tuple[Any, ...]]
+) -> dict[str, Case]:
+    """The cases of a section: name -> a function that measures it, from name -> the rest of its arguments."""
+    return {name: partial(function, bench, *rest) for name, rest in names.items()}
 
 
-# --- check -----------------------------------------------------------------------------------------------------------
+def check(bench: Bench) -> dict[str, Case]:
+    """Every kernel on the device against its reference: gpu_check.py."""
 
+    def checked(kind: str) -> tuple[Row, ...]:
+        gpu_check.run(kind, bench.device)
+        return ()
 
-def check(bench: Bench) -> Iterator[Row]:
-    """Every kernel on the device against its reference. Raises AssertionError where one differs."""
-    device, done = bench.device, 0
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for text in ("2:4", "1:4", "3:5", "1:16", "7:32", "9:64"):
-            pattern = ow.Pattern.parse(text)
-            for shape, axis in (
-                ((96, 640), Axis(1)),
-                ((33, 130), Axis(1)),
-                ((24, 40, 3, 3), Axis(1)),
-                ((24, 6, 2), Axis(0, 2)),
-            ):
-                done += _check_masks(_ties(shape, dtype, device), pattern, axis)
-            weight = _ties((24, 40, 3, 3), dtype, device).to(memory_format=torch.channels_last)
-            done += _check_masks(weight, pattern, Axis(1))
-    kept = [torch.rand(shape, device=device) < 0.5 for shape in ((7, 9), (100, 100))]
-    bits = pack_list(kept)
-    assert all(torch.equal(a, pack(b)) for a, b in zip(bits, kept, strict=True)), "pack_list"
-    for dtype in (torch.bfloat16, torch.float16):
-        for rows in (1, 3, 16, 64):
-            for text in ("2:4", "1:8", "4:8"):
-                done += _check_products(rows, text, dtype, device)
-    print(f"{done} checks passed on {gpu_name(device)}; {kernels.gpu_status()}")
-    yield from ()
-
-
-def _ties(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Few different magnitudes, signed zeros, infinities, NaN."""
-    weight = torch.randint(-3, 4, shape, device=device).to(dtype)
-    some = torch.rand(shape, device=device)
-    weight = torch.where(some < 0.02, -0.0, weight)
-    return torch.where(some > 0.99, torch.nan, torch.where(some > 0.98, -torch.inf, weight))
-
-
-def _check_masks(weight: Tensor, pattern: ow.Pattern, axis: Axis) -> int:
-    keep = defined_mask(weight.abs().cpu(), pattern, axis).to(weight.device)
-    where = f"{pattern} {tuple(weight.shape)} {weight.dtype}"
-    integers = torch.int32 if weight.dtype == torch.float32 else torch.int16
-    assert torch.equal(keep_largest(weight.abs(), pattern, axis), keep), f"mask {where}"
-    pruned = prune(weight, pattern, axis)
-    assert torch.equal(pruned.view(integers), torch.where(keep, weight, 0.0).view(integers)), f"prune {where}"
-    gradient = torch.randn_like(weight)
-    expected = gradient + torch.where(keep, 0.0, weight) * 0.37
-    for each in prune_list([weight] * 3, pattern, [axis] * 3):
-        assert torch.equal(each.view(integers), pruned.view(integers)), f"prune in a list {where}"
-    lists = [gradient.clone() for _ in range(3)]
-    add_decayed(gradient, weight, 0.37, pattern, axis)
-    add_decayed_list(lists, [weight] * 3, 0.37, pattern, [axis] * 3)
-    for each in (gradient, *lists):
-        same = (each == expected) | (each.isnan() & expected.isnan())
-        assert bool(same.all()), f"SR-STE term {where}: {int((~same).sum())} differ"
-    return 9
-
-
-def _check_products(rows: int, text: str, dtype: torch.dtype, device: torch.device) -> int:
-    done = 0
-    layer = sparse_linear(520, 264, text, dtype, device)
-    x = torch.randn(rows, 520, device=device, dtype=dtype)
-    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
-    for kind, stored in product_kinds(layer, rows, dtype):
-        made = packed(layer, text, kind, stored, x)
-        if made is None:
-            continue
-        error = float((made(x).double() - exact).norm() / exact.norm())
-        allowed = {torch.int8: 0.02, torch.float8_e4m3fn: 0.06}.get(stored, 4 * torch.finfo(dtype).eps)
-        assert error < allowed, f"{kind} {stored} {text} {rows} rows: relative error {error:.2g}, allowed {allowed:.2g}"
-        done += 1
-    return done
-
-
-def product_kinds(layer: nn.Linear, rows: int, dtype: torch.dtype) -> list[tuple[Any, torch.dtype]]:
-    """The kernels that can take a layer here, and in which dtype."""
-    found: list[tuple[Any, torch.dtype]] = [
-        (name, stored)
-        for name, backend in semistructured.BACKENDS.items()
-        for stored in (dtype, torch.int8, torch.float8_e4m3fn)
-        if stored in backend.units and not semistructured.cannot(layer.weight, name, stored)
-    ]
-    return found + [(kind, dtype) for kind in ("gather", "expand") if rows <= 16]
-
-
-def packed(layer: nn.Linear, text: str, kind: Any, stored: torch.dtype, x: Tensor) -> GpuLinear | None:
-    """The layer by one kernel, its algorithm searched. None, and a line that says why, where the GPU's library has no
-    product of a quantized dtype; any other failure is one."""
-    try:
-        made = GpuLinear(layer, ow.Pattern.parse(text), kind, stored)
-        made.search(x)
-        made(x)
-    except RuntimeError as error:
-        if stored not in semistructured.QUANTIZED:
-            raise
-        print(f"not here: {kind} {short(stored)}: {' '.join(str(error).split())[:120]}")
-        return None
-    return made
-
-
-def sparse_linear(inputs: int, outputs: int, text: str, dtype: torch.dtype, device: torch.device) -> Any:
-    layer = nn.Linear(inputs, outputs, device=device, dtype=dtype).requires_grad_(False)
-    layer.weight.copy_(prune(layer.weight, ow.Pattern.parse(text), Axis(1)))
-    return layer
+    return {kind: partial(checked, kind) for kind in gpu_check.CHECKS}
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 
-def mask_kernels(bench: Bench) -> Iterator[Row]:
+def mask_kernels(bench: Bench) -> dict[str, Case]:
     """Bandwidth of each kernel over that of a copy on this device, bytes counted once each way."""
+    pairs = itertools.product((torch.float32, torch.bfloat16), PATTERNS)
+    return cases(of_masks, bench, {f"{text} {short(dtype)}": (dtype, text) for dtype, text in pairs})
+
+
+def of_masks(bench: Bench, dtype: torch.dtype, text: str) -> list[Row]:
     size = (64, 256) if bench.tiny else (8192, 8192)
-    for dtype in (torch.float32, torch.bfloat16):
-        weight = torch.randn(size, device=bench.device).to(dtype)
-        gradient, target = torch.randn_like(weight), torch.empty_like(weight)
-        for text in PATTERNS:
-            pattern, bytes_ = ow.Pattern.parse(text), weight.nbytes
-            variants: dict[str, Callable[[], object]] = {
-                "copy": partial(target.copy_, weight),
-                "prune": partial(prune, weight, pattern, Axis(1)),
-                "mask": partial(keep_largest, weight, pattern, Axis(1)),
-                "SR-STE term": partial(add_decayed, gradient, weight, 2e-4, pattern, Axis(1)),
-                "reference": lambda p=pattern, w=weight: defined_mask(w.abs(), p, Axis(1)),  # type: ignore[misc]
-            }
-            moved = {
-                "copy": 2 * bytes_,
-                "prune": 2 * bytes_,
-                "mask": bytes_ + weight.numel(),
-                "SR-STE term": 3 * bytes_,
-            }
-            times = bench.times(variants)
-            medians = {name: statistics.median(each) for name, each in times.items()}
-            speed = moved["copy"] / medians["copy"]
-            share = {name: moved[name] / medians[name] / speed for name in moved}
-            note = {"copy": f"{speed / 1e9:.0f} GB/s"}
-            about = {"pattern": text, "dtype": short(dtype), "share": share, "note": note}
-            yield from bench.rows("masks", "x".join(map(str, size)), times, ["copy"], **about)
+    weight, pattern = torch.randn(size, device=bench.device).to(dtype), ow.Pattern.parse(text)
+    gradient, target = torch.randn_like(weight), torch.empty_like(weight)
+    variants: dict[str, Callable[[], object]] = {
+        "copy": partial(target.copy_, weight),
+        "prune": partial(prune, weight, pattern, Axis(1)),
+        "mask": partial(keep_largest, weight, pattern, Axis(1)),
+        "SR-STE term": partial(add_decayed, gradient, weight, 2e-4, pattern, Axis(1)),
+        "reference": lambda: defined_mask(weight.abs(), pattern, Axis(1)),
+    }
+    once = weight.nbytes
+    moved = {"copy": 2 * once, "prune": 2 * once, "mask": once + weight.numel(), "SR-STE term": 3 * once}
+    times = bench.times(variants)
+    speed = {name: bytes_ / statistics.median(times[name]) for name, bytes_ in moved.items() if name in times}
+    share = {name: each / speed["copy"] for name, each in speed.items()}
+    about = {
+        "pattern": text,
+        "dtype": short(dtype),
+        "share": share,
+        "note": {"copy": f"{speed['copy'] / 1e9:.0f} GB/s"},
+    }
+    return bench.rows("masks", "x".join(map(str, size)), times, ["copy"], **about)
 
 
-def lists(bench: Bench) -> Iterator[Row]:
+def lists(bench: Bench) -> dict[str, Case]:
     """Pruning ResNet-50's weights, and their SR-STE term: one launch for all, beside one for each."""
+    return cases(of_a_list, bench, {"prune": ("prune",), "SR-STE term": ("SR-STE term",)})
+
+
+def of_a_list(bench: Bench, what: str) -> list[Row]:
     shapes = resnet50_shapes()[:6] if bench.tiny else resnet50_shapes()
     weights = [torch.randn(shape, device=bench.device) for shape in shapes]
     gradients, pattern = [torch.zeros_like(w) for w in weights], ow.Pattern(2, 4)
@@ -306,14 +262,14 @@ def lists(bench: Bench) -> Iterator[Row]:
         for gradient, weight in zip(gradients, weights, strict=True):
             add_decayed(gradient, weight, 2e-4, pattern, Axis(1))
 
-    listed = {
-        "prune": (prunes, partial(prune_list, weights, pattern, axes)),
-        "SR-STE term": (terms, partial(add_decayed_list, gradients, weights, 2e-4, pattern, axes)),
-    }
-    for what, (one_by_one, at_once) in listed.items():
-        times = bench.times({"one by one": one_by_one, "list": at_once}, flush=False)
-        shape = f"{what}, {len(weights)} weights"
-        yield from bench.rows("lists", shape, times, ["one by one"], pattern="2:4", dtype="float32")
+    variants: dict[str, Callable[[], object]] = (
+        {"one by one": prunes, "list": partial(prune_list, weights, pattern, axes)}
+        if what == "prune"
+        else {"one by one": terms, "list": partial(add_decayed_list, gradients, weights, 2e-4, pattern, axes)}
+    )
+    times = bench.times(variants, flush=False, launched=False)
+    shape = f"{what}, {len(weights)} weights"
+    return bench.rows("lists", shape, times, ["one by one"], pattern="2:4", dtype="float32")
 
 
 def resnet50_shapes() -> list[tuple[int, ...]]:
@@ -331,28 +287,40 @@ def resnet50_shapes() -> list[tuple[int, ...]]:
 # --- products --------------------------------------------------------------------------------------------------------
 
 
-def linear(bench: Bench) -> Iterator[Row]:
-    """2:4 products of many rows, beside the best dense one."""
+def linear(bench: Bench) -> dict[str, Case]:
+    """2:4 products of many rows, beside the best dense one; quantized ones with bfloat16 alone."""
     shapes = ((64, 64, 64),) if bench.tiny else (*SQUARES, *VIT_L, *LLAMA_8B)
-    for dtype in (torch.bfloat16, torch.float16):
-        for B, K, O in shapes:
-            layer = sparse_linear(K, O, "2:4", dtype, bench.device)
-            x = torch.randn(B, K, device=bench.device, dtype=dtype)
-            dense = dense_products(layer, x, search=dtype == torch.bfloat16 and (B, K, O) in SEARCHED)
-            variants, about, note = dense | dense_int8(x, layer), {}, {}
-            for kind, stored in product_kinds(layer, B, dtype):
-                made = packed(layer, "2:4", kind, stored, x) if kind in semistructured.BACKENDS else None
-                if made is not None:
-                    name = kind if stored == dtype else f"{kind} {short(stored)}"
-                    variants[name], about[name] = partial(made, x), "2:4"
-                    algorithms = ", ".join(map(str, made.algorithms.values()))
-                    note[name] = (
-                        "quantizing the input included" if stored != dtype else f"algorithm {algorithms or '-'}"
-                    )
-            times = bench.times(variants)
-            yield from bench.rows(
-                "linear", f"{B},{K},{O}", times, list(dense), pattern=about, dtype=short(dtype), note=note
-            )
+    pairs = itertools.product((torch.bfloat16, torch.float16), shapes)
+    return cases(of_linear, bench, {f"{B},{K},{O} {short(dtype)}": (dtype, B, K, O) for dtype, (B, K, O) in pairs})
+
+
+def of_linear(bench: Bench, dtype: torch.dtype, B: int, K: int, O: int) -> list[Row]:
+    quantized = dtype == torch.bfloat16
+    layer = sparse_linear(K, O, "2:4", dtype, bench.device)
+    x = torch.randn(B, K, device=bench.device, dtype=dtype)
+    dense = dense_products(layer, x, search=quantized and (B, K, O) in SEARCHED)
+    variants, about, note = dict(dense), {}, {}
+    if quantized:
+        variants |= dense_int8(x, layer) | dense_fp8(x, layer)
+    for kind, stored in product_kinds(layer, B, dtype, quantized):
+        if kind in semistructured.BACKENDS:
+            with where_it_is_here():
+                made = packed(layer, "2:4", kind, stored, x)
+                name = kind if stored == dtype else f"{kind} {short(stored)}"
+                algorithms = ", ".join(map(str, made.algorithms.values())) or "-"
+                variants[name], about[name] = partial(made, x), "2:4"
+                note[name] = f"algorithm {algorithms}" if stored == dtype else "quantizing the input included"
+    times = bench.times(variants)
+    return bench.rows("linear", f"{B},{K},{O}", times, list(dense), pattern=about, dtype=short(dtype), note=note)
+
+
+@contextlib.contextmanager
+def where_it_is_here() -> Iterator[None]:
+    """A variant that this machine does not have is left out, and a line says why."""
+    try:
+        yield
+    except NotHere as reason:
+        print(f"not here: {reason}", flush=True)
 
 
 def dense_products(layer: nn.Linear, x: Tensor, search: bool) -> dict[str, Callable[[], object]]:
@@ -384,28 +352,59 @@ def dense_int8(x: Tensor, layer: nn.Linear) -> dict[str, Callable[[], object]]:
     return {"dense int8, product alone": partial(torch._int_mm, left, right.t())}
 
 
-def decode(bench: Bench) -> Iterator[Row]:
+def dense_fp8(x: Tensor, layer: nn.Linear) -> dict[str, Callable[[], object]]:
+    """The same for float8, with a scale for each row and each output, with its fast accumulation."""
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0):
+        return {}
+    left, left_scales = quantized_input(x, torch.float8_e4m3fn)
+    right, right_scales = quantized_weight(layer.weight, torch.float8_e4m3fn)
+    known = (left, right.t(), left_scales[:, None].contiguous(), right_scales[None].contiguous())
+    call = partial(torch._scaled_mm, *known, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return {"dense float8, product alone": call}
+
+
+def decode(bench: Bench) -> dict[str, Case]:
     """Few rows, as CUDA graphs over copies of the weight that exceed the cache; time of one product."""
-    for B in (1, 4, 16):
-        for K, O in ((64, 32),) if bench.tiny else DECODE:
-            for text in ("2:4", "4:8", "1:4", "1:16"):
-                layer = sparse_linear(K, O, text, torch.bfloat16, bench.device)
-                x = torch.randn(B, K, device=bench.device, dtype=torch.bfloat16)
-                copies = 2 if bench.tiny else max(2, -(-(2**28) // layer.weight.nbytes))
-                made: dict[str, list[Any]] = {"dense": [copy.deepcopy(layer) for _ in range(copies)]}
-                for kind, stored in product_kinds(layer, B, torch.bfloat16):
-                    if stored == torch.bfloat16:
-                        # Sparse copies are smaller: as many more of them as it takes to exceed the cache too.
-                        made[kind] = [GpuLinear(layer, ow.Pattern.parse(text), kind, stored) for _ in range(2 * copies)]
-                        for each in made[kind]:
-                            each.search(x)
-                variants = {name: _all_of(each, x, bench.device) for name, each in made.items()}
-                times = bench.times(variants, flush=False)
-                each_one = {name: [t / len(made[name]) for t in all_] for name, all_ in times.items()}
-                pattern = {name: text for name in made if name != "dense"}
-                yield from bench.rows(
-                    "decode", f"{B},{K},{O}", each_one, ["dense"], pattern=pattern, dtype="bfloat16", note=text
-                )
+    shapes = ((64, 32),) if bench.tiny else DECODE
+    all_ = itertools.product((1, 4, 16), shapes, ("2:4", "4:8", "1:4", "1:16"))
+    return cases(of_decode, bench, {f"{B},{K},{O} {text}": (B, K, O, text) for B, (K, O), text in all_})
+
+
+def of_decode(bench: Bench, B: int, K: int, O: int, text: str) -> list[Row]:
+    layer = sparse_linear(K, O, text, torch.bfloat16, bench.device)
+    x = torch.randn(B, K, device=bench.device, dtype=torch.bfloat16)
+    made: dict[str, list[Any]] = {"dense": copies(layer, bench)}
+    for kind, stored in product_kinds(layer, B, torch.bfloat16, quantized=False):
+        with where_it_is_here():
+            made[kind] = copies(packed(layer, text, kind, stored, x), bench)
+    times = bench.times({name: _all_of(each, x, bench.device) for name, each in made.items()}, flush=False)
+    each_one = {name: [t / len(made[name]) for t in all_] for name, all_ in times.items()}
+    pattern = {name: text for name in made if name != "dense"}
+    return bench.rows("decode", f"{B},{K},{O}", each_one, ["dense"], pattern=pattern, dtype="bfloat16", note=text)
+
+
+def copies(layer: nn.Module, bench: Bench) -> list[nn.Module]:
+    """The layer and as many copies of its tensors as it takes to exceed the cache four times: by the bytes that lie in
+    memory, which are fewer in a packed layer. (`deepcopy` would pack each of those anew.)"""
+    held = sum(each.nbytes for each in (*layer.parameters(), *layer.buffers()))
+    return [layer, *(_cloned(layer) for _ in range(max(2, -(-cache_to_exceed(bench) // held)) - 1))]
+
+
+def cache_to_exceed(bench: Bench) -> int:
+    """Bytes: four times the GPU's cache, or 256 MiB where torch does not know it."""
+    if bench.tiny:
+        return 2**13
+    known = torch.cuda.get_device_properties(bench.device)
+    return 4 * getattr(known, "L2_cache_size", 2**26)
+
+
+def _cloned(layer: nn.Module) -> nn.Module:
+    made = type(layer).__new__(type(layer))
+    made.__dict__.update(layer.__dict__)
+    for name in ("_parameters", "_buffers"):
+        tensors = {key: None if each is None else each.detach().clone() for key, each in getattr(layer, name).items()}
+        made.__dict__[name] = tensors
+    return made
 
 
 def _all_of(layers: Sequence[Any], x: Tensor, device: torch.device) -> Callable[[], object]:
@@ -419,23 +418,55 @@ def _all_of(layers: Sequence[Any], x: Tensor, device: torch.device) -> Callable[
 # --- networks --------------------------------------------------------------------------------------------------------
 
 
-def training(bench: Bench) -> Iterator[Row]:
+def whole_models(bench: Bench) -> dict[str, Case]:
+    """Inference of encoders of ViT-L's and BERT-large's size, deployed beside dense: eager, compiled, as graphs."""
+    return cases(of_model, bench, {"ViT-L": ("ViT-L", 197, 32), "BERT-large": ("BERT-large", 512, 16)})
+
+
+def of_model(bench: Bench, name: str, tokens: int, batch: int) -> list[Row]:
+    made = Encoder(32, 2, 2) if bench.tiny else Encoder(1024, 16, 24)
+    dense = made.to(bench.device, torch.bfloat16).eval().requires_grad_(False)
+    ow.project(dense, "2:4")
+    x = torch.randn(2 if bench.tiny else batch, 8 if bench.tiny else tokens, 32 if bench.tiny else 1024)
+    x = x.to(bench.device, torch.bfloat16)
+    fast = deployed(dense, x)
+    variants: dict[str, Callable[[], object]] = {"dense": partial(dense, x), "deployed": partial(fast, x)}
+    models = {"deployed": fast}
+    if bench.device.type == "cuda":
+        variants["dense compiled"] = partial(torch.compile(copy.deepcopy(dense)), x)
+        variants["deployed, compiled"] = partial(torch.compile(copy.deepcopy(fast)), x)
+        models |= {"deployed, compiled": fast, "deployed, graph": deployed(dense, x, cuda_graph=True)}
+        variants["dense, graph"] = as_graph(partial(dense, x))
+        variants["deployed, graph"] = as_graph(partial(models["deployed, graph"], x))
+    times = bench.times(variants, flush=False, launched=False)
+    count = {name: sum(isinstance(each, PackedLayer) for each in model.modules()) for name, model in models.items()}
+    about = {
+        "pattern": {name: "2:4" for name, packed_ in count.items() if packed_},
+        "note": {name: f"{n} layers sparse" if n else "deploy returned the dense model" for name, n in count.items()},
+    }
+    baselines = [each for each in variants if each.startswith("dense")]
+    return bench.rows("models", f"{name}, batch {batch}", times, baselines, dtype="bfloat16", **about)
+
+
+def deployed(model: nn.Module, x: Tensor, cuda_graph: bool = False) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that dense won, which the rows say
+        made = ow.deploy(model, x, pattern="2:4", cuda_graph=cuda_graph)
+    print(made.deployment)
+    return made
+
+
+def training(bench: Bench) -> dict[str, Case]:
     """A compiled SR-STE step over the compiled dense one, bfloat16 by autocast, with the optimizer."""
-    for name in ("resnet50", "gpt2"):
-        steps = {
-            how: training_step(bench, name, how)
-            for how in pretraining.METHODS
-            if name == "gpt2" or how in ("dense", "SR-STE")
-        }
-        times = bench.times(steps, flush=False)
-        yield from bench.rows(
-            "training",
-            name,
-            times,
-            ["dense"],
-            pattern={how: "2:4" for how in steps if how != "dense"},
-            dtype="bfloat16",
-        )
+    names = {"gpt2": ("gpt2", pretraining.METHODS), "resnet50": ("resnet50", ("dense", "SR-STE"))}
+    return cases(of_training, bench, names)
+
+
+def of_training(bench: Bench, name: str, methods: Sequence[str]) -> list[Row]:
+    steps = {how: training_step(bench, name, how) for how in methods}
+    times = bench.times(steps, flush=False, launched=False)
+    pattern = {how: "2:4" for how in steps if how != "dense"}
+    return bench.rows("training", name, times, ["dense"], pattern=pattern, dtype="bfloat16")
 
 
 def training_step(bench: Bench, name: str, how: str) -> Callable[[], object]:
@@ -468,58 +499,81 @@ def training_step(bench: Bench, name: str, how: str) -> Callable[[], object]:
 def resnet() -> nn.Module:
     from openwork.tasks.torchvision_compat import ensure_torchvision
 
-    return ensure_torchvision().models.resnet50()
-
-
-def whole_models(bench: Bench) -> Iterator[Row]:
-    """Inference of encoders of ViT-L's and BERT-large's size, deployed beside dense: eager, compiled, as graphs."""
-    for name, tokens, batch in (("ViT-L", 197, 32), ("BERT-large", 512, 16)):
-        made = Encoder(32, 2, 2) if bench.tiny else Encoder(1024, 16, 24)
-        dense = made.to(bench.device, torch.bfloat16).eval().requires_grad_(False)
-        ow.project(dense, "2:4")
-        x = torch.randn(2 if bench.tiny else batch, 8 if bench.tiny else tokens, 32 if bench.tiny else 1024)
-        x = x.to(bench.device, torch.bfloat16)
-        variants: dict[str, Callable[[], object]] = {"dense": partial(dense, x)}
-        note: dict[str, str] = {}
-        if bench.device.type == "cuda":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                fast = ow.deploy(dense, x, pattern="2:4")
-            print(fast.deployment)
-            variants["deployed"] = partial(fast, x)
-            variants["dense compiled"] = partial(torch.compile(copy.deepcopy(dense)), x)
-            variants["deployed, compiled"] = partial(torch.compile(copy.deepcopy(fast)), x)
-            variants["dense, graph"] = as_graph(partial(dense, x))
-            variants["deployed, graph"] = as_graph(partial(fast, x))
-            note = {each: f"{len(fast.deployment.chosen)} layers sparse" for each in variants if "deployed" in each}
-        times = bench.times(variants, flush=False)
-        pattern = {each: "2:4" for each in variants if "deployed" in each}
-        baselines = [each for each in variants if "dense" in each]
-        yield from bench.rows(
-            "models", f"{name}, batch {batch}", times, baselines, pattern=pattern, dtype="bfloat16", note=note
-        )
+    try:
+        torchvision = ensure_torchvision()
+    except ImportError as error:
+        raise NotHere(str(error)) from error
+    return torchvision.models.resnet50()
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
-RUNS: Mapping[str, Callable[[Bench], Iterator[Row]]] = {
+RUNS: Mapping[str, Callable[[Bench], dict[str, Case]]] = {
     "check": check,
     "masks": mask_kernels,
     "lists": lists,
     "linear": linear,
     "decode": decode,
-    "training": training,
     "models": whole_models,
+    "training": training,
 }
+WITH_GRADIENTS = ("check", "training")
+
+
+@dataclass
+class Run:
+    """Cases one after the other, until `deadline` by `time.monotonic`; what was measured is written after each."""
+
+    bench: Bench
+    out: Path
+    deadline: float
+    rows: list[Row] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    gone: bool = False
+
+    def case(self, section: str, name: str, measure: Case) -> None:
+        where = f"{section}: {name}"
+        if self.gone or time.monotonic() >= self.deadline:
+            self.skipped.append(where)
+            return
+        if not self.bench.tiny:
+            torch.compiler.reset()  # it gives up on code that it has compiled eight times
+        try:
+            with torch.enable_grad() if section in WITH_GRADIENTS else torch.inference_mode():
+                for row in measure():
+                    self.rows.append(replace(row, case=name))
+                    print(gpu_tables.line(asdict(row)), flush=True)
+        except NotHere as reason:
+            print(f"not here: {where}: {reason}", flush=True)
+        except gpu_check.Failed as failed:
+            self.failures += [f"{where}: {each}" for each in str(failed).splitlines()]
+        except Exception as error:
+            traceback.print_exc()
+            self.failures.append(f"{where}: {gpu_check.summary(error)}")
+        self.failures += [f"{where}: {each}" for each in self.bench.failures]
+        self.bench.failures.clear()
+        self.gone = bool(self.failures) and gpu_check.lost(self.bench.device)
+        if self.rows:
+            write(self.out, self.rows)
+
+    def end(self) -> int:
+        """Says what failed and what was skipped. The exit status."""
+        for each in self.skipped:
+            print(f"skipped, {'the GPU takes nothing more' if self.gone else 'no time was left'}: {each}")
+        for each in self.failures:
+            print(f"FAILED: {each}")
+        return int(bool(self.failures) or any(each.startswith("check:") for each in self.skipped))
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", nargs="*", help=f"{', '.join(SECTIONS)} (default: these)")
-    add("--rounds", type=int, default=30, help="times that each variant runs")
+    add("--rounds", type=int, default=30, help=f"times that each variant runs at most (less often after {SECONDS:g} s)")
+    add("--minutes", type=float, default=9, help="after so many no other case begins (default: 9)")
     add("--out", type=Path, default=Path("build/gpu"), help="without ending: .csv and .json are written")
-    add("--tables", type=Path, metavar="CSV", help="write the tables of docs/performance.md from a run, and stop")
+    add("--tables", type=Path, nargs="+", metavar="CSV", help="write docs/performance.md's tables from runs, and stop")
     add("--page", type=Path, default=gpu_tables.PAGE, help="for --tables")
     add("--rehearse", action="store_true", help="tiny, on the CPU, to try the script")
     asked = parser.parse_args(words)
@@ -540,20 +594,20 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     device = torch.device("cpu" if asked.rehearse else "cuda")
     bench = Bench(device, 1 if asked.rehearse else asked.rounds, asked.rehearse)
+    print(f"{gpu_name(device)}; {versions()}; {kernels.gpu_status()}")
     if not asked.rehearse and (warned := semistructured.version_warning(device)):
         print(f"warning: {warned}")
-    rows: list[Row] = []
-    for each in asked.what:
-        with torch.inference_mode() if each not in ("training",) else torch.enable_grad():
-            for row in RUNS[each](bench):
-                rows.append(row)
-                print(gpu_tables.line(asdict(row)), flush=True)
-        write(asked.out, rows)
-    return 0
+    run = Run(bench, asked.out, time.monotonic() + 60 * asked.minutes)
+    for section in asked.what:
+        begun = time.monotonic()
+        for name, measure in RUNS[section](bench).items():
+            run.case(section, name, measure)
+        print(f"{section} took {time.monotonic() - begun:.0f} s", flush=True)
+    return run.end()
 
 
 def write(out: Path, rows: Sequence[Row]) -> None:
-    """All rows, as CSV and as JSON. Called after each section: what was measured is not lost."""
+    """All rows, as CSV and as JSON. Called after each case: what was measured is not lost."""
     write_csv(out.with_suffix(".csv"), Row, rows)
     out.with_suffix(".json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
 

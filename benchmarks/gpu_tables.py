@@ -1,4 +1,4 @@
-"""The GPU tables of docs/performance.md, from the CSV file of benchmarks/gpu.py."""
+"""The GPU tables of docs/performance.md, from CSV files of benchmarks/gpu.py."""
 
 from __future__ import annotations
 
@@ -30,13 +30,16 @@ def times(row: Row) -> str:
 
 
 def masks(rows: Sequence[Row]) -> str:
-    """Share of the copy bandwidth."""
+    """Share of the copy bandwidth; a dash for what failed."""
     lines = []
     for dtype, pattern in dict.fromkeys((row["dtype"], row["pattern"]) for row in rows):
         here = {row["impl"]: row for row in rows if (row["dtype"], row["pattern"]) == (dtype, pattern)}
-        shares = [f"{float(here[name]['share']):.2f}" for name in ("prune", "mask", "SR-STE term")]
-        slower = float(here["reference"]["p50_us"]) / float(here["mask"]["p50_us"])
-        lines.append([pattern, dtype, here["copy"]["note"], *shares, f"{slower:.0f}"])
+        shares = [
+            f"{float(here[name]['share']):.2f}" if name in here else "-" for name in ("prune", "mask", "SR-STE term")
+        ]
+        both = "reference" in here and "mask" in here
+        slower = f"{float(here['reference']['p50_us']) / float(here['mask']['p50_us']):.0f}" if both else "-"
+        lines.append([pattern, dtype, here["copy"]["note"], *shares, slower])
     return table(["pattern", "dtype", "copy", "prune", "mask", "SR-STE term", "reference over mask"], lines)
 
 
@@ -67,18 +70,30 @@ TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
 }
 
 
-def write(file: Path, page: Path) -> None:
-    """Put the tables of a run between `<!-- gpu NAME -->` and `<!-- end -->`, with GPU, versions, date. Sections that
-    the run has not measured stay as they are."""
-    with file.open(newline="") as opened:
-        rows = list(csv.DictReader(opened))
+def write(files: Sequence[Path], page: Path) -> None:
+    """Put the tables of runs between `<!-- gpu NAME -->` and `<!-- end -->`, with GPU, versions, date. Sections that
+    no run has measured stay as they are."""
+    rows = combined(files)
     text = page.read_text()
     for name, made in TABLES.items():
         here = [row for row in rows if row["section"] == name]
         if here:
-            about = ", ".join(here[0][each] for each in ("gpu", "versions", "date"))
-            text = between(text, f"<!-- gpu {name} -->\n", f"\n{about}.\n\n{made(here)}\n\n", page)
+            about = dict.fromkeys(", ".join(row[each] for each in ("gpu", "versions", "date")) for row in here)
+            text = between(text, f"<!-- gpu {name} -->\n", f"\n{'; '.join(about)}.\n\n{made(here)}\n\n", page)
     page.write_text(text)
+
+
+def combined(files: Sequence[Path]) -> list[Row]:
+    """The rows of several runs. A case that was measured again counts as the last of these files has it, whole: a ratio
+    compares numbers of one run."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for file in files:
+        cases: dict[tuple[str, str], list[Row]] = {}
+        with file.open(newline="") as opened:
+            for row in csv.DictReader(opened):
+                cases.setdefault((row["section"], row["case"]), []).append(row)
+        found |= cases
+    return [row for case in found.values() for row in case]
 
 
 def between(text: str, start: str, new: str, page: Path) -> str:
