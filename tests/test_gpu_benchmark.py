@@ -236,7 +236,7 @@ def stand_in(monkeypatch: Any, tmp_path: Path) -> dict[str, Any]:
         semistructured.BACKENDS["cusparselt"],
         pack=lambda weight: changed["pack"](weight),
         product=lambda *given: changed["product"](*given),
-        search=lambda *_: 7,
+        search=lambda *_: (7, 2, 1),
         missing=lambda _: "",
         version=lambda: "plain torch",
     )
@@ -245,7 +245,7 @@ def stand_in(monkeypatch: Any, tmp_path: Path) -> dict[str, Any]:
     return changed
 
 
-def plain_product(x: Tensor, packed: Tensor, _: None, bias: Any, outputs: int, algorithm: int, out: Any) -> Tensor:
+def plain_product(x: Tensor, packed: Tensor, _: None, bias: Any, outputs: int, algorithm: Any, out: Any) -> Tensor:
     return F.linear(x.double(), packed.double(), None if bias is None else bias.double()).to(out)
 
 
