@@ -5,8 +5,9 @@
     python benchmarks/results_page.py
 
 Where a second comparison in the same --out adds rows (it finds the dense runs there), its results.json becomes
-detection-1of4.json or the like, and one table holds both. Each table goes between the lines `<!-- results TASK -->` and
-`<!-- end -->` of the page; the text around is typed. Folders of this machine are taken out of the files.
+detection-1of4.json or the like, and one table holds both. Each table goes between the lines `<!-- results NAME -->` and
+`<!-- end -->` of the page, NAME being a task, or fashion-mnist for a longer classification; the text around is typed.
+Folders of this machine are taken out of the files.
 """
 
 from __future__ import annotations
@@ -76,10 +77,10 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def stored(task: str) -> list[dict[str, Any]]:
-    """What is kept of a task's comparisons, TASK.json first."""
+def stored(name: str) -> list[dict[str, Any]]:
+    """What is kept of the comparisons of one table, NAME.json first."""
     documents = []
-    for path in (RESULTS / f"{task}.json", *sorted(RESULTS.glob(f"{task}-*.json"))):
+    for path in (RESULTS / f"{name}.json", *sorted(RESULTS.glob(f"{name}-*.json"))):
         if not path.exists():
             continue
         documents.append(json.loads(path.read_text(encoding="utf-8")))
@@ -88,14 +89,14 @@ def stored(task: str) -> list[dict[str, Any]]:
 
 def with_tables(page: str) -> str:
     """The page with every table as the stored results have it."""
-    for task in TASKS:
-        if not (documents := stored(task)):
+    for name in (*TASKS, "fashion-mnist"):
+        if not (documents := stored(name)):
             continue
-        pattern = rf"(<!-- results {task} -->\n).*?(<!-- end -->)"
+        pattern = rf"(<!-- results {name} -->\n).*?(<!-- end -->)"
         text = section(documents)
         page, count = re.subn(pattern, lambda m, t=text: f"{m[1]}\n{t}\n\n{m[2]}", page, flags=re.S)
         if not count:
-            raise SystemExit(f"{PAGE} lacks the lines <!-- results {task} --> and <!-- end -->")
+            raise SystemExit(f"{PAGE} lacks the lines <!-- results {name} --> and <!-- end -->")
     return page
 
 

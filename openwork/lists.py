@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from openwork import kernels
@@ -24,14 +23,12 @@ def keep_all(held: Iterable[tuple[Masked, nn.Parameter]]) -> list[Tensor]:
     return [found[i] if i in found else masked.keep(weight) for i, (masked, weight) in enumerate(held)]
 
 
-def prune_ahead(root: nn.Module, *_: Any) -> None:
-    """A forward pre-hook of the root, once its scope is open: prunes the weights on a GPU that the last forward used.
+def prune_ahead(root: nn.Module) -> None:
+    """What a forward of the root begins with: prunes the weights on a GPU that the last forward used.
 
     Only Parameters that their modules hold now: `torch.func` puts other tensors in their place, and FSDP2 gathers them
     later.
     """
-    if torch.compiler.is_compiling():
-        return
     wanted = (
         (masked, weight)
         for module in root.modules()

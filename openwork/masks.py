@@ -43,6 +43,8 @@ def topn(score: Tensor, pattern: Pattern) -> Tensor:
 
 def topn_by_count(score: Tensor, pattern: Pattern) -> Tensor:
     """`topn` of scores that are non-negative (or NaN), faster: (..., K) -> bool (..., K), maybe a strided view."""
+    if _transformed(score):
+        return topn(score, pattern)
     score_GM = _grouped(score, pattern)
     if torch.compiler.is_compiling() or (score.device.type != "cpu" and pattern.m <= 8):
         return (_lost_pairs_at_once(sortable(score_GM.clone())) < pattern.n).flatten(-2)
@@ -109,7 +111,13 @@ def prune(weight: Tensor, keep: Tensor) -> Tensor:
     tensor([ 0., -2.])
     """
     eager_cpu = weight.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not eager_cpu or weight.dtype not in _BITS or _differentiated(weight):
+    if (
+        not eager_cpu
+        or weight.dtype not in _BITS
+        or _differentiated(weight)
+        or _transformed(weight)
+        or _transformed(keep)
+    ):
         return torch.where(keep, weight, 0.0)
     kind, _ = _BITS[weight.dtype]
     # Eager `where` branches on each weight on a CPU; ANDing the bits with 0 or -1 does not (2 to 3 times faster).
@@ -131,6 +139,11 @@ def _differentiated(weight: Tensor) -> bool:
     """Whether a derivative is asked for, backward or forward."""
     backward = weight.requires_grad and torch.is_grad_enabled()
     return backward or forward_ad.unpack_dual(weight).tangent is not None
+
+
+def _transformed(tensor: Tensor) -> bool:
+    """Whether `torch.func` put it there: before torch 2.13 its vmap cannot take the bits of floats as integers."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _grouped(score: Tensor, pattern: Pattern) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from openwork import kernels
@@ -35,15 +35,15 @@ class ForwardScope:
     RAFT runs its update block 12 times in a forward, an encoder layer reads its weights 6 times. `enter` and
     `leave` are forward hooks of the root. Outside a root forward, and under `torch.compile` (which merges equal
     expressions itself), nothing is kept. Each thread has its own; copies start empty. What the last forward computed
-    may be given ahead in this one (`wants`, `give`). A weight that is changed
-    between two reads is computed again, but for writes into `.data`, of which torch keeps no count.
+    may be given ahead in this one (`wants`, `give`): by `ahead`, which a forward calls once it has begun. A weight that
+    is changed between two reads is computed again, but for writes into `.data`, of which torch keeps no count.
     """
 
-    def __init__(self) -> None:
-        self._here = threading.local()
+    def __init__(self, ahead: Callable[[nn.Module], None] | None = None) -> None:
+        self._ahead, self._here = ahead, threading.local()
 
-    def __reduce__(self) -> tuple[type[ForwardScope], tuple[()]]:
-        return ForwardScope, ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ForwardScope, (self._ahead,)
 
     def remember(self, owner: object, weight: Tensor, keep: Tensor) -> None:
         """Hold the mask that a forward used until the optimizer step asks for it."""
@@ -60,10 +60,12 @@ class ForwardScope:
             self._here.masks = {}
         return self._here.masks
 
-    def enter(self, *_: Any) -> None:
+    def enter(self, root: nn.Module, *_: Any) -> None:
         if not torch.compiler.is_compiling():
             self._here.depth = getattr(self._here, "depth", 0) + 1
             self._here.seen = {}  # in a nested call too: what looks like a call around it may have been interrupted
+            if self._ahead:
+                self._ahead(root)
 
     def leave(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():

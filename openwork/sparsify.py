@@ -72,12 +72,11 @@ def sparsify(
     decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder, transposable=both)
     macs = count_macs(model, example, {c.name: c.weight for c in decided}) if example is not None else None
     report = _report(model, decided, macs, f"{type(model).__name__}, {method.name}", method.score)
-    scope = ForwardScope()
+    scope = ForwardScope(prune_ahead)
     _mask(decided, method, scope)
     weights = {each.name: (each.pattern, each.axis) for each in decided if each.pattern}
     hooks = (
-        model.register_forward_pre_hook(prune_ahead, prepend=True),
-        model.register_forward_pre_hook(scope.enter, prepend=True),  # the first of the two that runs
+        model.register_forward_pre_hook(scope.enter, prepend=True),
         model.register_forward_hook(scope.leave, always_call=True),
     )
     watch = watch_optimizers(model) if hasattr(method, "gradient_term") else None
