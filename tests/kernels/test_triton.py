@@ -7,7 +7,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,3 +89,57 @@ def test_without_a_gpu_there_are_no_triton_kernels() -> None:
     assert not gpu.available()
     assert gpu.reason() in ("no CUDA GPU", "OPENWORK_TRITON=none")
     assert kernels.gpu_status() == f"no Triton kernels: {gpu.reason()}"
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """As where there is a GPU, in a new process; what each first launch ends with, an exception's text or ""."""
+    ends: list[str] = []
+
+    def launched(*_: object) -> torch.Tensor:
+        end = ends.pop(0)
+        if end:
+            raise RuntimeError(end) if "memory" not in end else torch.cuda.OutOfMemoryError(end)
+        return torch.Tensor([[0.0, 0.0, 3.0, 4.0]])
+
+    monkeypatch.delenv("OPENWORK_TRITON", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "tensor", lambda data, device=None: torch.Tensor(data))
+    monkeypatch.setitem(sys.modules, "openwork.kernels.triton.masks", SimpleNamespace(prune=launched))
+    monkeypatch.setattr(gpu, "masks", SimpleNamespace(prune=launched), raising=False)
+    gpu._lasting.cache_clear()
+    yield ends
+    gpu._lasting.cache_clear()
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "end", ["CUDA out of memory. Tried to allocate 2 MiB", "operation not permitted when capturing"]
+)
+def test_a_failure_that_may_pass_is_not_kept(end: str, a_gpu: list[str]) -> None:
+    a_gpu += [end, ""]
+    assert end in gpu.reason()
+    assert gpu.available()
+    assert gpu.available()
+    assert not a_gpu
+
+
+@needs_triton
+def test_a_failure_that_lasts_is_kept(a_gpu: list[str]) -> None:
+    a_gpu += ["no C compiler", ""]
+    assert "no C compiler" in gpu.reason()
+    assert not gpu.available()
+    assert a_gpu == [""]
+
+
+@needs_triton
+def test_nothing_is_tried_while_a_cuda_graph_is_captured(a_gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not gpu.available()
+    assert "captured" in gpu.reason()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    a_gpu += [""]
+    assert gpu.available()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert gpu.available()
