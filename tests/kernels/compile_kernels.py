@@ -45,6 +45,7 @@ KERNELS = {
     "prune 2:4 float32": mask_kernel(masks.PRUNE, torch.float32, 2, 4, masks.WHOLE),
     "term 2:4 bfloat16": mask_kernel(masks.DECAY, torch.bfloat16, 2, 4, masks.WHOLE),
     "prune 4:16 float32, strided": mask_kernel(masks.PRUNE, torch.float32, 4, 16, masks.STRIDED),
+    "term 32:64 float32, strided": mask_kernel(masks.DECAY, torch.float32, 32, 64, masks.STRIDED),
     "mask 3:20 float16, strided": mask_kernel(masks.KEEP, torch.float16, 3, 20, masks.STRIDED),
     "terms of a list 2:4 float32": list_kernel(masks.DECAY, torch.float32, 2, 4, masks.WHOLE),
     "pack": (bits._pack, {"rows": "*i64", "tensors": "i32"}, {"B": 1024}, ("rows",), {}),
@@ -69,6 +70,8 @@ FINISH = {"parts": "*fp32", "bias": "*i16", "y": "*i16"} | dict.fromkeys(("B", "
 KERNELS |= {
     "gather 2:4 bfloat16, 1 row": thin_kernel("_gather", torch.bfloat16, 2, 4, 1),
     "gather 1:16 float16, 16 rows": thin_kernel("_gather", torch.float16, 1, 16, 16),
+    "gather 32:64 bfloat16, 1 row": thin_kernel("_gather", torch.bfloat16, 32, 64, 1),
+    "expand 32:64 bfloat16": thin_kernel("_expand", torch.bfloat16, 32, 64, 16),
     "expand 2:4 bfloat16": thin_kernel("_expand", torch.bfloat16, 2, 4, 16),
     "finish": (
         thin._finish, FINISH, {"BIAS": True, "RELU": True, "KIND": KINDS[torch.bfloat16], "BO": 256}, ("parts",), {},
