@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from openwork.axis import Axis
 from openwork.kernels.native import Groups
-from openwork.ops.masks import parsed
-
-
-@functools.lru_cache(maxsize=4096)
-def groups_at(shape: tuple[int, ...], stride: tuple[int, ...], *where: Any) -> Groups | None:
-    """`groups_in_memory` of a weight from the numbers of its operator. Remembered: it takes longer than a launch, and
-    a model asks the same in every step. Raises ValueError where the numbers do not fit."""
-    weight = torch.empty_strided(shape, stride, device="meta")
-    pattern, axis = parsed(weight, *where)
-    return groups_in_memory(weight, pattern.n, pattern.m, axis)
 
 
 def groups_in_memory(weight: Tensor, n: int, m: int, axis: Axis) -> Groups | None:

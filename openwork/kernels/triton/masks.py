@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openwork.kernels.groups import groups_at, same_strides
+from openwork.kernels.groups import groups_in_memory, same_strides
 from openwork.kernels.triton.floats import INTEGERS, KINDS, WORDS, rounded, to_float32
 from openwork.kernels.triton.launch import capturing, on_device, row_of, table
 from openwork.ops import masks as reference
-from openwork.ops.masks import Where, demand_alike
+from openwork.ops.masks import Where, demand_alike, parsed
 
 KEEP, PRUNE, DECAY = 0, 1, 2
 """What is written: the mask as bytes, the pruned weight, or the gradient with the term added."""
@@ -60,18 +60,17 @@ def _without_largest(keys, place, MP: tl.constexpr, AXIS: tl.constexpr, UNIQUE: 
 
 @triton.jit
 def _kept(
-    bits, inside, position,
-    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, AXIS: tl.constexpr, FULL: tl.constexpr,
-    UNROLLED: tl.constexpr, INFINITY: tl.constexpr,
+    bits, position,
+    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, AXIS: tl.constexpr, UNROLLED: tl.constexpr,
+    INFINITY: tl.constexpr,
 ):  # fmt: skip
-    """Which weights are kept. Where dropping is less work, keys and positions are reversed, so that those outside of a
-    short group go first. FULL: all are inside. Keys of 16 bits have room for the place: then no two are equal."""
+    """Which weights are kept. Where dropping is less work, keys and places are reversed. `bits` beyond a short group
+    are 0, at the last positions: kept after all of the group, dropped before. Keys of 16 bits have room for the place:
+    then no two are equal."""
     DROPS: tl.constexpr = 2 * N > M
     ROUNDS: tl.constexpr = M - N if DROPS else N
     UNIQUE: tl.constexpr = bits.dtype.primitive_bitwidth == 16
     keys = _key(bits, INFINITY)
-    if not FULL:
-        keys = tl.where(inside, keys, -1)
     place = position
     if DROPS:
         keys = -1 - keys
@@ -105,20 +104,21 @@ def _group(
         size = tl.full([P], M, tl.int32)
         at = position
     else:
+        if LIE == 1:
+            inner = 1
         groups = (length + M - 1) // M
         row = lane // inner
         group = row % groups
         start = ((row // groups).to(tl.int64) * length + group * M) * inner + lane % inner
         size = tl.minimum(length - group * M, M)
         at = position * inner
-    FULL: tl.constexpr = LIE == 0 and M == MP
     inside = tl.expand_dims(known, AXIS) & (position >= 0)
-    if not FULL:
+    if LIE != 0 or M != MP:
         inside &= position < tl.expand_dims(size, AXIS)
     weight = tl.expand_dims(weight + start, AXIS) + at
     out = tl.expand_dims(out + start, AXIS) + at
     bits = tl.load(weight, mask=inside, other=0)
-    keep = _kept(bits, inside, position, N, M, MP, AXIS, FULL, UNROLLED, INFINITY)
+    keep = _kept(bits, position, N, M, MP, AXIS, UNROLLED, INFINITY)
     if TASK == 0:
         tl.store(out, keep.to(tl.uint8), mask=inside)
     elif TASK == 1:
@@ -208,10 +208,13 @@ def _lie(weight: Tensor, where: tuple[Any, ...]) -> Lie | None:
 
 @functools.lru_cache(maxsize=4096)
 def _lie_at(shape: tuple[int, ...], stride: tuple[int, ...], *where: Any) -> Lie | None:
-    found = groups_at(shape, stride, *where)
+    """Remembered: it takes longer than a launch, and a model asks the same in every step."""
+    weight = torch.empty_strided(shape, stride, device="meta")
+    pattern, axis = parsed(weight, *where)
+    found = groups_in_memory(weight, pattern.n, pattern.m, axis)
     if found is None:
         return None
-    n, m, length, inner = found.n, found.m, found.length, found.inner
+    n, m, length, inner = pattern.n, pattern.m, found.length, found.inner
     lanes = found.outer * -(-length // m) * inner
     # The kernels count lanes, and steps within a group, in 32 bits.
     most = max(lanes + _WEIGHTS, length + m, inner, (min(m, length) - 1) * inner)

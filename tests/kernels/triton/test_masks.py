@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from openwork.axis import Axis
-from openwork.kernels import groups
 from openwork.kernels.triton import bits, launch, masks
 from openwork.masks import keep_largest
 from openwork.metrics import pack, packed_sad
@@ -222,7 +221,7 @@ def test_strides_of_dims_of_size_one_do_not_matter(monkeypatch: Any) -> None:
 @pytest.mark.parametrize(
     ("shape", "m"),
     [
-        ((1, 8, 2**29, 2), 4),  # three steps of 2**30
+        ((1, 4, 2**29, 2), 4),  # three steps of 2**30
         ((1, 2**31 - 3), 4),  # the last group ends after 2**31
         ((2**31 - 2**9, 1), 1),  # counting lanes in programs passes 2**31
         ((2**20, 2**11, 4), 1),
@@ -239,8 +238,8 @@ def test_weights_that_32_bits_cannot_count_are_left_to_the_reference(shape: tupl
 def test_how_a_weight_lies_is_found_once(monkeypatch: Any) -> None:
     weight = torch.randn(12, 16)
     first = masks.prune(weight, 2, 4, 1, 1, False)
-    monkeypatch.delattr(groups, "groups_in_memory")
-    monkeypatch.delattr(groups, "parsed")
+    monkeypatch.delattr(masks, "groups_in_memory")
+    monkeypatch.delattr(masks, "parsed")
     assert torch.equal(masks.prune(weight, 2, 4, 1, 1, False), first)
 
 
@@ -260,6 +259,14 @@ def test_every_number_of_rounds_with_ties_nan_and_infinity(pattern: tuple[int, i
         assert torch.equal(masks.keep_largest(weight.abs(), n, m, 1, 1, False), keep)
         pruned = masks.prune(weight, n, m, 1, 1, False)
         assert torch.equal(native.bits(pruned), native.bits(torch.where(keep, weight, 0.0)))
+
+
+@pytest.mark.parametrize(("pattern", "rounds"), [((2, 4), 2), ((3, 4), 1), ((1, 16), 1), ((60, 64), 4), ((5, 5), 0)])
+def test_what_is_less_work_is_done(pattern: tuple[int, int], rounds: int, monkeypatch: Any) -> None:
+    done, real = [], masks._without_largest
+    monkeypatch.setattr(masks, "_without_largest", lambda *of: done.append(0) or real(*of))
+    masks.prune(torch.randn(1, pattern[1]), *pattern, 1, 1, False)
+    assert len(done) == rounds
 
 
 def test_bits_and_their_differences_are_the_definition() -> None:
