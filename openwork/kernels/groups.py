@@ -26,5 +26,6 @@ def groups_in_memory(weight: Tensor, n: int, m: int, axis: Axis) -> Groups | Non
 
 def same_strides(a: Tensor, b: Tensor) -> bool:
     """Whether weights of one shape lie alike in memory; the stride of a dim of size 1 says nothing."""
-    each = zip(a.shape, a.stride(), b.stride(), strict=True)
-    return a.stride() == b.stride() or all(size == 1 or x == y for size, x, y in each)
+    if a.stride() == b.stride():
+        return True
+    return all(size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))

@@ -58,7 +58,7 @@ def pack_list(masks: Sequence[Tensor]) -> list[Tensor]:
     flat = [mask.reshape(-1).view(torch.uint8) for mask in masks]
     out = [torch.empty(-(-each.numel() // 8), dtype=torch.uint8, device=each.device) for each in flat]
     rows = [(mask.data_ptr(), bits.data_ptr(), mask.numel()) for mask, bits in zip(flat, out, strict=True)]
-    counts = [triton.cdiv(bits.numel(), B) for bits in out]
+    counts = [-(-bits.numel() // B) for bits in out]
     if sum(counts):
         with on_device(flat[0]):
             _pack[(sum(counts),)](table(rows, counts, flat[0].device), len(rows), B)
@@ -72,7 +72,7 @@ def packed_sad_list(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     counts = torch.zeros(len(a), dtype=torch.int64, device=a[0].device)
     a, b = [each.contiguous() for each in a], [each.contiguous() for each in b]
     rows = [(x.data_ptr(), y.data_ptr(), x.numel()) for x, y in zip(a, b, strict=True)]
-    blocks = [triton.cdiv(x.numel(), B) for x in a]
+    blocks = [-(-x.numel() // B) for x in a]
     if sum(blocks):
         with on_device(a[0]):
             _differ[(sum(blocks),)](table(rows, blocks, a[0].device), len(rows), counts, B)

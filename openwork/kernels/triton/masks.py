@@ -237,7 +237,7 @@ def _sizes(m: int, how: int) -> tuple[int, int]:
 def _launch(weight: Tensor, out: Tensor, lie: Lie, task: int, rate: float = 0.0) -> None:
     MP, P = _sizes(lie.m, lie.how)
     with on_device(weight):
-        _one[(max(1, triton.cdiv(lie.lanes, P)),)](
+        _one[(max(1, -(-lie.lanes // P)),)](
             weight.view(INTEGERS[weight.dtype]), out, lie.lanes, lie.length, lie.inner, rate,
             lie.n, lie.m, MP, P, lie.how, _UNROLLED, task, _INFINITY[weight.dtype], KINDS[weight.dtype],
             num_warps=_LANES // 32, enable_fp_fusion=False,
@@ -313,7 +313,7 @@ def _launch_rows(
     rate: float,
 ) -> None:
     MP, P = _sizes(m, how)
-    counts = [triton.cdiv(lanes, P) for _, _, lanes, _, _ in rows]
+    counts = [-(-lanes // P) for _, _, lanes, _, _ in rows]  # `triton.cdiv` takes microseconds
     word = WORDS[dtype]
     placed = table(rows, counts, device)
     with on_device(placed):
