@@ -194,3 +194,8 @@ def test_fake_kernels_fit(name: str) -> None:
         "packed_sad_list": ([pack(mask) for mask in masks], [pack(~mask) for mask in masks]),
     }
     torch.library.opcheck(getattr(torch.ops.openwork, name).default, arguments[name])
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_compilers_are_told_that_lists_do_not_fit_cuda_graphs(name: str) -> None:
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.openwork, name).default.tags

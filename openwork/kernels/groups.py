@@ -22,3 +22,10 @@ def groups_in_memory(weight: Tensor, n: int, m: int, axis: Axis) -> Groups | Non
     at = order.index(axis.dim)
     length = sizes[at] // axis.blocks
     return Groups(math.prod(sizes[:at]) * axis.blocks, length, math.prod(sizes[at + 1 :]), n, m)
+
+
+def same_strides(a: Tensor, b: Tensor) -> bool:
+    """Whether weights of one shape lie alike in memory; the stride of a dim of size 1 says nothing."""
+    if a.stride() == b.stride():
+        return True
+    return all(size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))

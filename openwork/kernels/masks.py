@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from openwork.kernels import triton
-from openwork.kernels.groups import groups_in_memory
+from openwork.kernels.groups import groups_in_memory, same_strides
 from openwork.kernels.native import DTYPES, Groups, library
 from openwork.ops.masks import (
     _add_decayed,
@@ -72,7 +72,7 @@ def prune(weight: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> 
 def prune_into(out: Tensor, weight: Tensor, *where: Any) -> bool:
     """Write the pruned weight to `out`, which has its strides, where a kernel can; says whether it did."""
     lib, groups = _native(weight, *where)
-    if groups is None or out.stride() != weight.stride() or out.shape != weight.shape or out.dtype != weight.dtype:
+    if groups is None or out.shape != weight.shape or not same_strides(out, weight) or out.dtype != weight.dtype:
         return False
     lib.openwork_prune(ctypes.byref(groups), DTYPES[weight.dtype], weight.data_ptr(), out.data_ptr())
     return True
@@ -81,7 +81,7 @@ def prune_into(out: Tensor, weight: Tensor, *where: Any) -> bool:
 def add_decayed(gradient: Tensor, weight: Tensor, rate: float, *where: Any) -> None:
     demand_alike(gradient, weight)
     lib, groups = _native(weight, *where)
-    alike = gradient.stride() == weight.stride() and gradient.dtype == weight.dtype != torch.float16
+    alike = same_strides(gradient, weight) and gradient.dtype == weight.dtype != torch.float16
     if groups is None or not alike:
         return _add_decayed(gradient, weight, rate, *where)
     lib.openwork_decay(ctypes.byref(groups), DTYPES[weight.dtype], weight.data_ptr(), gradient.data_ptr(), rate)

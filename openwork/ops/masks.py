@@ -23,13 +23,19 @@ Where = tuple[int, int, bool]
 _WHERE = "int n, int m, int dim, int blocks, bool flat"
 _WHERE_EACH = "int n, int m, int[] dims, int[] blocks, bool[] flat"
 
+ON_LISTS = (torch.Tag.cudagraph_unsafe,)
+"""Tags of operators that take lists: compilers are to leave them out of CUDA graphs, since a list is a table of
+addresses."""
+
 library = torch.library.Library("openwork", "FRAGMENT")
 library.define(f"keep_largest(Tensor score, {_WHERE}) -> Tensor")
 library.define(f"prune(Tensor weight, {_WHERE}) -> Tensor")
 library.define(f"add_decayed(Tensor(a!) gradient, Tensor weight, float rate, {_WHERE}) -> ()")
-library.define(f"keep_largest_list(Tensor[] scores, {_WHERE_EACH}) -> Tensor[]")
-library.define(f"prune_list(Tensor[] weights, {_WHERE_EACH}) -> Tensor[]")
-library.define(f"add_decayed_list(Tensor(a!)[] gradients, Tensor[] weights, float rate, {_WHERE_EACH}) -> ()")
+library.define(f"keep_largest_list(Tensor[] scores, {_WHERE_EACH}) -> Tensor[]", tags=ON_LISTS)
+library.define(f"prune_list(Tensor[] weights, {_WHERE_EACH}) -> Tensor[]", tags=ON_LISTS)
+library.define(
+    f"add_decayed_list(Tensor(a!)[] gradients, Tensor[] weights, float rate, {_WHERE_EACH}) -> ()", tags=ON_LISTS
+)
 
 
 def keep_largest(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from openwork import metrics
-from openwork.ops.masks import library
+from openwork.ops.masks import ON_LISTS, library
 
-library.define("pack_list(Tensor[] masks) -> Tensor[]")
-library.define("packed_sad_list(Tensor[] a, Tensor[] b) -> Tensor")
+library.define("pack_list(Tensor[] masks) -> Tensor[]", tags=ON_LISTS)
+library.define("packed_sad_list(Tensor[] a, Tensor[] b) -> Tensor", tags=ON_LISTS)
 
 
 def pack_list(masks: Sequence[Tensor]) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Compile the Triton kernels to machine code for GPUs that are not here: python compile_kernels.py 80 90 100.
 
-Prints a line for each kernel and GPU: bytes of code, registers, spilled registers, and how wide global loads are.
+Prints a line for each kernel and GPU: bytes of code, how wide global loads are, bytes of shared memory, and fused
+multiply-adds.
 """
 
 from __future__ import annotations
@@ -22,32 +23,33 @@ from openwork.pattern import Pattern
 UNFUSED = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-def mask_kernel(task: int, dtype: torch.dtype, n: int, m: int, whole: bool) -> tuple:
-    """`_one` for a weight; addresses and sizes are multiples of 16, as torch's are."""
+def mask_kernel(task: int, dtype: torch.dtype, n: int, m: int, how: int) -> tuple:
+    """`_one` for a weight; addresses are multiples of 16, as torch's are."""
     word = "*i32" if dtype == torch.float32 else "*i16"
     out = "*u8" if task == masks.KEEP else word
-    padded = 1 << (m - 1).bit_length()
-    fixed = {"N": n, "M": m, "MP": padded, "P": max(1, 1024 // padded), "WHOLE": whole, "TASK": task}
+    padded, at_once = masks._sizes(m, how)
+    fixed = {"N": n, "M": m, "MP": padded, "P": at_once, "LIE": how, "UNROLLED": masks._UNROLLED, "TASK": task}
     fixed |= {"INFINITY": masks._INFINITY[dtype], "KIND": KINDS[dtype]}
     types = {"weight": word, "out": out, "lanes": "i32", "length": "i32", "inner": "i32", "rate": "fp32"}
-    return masks._one, types, fixed, ("weight", "out", "lanes"), UNFUSED
+    return masks._one, types, fixed, ("weight", "out"), UNFUSED
 
 
-def list_kernel(task: int, dtype: torch.dtype, n: int, m: int) -> tuple:
-    _, _, fixed, _, _ = mask_kernel(task, dtype, n, m, True)
-    fixed.pop("WHOLE")
+def list_kernel(task: int, dtype: torch.dtype, n: int, m: int, how: int) -> tuple:
+    _, _, fixed, _, _ = mask_kernel(task, dtype, n, m, how)
     word = WORDS[dtype]
     fixed |= {"BITS": word, "OUT": tl.uint8 if task == masks.KEEP else word}
-    return masks._many, {"rows": "*i64", "owner": "*i32", "rate": "fp32"}, fixed, ("rows", "owner"), UNFUSED
+    return masks._many, {"rows": "*i64", "tensors": "i32", "rate": "fp32"}, fixed, ("rows",), UNFUSED
 
 
 KERNELS = {
-    "prune 2:4 float32": mask_kernel(masks.PRUNE, torch.float32, 2, 4, True),
-    "term 2:4 bfloat16": mask_kernel(masks.DECAY, torch.bfloat16, 2, 4, True),
-    "mask 3:20 float16, strided": mask_kernel(masks.KEEP, torch.float16, 3, 20, False),
-    "terms of a list 2:4 float32": list_kernel(masks.DECAY, torch.float32, 2, 4),
-    "pack": (bits._pack, {"rows": "*i64", "owner": "*i32"}, {"B": 1024}, ("rows", "owner"), {}),
-    "differ": (bits._differ, {"rows": "*i64", "owner": "*i32", "counts": "*i64"}, {"B": 1024}, ("rows", "owner"), {}),
+    "prune 2:4 float32": mask_kernel(masks.PRUNE, torch.float32, 2, 4, masks.WHOLE),
+    "term 2:4 bfloat16": mask_kernel(masks.DECAY, torch.bfloat16, 2, 4, masks.WHOLE),
+    "prune 4:16 float32, strided": mask_kernel(masks.PRUNE, torch.float32, 4, 16, masks.STRIDED),
+    "term 32:64 float32, strided": mask_kernel(masks.DECAY, torch.float32, 32, 64, masks.STRIDED),
+    "mask 3:20 float16, strided": mask_kernel(masks.KEEP, torch.float16, 3, 20, masks.STRIDED),
+    "terms of a list 2:4 float32": list_kernel(masks.DECAY, torch.float32, 2, 4, masks.WHOLE),
+    "pack": (bits._pack, {"rows": "*i64", "tensors": "i32"}, {"B": 1024}, ("rows",), {}),
+    "differ": (bits._differ, {"rows": "*i64", "tensors": "i32", "counts": "*i64"}, {"B": 1024}, ("rows",), {}),
 }
 
 
@@ -68,6 +70,8 @@ FINISH = {"parts": "*fp32", "bias": "*i16", "y": "*i16"} | dict.fromkeys(("B", "
 KERNELS |= {
     "gather 2:4 bfloat16, 1 row": thin_kernel("_gather", torch.bfloat16, 2, 4, 1),
     "gather 1:16 float16, 16 rows": thin_kernel("_gather", torch.float16, 1, 16, 16),
+    "gather 32:64 bfloat16, 1 row": thin_kernel("_gather", torch.bfloat16, 32, 64, 1),
+    "expand 32:64 bfloat16": thin_kernel("_expand", torch.bfloat16, 32, 64, 16),
     "expand 2:4 bfloat16": thin_kernel("_expand", torch.bfloat16, 2, 4, 16),
     "finish": (
         thin._finish, FINISH, {"BIAS": True, "RELU": True, "KIND": KINDS[torch.bfloat16], "BO": 256}, ("parts",), {},
@@ -93,7 +97,10 @@ def main() -> None:
             ptx = made.asm["ptx"]
             wide = sorted(set(re.findall(r"ld\.global[a-zA-Z0-9_:.]*?\.(v\d\.b\d+|b\d+)", ptx)))
             fused = len(re.findall(r"\bfma\.", ptx))
-            print(f"sm_{capability} {name}: {len(made.asm['cubin'])} bytes, loads {' '.join(wide)}, {fused} fma")
+            print(
+                f"sm_{capability} {name}: {len(made.asm['cubin'])} bytes, loads {' '.join(wide)}, "
+                f"{made.metadata.shared} shared, {fused} fma"
+            )
 
 
 if __name__ == "__main__":

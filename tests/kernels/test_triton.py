@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,10 +49,33 @@ def test_compiled_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=1200, check=False, env=variables)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-    assert len(lines) == 3 * 11
+    assert len(lines) == 3 * 15
     # The term must round like the reference, and whole groups of four be read in one instruction.
     assert all(made.endswith(" 0 fma") for name, made in lines.items() if " term" in name)
     assert all("v4.b32" in lines[f"sm_{capability} prune 2:4 float32"] for capability in (80, 90, 100))
+    # Each lane has all keys of a strided group in its registers.
+    assert all(" 0 shared" in made for name, made in lines.items() if "strided" in name and "32:64" not in name)
+    # Code that grows with N takes long to compile: half a minute where everything is unrolled.
+    assert all(int(made.split()[0]) < 100_000 for name, made in lines.items() if "32:64" in name)
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
+@pytest.mark.parametrize(
+    ("file", "kernel", "sizes"),
+    [
+        ("masks", "_one", {"lanes", "length", "inner"}),
+        ("masks", "_many", {"tensors"}),
+        ("bits", "_pack", {"tensors"}),
+        ("bits", "_differ", {"tensors"}),
+        ("thin", "_gather", {"B", "groups", "share"}),
+        ("thin", "_expand", {"B", "groups", "share"}),
+        ("thin", "_finish", {"B", "count"}),
+    ],
+)
+def test_a_kernel_is_compiled_once_for_all_sizes(file: str, kernel: str, sizes: set[str]) -> None:
+    compiled = getattr(importlib.import_module(f"openwork.kernels.triton.{file}"), kernel)
+    assert {each.name for each in compiled.params if each.do_not_specialize} == sizes
 
 
 @pytest.mark.parametrize(
@@ -76,3 +102,57 @@ def test_without_a_gpu_there_are_no_triton_kernels() -> None:
     assert not gpu.available()
     assert gpu.reason() in ("no CUDA GPU", "OPENWORK_TRITON=none")
     assert kernels.gpu_status() == f"no Triton kernels: {gpu.reason()}"
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """As where there is a GPU, in a new process; what each first launch ends with, an exception's text or ""."""
+    ends: list[str] = []
+
+    def launched(*_: object) -> torch.Tensor:
+        end = ends.pop(0)
+        if end:
+            raise RuntimeError(end) if "memory" not in end else torch.cuda.OutOfMemoryError(end)
+        return torch.Tensor([[0.0, 0.0, 3.0, 4.0]])
+
+    monkeypatch.delenv("OPENWORK_TRITON", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "tensor", lambda data, device=None: torch.Tensor(data))
+    monkeypatch.setitem(sys.modules, "openwork.kernels.triton.masks", SimpleNamespace(prune=launched))
+    monkeypatch.setattr(gpu, "masks", SimpleNamespace(prune=launched), raising=False)
+    gpu._lasting.cache_clear()
+    yield ends
+    gpu._lasting.cache_clear()
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "end", ["CUDA out of memory. Tried to allocate 2 MiB", "operation not permitted when capturing"]
+)
+def test_a_failure_that_may_pass_is_not_kept(end: str, a_gpu: list[str]) -> None:
+    a_gpu += [end, ""]
+    assert end in gpu.reason()
+    assert gpu.available()
+    assert gpu.available()
+    assert not a_gpu
+
+
+@needs_triton
+def test_a_failure_that_lasts_is_kept(a_gpu: list[str]) -> None:
+    a_gpu += ["no C compiler", ""]
+    assert "no C compiler" in gpu.reason()
+    assert not gpu.available()
+    assert a_gpu == [""]
+
+
+@needs_triton
+def test_nothing_is_tried_while_a_cuda_graph_is_captured(a_gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not gpu.available()
+    assert "captured" in gpu.reason()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    a_gpu += [""]
+    assert gpu.available()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert gpu.available()

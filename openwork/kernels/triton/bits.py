@@ -12,20 +12,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openwork.kernels.triton.launch import on_device, programs, table
+from openwork.kernels.triton.launch import capturing, on_device, row_of, table
+from openwork.ops import metrics as reference
 
 B = 1024
 
 
-@triton.jit
-def _pack(rows, owner, B: tl.constexpr):
-    """`rows` (T, 4) int64: mask, bits (addresses), weights, first program."""
+@triton.jit(do_not_specialize=["tensors"])
+def _pack(rows, tensors, B: tl.constexpr):
+    """`rows` (T, 4) int64: first program, mask, bits (addresses), weights."""
     program = tl.program_id(0)
-    row = rows + tl.load(owner + program) * 4
-    mask = tl.load(row).to(tl.pointer_type(tl.uint8))
-    bits = tl.load(row + 1).to(tl.pointer_type(tl.uint8))
-    weights = tl.load(row + 2)
-    byte = (program - tl.load(row + 3)) * B + tl.arange(0, B).to(tl.int64)
+    row = rows + row_of(rows, tensors, program, 4) * 4
+    mask = tl.load(row + 1).to(tl.pointer_type(tl.uint8))
+    bits = tl.load(row + 2).to(tl.pointer_type(tl.uint8))
+    weights = tl.load(row + 3)
+    byte = (program - tl.load(row)) * B + tl.arange(0, B).to(tl.int64)
     packed = tl.zeros([B], tl.int32)
     for bit in tl.static_range(8):
         at = byte * 8 + bit
@@ -33,16 +34,16 @@ def _pack(rows, owner, B: tl.constexpr):
     tl.store(bits + byte, packed.to(tl.uint8), mask=byte * 8 < weights)
 
 
-@triton.jit
-def _differ(rows, owner, counts, B: tl.constexpr):
-    """`rows` (T, 4) int64: two addresses, bytes, first program. `counts` (T,) int64, added to."""
+@triton.jit(do_not_specialize=["tensors"])
+def _differ(rows, tensors, counts, B: tl.constexpr):
+    """`rows` (T, 4) int64: first program, two addresses, bytes. `counts` (T,) int64, added to."""
     program = tl.program_id(0)
-    which = tl.load(owner + program)
+    which = row_of(rows, tensors, program, 4)
     row = rows + which * 4
-    a = tl.load(row).to(tl.pointer_type(tl.uint8))
-    b = tl.load(row + 1).to(tl.pointer_type(tl.uint8))
-    at = (program - tl.load(row + 3)) * B + tl.arange(0, B).to(tl.int64)
-    inside = at < tl.load(row + 2)
+    a = tl.load(row + 1).to(tl.pointer_type(tl.uint8))
+    b = tl.load(row + 2).to(tl.pointer_type(tl.uint8))
+    at = (program - tl.load(row)) * B + tl.arange(0, B).to(tl.int64)
+    inside = at < tl.load(row + 3)
     x = tl.load(a + at, mask=inside, other=0).to(tl.int32) ^ tl.load(b + at, mask=inside, other=0).to(tl.int32)
     x -= (x >> 1) & 0x55
     x = (x & 0x33) + ((x >> 2) & 0x33)
@@ -52,23 +53,27 @@ def _differ(rows, owner, counts, B: tl.constexpr):
 
 def pack_list(masks: Sequence[Tensor]) -> list[Tensor]:
     """`openwork.metrics.pack` of masks on one device."""
+    if capturing(masks):
+        return reference._pack_list(list(masks))
     flat = [mask.reshape(-1).view(torch.uint8) for mask in masks]
     out = [torch.empty(-(-each.numel() // 8), dtype=torch.uint8, device=each.device) for each in flat]
-    rows = tuple((mask.data_ptr(), bits.data_ptr(), mask.numel()) for mask, bits in zip(flat, out, strict=True))
-    counts = tuple(triton.cdiv(bits.numel(), B) for bits in out)
+    rows = [(mask.data_ptr(), bits.data_ptr(), mask.numel()) for mask, bits in zip(flat, out, strict=True)]
+    counts = [-(-bits.numel() // B) for bits in out]
     if sum(counts):
         with on_device(flat[0]):
-            _pack[(sum(counts),)](table(rows, counts, flat[0].device), programs(counts, flat[0].device), B)
+            _pack[(sum(counts),)](table(rows, counts, flat[0].device), len(rows), B)
     return out
 
 
 def packed_sad_list(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """`openwork.metrics.packed_sad` of pairs on one device: int64 (T,)."""
+    if capturing(a):
+        return reference._packed_sad_list(list(a), list(b))
     counts = torch.zeros(len(a), dtype=torch.int64, device=a[0].device)
     a, b = [each.contiguous() for each in a], [each.contiguous() for each in b]
-    rows = tuple((x.data_ptr(), y.data_ptr(), x.numel()) for x, y in zip(a, b, strict=True))
-    blocks = tuple(triton.cdiv(x.numel(), B) for x in a)
+    rows = [(x.data_ptr(), y.data_ptr(), x.numel()) for x, y in zip(a, b, strict=True)]
+    blocks = [-(-x.numel() // B) for x in a]
     if sum(blocks):
         with on_device(a[0]):
-            _differ[(sum(blocks),)](table(rows, blocks, a[0].device), programs(blocks, a[0].device), counts, B)
+            _differ[(sum(blocks),)](table(rows, blocks, a[0].device), len(rows), counts, B)
     return counts

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 
@@ -15,23 +18,34 @@ def on_device(tensor: Tensor) -> Any:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-@functools.lru_cache(maxsize=64)
-def programs(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """Which tensor each program works on, int32, where each tensor has so many programs.
+def capturing(tensors: Sequence[Tensor]) -> bool:
+    """Whether launches on these become part of a CUDA graph: it would hold the address of a table, but not its
+    numbers."""
+    return bool(tensors) and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
-    >>> programs((2, 1), torch.device("cpu")).tolist()
-    [0, 0, 1]
+
+def table(rows: Sequence[tuple[int, ...]], counts: Sequence[int], device: torch.device) -> Tensor:
+    """The first program of each tensor and a row of numbers, int64, where each tensor has so many programs.
+
+    From pinned memory, so that the host does not wait; on the stream that reads it, so that its memory is not given
+    away before.
+
+    >>> table([(7, 8), (9, 10)], [2, 1], torch.device("cpu")).tolist()
+    [[0, 7, 8], [2, 9, 10]]
     """
-    return torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts)).to(device)
+    first = accumulate(counts[:-1], initial=0)
+    made = torch.tensor([[start, *row] for start, row in zip(first, rows, strict=True)], dtype=torch.int64)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
 
 
-@functools.lru_cache(maxsize=64)
-def table(rows: tuple[tuple[int, ...], ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """A row of numbers for each tensor, and its first program, int64. Kept, since gradients mostly come back to the
-    addresses that they had in the step before.
-
-    >>> table(((7, 8), (9, 10)), (2, 1), torch.device("cpu")).tolist()
-    [[7, 8, 0], [9, 10, 2]]
-    """
-    first = [sum(counts[:each]) for each in range(len(counts))]
-    return torch.tensor([[*row, start] for row, start in zip(rows, first, strict=True)], dtype=torch.int64).to(device)
+@triton.jit
+def row_of(rows, tensors, program, COLUMNS: tl.constexpr):
+    """The row of a table (tensors, COLUMNS) that a program works on: the last whose first program is not later."""
+    low = 0
+    high = tensors
+    while high - low > 1:
+        middle = (low + high) // 2
+        later = tl.load(rows + middle * COLUMNS) > program
+        low = tl.where(later, low, middle)
+        high = tl.where(later, middle, high)
+    return low

@@ -5,7 +5,8 @@
 `_gather` reads, for each kept weight, the inputs that its index names: work for kept weights alone, best for few rows
 and sparse patterns. `_expand` makes a dense tile of the weight in registers and multiplies on tensor cores: its work
 does not grow with the rows. The reduction is cut into parts, so that there are programs enough to keep memory busy;
-`_finish` adds them, always in one order.
+`_finish` adds them, always in one order. Nothing is compiled anew for another number of rows, but `_gather` for its
+powers of two.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from openwork.ops.thin import thin_linear as reference
 from openwork.pattern import Pattern
 
 _EXPANDED = 64  # of the largest M whose groups become a dense tile
+_UNROLLED = tl.constexpr(8)  # slots; more are a loop, whose code does not grow with them
 
 
 @triton.jit
@@ -37,6 +39,30 @@ def _slots(values, words, g, column, inside, slot, groups, OP, N: tl.constexpr, 
 
 
 @triton.jit
+def _added(
+    total, x, values, words, g, column, inside, row, slot, B, K, OP, groups,
+    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """`total` [BP, BG, BO] and what one slot of groups g adds."""
+    value, index = _slots(values, words, g, column, inside, slot, groups, OP, N, BITS)
+    k = g[:, None] * M + index
+    there = (row < B)[:, None, None] & (inside & (k < K))[None, :, :]
+    taken = tl.load(x + row[:, None, None] * K + k[None, :, :], mask=there, other=0)
+    return total + to_float32(value, KIND)[None, :, :] * to_float32(taken, KIND)
+
+
+@triton.jit
+def _placed(
+    tile, values, words, g, column, inside, position, slot, OP, groups, N: tl.constexpr, BITS: tl.constexpr
+):  # fmt: skip
+    """`tile` [BG, MP, BO] with one slot of groups g in its place. Spare slots hold zero at an index that no other slot
+    has, so "or" puts each where it belongs."""
+    value, index = _slots(values, words, g, column, inside, slot, groups, OP, N, BITS)
+    here = index[:, None, :] == position[None, :, None]
+    return tile | tl.where(here, value[:, None, :], tl.zeros_like(value)[:, None, :])
+
+
+@triton.jit(do_not_specialize=["B", "groups", "share"])
 def _gather(
     x, values, words, parts, B, K, OP, groups, share,
     N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
@@ -51,17 +77,21 @@ def _gather(
     for first in range(part * share, last, BG):
         g = first + tl.arange(0, BG)
         inside = (g < last)[:, None] & (column < OP)[None, :]
-        for slot in tl.static_range(N):
-            value, index = _slots(values, words, g, column, inside, slot, groups, OP, N, BITS)
-            k = g[:, None] * M + index
-            there = (row < B)[:, None, None] & (inside & (k < K))[None, :, :]
-            taken = tl.load(x + row[:, None, None] * K + k[None, :, :], mask=there, other=0)
-            total += to_float32(value, KIND)[None, :, :] * to_float32(taken, KIND)
+        if N <= _UNROLLED:
+            for slot in tl.static_range(N):
+                total = _added(
+                    total, x, values, words, g, column, inside, row, slot, B, K, OP, groups, N, M, BITS, KIND
+                )
+        else:
+            for slot in range(N):
+                total = _added(
+                    total, x, values, words, g, column, inside, row, slot, B, K, OP, groups, N, M, BITS, KIND
+                )
     known = (row < B)[:, None] & (column < OP)[None, :]
     tl.store(parts + (part * B + row)[:, None] * OP + column[None, :], tl.sum(total, axis=1), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "groups", "share"])
 def _expand(
     x, values, words, parts, B, K, OP, groups, share,
     N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
@@ -78,11 +108,12 @@ def _expand(
         g = first + tl.arange(0, BG)
         inside = (g < last)[:, None] & (column < OP)[None, :]
         tile = tl.zeros([BG, MP, BO], values.dtype.element_ty)
-        for slot in tl.static_range(N):
-            value, index = _slots(values, words, g, column, inside, slot, groups, OP, N, BITS)
-            # Spare slots hold zero at an index that no other slot has: "or" puts each where it belongs.
-            here = index[:, None, :] == position[None, :, None]
-            tile |= tl.where(here, value[:, None, :], tl.zeros([BG, 1, BO], values.dtype.element_ty))
+        if N <= _UNROLLED:
+            for slot in tl.static_range(N):
+                tile = _placed(tile, values, words, g, column, inside, position, slot, OP, groups, N, BITS)
+        else:
+            for slot in range(N):
+                tile = _placed(tile, values, words, g, column, inside, position, slot, OP, groups, N, BITS)
         k = tl.reshape(g[:, None] * M + position[None, :], [BG * MP])
         used = tl.reshape(((g < last)[:, None]) & (position < M)[None, :], [BG * MP]) & (k < K)
         there = (row < B)[:, None] & used[None, :]
@@ -93,7 +124,7 @@ def _expand(
     tl.store(parts + (part * B + row)[:, None] * OP + column[None, :], total, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "count"])
 def _finish(
     parts, bias, y, B, O, OP, count,
     BIAS: tl.constexpr, RELU: tl.constexpr, KIND: tl.constexpr, BO: tl.constexpr,

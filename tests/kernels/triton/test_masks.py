@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from openwork.axis import Axis
-from openwork.kernels.triton import bits, masks
+from openwork.kernels.triton import bits, launch, masks
 from openwork.masks import keep_largest
 from openwork.metrics import pack, packed_sad
 from openwork.pattern import Pattern
@@ -107,25 +108,169 @@ def test_lists_are_their_members(pattern: Pattern) -> None:
     assert all(native.same_or_nan(a, b) for a, b in zip(gradients, expected, strict=True))
 
 
-def test_a_list_is_one_launch_for_each_dtype(monkeypatch: Any) -> None:
+class Launches:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.grids = kernel, []
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.grids.append(grid)
+        return self.kernel[grid]
+
+
+def counted(monkeypatch: Any, name: str) -> list[Any]:
+    launches = Launches(getattr(masks, name))
+    monkeypatch.setattr(masks, name, launches)
+    return launches.grids
+
+
+def test_a_list_is_one_launch_for_each_dtype_and_way_to_lie(monkeypatch: Any) -> None:
     weights, axes = listed()
-    launches = []
-    real = masks._many
+    each = [a.dim for a in axes[:6]], [a.blocks for a in axes[:6]], [False] * 6
+    ways = {(w.dtype, masks._lie(w, (2, 4, *at)).how) for w, *at in zip(weights[:6], *each, strict=True)}
+    lists = counted(monkeypatch, "_many")
+    masks.keep_largest_list(weights[:6], 2, 4, *each)
+    assert len(lists) == len(ways) == 5
+    one_by_one = counted(monkeypatch, "_one")
+    masks.keep_largest_list(weights[:6], 2, 4, *each)
+    assert (len(lists), len(one_by_one)) == (10, 0)
 
-    class Counting:
-        def __getitem__(self, grid: Any) -> Any:
-            launches.append(grid)
-            return real[grid]
 
-    monkeypatch.setattr(masks, "_many", Counting())
-    for name in ("_one", "reference"):
-        monkeypatch.delattr(masks, name)
-    masks.keep_largest_list(weights[:6], 2, 4, [a.dim for a in axes[:6]], [a.blocks for a in axes[:6]], [False] * 6)
-    assert len(launches) == 3
+def test_a_list_loads_what_a_cuda_graph_would_launch(monkeypatch: Any) -> None:
+    weights, loaded = [torch.randn(4, 8), torch.randn(4, 8, 3), torch.randn(4, 7)], []
+    real = masks._launch
+    monkeypatch.setattr(masks, "_launch", lambda *of: loaded.append((of[0].dtype, *of[2:])) or real(*of))
+    masks._load_one.cache_clear()
+    for _ in range(2):
+        masks.prune_list(weights, 1, 4, [1] * 3, [1] * 3, [False] * 3)
+    assert {lie.how for _, lie, _ in loaded} == {masks.WHOLE, masks.STRIDED, masks.SHORT}
+    assert [(kind, lie[:2], lie.lanes, task) for kind, lie, task in loaded] == 3 * [
+        (torch.float32, (1, 4), 0, masks.PRUNE)
+    ]
+
+
+def test_while_a_cuda_graph_is_captured_there_are_no_tables(monkeypatch: Any) -> None:
+    weights, each = [torch.randn(4, 8), torch.randn(4, 8, 3)], ([1] * 2, [1] * 2, [False] * 2)
+    for file in (masks, bits):
+        monkeypatch.setattr(file, "capturing", lambda tensors: True)
+        monkeypatch.delattr(file, "table")
+    monkeypatch.delattr(masks, "reference")
+    launches = counted(monkeypatch, "_one")
+    keep = [keep_largest(w.abs(), Pattern(2, 4), Axis(1)) for w in weights]
+    assert all(map(torch.equal, masks.keep_largest_list([w.abs() for w in weights], 2, 4, *each), keep))
+    assert all(map(torch.equal, masks.prune_list(weights, 2, 4, *each), map(torch.mul, weights, keep)))
+    gradients = [torch.zeros_like(w) for w in weights]
+    masks.add_decayed_list(gradients, weights, 1.0, 2, 4, *each)
+    assert all(torch.equal(g, w * ~k) for g, w, k in zip(gradients, weights, keep, strict=True))
+    assert len(launches) == 6
+    packed = bits.pack_list(keep)
+    assert all(map(torch.equal, packed, map(pack, keep)))
+    assert bits.packed_sad_list(packed, [~each for each in packed]).tolist() == [32, 96]
+
+
+def test_when_a_cuda_graph_is_captured(monkeypatch: Any) -> None:
+    on_gpu: Any = SimpleNamespace(is_cuda=True)
+    for captures in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)  # noqa: B023
+        assert launch.capturing([on_gpu]) is captures
+        assert not launch.capturing([torch.ones(1)])
+        assert not launch.capturing([])
+
+
+def test_a_table_is_copied_from_pinned_memory_without_waiting(monkeypatch: Any) -> None:
+    pinned: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda made: pinned.append(made) or made)
+    monkeypatch.setattr(Tensor, "to", lambda made, device, non_blocking=False: (made, device, non_blocking))
+    gpu: Any = SimpleNamespace(type="cuda")
+    for _ in range(2):
+        made: Any = launch.table([(7,), (9,)], [0, 3], gpu)
+        assert made[1:] == (gpu, True)
+    assert len(pinned) == 2
+    launch.table([(7,), (9,)], [0, 3], torch.device("cpu"))
+    assert len(pinned) == 2
+
+
+def test_what_a_list_leaves_out_is_one_launch_each(monkeypatch: Any) -> None:
+    """Here for an address that is not a multiple of 16."""
+    monkeypatch.delattr(masks, "reference")
+    launches = counted(monkeypatch, "_one")
+    weight = torch.randn(33)[1:].view(4, 8)
+    keep = keep_largest(weight.abs(), Pattern(2, 4), Axis(1))
+    (found,) = masks.keep_largest_list([weight], 2, 4, [1], [1], [False])  # the sign does not count
+    assert torch.equal(found, keep)
+    assert torch.equal(masks.prune_list([weight], 2, 4, [1], [1], [False])[0], weight * keep)
+    assert len(launches) == 2
+
+
+def test_strides_of_dims_of_size_one_do_not_matter(monkeypatch: Any) -> None:
+    """A gradient of a 1x1 convolution often comes in the strides of the other memory format."""
+    monkeypatch.delattr(masks, "reference")
+    weight = torch.randn(8, 8, 1, 1)
+    gradient = torch.empty_strided((8, 8, 1, 1), (8, 1, 8, 8)).zero_()
+    assert gradient.stride() != weight.stride()
+    expected = weight * ~keep_largest(weight.abs(), Pattern(2, 4), Axis(1))
+    masks.add_decayed(gradient, weight, 1.0, 2, 4, 1, 1, False)
+    assert torch.equal(gradient, expected)
+    launches = counted(monkeypatch, "_many")
+    masks.add_decayed_list([gradient], [weight], 1.0, 2, 4, [1], [1], [False])
+    assert torch.equal(gradient, 2 * expected)
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "m"),
+    [
+        ((1, 4, 2**29, 2), 4),  # three steps of 2**30
+        ((1, 2**31 - 3), 4),  # the last group ends after 2**31
+        ((2**31 - 2**9, 1), 1),  # counting lanes in programs passes 2**31
+        ((2**20, 2**11, 4), 1),
+    ],
+)
+def test_weights_that_32_bits_cannot_count_are_left_to_the_reference(shape: tuple[int, ...], m: int) -> None:
+    def lie(shape: tuple[int, ...]) -> Any:
+        return masks._lie_at(shape, torch.empty(shape, device="meta").stride(), 1, m, 1, 1, False)
+
+    assert lie(shape) is None
+    assert lie(tuple(max(1, size // 4) for size in shape)) is not None
+
+
+def test_how_a_weight_lies_is_found_once(monkeypatch: Any) -> None:
+    weight = torch.randn(12, 16)
+    first = masks.prune(weight, 2, 4, 1, 1, False)
+    monkeypatch.delattr(masks, "groups_in_memory")
+    monkeypatch.delattr(masks, "parsed")
+    assert torch.equal(masks.prune(weight, 2, 4, 1, 1, False), first)
+
+
+def patterns() -> list[tuple[int, int]]:
+    """Those where rounds, unrolled or not, keep and drop; one where the group fills its lanes, one where not."""
+    rounds = [(n, m) for m in (3, 4, 16, 17, 33, 64) for n in (1, m // 2, m // 2 + 1, m - 1, m)]
+    return sorted({*rounds, (1, 1), (2, 2), (9, 24)})
+
+
+@pytest.mark.parametrize("pattern", patterns())
+def test_every_number_of_rounds_with_ties_nan_and_infinity(pattern: tuple[int, int], monkeypatch: Any) -> None:
+    monkeypatch.delattr(masks, "reference")
+    n, m = pattern
+    for index, shape in enumerate([(16, 2 * m), (2, m + max(1, m // 3)), (3, m + max(1, m - 1), 3)]):
+        weight = native.numbers(shape, DTYPES[(index + m) % 3], n, "ties")
+        keep = keep_largest(weight.abs(), Pattern(n, m), Axis(1))
+        assert torch.equal(masks.keep_largest(weight.abs(), n, m, 1, 1, False), keep)
+        pruned = masks.prune(weight, n, m, 1, 1, False)
+        assert torch.equal(native.bits(pruned), native.bits(torch.where(keep, weight, 0.0)))
+
+
+@pytest.mark.parametrize(("pattern", "rounds"), [((2, 4), 2), ((3, 4), 1), ((1, 16), 1), ((60, 64), 4), ((5, 5), 0)])
+def test_what_is_less_work_is_done(pattern: tuple[int, int], rounds: int, monkeypatch: Any) -> None:
+    done, real = [], masks._without_largest
+    monkeypatch.setattr(masks, "_without_largest", lambda *of: done.append(0) or real(*of))
+    masks.prune(torch.randn(1, pattern[1]), *pattern, 1, 1, False)
+    assert len(done) == rounds
 
 
 def test_bits_and_their_differences_are_the_definition() -> None:
-    kept = [torch.rand(shape) < 0.5 for shape in ((3, 5), (1,), (70, 130), (2, 8), (0,))]
+    kept = [torch.rand(shape) < 0.5 for shape in ((0,), (3, 5), (1,), (0,), (0, 3), (70, 130), (2, 8), (0,))]
     found = bits.pack_list(kept)
     assert all(torch.equal(a, pack(b)) for a, b in zip(found, kept, strict=True))
     others = [pack(torch.rand(mask.shape) < 0.5) for mask in kept]
