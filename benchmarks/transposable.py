@@ -1,10 +1,10 @@
-"""What transposable masks keep, what they cost, and what a short training makes of them. On a CPU, one thread.
+"""What transposable masks keep, and what they cost. On a CPU, one thread.
 
     python benchmarks/transposable.py masks
     python benchmarks/transposable.py times
-    python benchmarks/transposable.py train FASHION_MNIST_FOLDER --steps 200 --seeds 0 1 2
 
-`masks` needs scipy: the best sum of a tile is the value of a linear program, which is integral.
+`masks` needs scipy: the best sum of a tile is the value of a linear program, which is integral. What training makes of
+them: `openwork compare`, benchmarks/pretraining.py.
 """
 
 from __future__ import annotations
@@ -13,18 +13,15 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import openwork as ow
 from openwork.axis import Axis
 from openwork.entropic import best_approximate, completed, rounded
 from openwork.masks import keep_largest
 from openwork.ops import keep_largest as fastest
-from openwork.tasks.datasets import Images, fashion_mnist
-from openwork.tasks.models import build_model
 from openwork.transposable import best_2_4, keep_transposable
 
 TWO_OF_FOUR = ow.Pattern(2, 4)
@@ -114,68 +111,14 @@ def times() -> None:
         print(f"{what}: {each * 1e3:.1f} ms for {million.numel()} weights")
 
 
-def trained(images: Images, method: ow.Method, steps: int, seed: int) -> tuple[nn.Module, float]:
-    """ResNet-8 with a stem of stride 2 after so many steps of batch 128, and its accuracy on the test images."""
-    torch.manual_seed(seed)
-    net = build_model("resnet8-s2", classes=images.classes, channels=1)
-    ow.sparsify(net, "2:4", method)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-5)
-    rate = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 0.1, steps, pct_start=0.1, div_factor=10, cycle_momentum=False
-    )
-    ow.attach(optimizer, net)
-    order = torch.randperm(images.train_count).numpy()
-    batches = [order[start : start + 128] for start in range(0, 128 * steps, 128)]
-    for x, y in images.train_batches(batches, seed, 0):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(net(x), y).backward()
-        optimizer.step()
-        rate.step()
-    net.eval()
-    with torch.no_grad():
-        right = [
-            (net(images.normalized(x)).argmax(1) == y).sum()
-            for x, y in zip(images.val_x.split(500), images.val_y.split(500), strict=True)
-        ]
-    return net, int(sum(right)) / images.val_count
-
-
-def all_tiles(net: nn.Module) -> Tensor:
-    """The matrix of each position of each kernel, one below the other, as (rows, 4): whole 4x4 tiles."""
-    weights = [each.detach() for each in net.parameters() if each.ndim == 4 and each.shape[1] % 4 == 0]
-    matrices = [each.permute(2, 3, 0, 1).flatten(0, 2) for each in weights]
-    return torch.cat(
-        [each.unflatten(1, (-1, 4)).unflatten(0, (-1, 4)).transpose(1, 2).reshape(-1, 4) for each in matrices]
-    )
-
-
-def train(folder: str, steps: int, seeds: list[int], every: int, decay: float) -> None:
-    images = fashion_mnist(Path(folder))
-    methods: list[ow.Method] = [ow.SRSTE(decay), ow.TransposableSRSTE(decay, every)]
-    for seed in seeds:
-        for method in methods:
-            print(f"seed {seed}, {method.name}: accuracy {trained(images, method, steps, seed)[1]:.4f}", flush=True)
-    net, accuracy = trained(images, ow.Dense(), steps, seeds[0])
-    print(f"seed {seeds[0]}, dense: accuracy {accuracy:.4f}")
-    kept_at_2_4("its weights", all_tiles(net))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["masks", "times", "train"])
-    parser.add_argument("folder", nargs="?", help="of Fashion-MNIST's four .gz files")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--every", type=int, default=10, help="steps between choices of the transposable masks")
-    parser.add_argument("--decay", type=float, default=0.02)
-    arguments = parser.parse_args()
+    parser.add_argument("what", choices=["masks", "times"])
     torch.set_num_threads(1)
-    if arguments.what == "masks":
+    if parser.parse_args().what == "masks":
         masks()
-    elif arguments.what == "times":
-        times()
     else:
-        train(arguments.folder, arguments.steps, arguments.seeds, arguments.every, arguments.decay)
+        times()
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def _differentiated(weight: Tensor) -> bool:
 
 def _transformed(tensor: Tensor) -> bool:
     """Whether `torch.func` put it there: before torch 2.13 its vmap cannot take the bits of floats as integers."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _grouped(score: Tensor, pattern: Pattern) -> Tensor:
