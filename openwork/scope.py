@@ -64,7 +64,7 @@ class ForwardScope:
         if not torch.compiler.is_compiling():
             self._here.depth = getattr(self._here, "depth", 0) + 1
             self._here.seen = {}  # in a nested call too: what looks like a call around it may have been interrupted
-            if self._ahead:
+            if self._ahead and getattr(self._here, "used", None):
                 self._ahead(root)
 
     def leave(self, *_: Any) -> None:
