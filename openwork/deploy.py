@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from openwork import planning
 from openwork.candidates import AxisChoice, PatternChoice
 from openwork.deployed import PackedLayer, SparseConv2d
 from openwork.folding import fold_batch_norm, following_relu, replace
@@ -24,6 +23,7 @@ from openwork.planning import (
     MARGIN,
     Plan,
     as_graph,
+    compile_frozen,
     fastest,
     finished,
     here,
@@ -229,7 +229,7 @@ def _whole(models: Mapping[str, nn.Module], example: Any, graph: bool, compiled:
         raise ValueError(f"cuda_graph=True for a model on {device}; needed one on a GPU: model.to('cuda')")
     ready = dict(models)
     if compiled:
-        ready = {f"{name}, compiled": planning.compiled(each, example) for name, each in models.items()}
+        ready = {f"{name}, compiled": compile_frozen(each, example) for name, each in models.items()}
     elif any(isinstance(module, nn.Conv2d) for module in models["dense"].modules()):
         ready |= {f"{name}, channels_last": _channels_last(copy.deepcopy(each)) for name, each in models.items()}
     variants = {name: _forward(each, example) for name, each in ready.items()}

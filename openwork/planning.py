@@ -259,7 +259,7 @@ def finished(call: Callable[[], object]) -> Callable[[], object]:
     return whole
 
 
-def compiled(model: nn.Module, example: Any) -> nn.Module:
+def compile_frozen(model: nn.Module, example: Any) -> nn.Module:
     """A copy compiled for inference at its best: weights are constants, which dense products have laid out ahead of
     time."""
     import torch._inductor.config as inductor

@@ -129,7 +129,7 @@ def test_what_will_be_compiled_is_compared_compiled(monkeypatch):
         dense = ow.deploy(model, x, pattern="2:4", compiled=True)
     assert dense.deployment.whole == {"dense, compiled": 0.4, "sparse, compiled": 0.5}
     assert not any(isinstance(each, SparseLinear) for each in dense.modules())
-    compiled = planning.compiled(fast, x)
+    compiled = planning.compile_frozen(fast, x)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
     assert not isinstance(fast, type(compiled))

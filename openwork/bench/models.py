@@ -18,8 +18,7 @@ from openwork.bench.measure import Row, alternating, rows
 from openwork.deploy import deploy
 from openwork.folding import fold_batch_norm
 from openwork.pattern import Pattern
-from openwork.planning import Plan
-from openwork.planning import compiled as compile_for_inference
+from openwork.planning import Plan, compile_frozen
 from openwork.sparsify import project
 
 
@@ -90,7 +89,7 @@ def forward_passes(
             last = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             variants["dense channels_last"] = partial(last, x.to(memory_format=torch.channels_last))
         if compiled:
-            variants["dense compiled"] = partial(compile_for_inference(dense, x), x)
+            variants["dense compiled"] = partial(compile_frozen(dense, x), x)
         baselines = list(variants)
         about = {name: ("dense", _short(dtype)) for name in baselines}
         bytes_of = {"dense eager": memory(dense, x)}
@@ -107,10 +106,8 @@ def forward_passes(
                 short = f"deployed {pattern} {_short(kept)}"
                 variants[short], about[short] = partial(fast, x), (str(pattern), _short(kept))
                 if compiled:
-                    variants[short + " compiled"], about[short + " compiled"] = (
-                        partial(compile_for_inference(fast, x), x),
-                        about[short],
-                    )
+                    variants[short + " compiled"] = partial(compile_frozen(fast, x), x)
+                    about[short + " compiled"] = about[short]
                 bytes_of[short] = memory(fast, x)
                 yield fast.deployment  # type: ignore[misc]
         times = alternating(variants, seconds=seconds, flush=False)

@@ -36,50 +36,38 @@ def masked_gradient(weight: Tensor, keep: Tensor) -> Tensor:
     return _MaskedGradient.apply(weight, keep)
 
 
-class _StraightThrough(torch.autograd.Function):
+class _Straight(torch.autograd.Function):
+    """What the gradient passes unchanged on its way to the first argument."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+class _StraightThrough(_Straight):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, keep: Tensor) -> Tensor:
         return prune(weight, keep)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _StraightThroughLargest(torch.autograd.Function):
+class _StraightThroughLargest(_Straight):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
         return ops.prune(weight, pattern, axis)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Pattern, Axis], output: Tensor) -> None:
-        pass
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad, None, None
-
-
-class _StraightThroughTo(torch.autograd.Function):
+class _StraightThroughTo(_Straight):
     @staticmethod
     def forward(weight: Tensor, pruned: Tensor) -> Tensor:
         return pruned
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 class _MaskedGradient(torch.autograd.Function):
