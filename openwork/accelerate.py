@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from openwork import semistructured
 from openwork.gemms import quiet, run
+from openwork.kernels.cuda import capturing, on_device
 from openwork.masked_class import plain_class, shared_class
 from openwork.methods import is_transposable
 from openwork.parametrization import Masked, masked_modules, masked_weights, unwrap
 from openwork.pattern import Pattern
-from openwork.planning import clock, here
+from openwork.planning import clock
 from openwork.report import aligned
 from openwork.scope import change_of
 from openwork.semistructured import BACKENDS
@@ -110,7 +111,7 @@ def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
     device = next(layer.device for layer in layers.values())
     _demand_tensor_cores(device)
     engine = SparseTensorCores()
-    with here(device):
+    with on_device(device):
         for layer in layers.values():
             if not layer.reason:
                 engine.check(layer.masked.effective(layer.weight))
@@ -272,11 +273,6 @@ class _SparseLinear(torch.autograd.Function):
             None,
             None,
         )
-
-
-def capturing(x: Tensor) -> bool:
-    """Whether what is computed from a tensor now goes into a CUDA graph."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

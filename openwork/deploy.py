@@ -17,6 +17,7 @@ from openwork.candidates import AxisChoice, PatternChoice
 from openwork.deployed import PackedLayer, SparseConv2d
 from openwork.folding import fold_batch_norm, following_relu, replace
 from openwork.gemms import run
+from openwork.kernels.cuda import on_device
 from openwork.parametrization import unwrap
 from openwork.pattern import Pattern
 from openwork.planning import (
@@ -26,7 +27,6 @@ from openwork.planning import (
     compile_frozen,
     fastest,
     finished,
-    here,
     machine,
     measure_layers,
     on_gpu,
@@ -58,7 +58,7 @@ def plan(
     float32, or bfloat16 or int8, which are smaller, and round. On a GPU it is the model's own dtype, or float16,
     bfloat16, int8, float8_e4m3fn.
     """
-    with torch.inference_mode(False), here(_device(unwrap(model))):
+    with torch.inference_mode(False), on_device(_device(unwrap(model))):
         ready, patterns, kept_in = _ready(model, pattern, exclude, axis, stored)
         fold_batch_norm(ready, example)
         return _plan(ready, example, patterns, kept_in)
@@ -88,7 +88,7 @@ def deploy(
     for a large model, and on a CPU a C++ compiler.
     """
     # Not in inference mode, also where the caller is in it: what is made here can be loaded into later.
-    with torch.inference_mode(False), here(_device(unwrap(model))):
+    with torch.inference_mode(False), on_device(_device(unwrap(model))):
         dense, patterns, kept_in = _ready(model, pattern, exclude, axis, stored)
         expected = _outputs(dense, example)
         fold_batch_norm(dense, example)

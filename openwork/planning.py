@@ -8,7 +8,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -286,11 +285,6 @@ def as_graph(call: Callable[[], object]) -> Callable[[], object]:
 
 def _replay(graph: torch.cuda.CUDAGraph, captured: Callable[[], object]) -> None:
     graph.replay()
-
-
-def here(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a GPU the current one: streams, events and graphs belong to that."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def clock(device: torch.device) -> Callable[[Mapping[str, Callable[[], object]]], dict[str, float]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from openwork.kernels import triton
+from openwork.kernels.cuda import capturing
 from openwork.kernels.groups import groups_in_memory, same_strides
 from openwork.kernels.native import DTYPES, Groups, library
 from openwork.ops.masks import (
@@ -52,7 +53,7 @@ def takes_lists(weight: Tensor) -> bool:
     """Whether the operators on lists are one launch for weights like this one, instead of one for each. Not where a
     CUDA graph is captured, or compiled code may become one: a list is a table of addresses, which the graph would have
     to hold, and launches in a graph cost next to nothing."""
-    return weight.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
+    return weight.is_cuda and not torch.compiler.is_compiling() and not capturing(weight)
 
 
 def keep_largest(score: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) -> Tensor:

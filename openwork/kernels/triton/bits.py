@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openwork.kernels.triton.launch import capturing, on_device, row_of, table
+from openwork.kernels.cuda import capturing, on_device
+from openwork.kernels.triton.launch import row_of, table
 from openwork.ops import metrics as reference
 
 B = 1024
@@ -53,27 +54,27 @@ def _differ(rows, tensors, counts, B: tl.constexpr):
 
 def pack_list(masks: Sequence[Tensor]) -> list[Tensor]:
     """`openwork.metrics.pack` of masks on one device."""
-    if capturing(masks):
+    if capturing(*masks):
         return reference._pack_list(list(masks))
     flat = [mask.reshape(-1).view(torch.uint8) for mask in masks]
     out = [torch.empty(-(-each.numel() // 8), dtype=torch.uint8, device=each.device) for each in flat]
     rows = [(mask.data_ptr(), bits.data_ptr(), mask.numel()) for mask, bits in zip(flat, out, strict=True)]
     counts = [-(-bits.numel() // B) for bits in out]
     if sum(counts):
-        with on_device(flat[0]):
+        with on_device(flat[0].device):
             _pack[(sum(counts),)](table(rows, counts, flat[0].device), len(rows), B)
     return out
 
 
 def packed_sad_list(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """`openwork.metrics.packed_sad` of pairs on one device: int64 (T,)."""
-    if capturing(a):
+    if capturing(*a):
         return reference._packed_sad_list(list(a), list(b))
     counts = torch.zeros(len(a), dtype=torch.int64, device=a[0].device)
     a, b = [each.contiguous() for each in a], [each.contiguous() for each in b]
     rows = [(x.data_ptr(), y.data_ptr(), x.numel()) for x, y in zip(a, b, strict=True)]
     blocks = [-(-x.numel() // B) for x in a]
     if sum(blocks):
-        with on_device(a[0]):
+        with on_device(a[0].device):
             _differ[(sum(blocks),)](table(rows, blocks, a[0].device), len(rows), counts, B)
     return counts

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-
-def on_device(tensor: Tensor) -> Any:
-    """Launch where the tensor is; triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def capturing(tensors: Sequence[Tensor]) -> bool:
-    """Whether launches on these become part of a CUDA graph: it would hold the address of a table, but not its
-    numbers."""
-    return bool(tensors) and tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def table(rows: Sequence[tuple[int, ...]], counts: Sequence[int], device: torch.device) -> Tensor:

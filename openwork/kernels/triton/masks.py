@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from openwork.kernels.cuda import capturing, on_device
 from openwork.kernels.groups import groups_in_memory, same_strides
 from openwork.kernels.triton.floats import INTEGERS, KINDS, WORDS, rounded, to_float32
-from openwork.kernels.triton.launch import capturing, on_device, row_of, table
+from openwork.kernels.triton.launch import row_of, table
 from openwork.ops import masks as reference
 from openwork.ops.masks import Where, demand_alike, parsed
 
@@ -236,7 +237,7 @@ def _sizes(m: int, how: int) -> tuple[int, int]:
 
 def _launch(weight: Tensor, out: Tensor, lie: Lie, task: int, rate: float = 0.0) -> None:
     MP, P = _sizes(lie.m, lie.how)
-    with on_device(weight):
+    with on_device(weight.device):
         _one[(max(1, -(-lie.lanes // P)),)](
             weight.view(INTEGERS[weight.dtype]), out, lie.lanes, lie.length, lie.inner, rate,
             lie.n, lie.m, MP, P, lie.how, _UNROLLED, task, _INFINITY[weight.dtype], KINDS[weight.dtype],
@@ -284,7 +285,7 @@ def _launch_list(
 ) -> list[int]:
     """One launch for each dtype, device and way to lie. Returns which tensors it left out: those that it cannot take,
     and all of them while a CUDA graph is captured."""
-    if capturing(weights):
+    if capturing(*weights):
         return list(range(len(weights)))
     kinds: dict[Any, list[tuple[int, ...]]] = {}
     left = []
@@ -316,7 +317,7 @@ def _launch_rows(
     counts = [-(-lanes // P) for _, _, lanes, _, _ in rows]  # `triton.cdiv` takes microseconds
     word = WORDS[dtype]
     placed = table(rows, counts, device)
-    with on_device(placed):
+    with on_device(device):
         _many[(sum(counts),)](
             placed, len(rows), rate, n, m, MP, P, how, _UNROLLED,
             task, _INFINITY[dtype], KINDS[dtype], word, tl.uint8 if task == KEEP else word,

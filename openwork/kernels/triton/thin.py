@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from openwork.kernels.cuda import on_device
 from openwork.kernels.triton.floats import INTEGERS, KINDS, rounded, to_float32
-from openwork.kernels.triton.launch import on_device
 from openwork.ops.thin import ROWS, demand_layout, index_bits
 from openwork.ops.thin import thin_linear as reference
 from openwork.pattern import Pattern
@@ -160,7 +160,7 @@ def thin_linear(
     y = torch.empty(B, O, dtype=x.dtype, device=x.device)
     numbers: Any = (B, K, OP, groups, share, n, m, bits, kind)
     tensors = (x.contiguous().view(word), values.view(word), words, parts)
-    with on_device(x):
+    with on_device(x.device):
         if expand:
             _expand[(columns, count)](*tensors, *numbers, triton.next_power_of_2(m), BG, BO, num_warps=4)
         else:

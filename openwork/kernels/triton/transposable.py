@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openwork.kernels.triton.launch import on_device
+from openwork.kernels.cuda import on_device
 from openwork.ops.transposable import _keep_transposable
 from openwork.transposable import PAIRS, classes_of_pairs, columns_of
 
@@ -114,7 +114,7 @@ def keep_2_4(score: Tensor, dim: int, across: int) -> Tensor | None:
     if keep.stride() != score.stride():
         return None
     tiles = score.numel() // 16
-    with on_device(score):
+    with on_device(score.device):
         _keep[(triton.cdiv(tiles, _TILES),)](score, keep.view(torch.uint8), tiles, *layout, _TILES)
     return keep
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from openwork.axis import Axis
+from openwork.kernels import cuda
 from openwork.kernels.triton import bits, launch, masks
 from openwork.masks import keep_largest
 from openwork.metrics import pack, packed_sad
@@ -153,7 +154,7 @@ def test_a_list_loads_what_a_cuda_graph_would_launch(monkeypatch: Any) -> None:
 def test_while_a_cuda_graph_is_captured_there_are_no_tables(monkeypatch: Any) -> None:
     weights, each = [torch.randn(4, 8), torch.randn(4, 8, 3)], ([1] * 2, [1] * 2, [False] * 2)
     for file in (masks, bits):
-        monkeypatch.setattr(file, "capturing", lambda tensors: True)
+        monkeypatch.setattr(file, "capturing", lambda *tensors: True)
         monkeypatch.delattr(file, "table")
     monkeypatch.delattr(masks, "reference")
     launches = counted(monkeypatch, "_one")
@@ -173,9 +174,9 @@ def test_when_a_cuda_graph_is_captured(monkeypatch: Any) -> None:
     on_gpu: Any = SimpleNamespace(is_cuda=True)
     for captures in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)  # noqa: B023
-        assert launch.capturing([on_gpu]) is captures
-        assert not launch.capturing([torch.ones(1)])
-        assert not launch.capturing([])
+        assert cuda.capturing(on_gpu) is captures
+        assert not cuda.capturing(torch.ones(1))
+        assert not cuda.capturing()
 
 
 def test_a_table_is_copied_from_pinned_memory_without_waiting(monkeypatch: Any) -> None:
