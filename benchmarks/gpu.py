@@ -52,7 +52,7 @@ from openwork.deployed import PackedLayer
 from openwork.deployed_gpu import quantized_input, quantized_weight
 from openwork.masks import keep_largest as defined_mask
 from openwork.ops import add_decayed, add_decayed_list, keep_largest, prune, prune_list
-from openwork.planning import as_graph
+from openwork.planning import ABOUT_A_MILLISECOND, as_graph
 
 sys.path.insert(0, str(Path(__file__).parent))
 import gpu_check
@@ -72,8 +72,6 @@ DECODE = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192))
 SECONDS = 1.0
 """Of the GPU's time, after which a variant has run often enough, if at least `LEAST` times."""
 LEAST = 5
-ABOUT_A_MILLISECOND = 2_000_000
-"""In cycles of the GPU."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +184,7 @@ def gpu_name(device: torch.device) -> str:
 
 def versions() -> str:
     found = {"torch": torch.__version__, "openwork": ow.__version__, "CUDA": torch.version.cuda or "none"}
-    for package in ("triton", "nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12"):
+    for package in ("triton", *semistructured.PACKAGES):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return ", ".join(f"{name} {number}" for name, number in found.items())

@@ -28,7 +28,8 @@ from openwork.semistructured import Algorithm
 
 _CPU = torch.device("cpu")
 
-_BUSY = 2_000_000  # cycles of a GPU's clock: a millisecond
+ABOUT_A_MILLISECOND = 2_000_000
+"""In cycles of a GPU's clock."""
 
 MARGIN = 0.97
 """A sparse layer is chosen where it takes less than this share of the dense time: below, it may be noise."""
@@ -239,7 +240,7 @@ def fastest_on_gpu(
         for name, each in variants.items():
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             waste.zero_()
-            torch.cuda._sleep(_BUSY)
+            torch.cuda._sleep(ABOUT_A_MILLISECOND)
             start.record()
             each()
             stop.record()

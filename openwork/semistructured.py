@@ -36,7 +36,7 @@ Algorithm = tuple[int, int, int]
 """Of cuSPARSELt: its number, into how many parts sums are split, and how the parts are added."""
 DEFAULT: Algorithm = (0, 1, -1)
 _SLOW_ON_HOPPER = "0.8.0"  # of cuSPARSELt: slower on H100 and L4, repaired in 0.8.1 (NVIDIA's release notes)
-_PACKAGES = ("nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12")
+PACKAGES = ("nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12")
 
 library.define(
     "semi_structured_linear(Tensor x, Tensor packed, Tensor? meta, Tensor? bias, str backend, int outputs, "
@@ -123,7 +123,7 @@ def _lt_version() -> str:
 def _lt_number() -> str:
     """Of the library that is loaded: of the package that torch depends on; torch itself knows the one that it was built
     with."""
-    for package in _PACKAGES:
+    for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(package)
     built = torch.backends.cusparselt.version()
