@@ -1,4 +1,4 @@
-"""Builds the native library `openwork/kernels/libopenwork.so` from csrc/: plain C++17, no Python and no torch headers.
+"""Builds `openwork/kernels/cpu/libopenwork.so`, the native library, from csrc/: C++17, no headers of Python or torch.
 
 Everything else is in pyproject.toml. Each file of an instruction set gets its own flags; the library chooses at run
 time. Without a compiler the package is installed all the same and works without the library, slower.
@@ -95,6 +95,6 @@ class AnyPython(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("openwork.kernels.libopenwork", [f"csrc/{name}.cpp" for name in SOURCES])],
+    ext_modules=[Extension("openwork.kernels.cpu.libopenwork", [f"csrc/{name}.cpp" for name in SOURCES])],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
 )

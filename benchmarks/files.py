@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import openwork as ow
-from openwork.checkpoint import describe
-from openwork.exporting import write_dense
-from openwork.tasks.torchvision_compat import ensure_torchvision
+from openwork.cli.export import write_dense
+from openwork.files.checkpoint import describe
+from openwork.utils.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
 

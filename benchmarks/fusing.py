@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 import openwork as ow
 from openwork.bench.models import Block
-from openwork.deployed import SparseLinear
-from openwork.tasks.torchvision_compat import ensure_torchvision
+from openwork.inference.layers import SparseLinear
+from openwork.utils.torchvision_compat import ensure_torchvision
 
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD with momentum, fused": lambda p: torch.optim.SGD(p, 1e-3, momentum=0.9, weight_decay=1e-4, fused=True),

@@ -44,15 +44,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import openwork as ow
-from openwork import kernels, semistructured
-from openwork.axis import Axis
+from openwork import kernels
 from openwork.bench.measure import quantile, today, write_csv
 from openwork.bench.models import Encoder
-from openwork.deployed import PackedLayer
-from openwork.deployed_gpu import quantized_input, quantized_weight
-from openwork.masks import keep_largest as defined_mask
+from openwork.inference.gpu_layers import quantized_input, quantized_weight
+from openwork.inference.layers import PackedLayer
+from openwork.kernels.cuda import cusparselt
+from openwork.nm.groups import Axis
+from openwork.nm.masks import keep_largest as defined_mask
 from openwork.ops import add_decayed, add_decayed_list, keep_largest, prune, prune_list
-from openwork.planning import ABOUT_A_MILLISECOND, as_graph
+from openwork.utils.timing import ABOUT_A_MILLISECOND, as_graph
 
 sys.path.insert(0, str(Path(__file__).parent))
 import gpu_check
@@ -184,7 +185,7 @@ def gpu_name(device: torch.device) -> str:
 
 def versions() -> str:
     found = {"torch": torch.__version__, "openwork": ow.__version__, "CUDA": torch.version.cuda or "none"}
-    for package in ("triton", *semistructured.PACKAGES):
+    for package in ("triton", *cusparselt.PACKAGES):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return ", ".join(f"{name} {number}" for name, number in found.items())
@@ -301,7 +302,7 @@ def of_linear(bench: Bench, dtype: torch.dtype, B: int, K: int, O: int) -> list[
     if quantized:
         variants |= dense_int8(x, layer) | dense_fp8(x, layer)
     for kind, stored in product_kinds(layer, B, dtype, quantized):
-        if kind in semistructured.BACKENDS:
+        if kind in cusparselt.BACKENDS:
             with where_it_is_here():
                 made = packed(layer, "2:4", kind, stored, x)
                 name = kind if stored == dtype else f"{kind} {short(stored)}"
@@ -495,7 +496,7 @@ def training_step(bench: Bench, name: str, how: str) -> Callable[[], object]:
 
 
 def resnet() -> nn.Module:
-    from openwork.tasks.torchvision_compat import ensure_torchvision
+    from openwork.utils.torchvision_compat import ensure_torchvision
 
     try:
         torchvision = ensure_torchvision()
@@ -593,7 +594,7 @@ def main(words: Sequence[str] | None = None) -> int:
     device = torch.device("cpu" if asked.rehearse else "cuda")
     bench = Bench(device, 1 if asked.rehearse else asked.rounds, asked.rehearse)
     print(f"{gpu_name(device)}; {versions()}; {kernels.gpu_status()}")
-    if not asked.rehearse and (warned := semistructured.version_warning(device)):
+    if not asked.rehearse and (warned := cusparselt.version_warning(device)):
         print(f"warning: {warned}")
     run = Run(bench, asked.out, time.monotonic() + 60 * asked.minutes)
     for section in asked.what:

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 
 import openwork as ow
-from openwork import deployed_gpu, semistructured
-from openwork.axis import Axis
-from openwork.deployed import GpuKind
-from openwork.deployed_gpu import GpuLayer, gpu_module
-from openwork.masks import keep_largest as defined_mask
-from openwork.metrics import pack, sad
+from openwork.inference import gpu_layers
+from openwork.inference.gpu_layers import GpuLayer, gpu_module
+from openwork.inference.layers import GpuKind
+from openwork.kernels.cuda import cusparselt
+from openwork.kernels.cuda.cusparselt import QUANTIZED
+from openwork.nm.groups import Axis
+from openwork.nm.mask_stats import pack, sad
+from openwork.nm.masks import keep_largest as defined_mask
+from openwork.nm.transposable import keep_transposable as defined_transposable
 from openwork.ops import (
     add_decayed,
     add_decayed_list,
@@ -36,9 +39,7 @@ from openwork.ops import (
     prune,
     prune_list,
 )
-from openwork.planning import as_graph
-from openwork.semistructured import QUANTIZED
-from openwork.transposable import keep_transposable as defined_transposable
+from openwork.utils.timing import as_graph
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALVES)
@@ -236,14 +237,14 @@ def product_kinds(
     layer: nn.Module, rows: int, dtype: torch.dtype, quantized: bool = True
 ) -> list[tuple[Any, torch.dtype]]:
     """The kernels that can take a layer here, and in which dtype."""
-    here = partial(deployed_gpu.cannot, layer, ow.Pattern(2, 4), rows=rows, transposed=False)
+    here = partial(gpu_layers.cannot, layer, ow.Pattern(2, 4), rows=rows, transposed=False)
     dtypes = (dtype, *QUANTIZED) if quantized else (dtype,)
     return [(kind, each) for kind in get_args(GpuKind) for each in dtypes if not here(kind=kind, stored=each)]
 
 
 def missing(device: torch.device) -> set[str]:
     """Which libraries have no products here, and why."""
-    reasons = {name: each.missing(device) for name, each in semistructured.BACKENDS.items()}
+    reasons = {name: each.missing(device) for name, each in cusparselt.BACKENDS.items()}
     return {f"{name}: {reason}" for name, reason in reasons.items() if reason}
 
 
@@ -366,7 +367,7 @@ def compiled(tally: Tally) -> None:
 
 def accelerated(tally: Tally) -> None:
     """Outputs and gradients of a step on sparse tensor cores beside the dense ones, in bfloat16 by autocast."""
-    reason = semistructured.BACKENDS["cusparselt"].missing(tally.device)
+    reason = cusparselt.BACKENDS["cusparselt"].missing(tally.device)
     for rows in (64, 200, 30):
         with tally.check(f"accelerate, {rows} rows"):
             if reason:

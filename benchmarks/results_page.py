@@ -19,10 +19,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from openwork.tasks import TASKS, find
-from openwork.tasks.config import comparison
-from openwork.tasks.summary import Row, cells, header, notes
-from openwork.tasks.task import Metric
+from openwork.recipes import TASKS, find
+from openwork.recipes.config import comparison
+from openwork.recipes.summary import Row, cells, header, notes
+from openwork.recipes.task import Metric
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results"

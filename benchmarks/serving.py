@@ -27,13 +27,13 @@ from typing import Any
 import torch
 
 import openwork as ow
-from openwork.tasks.torchvision_compat import ensure_torchvision
+from openwork.utils.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
 
 SERVE = Path(__file__).parent.parent / "examples" / "serve.py"
 RUN = """
-from openwork.tasks.torchvision_compat import ensure_torchvision
+from openwork.utils.torchvision_compat import ensure_torchvision
 import uvicorn
 ensure_torchvision()
 uvicorn.main()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import openwork as ow
-from openwork.tasks.torchvision_compat import ensure_torchvision
+from openwork.utils.torchvision_compat import ensure_torchvision
 
 PATTERN = ow.Pattern(2, 4)
 DECAY = 2e-4

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 import openwork as ow
-from openwork.axis import Axis
-from openwork.entropic import best_approximate, completed, rounded
-from openwork.masks import keep_largest
+from openwork.nm.groups import Axis
+from openwork.nm.masks import keep_largest
+from openwork.nm.sinkhorn import best_approximate, completed, rounded
+from openwork.nm.transposable import best_2_4, keep_transposable
 from openwork.ops import keep_largest as fastest
-from openwork.transposable import best_2_4, keep_transposable
 
 TWO_OF_FOUR = ow.Pattern(2, 4)
 

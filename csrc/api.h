@@ -1,4 +1,4 @@
-// The structs that Python fills (openwork/kernels/native.py mirrors them, and a test compares their sizes).
+// The structs that Python fills (openwork/kernels/cpu/native.py mirrors them, and a test compares their sizes).
 #pragma once
 
 #include "kernels.h"

@@ -1,5 +1,5 @@
 // Masks by counting: a weight is kept when fewer than N others of its group beat it. Equal magnitudes keep the lower
-// index, NaN counts as largest: exactly openwork/masks.py. Everything works on the bits of the weights; magnitudes are
+// index, NaN counts as largest: exactly openwork/nm/masks.py. Everything works on the bits of the weights; magnitudes are
 // compared as integers, which order as the floats do.
 //
 // A column is the members of one group, `inner` weights apart in memory. A vector holds one member of several columns.

@@ -3,35 +3,35 @@
 This list is the API.
 """
 
-from openwork.accelerate import Acceleration as Acceleration
-from openwork.accelerate import accelerate as accelerate
-from openwork.attach import Handle as Handle
-from openwork.attach import attach as attach
-from openwork.axis import Axis as Axis
-from openwork.checkpoint import load as load
-from openwork.checkpoint import save as save
-from openwork.deploy import deploy as deploy
-from openwork.deploy import plan as plan
-from openwork.loading import load_deployed as load_deployed
-from openwork.masks import topn as topn
+from openwork.files.checkpoint import load as load
+from openwork.files.checkpoint import save as save
+from openwork.inference.choose import Plan as Plan
+from openwork.inference.deploy import deploy as deploy
+from openwork.inference.deploy import plan as plan
+from openwork.inference.stream import load_deployed as load_deployed
 from openwork.methods import ASP as ASP
 from openwork.methods import SRSTE as SRSTE
 from openwork.methods import STE as STE
 from openwork.methods import Dense as Dense
 from openwork.methods import Method as Method
 from openwork.methods import TransposableSRSTE as TransposableSRSTE
-from openwork.metrics import churn as churn
-from openwork.metrics import sad as sad
-from openwork.pattern import Pattern as Pattern
-from openwork.planning import Plan as Plan
-from openwork.report import Report as Report
-from openwork.sparsify import finalize as finalize
-from openwork.sparsify import masks as masks
-from openwork.sparsify import project as project
-from openwork.sparsify import sparsify as sparsify
-from openwork.topology import Topology as Topology
-from openwork.transposable import topn_transposable as topn_transposable
-from openwork.verify import NotSparse as NotSparse
-from openwork.verify import verify as verify
+from openwork.nm.groups import Axis as Axis
+from openwork.nm.mask_stats import churn as churn
+from openwork.nm.mask_stats import sad as sad
+from openwork.nm.masks import topn as topn
+from openwork.nm.pattern import Pattern as Pattern
+from openwork.nm.transposable import topn_transposable as topn_transposable
+from openwork.training.optimizer import Handle as Handle
+from openwork.training.optimizer import attach as attach
+from openwork.training.report import Report as Report
+from openwork.training.sparse_tensor_cores import Acceleration as Acceleration
+from openwork.training.sparse_tensor_cores import accelerate as accelerate
+from openwork.training.sparsify import finalize as finalize
+from openwork.training.sparsify import masks as masks
+from openwork.training.sparsify import project as project
+from openwork.training.sparsify import sparsify as sparsify
+from openwork.training.topology import Topology as Topology
+from openwork.training.verify import NotSparse as NotSparse
+from openwork.training.verify import verify as verify
 
 __version__ = "0.1.0"

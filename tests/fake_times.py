@@ -15,5 +15,5 @@ def say(patch: pytest.MonkeyPatch, **seconds: float) -> None:
             each()
         return {name: seconds.get(name, seconds.get(name.partition(",")[0].split()[0], 1.0)) for name in variants}
 
-    for module in ("openwork.planning", "openwork.deploy"):
+    for module in ("openwork.utils.timing", "openwork.inference.deploy"):
         patch.setattr(sys.modules[module], "fastest", fastest)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import openwork as ow
-from openwork.tasks.torchvision_compat import ensure_torchvision
+from openwork.utils.torchvision_compat import ensure_torchvision
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -1,8 +1,9 @@
-"""Which part of openwork may import which: downwards only, in the order of `LAYERS`, and never in a circle."""
+"""Which room of openwork may import which: downwards only, in the order of `FLOORS`, and never in a circle."""
 
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,53 +13,29 @@ from pathlib import Path
 
 import pytest
 
+import openwork
+
 ROOT = Path(__file__).resolve().parent.parent / "openwork"
 
-# Each file and folder of the package stands in exactly one layer; a new one is added here.
-LAYERS = (
-    {"pattern"},
-    {"masks", "axis", "schedule", "metrics", "packing", "layout", "transposable", "entropic"},
-    {"ops"},
-    {"methods", "kernels", "topology"},
-    {
-        "sparsify",
-        "attach",
-        "verify",
-        "deploy",
-        "parametrization",
-        "masked_class",
-        "scope",
-        "lists",
-        "promise",
-        "candidates",
-        "report",
-        "gemms",
-        "sharded",
-        "planning",
-        "accelerate",
-        "deployed",
-        "folding",
-        "onednn",
-        "deployed_gpu",
-        "semistructured",
-    },
-    {
-        "checkpoint",
-        "modelstate",
-        "contents",
-        "fileformat",
-        "container",
-        "legacy",
-        "source",
-        "loading",
-        "export",
-        "migrate",
-    },
-    {"integrations"},
-    {"tasks", "bench", "cli", "exporting"},
+# Each room of the package stands on one floor, the lowest first; a new room is added here.
+FLOORS = (
+    {"nm"},  # the mathematics of N:M
+    {"layouts"},  # how a kernel wants a compressed weight in memory
+    {"ops"},  # operators: schema, reference, fake kernel
+    {"utils"},
+    {"kernels"},  # who runs an operator on this machine
+    {"methods"},  # one paper, one file
+    {"training"},  # a model and its optimizer while they train
+    {"files"},  # a sparse model on disk
+    {"inference"},  # a finished model, as fast as this machine allows
+    {""},  # `openwork/__init__.py`: the public names, of the rooms below
+    {"export"},  # finished models in the forms of other software
+    {"integrations"},  # one object for each trainer
+    {"recipes"},
+    {"bench"},
+    {"cli"},
 )
-# `openwork/__init__.py` collects the public names: above the core, below what glues the core to other libraries.
-FACADE = 5.5
+FACADE = FLOORS.index({""})
 CORE_NEEDS = {"torch", "numpy", "safetensors"}
 IMPORTED_ON_DEMAND = {
     "torch._dynamo",
@@ -72,7 +49,7 @@ IMPORTED_ON_DEMAND = {
     "huggingface_hub",
     "triton",
 }
-TRITON_KERNELS = "openwork.kernels.triton."  # its modules are imported by the functions that launch them
+TRITON_KERNELS = "openwork.kernels.cuda.triton."  # its modules are imported by the functions that launch them
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -84,13 +61,11 @@ def modules(root: Path) -> dict[str, Path]:
     return found
 
 
-def layer(name: str) -> float:
-    """Layer of a module by its dotted name; KeyError where it has none."""
-    first = name.split(".")[1:2]
-    if not first:
-        return FACADE
-    for number, members in enumerate(LAYERS):
-        if first[0] in members:
+def floor(name: str) -> int:
+    """Floor of a module by its dotted name; KeyError where its room is unknown."""
+    room = (*name.split("."), "")[1]
+    for number, rooms in enumerate(FLOORS):
+        if room in rooms:
             return number
     raise KeyError(name)
 
@@ -116,24 +91,24 @@ def _targets(node: ast.AST, package: str, known: dict[str, Path]) -> Iterator[st
 
 
 def upward_imports(root: Path) -> list[str]:
-    """One line per module without a layer, and per import of a higher layer."""
+    """One line per module in no known room, and per import of a higher floor."""
     known, found = modules(root), []
     for name in known:
         try:
-            mine = layer(name)
+            mine = floor(name)
         except KeyError:
-            found.append(f"{name} has no layer: add it to LAYERS in tests/test_layers.py")
+            found.append(f"{name} is in no known room: add it to FLOORS in tests/test_layers.py")
             continue
-        higher = [other for other in sorted(imports(name, known)) if _layer_or_top(other) > mine]
-        found += [f"{name} (layer {mine}) imports {other} (layer {_layer_or_top(other)})" for other in higher]
+        higher = [other for other in sorted(imports(name, known)) if _floor_or_top(other) > mine]
+        found += [f"{name} (floor {mine}) imports {other} (floor {_floor_or_top(other)})" for other in higher]
     return found
 
 
-def _layer_or_top(name: str) -> float:
+def _floor_or_top(name: str) -> float:
     try:
-        return layer(name)
+        return floor(name)
     except KeyError:
-        return len(LAYERS)  # reported where the module itself is looked at
+        return len(FLOORS)  # reported where the module itself is looked at
 
 
 def circle(root: Path) -> list[str]:
@@ -152,7 +127,7 @@ def needless_needs(root: Path) -> list[str]:
     allowed = CORE_NEEDS | sys.stdlib_module_names | {root.name}
     found = []
     for name, path in modules(root).items():
-        if _layer_or_top(name) <= FACADE:
+        if _floor_or_top(name) <= FACADE:
             needed = _needed(ast.parse(path.read_text(encoding="utf-8"))) - allowed
             needed -= {"triton"} if name.startswith(TRITON_KERNELS) else set()
             found += [f"{name} needs {other} to be imported: import it where it is used" for other in sorted(needed)]
@@ -175,6 +150,18 @@ def test_imports_point_downwards() -> None:
 
 def test_no_imports_in_a_circle() -> None:
     assert circle(ROOT) == []
+
+
+def test_only_the_command_line_imports_recipes() -> None:
+    known = modules(ROOT)
+    users = {name for name in known if any(other.startswith("openwork.recipes") for other in imports(name, known))}
+    assert {name.split(".")[1] for name in users} <= {"recipes", "cli"}
+
+
+def test_no_room_has_the_name_of_a_public_function() -> None:
+    rooms = {path.stem for path in ROOT.iterdir()}
+    public = [name for name, value in vars(openwork).items() if not inspect.ismodule(value)]
+    assert rooms.isdisjoint(set(public) - {"__init__"})
 
 
 def test_core_needs_little() -> None:
@@ -200,16 +187,17 @@ def package(folder: Path, files: dict[str, str]) -> Path:
 
 
 GOOD = {
-    "__init__.py": "from openwork.masks import topn\nfrom openwork.checkpoint import save",
-    "pattern.py": "import torch",
-    "masks.py": "from openwork.pattern import Pattern",
-    "axis.py": "from . import masks",
-    "checkpoint.py": "try:\n    import triton\nexcept ImportError: ...\ndef save():\n    import rich",
+    "__init__.py": "from openwork.nm.masks import topn\nfrom openwork.files.checkpoint import save",
+    "nm/__init__.py": "",
+    "nm/pattern.py": "import torch",
+    "nm/masks.py": "from openwork.nm.pattern import Pattern",
+    "nm/groups.py": "from . import masks",
+    "files/checkpoint.py": "try:\n    import triton\nexcept ImportError: ...\ndef save():\n    import rich",
     "integrations/__init__.py": "import lightning\nimport openwork as ow",
-    "tasks/__init__.py": "",
-    "tasks/flow.py": "import torchvision\nfrom ..integrations import hook\nfrom . import data",
-    "tasks/data.py": "",
-    "cli.py": "def main():\n    from openwork.tasks import flow",
+    "recipes/__init__.py": "",
+    "recipes/flow.py": "import torchvision\nfrom ..integrations import hook\nfrom . import data",
+    "recipes/data.py": "",
+    "cli/main.py": "def main():\n    from openwork.recipes import flow",
 }
 
 
@@ -221,15 +209,27 @@ def test_a_good_package_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "complaint"),
     [
-        ("masks.py", "from openwork.sparsify import sparsify", "openwork.masks (layer 1) imports openwork.sparsify"),
-        ("masks.py", "import openwork.tasks.flow", "openwork.masks (layer 1) imports openwork.tasks.flow (layer 7)"),
-        ("masks.py", "def f():\n    from openwork import cli", "openwork.masks (layer 1) imports openwork.cli"),
-        ("ops/pack.py", "from ..methods import STE", "openwork.ops.pack (layer 2) imports openwork.methods (layer 3)"),
-        ("ops/__init__.py", "from ..methods import STE", "openwork.ops (layer 2) imports openwork.methods (layer 3)"),
-        ("masks.py", "import importlib\nimportlib.import_module('openwork.cli')", "openwork.masks (layer 1) imports"),
-        ("masks.py", "from openwork import Pattern", "openwork.masks (layer 1) imports openwork (layer 5.5)"),
-        ("__init__.py", "from openwork import integrations", "openwork (layer 5.5) imports openwork.integrations"),
-        ("helpers.py", "", "openwork.helpers has no layer: add it to LAYERS"),
+        (
+            "nm/masks.py",
+            "from openwork.training.sparsify import sparsify",
+            "openwork.nm.masks (floor 0) imports openwork.training",
+        ),
+        ("nm/masks.py", "import openwork.recipes.flow", "openwork.nm.masks (floor 0) imports openwork.recipes.flow"),
+        (
+            "nm/masks.py",
+            "def f():\n    from openwork.cli import main",
+            "openwork.nm.masks (floor 0) imports openwork.cli",
+        ),
+        ("ops/pack.py", "from ..methods import STE", "openwork.ops.pack (floor 2) imports openwork.methods (floor 5)"),
+        ("ops/__init__.py", "from ..methods import STE", "openwork.ops (floor 2) imports openwork.methods (floor 5)"),
+        (
+            "nm/masks.py",
+            "import importlib\nimportlib.import_module('openwork.cli')",
+            "openwork.nm.masks (floor 0) imports",
+        ),
+        ("nm/masks.py", "from openwork import Pattern", "openwork.nm.masks (floor 0) imports openwork (floor 9)"),
+        ("__init__.py", "from openwork import integrations", "openwork (floor 9) imports openwork.integrations"),
+        ("helpers.py", "", "openwork.helpers is in no known room: add it to FLOORS"),
     ],
 )
 def test_an_upward_import_is_found(tmp_path: Path, file: str, text: str, complaint: str) -> None:
@@ -237,11 +237,11 @@ def test_an_upward_import_is_found(tmp_path: Path, file: str, text: str, complai
     assert found.startswith(complaint)
 
 
-def test_a_circle_within_a_layer_is_found(tmp_path: Path) -> None:
-    found = circle(package(tmp_path, {**GOOD, "masks.py": "def f():\n    from openwork.axis import rows"}))
-    assert set(found) == {"openwork.axis", "openwork.masks"}
+def test_a_circle_within_a_room_is_found(tmp_path: Path) -> None:
+    found = circle(package(tmp_path, {**GOOD, "nm/masks.py": "def f():\n    from openwork.nm.groups import rows"}))
+    assert set(found) == {"openwork.nm.groups", "openwork.nm.masks"}
 
 
 def test_a_need_of_the_core_is_found(tmp_path: Path) -> None:
-    found = needless_needs(package(tmp_path, {**GOOD, "masks.py": "import os\nfrom rich.table import Table"}))
-    assert found == ["openwork.masks needs rich to be imported: import it where it is used"]
+    found = needless_needs(package(tmp_path, {**GOOD, "nm/masks.py": "import os\nfrom rich.table import Table"}))
+    assert found == ["openwork.nm.masks needs rich to be imported: import it where it is used"]

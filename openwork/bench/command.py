@@ -11,8 +11,8 @@ import torch
 
 from openwork.bench import models, operators
 from openwork.bench.measure import Row, machine, write_csv
-from openwork.pattern import Pattern
-from openwork.report import aligned
+from openwork.nm.pattern import Pattern
+from openwork.utils.table import aligned
 
 PATTERNS = ("2:4", "1:4", "1:8", "1:16")
 SHAPES = (
@@ -133,9 +133,9 @@ def plan(words: Sequence[str]) -> int:
     if torch.device(asked.device).type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {asked.device}: torch {torch.__version__} sees no GPU here")
     torch.set_num_threads(asked.threads)
-    from openwork.checkpoint import load
-    from openwork.deploy import plan as measure
-    from openwork.sparsify import project
+    from openwork.files.checkpoint import load
+    from openwork.inference.deploy import plan as measure
+    from openwork.training.sparsify import project
 
     model, example = models.build(asked.model, asked.batch)
     if asked.file:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import openwork.kernels as kernels
-from openwork.kernels.native import library
+from openwork.kernels.cpu.native import library
 
 
 @dataclass(frozen=True)

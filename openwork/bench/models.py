@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from openwork.bench.measure import Row, alternating, rows
-from openwork.deploy import deploy
-from openwork.folding import fold_batch_norm
-from openwork.pattern import Pattern
-from openwork.planning import Plan, compile_frozen
-from openwork.sparsify import project
+from openwork.inference.choose import Plan
+from openwork.inference.deploy import deploy
+from openwork.inference.fold import fold_batch_norm
+from openwork.nm.pattern import Pattern
+from openwork.training.sparsify import project
+from openwork.utils.timing import compile_frozen
 
 
 class Encoder(nn.Module):
@@ -59,7 +60,7 @@ def build(name: str, batch: int) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     if name == "encoder":
         return Encoder().eval(), torch.randn(batch, 197, 768)
-    from openwork.tasks.torchvision_compat import ensure_torchvision
+    from openwork.utils.torchvision_compat import ensure_torchvision
 
     return ensure_torchvision().models.get_model(name, weights=None).eval(), torch.randn(batch, 3, 224, 224)
 
@@ -144,7 +145,7 @@ def memory(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
 
 
 def _grown(file: str, threads: int) -> int:
-    import openwork.tasks.torchvision_compat as compat
+    import openwork.utils.torchvision_compat as compat
 
     compat.ensure_torchvision()
     torch.set_num_threads(threads)

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openwork.axis import Axis
 from openwork.bench.measure import Machine, Row, alternating, rows
-from openwork.deployed import Kind, SparseLinear, kinds_for
+from openwork.inference.layers import Kind, SparseLinear, kinds_for
 from openwork.kernels import has_dots
-from openwork.kernels.masks import in_one_pass, prune_into
-from openwork.masks import keep_largest, prune
-from openwork.onednn import prepacked_linear
+from openwork.kernels.cpu.masks import in_one_pass, prune_into
+from openwork.kernels.cpu.onednn import prepacked_linear
+from openwork.nm.groups import Axis
+from openwork.nm.masks import keep_largest, prune
+from openwork.nm.pattern import Pattern
 from openwork.ops import add_decayed
 from openwork.ops import prune as prune_in_one_pass
-from openwork.pattern import Pattern
 
 WEIGHT = (2048, 4096)
 """The weight that masks are made for."""

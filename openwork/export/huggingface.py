@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from openwork.candidates import AxisChoice, PatternChoice, Remainder
-from openwork.checkpoint import Entry, describe, save
-from openwork.container import write
-from openwork.contents import FILE
-from openwork.export.finished import exportable
-from openwork.modelstate import tensors_by_name, ties
-from openwork.parametrization import unwrap
-from openwork.promise import promises
+from openwork.export.outputs import exportable
+from openwork.files.checkpoint import Entry, describe, save
+from openwork.files.container import write
+from openwork.files.model_state import tensors_by_name, ties
+from openwork.files.reader import FILE
+from openwork.training.parametrize import unwrap
+from openwork.training.record import promises
+from openwork.training.select import AxisChoice, PatternChoice, Remainder
 
 DENSE, CARD = "model.safetensors", "README.md"
 _BEGIN, _END = "<!-- openwork: begin -->", "<!-- openwork: end -->"

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from openwork.candidates import AxisChoice, PatternChoice, Remainder
-from openwork.container import replacing, sync
-from openwork.deployed import demand_undeployed
-from openwork.export.finished import arguments, demand_equal, exportable, outputs
+from openwork.export.outputs import arguments, demand_equal, exportable, outputs
 from openwork.export.products import KEY, Product, as_metadata, check_onnx, products
-from openwork.gemms import quiet
-from openwork.modelstate import Placed, masked_by_name, patterns
-from openwork.parametrization import unwrap
-from openwork.pattern import Pattern
+from openwork.files.container import replacing, sync
+from openwork.files.model_state import Placed, masked_by_name, patterns
+from openwork.nm.pattern import Pattern
+from openwork.training.parametrize import unwrap
+from openwork.training.select import AxisChoice, PatternChoice, Remainder
+from openwork.utils.deployed import demand_undeployed
+from openwork.utils.example import quiet
 
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes; weights of larger models lie in a second file
 

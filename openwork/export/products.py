@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openwork.axis import Axis, reduction_size
-from openwork.candidates import matches
-from openwork.container import is_text_mapping, strict_json
-from openwork.masks import kept_per_group
-from openwork.pattern import Pattern
-from openwork.verify import NotSparse, tightest
+from openwork.files.container import is_text_mapping, strict_json
+from openwork.nm.groups import Axis, reduction_size
+from openwork.nm.masks import kept_per_group
+from openwork.nm.pattern import Pattern
+from openwork.training.select import matches
+from openwork.training.verify import NotSparse, tightest
 
 KEY = "openwork"  # in the metadata of the file: {"fc.weight": "2:4"}, what was promised of each constant
 IN_GEMM = ("Gemm", "Conv")  # where TensorRT looks for sparse tactics

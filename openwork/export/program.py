@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from openwork.container import replacing
-from openwork.export.finished import arguments, demand_equal, exportable, outputs
-from openwork.gemms import quiet
+from openwork.export.outputs import arguments, demand_equal, exportable, outputs
+from openwork.files.container import replacing
+from openwork.utils.example import quiet
 
 _ENDING = ".part.pt2"  # both loaders look at the ending
 

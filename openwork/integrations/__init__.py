@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 import openwork as ow
-from openwork.parametrization import unwrap
+from openwork.training.parametrize import unwrap
 
 
 def projected_state_dict(model: nn.Module) -> dict[str, Any]:

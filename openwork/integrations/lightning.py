@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 
 import openwork as ow
 from openwork.integrations.shared import Scalars, save_beside, verify
-from openwork.parametrization import held_weights
+from openwork.training.parametrize import held_weights
 
 
 class SparseCallback(pl.Callback):

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import openwork as ow
-from openwork.contents import FILE as FILE
-from openwork.promise import promises
+from openwork.files.reader import FILE as FILE
+from openwork.training.record import promises
 
 
 def save_beside(model: nn.Module, folder: str | Path) -> None:

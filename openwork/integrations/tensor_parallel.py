@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from openwork.parametrization import Masked, masked_weights
-from openwork.sharded import keeps_groups
+from openwork.training.dtensor import keeps_groups
+from openwork.training.parametrize import Masked, masked_weights
 
 
 class Colwise(ColwiseParallel):

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from openwork.methods.gradients import masked_gradient
+from openwork.methods.autograd import masked_gradient
 
 
 @dataclass(frozen=True)

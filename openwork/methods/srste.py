@@ -16,10 +16,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from openwork import ops
-from openwork.axis import Axis
-from openwork.masks import prune
-from openwork.methods.gradients import straight_through, straight_through_largest, straight_through_largest_list
-from openwork.pattern import Pattern
+from openwork.methods.autograd import straight_through, straight_through_largest, straight_through_largest_list
+from openwork.nm.groups import Axis
+from openwork.nm.masks import prune
+from openwork.nm.pattern import Pattern
 
 
 @dataclass(frozen=True)

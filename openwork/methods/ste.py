@@ -12,9 +12,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from openwork.axis import Axis
-from openwork.methods.gradients import straight_through, straight_through_largest, straight_through_largest_list
-from openwork.pattern import Pattern
+from openwork.methods.autograd import straight_through, straight_through_largest, straight_through_largest_list
+from openwork.nm.groups import Axis
+from openwork.nm.pattern import Pattern
 
 
 @dataclass(frozen=True)

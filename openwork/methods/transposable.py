@@ -6,8 +6,8 @@ ICML 2024, arXiv:2404.01847; transposable masks: Hubara et al., 2021, arXiv:2102
     forward        w~ = w where kept, else +0     gradient of the loss at w~ flows to all of w
     before a step  g  = g + decay * w where pruned, once, after unscaling, reducing, accumulating, clipping
 
-y = x w~' sums over a row of w~, dx = dy w~ over a column: so both products can run sparse (`openwork.accelerate`). The
-third, dw = dy' x, has no sparse operand.
+y = x w~' sums over a row of w~, dx = dy w~ over a column: so both products can run sparse
+(`openwork.accelerate`). The third, dw = dy' x, has no sparse operand.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from openwork.masks import prune
-from openwork.methods.gradients import straight_through
+from openwork.methods.autograd import straight_through
+from openwork.nm.masks import prune
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openwork.axis import Axis
-from openwork.masks import keep_largest as definition
-from openwork.masks import prune as select
-from openwork.pattern import Pattern
+from openwork.nm.groups import Axis
+from openwork.nm.masks import keep_largest as definition
+from openwork.nm.masks import prune as select
+from openwork.nm.pattern import Pattern
 
 RANKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Where = tuple[int, int, bool]
@@ -39,7 +39,7 @@ library.define(
 
 
 def keep_largest(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
-    """`openwork.masks.keep_largest` by whatever is fastest: bool, the shape of `score`, which is non-negative or
+    """`openwork.nm.masks.keep_largest` by whatever is fastest: bool, the shape of `score`, which is non-negative or
     NaN."""
     if not for_operator(score):
         return definition(score, pattern, axis)

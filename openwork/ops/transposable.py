@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from openwork.axis import Axis
+from openwork.nm.groups import Axis
+from openwork.nm.pattern import Pattern
+from openwork.nm.transposable import keep_transposable as definition
 from openwork.ops.masks import library
-from openwork.pattern import Pattern
-from openwork.transposable import keep_transposable as definition
 
 library.define("keep_transposable(Tensor score, int n, int m, int dim, int across) -> Tensor")
 
 
 def keep_transposable(score: Tensor, pattern: Pattern, axis: Axis, across: Axis) -> Tensor:
-    """`openwork.transposable.keep_transposable` by whatever is fastest: bool, the shape of `score`."""
+    """`openwork.nm.transposable.keep_transposable` by whatever is fastest: bool, the shape of `score`."""
     mask: Tensor = torch.ops.openwork.keep_transposable.default(score, pattern.n, pattern.m, axis.dim, across.dim)
     return mask
 

@@ -18,10 +18,11 @@ from safetensors import safe_open
 from torch import nn
 
 import openwork as ow
-from openwork import container, fileformat
-from openwork.checkpoint import check, describe
-from openwork.contents import opened
-from openwork.packing import pack_weight, packed_shape
+from openwork.files import container
+from openwork.files import format as fileformat
+from openwork.files.checkpoint import check, describe
+from openwork.files.packing import pack_weight, packed_shape
+from openwork.files.reader import opened
 
 
 class Net(nn.Module):

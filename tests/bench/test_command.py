@@ -12,8 +12,8 @@ from torch import nn
 import openwork as ow
 from openwork.bench import command, models, operators
 from openwork.bench.measure import Machine, Row, alternating, quantile, rows, write_csv
-from openwork.cli import main
-from openwork.kernels import native
+from openwork.cli.main import main
+from openwork.kernels.cpu import native
 
 
 @pytest.fixture(autouse=True)

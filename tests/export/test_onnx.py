@@ -17,11 +17,11 @@ from torch import nn
 from torch.export import Dim
 
 import openwork as ow
-from openwork.cli import main
-from openwork.deployed import SparseLinear
+from openwork.cli.main import main
 from openwork.export import check_onnx, to_onnx
 from openwork.export import onnx as exporting
-from openwork.export.finished import demand_equal
+from openwork.export.outputs import demand_equal
+from openwork.inference.layers import SparseLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 

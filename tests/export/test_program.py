@@ -11,8 +11,8 @@ from torch import nn
 from torch.export import Dim
 
 import openwork as ow
-from openwork.deployed import SparseConv2d, SparseLinear
 from openwork.export import program, to_aot_inductor, to_torch_export
+from openwork.inference.layers import SparseConv2d, SparseLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 

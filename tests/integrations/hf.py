@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import openwork as ow
-from openwork.integrations.transformers import SparseCallback
+from openwork.integrations.hf_trainer import SparseCallback
 
 VOCABULARY, LENGTH, BATCH = 40, 7, 8
 EPS = 1e-3  # a key's bias has no gradient but rounding, which Adam with 1e-8 would blow up to whole steps

@@ -13,7 +13,7 @@ from plain_loop import LR, MOMENTUM, WEIGHT_DECAY
 from torch.utils.data import DataLoader, TensorDataset
 
 import openwork as ow
-from openwork.integrations.accelerate import SparseRun
+from openwork.integrations.hf_accelerate import SparseRun
 
 
 def accelerator(**more):

@@ -11,14 +11,14 @@ import sys
 
 import torch
 import triton.language as tl
+from openwork.kernels.cuda.stream.triton import bits, masks, skinny, transposable
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from openwork.kernels.triton import bits, masks, thin, transposable
-from openwork.kernels.triton.floats import KINDS, WORDS
-from openwork.ops.thin import index_bits
-from openwork.pattern import Pattern
+from openwork.kernels.cuda.triton.floats import KINDS, WORDS
+from openwork.nm.pattern import Pattern
+from openwork.ops.skinny import index_bits
 
 UNFUSED = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -54,8 +54,8 @@ KERNELS = {
 
 
 def thin_kernel(name: str, dtype: torch.dtype, n: int, m: int, rows: int) -> tuple:
-    function, expand = getattr(thin, name), name == "_expand"
-    BO, BG = thin.tile(n, m, rows, expand)
+    function, expand = getattr(skinny, name), name == "_expand"
+    BO, BG = skinny.tile(n, m, rows, expand)
     types = dict.fromkeys(("x", "values"), "*i16") | {"words": "*i32", "parts": "*fp32"}
     types |= dict.fromkeys(("B", "K", "OP", "groups", "share"), "i32")
     fixed = {"N": n, "M": m, "BITS": index_bits(Pattern(n, m)), "KIND": KINDS[dtype], "BG": BG, "BO": BO}
@@ -74,7 +74,7 @@ KERNELS |= {
     "expand 32:64 bfloat16": thin_kernel("_expand", torch.bfloat16, 32, 64, 16),
     "expand 2:4 bfloat16": thin_kernel("_expand", torch.bfloat16, 2, 4, 16),
     "finish": (
-        thin._finish, FINISH, {"BIAS": True, "RELU": True, "KIND": KINDS[torch.bfloat16], "BO": 256}, ("parts",), {},
+        skinny._finish, FINISH, {"BIAS": True, "RELU": True, "KIND": KINDS[torch.bfloat16], "BO": 256}, ("parts",), {},
     ),
     "transposable bfloat16": (
         transposable._keep, TILES, {"B": transposable._TILES}, ("score", "keep"), {"num_warps": 4},

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 import openwork as ow
-from openwork.kernels import native
+from openwork.kernels.cpu import native
 
 STATUS = ow.kernels.status()
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import openwork.kernels as kernels
-from openwork.layout import panel, quantized, rows
-from openwork.ops.products import panel_numbers, rows_numbers
-from openwork.pattern import Pattern
+from openwork.layouts.layout import panel, quantized, rows
+from openwork.nm.pattern import Pattern
+from openwork.ops.sparse_matmul import panel_numbers, rows_numbers
 
 ops = torch.ops.openwork
 Given = dict[str, Any]

@@ -150,5 +150,5 @@ def test_a_wheel_serves_every_python(tmp_path: Path) -> None:
     assert "-py3-none-" in made.name
     assert not made.name.endswith("-any.whl")
     with zipfile.ZipFile(made) as archive:
-        assert [name for name in archive.namelist() if name.endswith(".so")] == ["openwork/kernels/libopenwork.so"]
+        assert [name for name in archive.namelist() if name.endswith(".so")] == ["openwork/kernels/cpu/libopenwork.so"]
         assert not [name for name in archive.namelist() if name.endswith((".cpp", ".inl", ".h"))]

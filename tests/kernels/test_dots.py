@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import openwork.kernels as kernels
-from openwork.axis import Axis
-from openwork.deployed import kinds_for
-from openwork.layout import Dots, conv_rows, dots, dots_sizes, from_dots, has_dots_layout, quantized
-from openwork.masks import keep_largest, prune
-from openwork.ops import products as reference
-from openwork.ops.products import rows_numbers
-from openwork.pattern import Pattern
+from openwork.inference.layers import kinds_for
+from openwork.layouts.layout import Dots, conv_rows, dots, dots_sizes, from_dots, has_dots_layout, quantized
+from openwork.nm.groups import Axis
+from openwork.nm.masks import keep_largest, prune
+from openwork.nm.pattern import Pattern
+from openwork.ops import sparse_matmul as reference
+from openwork.ops.sparse_matmul import rows_numbers
 
 ops = torch.ops.openwork
 SHORT = [torch.bfloat16, torch.int8]

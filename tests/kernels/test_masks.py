@@ -1,4 +1,4 @@
-"""The mask operators on every instruction set against `openwork.masks`, bit by bit: any order in memory, any bits."""
+"""The mask operators on every instruction set against `openwork.nm.masks`, bit by bit: any order, any bits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from openwork.axis import Axis
-from openwork.kernels import masks as native
-from openwork.masks import keep_largest, prune
-from openwork.pattern import Pattern
+from openwork.kernels.cpu import masks as native
+from openwork.nm.groups import Axis
+from openwork.nm.masks import keep_largest, prune
+from openwork.nm.pattern import Pattern
 
 ops = torch.ops.openwork
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import openwork as ow
-from openwork.kernels import native
+from openwork.kernels.cpu import native
 
 STATUS = ow.kernels.status()
 needs_library = pytest.mark.skipif(STATUS.isa is None, reason=str(STATUS))

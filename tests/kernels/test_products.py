@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import openwork.kernels as kernels
-from openwork.layout import WINDOWS, Dots, Panel, Rows, conv_rows, dots, panel, quantized, rows
-from openwork.ops import products as reference
-from openwork.ops.products import panel_numbers, rows_numbers
-from openwork.pattern import Pattern
+from openwork.layouts.layout import WINDOWS, Dots, Panel, Rows, conv_rows, dots, panel, quantized, rows
+from openwork.nm.pattern import Pattern
+from openwork.ops import sparse_matmul as reference
+from openwork.ops.sparse_matmul import panel_numbers, rows_numbers
 
 ops = torch.ops.openwork
 FLOATS, STORED = [torch.float32, torch.bfloat16], [torch.float32, torch.bfloat16, torch.int8]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from openwork import kernels
-from openwork.kernels import triton as gpu
+from openwork.kernels.cuda import triton as gpu
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -74,7 +74,7 @@ def test_compiled_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     ],
 )
 def test_a_kernel_is_compiled_once_for_all_sizes(file: str, kernel: str, sizes: set[str]) -> None:
-    compiled = getattr(importlib.import_module(f"openwork.kernels.triton.{file}"), kernel)
+    compiled = getattr(importlib.import_module(f"openwork.kernels.cuda.triton.{file}"), kernel)
     assert {each.name for each in compiled.params if each.do_not_specialize} == sizes
 
 
@@ -119,7 +119,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch, "tensor", lambda data, device=None: torch.Tensor(data))
-    monkeypatch.setitem(sys.modules, "openwork.kernels.triton.masks", SimpleNamespace(prune=launched))
+    monkeypatch.setitem(sys.modules, "openwork.kernels.cuda.triton.masks", SimpleNamespace(prune=launched))
     monkeypatch.setattr(gpu, "masks", SimpleNamespace(prune=launched), raising=False)
     gpu._lasting.cache_clear()
     yield ends

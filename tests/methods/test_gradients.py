@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from openwork.masks import prune
-from openwork.methods.gradients import masked_gradient, straight_through
+from openwork.methods.autograd import masked_gradient, straight_through
+from openwork.nm.masks import prune
 
 torch.set_num_threads(1)
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from openwork.axis import Axis
-from openwork.masks import keep_largest, kept_per_group
 from openwork.methods import ASP, SRSTE, STE, Dense, Method, TransposableSRSTE
-from openwork.pattern import Pattern
+from openwork.nm.groups import Axis
+from openwork.nm.masks import keep_largest, kept_per_group
+from openwork.nm.pattern import Pattern
 
 torch.set_num_threads(1)
 

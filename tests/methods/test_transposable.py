@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import openwork as ow
-from openwork.axis import Axis
-from openwork.masks import kept_per_group
-from openwork.sharded import whole
-from openwork.transposable import all_masks
+from openwork.nm.groups import Axis
+from openwork.nm.masks import kept_per_group
+from openwork.nm.transposable import all_masks
+from openwork.training.dtensor import whole
 
 torch.set_num_threads(1)
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from openwork.axis import Axis
-from openwork.masks import keep_largest as definition
+from openwork.nm.groups import Axis
+from openwork.nm.masks import keep_largest as definition
+from openwork.nm.pattern import Pattern
 from openwork.ops import keep_largest
-from openwork.pattern import Pattern
 
 CASES = [
     ((16, 8, 3, 3), Pattern(2, 4), Axis(1)),

@@ -19,7 +19,7 @@ from plain_loop import BETAS, DECAY, LR, MOMENTUM, WEIGHT_DECAY, distance
 from works_with.nets import DIMS, NETS, ResNet, batches, loss_of, made, sparse
 
 import openwork as ow
-from openwork.parametrization import held_weights
+from openwork.training.parametrize import held_weights
 
 STEPS, HALF, CLIP, RHO, EPS = 20, 10, 0.2, 0.05, 1e-3
 LATE = ("head", 6)  # these parameters join at this step

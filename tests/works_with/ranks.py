@@ -94,7 +94,7 @@ def grouped():
 
 
 def conv1d():
-    from openwork.tasks.torchvision_compat import ensure_torchvision
+    from openwork.utils.torchvision_compat import ensure_torchvision
 
     ensure_torchvision()
     from transformers.pytorch_utils import Conv1D

@@ -11,7 +11,7 @@ from works_with.harness import STEPS, Training, Way, nets_of
 from works_with.nets import Transformer, batches, loss_of, made, sparse
 
 import openwork as ow
-from openwork.tasks.torchvision_compat import ensure_torchvision
+from openwork.utils.torchvision_compat import ensure_torchvision
 
 KEPT, LAST = 0.9, 5
 

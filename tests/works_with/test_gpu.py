@@ -11,7 +11,7 @@ from works_with.harness import adamw_of, sgd_of
 from works_with.nets import NETS, batches, loss_of, sparse
 
 import openwork as ow
-from openwork.kernels import native
+from openwork.kernels.cpu import native
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 VALUES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique2")

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from openwork.kernels.cuda.stream.triton import bits, launch, masks
 from torch import Tensor
 
-from openwork.axis import Axis
-from openwork.kernels import cuda
-from openwork.kernels.triton import bits, launch, masks
-from openwork.masks import keep_largest
-from openwork.metrics import pack, packed_sad
-from openwork.pattern import Pattern
+from openwork.kernels.cuda import stream
+from openwork.nm.groups import Axis
+from openwork.nm.mask_stats import pack, packed_sad
+from openwork.nm.masks import keep_largest
+from openwork.nm.pattern import Pattern
 
 _spec = importlib.util.spec_from_file_location("native_masks", Path(__file__).parent.parent / "test_masks.py")
 native: Any = importlib.util.module_from_spec(_spec)  # its cases: pytest imports tests by file, so this does too
@@ -174,9 +174,9 @@ def test_when_a_cuda_graph_is_captured(monkeypatch: Any) -> None:
     on_gpu: Any = SimpleNamespace(is_cuda=True)
     for captures in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)  # noqa: B023
-        assert cuda.capturing(on_gpu) is captures
-        assert not cuda.capturing(torch.ones(1))
-        assert not cuda.capturing()
+        assert stream.capturing(on_gpu) is captures
+        assert not stream.capturing(torch.ones(1))
+        assert not stream.capturing()
 
 
 def test_a_table_is_copied_from_pinned_memory_without_waiting(monkeypatch: Any) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from openwork.kernels.cuda.stream.triton import skinny as kernels
 
-from openwork.axis import Axis
-from openwork.kernels.triton import thin as kernels
-from openwork.masks import keep_largest, prune
-from openwork.ops.thin import from_thin, thin
-from openwork.pattern import Pattern
+from openwork.nm.groups import Axis
+from openwork.nm.masks import keep_largest, prune
+from openwork.nm.pattern import Pattern
+from openwork.ops.skinny import from_thin, thin
 
 CASES = [
     ((2, 4), (40, 64), 1),

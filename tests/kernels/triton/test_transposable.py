@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from openwork.axis import Axis
-from openwork.kernels.triton.transposable import keep_2_4
-from openwork.pattern import Pattern
-from openwork.transposable import keep_transposable
+from openwork.kernels.cuda.triton.transposable import keep_2_4
+from openwork.nm.groups import Axis
+from openwork.nm.pattern import Pattern
+from openwork.nm.transposable import keep_transposable
 
 CASES = [
     ((64, 48), 1, 0),

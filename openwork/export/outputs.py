@@ -1,0 +1,75 @@
+"""What every exporter starts from and ends with: the plain model, its arguments, and a comparison of outputs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from openwork.training.parametrize import masked_modules, unwrap
+from openwork.training.record import promises
+from openwork.training.sparsify import finalize
+from openwork.utils.example import quiet, run
+
+# Largest difference of any output, as a share of the largest output: other kernels add up in another order.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+def exportable(model: nn.Module) -> nn.Module:
+    """The model that is exported: of one in training a finalized copy, which shares nothing; any other as it is.
+
+    A deployed model is exported as it is, too: its modules call operators of `openwork`, which survive `torch.export`.
+    `tests/export/test_program.py` holds them to it.
+    """
+    model = unwrap(model)
+    if promises(model) or any(True for _ in masked_modules(model)):
+        return finalize(copy.deepcopy(model))
+    return model
+
+
+def arguments(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An example as positional and keyword arguments, the latter in the order of the model's signature."""
+    if isinstance(example, Mapping):
+        order = list(inspect.signature(model.forward).parameters)
+        rank = {name: order.index(name) if name in order else len(order) for name in example}
+        return (), {name: example[name] for name in sorted(example, key=rank.__getitem__)}
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    """Every tensor that the model returns for an example, in eval mode."""
+    with quiet(model):
+        return [each for each in tree_leaves(run(model, example)) if isinstance(each, Tensor)]
+
+
+def demand_equal(what: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference, as a share of the largest output. Raises RuntimeError where it is more than rounding."""
+    if [each.shape for each in found] != [each.shape for each in expected]:
+        shapes = [tuple(each.shape) for each in found], [tuple(each.shape) for each in expected]
+        raise RuntimeError(f"{what} gives outputs of shapes {shapes[0]}, the model {shapes[1]}: nothing was written")
+    worst = 0.0
+    for mine, model in zip(found, expected, strict=True):
+        difference = _difference(mine, model)
+        if not difference <= _TOLERANCE.get(model.dtype, 0.0):
+            raise RuntimeError(
+                f"{what} gives other outputs than the model (difference {difference:.1e} of the largest): nothing was "
+                "written; please report it, with the model"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over the largest finite output; NaN and infinities must be the same in both."""
+    a, b = found.detach().double().cpu(), expected.detach().double().cpu()
+    finite = b.isfinite()
+    if not torch.equal(a[~finite].nan_to_num(7.0), b[~finite].nan_to_num(7.0)) or not a[finite].isfinite().all():
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    return float((a[finite] - b[finite]).abs().max() / b[finite].abs().max().clamp(min=1e-30))

@@ -1,0 +1,177 @@
+"""Save a sparse model compressed and load it again, bit for bit. The format is `docs/format.md`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from openwork.files.container import Layout, Stored, write
+from openwork.files.foreign.compressed_tensors import Bitmask
+from openwork.files.format import Sparse, demand_free_names, demand_little_endian, metadata
+from openwork.files.hub import local
+from openwork.files.model_state import demand_fits, demand_same, fill, masked_by_name, patterns, tensors_by_name, ties
+from openwork.files.packing import pack_weight, packed_shape
+from openwork.files.reader import Contents, opened
+from openwork.nm.pattern import Pattern
+from openwork.training.parametrize import Masked, unwrap
+from openwork.training.select import AxisChoice, PatternChoice, Remainder
+from openwork.training.verify import NotSparse
+
+Model = TypeVar("Model", bound=nn.Module)
+Path = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file. `pattern` is None where it is stored dense; `bytes` are its values and indices in the file
+    (0 for an alias, which is another name of `alias_of`); `density` is the share of its weights that have a slot."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pattern: Pattern | None
+    bytes: int
+    density: float = 1.0
+    alias_of: str = ""
+
+
+def save(
+    model: nn.Module,
+    path: Path,
+    *,
+    pattern: PatternChoice | None = None,
+    exclude: Sequence[str] = (),
+    axis: AxisChoice = "input",
+    remainder: Remainder = "skip",
+) -> None:
+    """Write every parameter and persistent buffer of a model, its N:M weights as values and indices. Atomic: the file
+    at `path` is the old one or the new one at every moment.
+
+    A sparsified model is saved as finalized, without being changed: the weights that its forward uses, at the patterns
+    that were promised, under dense names. A plain model is held to `pattern` (`exclude`, `axis` and `remainder` as in
+    `sparsify`); without it the tightest N:M of each weight is found, and a warning says that it was inferred. Raises
+    NotSparse with the weights that are denser, ValueError for a state that is not all tensors.
+
+    >>> import tempfile
+    >>> model = nn.Linear(4, 1)
+    >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.0, 0.0, 2.0]]))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(model, f"{folder}/net.safetensors", pattern="2:4")
+    ...     load(f"{folder}/net.safetensors")["weight"]
+    tensor([[1., 0., 0., 2.]])
+    """
+    demand_little_endian()
+    model = unwrap(model)
+    tensors, masked = tensors_by_name(model), masked_by_name(model)
+    aliases = ties(tensors, masked)
+    chosen = patterns(model, masked, pattern, exclude, axis, remainder)
+    chosen = {aliases.get(name, name): each for name, each in chosen.items()}
+    broken = {name: "the weight is gone: its module was replaced" for name in chosen if name not in tensors}
+    if broken:
+        raise NotSparse(broken)
+    own = {name: each for name, each in tensors.items() if name not in aliases}
+    sparse = {name: Sparse.of(name, own[name], *chosen[name]) for name in chosen}
+    demand_free_names([*tensors], sparse)
+    write(path, _layout(own, sparse), _contents(own, masked, sparse), metadata(sparse, aliases))
+
+
+def _layout(tensors: Mapping[str, Tensor], sparse: Mapping[str, Sparse]) -> dict[str, Layout]:
+    """Dtype and shape of each tensor of the file, by arithmetic alone."""
+    found: dict[str, Layout] = {}
+    for name, tensor in tensors.items():
+        if name in sparse:
+            values_shape, index_bytes = packed_shape(tuple(tensor.shape), sparse[name].pattern, sparse[name].axis)
+            layouts = ((tensor.dtype, values_shape), (torch.uint8, (index_bytes,)))
+            found |= zip(sparse[name].parts, layouts, strict=True)
+        else:
+            found[name] = (tensor.dtype, tuple(tensor.shape))
+    return found
+
+
+def _contents(
+    tensors: Mapping[str, Tensor], masked: Mapping[str, Masked], sparse: Mapping[str, Sparse]
+) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of the file, made when it is asked for. Raises NotSparse at the end, with every weight too dense."""
+    broken = {}
+    for name, tensor in tensors.items():
+        with torch.no_grad():
+            weight = masked[name].effective(tensor) if name in masked else tensor.detach()
+        if name not in sparse:
+            yield name, weight
+            continue
+        try:
+            packed = pack_weight(weight, sparse[name].pattern, sparse[name].axis)
+        except ValueError as error:
+            broken[name] = str(error)
+            continue
+        yield from zip(sparse[name].parts, packed, strict=True)
+    if broken:
+        raise NotSparse(broken)
+
+
+@overload
+def load(path: Path, into: None = None, *, device: torch.device | str | None = None) -> dict[str, Tensor]: ...
+@overload
+def load(path: Path, into: Model) -> Model: ...
+def load(path: Path, into: nn.Module | None = None, *, device: torch.device | str | None = None) -> object:
+    """The dense state dict in a file, on `device` (the CPU); with `into` that model, filled where it is and returned.
+
+    `path` may also be a folder with model.openwork.safetensors in it, and, with huggingface_hub installed, an http(s)
+    address or the name of a repository of the Hugging Face Hub, "owner/name". Files and folders that compressed-tensors
+    wrote as `sparse-24-bitmask` are read too.
+
+    `into` is a plain model, or a sparsified one, whose masks then agree with the file. Names, shapes and dtypes must
+    be equal, and the whole file is checked before anything is written: where ValueError is raised, the model is
+    untouched. One tensor is decompressed at a time.
+    """
+    with local(path) as here, opened(here) as contents:
+        if into is None:
+            state = {name: contents.read(name).to(device or "cpu") for name in contents.tensors}
+            return state | {alias: state[name] for alias, name in contents.aliases.items()}
+        if device is not None:
+            raise ValueError(f"device={device!r} and into=: the tensors go where the model is; leave device out")
+        inner = unwrap(into)
+        targets, masked = tensors_by_name(inner), masked_by_name(inner)
+        demand_same(contents, targets, ties(targets, masked))
+        for name in contents.tensors:
+            demand_fits(contents.names_of(name), contents.read(name), masked)
+        for name in contents.tensors:
+            fill(contents.names_of(name), contents.read(name), targets, masked)
+        return into
+
+
+def describe(path: Path) -> tuple[Entry, ...]:
+    """What a file holds, from its header alone. Raises ValueError where the header is not as `docs/format.md` says."""
+    with local(path) as here, opened(here) as contents:
+        return _entries(contents)
+
+
+def check(path: Path) -> tuple[Entry, ...]:
+    """`describe`, after reading every tensor: raises ValueError for any flaw that the format can show."""
+    with local(path) as here, opened(here) as contents:
+        for name in contents.tensors:
+            contents.read(name)
+        return _entries(contents)
+
+
+def _entries(contents: Contents) -> tuple[Entry, ...]:
+    found = {name: _entry(name, each, contents) for name, each in contents.tensors.items()}
+    aliases = [
+        Entry(alias, found[name].shape, found[name].dtype, found[name].pattern, 0, found[name].density, name)
+        for alias, name in contents.aliases.items()
+    ]
+    return (*found.values(), *aliases)
+
+
+def _entry(name: str, each: Stored | Sparse | Bitmask, contents: Contents) -> Entry:
+    if isinstance(each, Stored):
+        return Entry(name, each.shape, each.dtype, None, each.stop - each.start)
+    parts = [contents.stored[part] for part in each.parts]
+    slots, weights = math.prod(parts[0].shape), math.prod(each.shape)
+    return Entry(name, each.shape, each.dtype, each.pattern, sum(p.stop - p.start for p in parts), slots / weights)

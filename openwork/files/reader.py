@@ -1,0 +1,104 @@
+"""What a file holds, opened for reading: the compressed file, or what `legacy` knows, in one file or several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from torch import Tensor
+
+from openwork.files.container import Stored, read_header, read_tensor
+from openwork.files.foreign.compressed_tensors import Bitmask, bitmasks
+from openwork.files.format import KEY, Sparse, demand_little_endian, described
+
+FILE = "model.openwork.safetensors"  # the compressed file in a folder of other files
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An open model: its tensors by name, those of `sparse` compressed, and `aliases` (another name -> the first).
+    `fetch` reads one of `stored` as it lies there."""
+
+    stored: Mapping[str, Stored]
+    sparse: Mapping[str, Sparse | Bitmask]
+    aliases: Mapping[str, str]
+    fetch: Callable[[str], Tensor]
+
+    @property
+    def tensors(self) -> dict[str, Stored | Sparse | Bitmask]:
+        """Every tensor of the model, aliases left out."""
+        parts = {part for each in self.sparse.values() for part in each.parts}
+        return {name: each for name, each in self.stored.items() if name not in parts} | dict(self.sparse)
+
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """A tensor's name and its aliases."""
+        return (name, *(alias for alias, first in self.aliases.items() if first == name))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor of the model, dense, on the CPU. Raises ValueError where the file is damaged."""
+        name = self.aliases.get(name, name)
+        if name not in self.sparse:
+            return self.fetch(name)
+        each = self.sparse[name]
+        try:
+            return each.unpack(*map(self.fetch, each.parts))
+        except ValueError as error:
+            raise ValueError(f"weight {name!r}: {error}") from error
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[Contents]:
+    """Open a file, or a folder: its model.openwork.safetensors, or else the files model*.safetensors that a model was
+    cut into (which only `legacy` knows). Headers are checked, tensors are not yet. Errors name the path."""
+    demand_little_endian()
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(each, "rb")) for each in _files(Path(path))]
+        try:
+            yield _contents(files)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir() or (path / FILE).exists():
+        return [path / FILE if path.is_dir() else path]
+    found = sorted(path.glob("model*.safetensors"))
+    if not found:
+        raise FileNotFoundError(f"{path} is a folder without {FILE} or model*.safetensors: name the file itself")
+    return found
+
+
+def _contents(files: Sequence[BinaryIO]) -> Contents:
+    texts: dict[str, str] = {}
+    found: dict[str, tuple[BinaryIO, Stored]] = {}
+    for file in files:
+        more, tensors = read_header(file)
+        texts |= more
+        for name in tensors.keys() & found.keys():
+            raise ValueError(f"{name!r} lies in two files of the folder: name one of them")
+        found |= {name: (file, each) for name, each in tensors.items()}
+    if KEY in texts and len(files) > 1:
+        raise ValueError("several files, and ow.save writes one: name the file itself")
+    stored = {name: each for name, (_, each) in found.items()}
+    sparse: Mapping[str, Sparse | Bitmask] = {} if KEY in texts else bitmasks(stored)
+    aliases: dict[str, str] = {}
+    if not sparse:
+        sparse, aliases = described(texts, stored)
+    contents = Contents(stored, sparse, aliases, lambda name: read_tensor(*found[name]))
+    _demand_distinct(contents)
+    return contents
+
+
+def _demand_distinct(contents: Contents) -> None:
+    """No name may mean two things."""
+    tensors, aliases = contents.tensors, contents.aliases
+    twice = contents.sparse.keys() & contents.stored.keys() | aliases.keys() & (tensors.keys() | contents.stored.keys())
+    for name in twice:
+        raise ValueError(f"the name {name!r} is given to two tensors")
+    for name, first in aliases.items():
+        if first not in tensors:
+            raise ValueError(f"{name!r} is an alias of {first!r}, which is not in the file")

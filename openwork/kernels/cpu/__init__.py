@@ -1,0 +1,1 @@
+"""Kernels for CPU tensors: the native library and what calls it."""

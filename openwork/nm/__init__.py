@@ -1,0 +1,1 @@
+"""The mathematics of N:M. Tensors in, tensors out: no model, no state, no device code."""

@@ -1,0 +1,18 @@
+"""Recipes: the paper's tasks, each trained, compared and reported by one command. Nothing in openwork imports them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from openwork.recipes.task import Task
+
+TASKS = ("classification", "detection", "flow", "segmentation", "translation")
+
+
+def find(name: str) -> Task:
+    """The task of that name. Only its own libraries are imported."""
+    if name not in TASKS:
+        raise ValueError(f"there is no task {name!r}; use one of {', '.join(TASKS)}")
+    return importlib.import_module(f"openwork.recipes.{name}").TASK

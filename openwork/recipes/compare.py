@@ -1,0 +1,156 @@
+"""`openwork compare TASK`: methods side by side from the same seeds, each run in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openwork.recipes.config import DECAYED, CompareConfig, Config, differences, field_names, values_of
+from openwork.recipes.rundir import RunDir, write_text, write_yaml
+from openwork.recipes.summary import Row, headline, metrics_of, rows_of
+
+
+def planned_runs(config: CompareConfig) -> list[Config]:
+    """Every run of a comparison. Dense comes once per seed, also where only ASP needs it; ASP starts from it."""
+    shared = {name: value for name, value in asdict(config).items() if name in field_names(config.run)}
+    choices = _choices(config)
+    threads = max(1, (config.threads or _cores()) // jobs_of(config, len(choices)))
+    shared |= {"threads": threads, "progress": False}
+    runs = []
+    for method, pattern, decay, seed in choices:
+        out = Path(config.out) / _run_name(method, pattern, decay, seed)
+        init = str(Path(config.out) / _run_name("dense", config.patterns[0], 0.0, seed)) if method == "asp" else ""
+        runs.append(
+            config.run(
+                **shared
+                | {"method": method, "pattern": pattern, "decay": decay, "seed": seed, "init": init, "out": str(out)}
+            )
+        )
+    return runs
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def jobs_of(config: CompareConfig, runs: int) -> int:
+    """Runs at a time: as asked, else one per core, since small networks gain little from a second thread."""
+    if config.jobs:
+        return config.jobs
+    on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
+    return 1 if on_gpu else max(1, min(runs, _cores()))
+
+
+def _choices(config: CompareConfig) -> list[tuple[str, str, float, int]]:
+    methods = [
+        m
+        for m in ("dense", "ste", *DECAYED, "asp")
+        if m in config.methods or (m == "dense" and "asp" in config.methods)
+    ]
+    choices: list[tuple[str, str, float, int]] = []
+    for seed, method in product(config.seeds, methods):  # a comparison cut short has whole seeds
+        patterns = config.patterns[:1] if method == "dense" else config.patterns
+        decays = config.decays if method in DECAYED else [0.0]
+        choices += [(method, pattern, decay, seed) for pattern in patterns for decay in decays]
+    return choices
+
+
+def _run_name(method: str, pattern: str, decay: float, seed: int) -> str:
+    parts = [method] if method == "dense" else [method, pattern.replace(":", "of")]
+    parts += [f"{decay:g}"] if method in DECAYED else []
+    return "-".join([*parts, f"seed{seed}"])
+
+
+def compare(config: CompareConfig, say: Callable[[str], None]) -> list[Row]:
+    """Trains what is not there yet, writes results.json and report.html, returns the table's rows."""
+    runs = planned_runs(config)
+    for run in runs:
+        check_reusable(run)
+    start = time.perf_counter()
+    for stage in ([r for r in runs if r.method != "asp"], [r for r in runs if r.method == "asp"]):
+        with ThreadPoolExecutor(jobs_of(config, len(runs))) as pool:
+            list(pool.map(lambda run: run_one(run, say), stage))
+    results = [_result(run) for run in runs]
+    rows = rows_of(results)
+    document = _document(config, results, rows, time.perf_counter() - start)
+    write_text(Path(config.out) / "results.json", json.dumps(document, indent=1))
+    _write_page(Path(config.out))
+    return rows
+
+
+def _document(
+    config: CompareConfig, results: Sequence[dict[str, Any]], rows: Sequence[Row], seconds: float
+) -> dict[str, Any]:
+    keys = [metric.key for metric in metrics_of(results)]
+    return {
+        "config": values_of(config),
+        "machine": results[0]["machine"],
+        "metrics": results[0]["metrics"],
+        "notes": results[0].get("notes", {}),
+        "rows": [asdict(row) for row in rows],
+        "runs": [
+            {key: r["config"][key] for key in ("method", "pattern", "decay", "seed")} | {key: r[key] for key in keys}
+            for r in results
+        ],
+        "seconds_of_this_call": seconds,
+    }
+
+
+def _result(run: Config) -> dict[str, Any]:
+    result = RunDir(Path(run.out)).read_result()
+    if result is None:
+        raise RuntimeError(f"{run.out} has no result; run `openwork compare` again to finish it")
+    return result
+
+
+def check_reusable(run: Config) -> None:
+    """A run directory may only be there from the same configuration."""
+    directory = RunDir(Path(run.out))
+    if directory.config.exists() and (changed := differences(directory.read_config(), run)):
+        raise ValueError(
+            f"{run.out} holds a run with another configuration ({'; '.join(changed)}); choose another --out"
+        )
+
+
+def run_one(run: Config, say: Callable[[str], None]) -> None:
+    """One run in a fresh process, continued if it was begun, skipped if it is finished."""
+    directory = RunDir(Path(run.out))
+    name = Path(run.out).name
+    if (result := directory.read_result()) is not None:
+        say(f"{name}: {headline(result)} (finished before)")
+        return
+    run = replace(run, resume=directory.config.exists())
+    path = directory.path / "worker.yaml"
+    write_yaml(path, asdict(run))
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "openwork.cli", "train", run.task, "--config", str(path), "--quiet"]
+    with (directory.path / "log.txt").open("a", encoding="utf-8") as log:
+        code = subprocess.run(
+            command, stdout=log, stderr=subprocess.STDOUT, env=_environment(run), check=False
+        ).returncode
+    if code:
+        tail = (directory.path / "log.txt").read_text(encoding="utf-8", errors="replace")[-1500:]
+        raise RuntimeError(f"run {name} ended with exit code {code}; the end of {directory.path / 'log.txt'}:\n{tail}")
+    say(f"{name}: {headline(_result(run))} ({time.perf_counter() - start:.0f} s)")
+
+
+def _environment(run: Config) -> dict[str, str]:
+    # Waiting threads that spin slow down the other jobs on the same cores.
+    return {**os.environ, "OMP_NUM_THREADS": str(run.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def _write_page(out: Path) -> None:
+    from openwork.recipes.report import write_report
+
+    write_report(out)

@@ -1,0 +1,264 @@
+"""`openwork train flow`: two frames into the motion of every pixel between them, by RAFT (Teed & Deng, ECCV 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from openwork.recipes import flowdata
+from openwork.recipes.config import Config, Source, default, flag, flag_of, source_of
+from openwork.recipes.flowdata import Pairs
+from openwork.recipes.overlay import overlay
+from openwork.recipes.page import figure, grid
+from openwork.recipes.task import Metric, Picture, Task
+from openwork.utils.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()
+from torchvision.models.optical_flow import RAFT, raft_large, raft_small  # noqa: E402
+from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
+from torchvision.utils import flow_to_image  # noqa: E402
+
+_MODELS = {"raft_small": raft_small, "raft_large": raft_large}
+_SIDE = 128  # pixels, the least that RAFT's four levels of correlation can be made of
+_LONGEST = 400  # pixels: RAFT's loss leaves out longer flow
+_OUTLIERS = 1, 3, 5  # pixels
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class FlowConfig(Config):
+    """Defaults: RAFT's usual recipe (AdamW, weight decay 1e-4, gradient clipped to norm 1, a short linear warm-up and
+    linear decay to zero, gamma 0.8) on frames of 128 pixels, with half of its updates. Every convolution is sparse, as
+    in the paper, those with 2 and 3 input channels by padding.
+    """
+
+    task: ClassVar[str] = "flow"
+    sources: ClassVar[Sequence[Source]] = (
+        Source("scenes"),
+        Source("photos", "photos of any kind that Pillow reads; scenes are made of them"),
+        Source("flyingchairs", flowdata.CHAIRS),
+        Source("flyingthings3d", flowdata.THINGS),
+        Source("sintel", flowdata.SINTEL),
+        Source("kitti", flowdata.KITTI),
+    )
+    # What the SR-STE authors ran for their one result in flow (github.com/aojunzz/NM-sparsity, RAFT/
+    # train_flyingchairs_sparse.sh): FlyingChairs, 200k steps of batch 4 for the sparse network, 100k for the dense.
+    # 36 epochs of 22,232 pairs are 200,088 steps. Their one-cycle schedule starts at 1/25 of the rate, ours at its
+    # first step's share. Biases are on; decay is the 2e-4 that their code has for every task, once per use of a weight.
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper": {
+            "model": "raft_large",
+            "pattern": "2:4",
+            "patterns": ["2:4"],
+            "decay": 2e-4,
+            "size": [368, 496],
+            "updates": 12,
+            "val_updates": 24,
+            "gamma": 0.8,
+            "epochs": 36,
+            "batch_size": 4,
+            "optimizer": "adamw",
+            "lr": 4e-4,
+            "weight_decay": 1e-4,
+            "eps": 1e-8,
+            "clip": 1.0,
+            "warmup": 1.8,
+            "schedule": "linear",
+            "topology_every": 1000,
+            "checkpoint_every": 2000,
+            "log_every": 100,
+        }
+    }
+
+    data: str = flag_of(sources)
+    model: str = flag("raft_small", f"one of {', '.join(_MODELS)}")
+    remainder: str = default("remainder", "pad")
+    size: list[int] = flag([128, 128], "height and width of the training frames")
+    updates: int = flag(6, "how often RAFT updates its estimate, in training")
+    val_updates: int = flag(6, "the same in validation, and of the exported network")
+    gamma: float = flag(0.8, "weight of an update's loss, relative to the next update's")
+    scenes: int = flag(240, "scenes in an epoch (scenes, photos); every epoch has new ones")
+    val_scenes: int = flag(48, "scenes for validation (scenes, photos)")
+    freeze_bn: bool = flag(False, "keep batch normalization as it is (raft_large, all stages but the first)")
+    epochs: int = default("epochs", 5)
+    batch_size: int = default("batch_size", 4)
+    optimizer: str = default("optimizer", "adamw")
+    lr: float = default("lr", 4e-4)
+    weight_decay: float = default("weight_decay", 1e-4)
+    clip: float = default("clip", 1.0)
+    warmup: float = default("warmup", 0.25)
+    schedule: str = default("schedule", "linear")
+    out: str = default("out", "runs/flow")
+
+    def check(self) -> None:
+        if self.model not in _MODELS:
+            raise ValueError(f"model {self.model!r} is not known; use one of {', '.join(_MODELS)}")
+        if len(self.size) != 2 or any(side < _SIDE or side % 8 for side in self.size):
+            raise ValueError(
+                f"size is {self.size}; RAFT needs a height and a width that divide by 8, of {_SIDE} pixels at least"
+            )
+        for name in ("updates", "val_updates", "scenes", "val_scenes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+class FlowNet(RAFT):
+    """torchvision's RAFT under its own names, with its number of updates, in training and else, and gamma."""
+
+    def __init__(self, parts: RAFT, updates: int, val_updates: int, gamma: float) -> None:
+        super().__init__(
+            feature_encoder=parts.feature_encoder,
+            context_encoder=parts.context_encoder,
+            corr_block=parts.corr_block,
+            update_block=parts.update_block,
+            mask_predictor=parts.mask_predictor,
+        )
+        self.updates, self.val_updates, self.gamma = updates, val_updates, gamma
+
+    def forward(self, first: Tensor, second: Tensor) -> list[Tensor]:
+        """Frames (B, 3, H, W) in [-1, 1] -> the flow after each update, (B, 2, H, W) in pixels."""
+        return super().forward(first, second, self.updates if self.training else self.val_updates)
+
+
+def build_raft(name: str, updates: int, val_updates: int, gamma: float, frozen: bool) -> FlowNet:
+    net = FlowNet(_MODELS[name](weights=None), updates, val_updates, gamma)
+    return freeze_batch_norm(net) if frozen else net
+
+
+def freeze_batch_norm(net: nn.Module) -> Any:
+    """The network with its batch normalizations exchanged, in place, for ones that never change."""
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                frozen = FrozenBatchNorm2d(child.num_features, child.eps)
+                frozen.load_state_dict(child.state_dict())
+                setattr(module, name, frozen)
+    return net
+
+
+def sequence_loss(flows: Sequence[Tensor], pairs: Pairs, gamma: float) -> Tensor:
+    """RAFT's loss: the L1 distance of every update, the last one counting 1, each one before `gamma` times the next.
+
+    The mean is over all pixels and both components; unknown flow, and flow longer than 400 pixels, counts as zero.
+    """
+    counted = (pairs.known & (pairs.flow.norm(dim=1) < _LONGEST))[:, None]
+    losses = torch.stack([(counted * (flow - pairs.flow).abs()).mean() for flow in flows])
+    weights = gamma ** torch.arange(len(flows) - 1, -1, -1, device=losses.device)
+    return (weights * losses).sum()
+
+
+def errors_of(flow: Tensor, pairs: Pairs) -> list[np.ndarray]:
+    """For each sample: pixels with known flow, the sum of their end-point errors, how many exceed 1, 3, 5 pixels."""
+    distance = torch.where(pairs.known, (flow.float() - pairs.flow).norm(dim=1), 0.0).double()
+    sums = [pairs.known.sum((1, 2)), distance.sum((1, 2)), *((distance > limit).sum((1, 2)) for limit in _OUTLIERS)]
+    return list(torch.stack([each.double() for each in sums], dim=1).cpu().numpy())
+
+
+class Flow(Task):
+    name = "flow"
+    config = FlowConfig
+    metrics = (
+        Metric("val_epe", "end-point error", "px", higher_is_better=False),
+        *(
+            Metric(f"val_over_{limit}px", f"> {limit} px", "%", 100, digits=1, higher_is_better=False)
+            for limit in _OUTLIERS
+        ),
+    )
+    eval_batch = 8
+
+    def load_data(self, config: FlowConfig) -> Any:
+        source, folder = source_of(config)
+        size = config.size[0], config.size[1]
+        if source in ("scenes", "photos") or folder is None:
+            photos, skipped = (flowdata.sample_photos(), 0)
+            if folder is not None:
+                photos, skipped = flowdata.photos_of(folder, config.skip_bad)
+            counts = config.limit or config.scenes, config.limit_val or config.val_scenes
+            # Beside a CPU that trains, more processes would only get in its way.
+            workers = config.workers if torch.cuda.is_available() else 0
+            return replace(flowdata.scenes_of(photos, size, *counts), workers=workers, skipped=skipped)
+        read = {
+            "flyingchairs": flowdata.flying_chairs,
+            "flyingthings3d": flowdata.flying_things,
+            "sintel": flowdata.sintel,
+            "kitti": flowdata.kitti,
+        }[source]
+        train, val = read(folder)
+        train, val = train[: config.limit or None], val[: config.limit_val or None]
+        return flowdata.files_of(train, val, size, config.workers, config.skip_bad)
+
+    def build(self, config: FlowConfig, data: Any) -> FlowNet:
+        return build_raft(config.model, config.updates, config.val_updates, config.gamma, config.freeze_bn)
+
+    def example(self, data: Any) -> tuple[Tensor, Tensor]:
+        # Noise: frames of one colour leave instance normalization nothing but rounding errors to divide by.
+        first, second = torch.rand(2, 1, 3, *data.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        return first, second
+
+    def loss(self, net: Any, batch: Pairs) -> Tensor:
+        return sequence_loss(net(batch.first, batch.second), batch, net.gamma)
+
+    def records(self, net: nn.Module, batch: Pairs) -> list[np.ndarray]:
+        return errors_of(net(batch.first, batch.second)[-1], batch)
+
+    def score(self, records: Sequence[np.ndarray], data: Any) -> dict[str, float]:
+        """Means over all pixels of all samples."""
+        pixels, *sums = np.sum(records, axis=0)
+        if not pixels:
+            raise ValueError("the validation samples have no pixel with known flow; look at their flow files")
+        return {metric.key: float(total / pixels) for metric, total in zip(self.metrics, sums, strict=True)}
+
+    def pictures(self, config: FlowConfig, net: nn.Module, data: Any) -> list[Picture]:
+        shown = [np.array([index]) for index in range(min(_SHOWN, data.val_count))]
+        device = next(net.parameters()).device
+        made = []
+        for index, pair in zip(shown, data.val_batches(shown), strict=True):
+            with torch.no_grad():
+                flow = net(pair.first.to(device), pair.second.to(device))[-1].cpu()
+            made.append(pictured(f"Validation sample {index[0] + 1}", pair, flow))
+        return made
+
+
+def pictured(name: str, pair: Pairs, flow: Tensor) -> Picture:
+    """One sample: both frames and the true flow; the predicted flow and how far off it is."""
+    true_colours, colours = coloured(pair.flow, flow)
+    (pixels, total, *_), *_ = errors_of(flow, pair)
+    longest = float(torch.where(pair.known, pair.flow.norm(dim=1), 0.0).max())
+    distance = torch.where(pair.known, (flow - pair.flow).norm(dim=1), 0.0)[0]
+    true_flow = f"true flow, up to {longest:.1f} px"
+    truth = [("first frame", _frame(pair.first)), ("second frame", _frame(pair.second)), (true_flow, true_colours)]
+    error = f"error, {total / max(pixels, 1):.2f} px in the mean; white is 5 px"
+    predicted = [("predicted flow", colours), (error, _grey(distance / _OUTLIERS[-1]))]
+    return Picture(name, *(_views(parts) for parts in (truth, predicted)))
+
+
+def _views(parts: Sequence[tuple[str, np.ndarray]]) -> str:
+    return grid("views", [figure(title, overlay(pixels, label=title)) for title, pixels in parts])
+
+
+def coloured(truth: Tensor, flow: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Two flows (1, 2, H, W) in Middlebury's colours, direction as hue and length as saturation, on one scale.
+
+    The scale ends at the longest true flow; predicted flow that is longer is cut to it. (H, W, 3) uint8 each.
+    """
+    longest = truth.norm(dim=1).max().clamp(min=1e-6)
+    cut = flow * (longest / flow.norm(dim=1, keepdim=True).clamp(min=1e-6)).clamp(max=1)
+    both = flow_to_image(torch.cat([truth, cut], dim=-1))[0].permute(1, 2, 0).numpy()
+    left, right = np.split(both, 2, axis=1)
+    return np.ascontiguousarray(left), np.ascontiguousarray(right)
+
+
+def _frame(frame: Tensor) -> np.ndarray:
+    return ((frame[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+
+
+def _grey(share: Tensor) -> np.ndarray:
+    return (share.clamp(0, 1) * 255).byte().numpy()[:, :, None].repeat(3, axis=2)
+
+
+TASK = Flow()

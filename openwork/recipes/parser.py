@@ -1,0 +1,77 @@
+"""Command line and configuration files to dataclasses, by jsonargparse."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import jsonargparse
+import yaml
+
+from openwork.recipes.config import Common
+
+T = TypeVar("T", bound=Common)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 2:4 is a pattern (YAML 1.1 reads 124, base sixty) and 2e-4 a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag.rsplit(":", 1)[1] not in ("int", "float", "timestamp")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"), list("-+.0123456789")
+)
+
+
+def load_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+
+
+def build_parser(cls: type[Common], prog: str, about: str) -> jsonargparse.ArgumentParser:
+    """One flag per field, with its help text and default; `--config FILE` fills them from YAML."""
+    jsonargparse.set_loader("openwork", load_yaml, exceptions=(yaml.YAMLError,))
+    parser = jsonargparse.ArgumentParser(prog=prog, description=about, parser_mode="openwork", exit_on_error=True)
+    parser.add_argument("--config", action="config", help="YAML file with any of these fields; flags override it")
+    parser.add_argument("--task", default=cls.task, help=argparse.SUPPRESS)  # as the config.yaml of a run has it
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        kind, text, default = hints[field.name], field.metadata["help"], _default(field)
+        if kind is bool and not default:
+            parser.add_argument(f"--{field.name}", action="store_true", help=text)
+        elif get_origin(kind) is list:
+            parser.add_argument(f"--{field.name}", type=get_args(kind)[0], nargs="*", default=default, help=text)
+        else:
+            parser.add_argument(f"--{field.name}", type=kind, default=default, help=text)
+    return parser
+
+
+def _default(field: Any) -> Any:
+    return field.default_factory() if callable(field.default_factory) else field.default
+
+
+def parse(cls: type[T], argv: Sequence[str], prog: str, about: str) -> T:
+    """Defaults, then the preset, then --config, then flags."""
+    parser, words = build_parser(cls, prog, about), [_normal(word) for word in argv]
+    values = parser.parse_args(words)
+    if preset := cls.presets.get(values.preset):
+        names = {field.name for field in fields(cls)}
+        parser.set_defaults({name: value for name, value in preset.items() if name in names})
+        values = parser.parse_args(words)
+    if values.task != cls.task:
+        raise ValueError(f"this is a configuration of the task {values.task}, not of {cls.task}: {prog} cannot use it")
+    return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+
+def _normal(word: str) -> str:
+    """--batch-size is --batch_size; -2e-4 is -0.0002, which argparse takes for a number and not for a flag."""
+    if re.fullmatch(r"-\d*\.?\d+[eE][-+]?\d+", word):
+        return f"{float(word):.15f}".rstrip("0")
+    name, equals, value = word.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else word

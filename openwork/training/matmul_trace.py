@@ -1,0 +1,228 @@
+"""Watch which weights really reach a matrix product, and what each costs.
+
+A dispatch mode sees every operator below the modules, whatever path led there: fused attention, functional calls,
+weights kept in stale lists. Weights are recognized by their storage, and followed through casts and arithmetic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdRef
+
+from openwork.training.parametrize import Masked, masked_modules, masked_weights, plain_name, weight_name
+from openwork.utils.example import quiet, run
+
+
+def flop_formulas() -> dict[Any, Any]:
+    """torch's own counts of multiply-adds by operator. Imported when asked for: it brings Triton along."""
+    from torch.utils.flop_counter import flop_registry
+
+    return flop_registry
+
+
+# Operators that multiply matrices, under the names that reach a dispatch mode.
+_PRODUCTS = {
+    "mm",
+    "addmm",
+    "_addmm_activation",
+    "bmm",
+    "baddbmm",
+    "mv",
+    "addmv",
+    "convolution",
+    "linear",
+    "mkldnn_linear",
+    "mkldnn_rnn_layer",
+    "_cudnn_rnn",
+    "_int_mm",
+    "_scaled_mm",
+    "_grouped_mm",
+    "_native_multi_head_attention",
+    "_transformer_encoder_layer_fwd",
+}
+_LOOKUPS = {"embedding", "gather", "index", "index_select"}  # their first tensor is a table of whole rows
+
+
+@dataclass(frozen=True)
+class Use:
+    """One weight-like operand of one product. `names`: the parameters it comes from; none if it is unknown.
+
+    `inside` is the innermost module that ran then. An operand that shares the storage of a parameter or of a masked
+    weight is given as that whole tensor.
+    """
+
+    names: frozenset[str]
+    operand: Tensor
+    inside: str
+
+
+def watch(model: nn.Module, example: Any, visit: Callable[[Use], None]) -> None:
+    """Run `model` on `example` in eval mode without gradients, and show `visit` each weight that is multiplied."""
+    known = {weight_name(name): each for name, each in (*model.named_parameters(), *model.named_buffers())}
+    watcher = _Watcher(known, example, visit)
+    with quiet(model), watcher.hooks(model), watcher:
+        run(model, example)
+
+
+def count_macs(model: nn.Module, example: Any, weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """Multiply-adds of one forward pass by the name of the weight, and under "" those of no weight in `weights`."""
+    counter = _Watcher(weights, example, None)
+    with quiet(model), _without_fused_kernels(), counter:
+        run(model, example)
+    return dict(counter.macs)
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What is known of the tensors in one storage: the parameters they come from, the parameter or masked weight
+    that they are, and whether the example or a matrix product had a part in them."""
+
+    names: frozenset[str] = frozenset()
+    whole: Tensor | None = None
+    from_example: bool = False
+    from_product: bool = False
+
+
+_UNKNOWN = _Trace()
+
+
+class _Watcher(TorchDispatchMode):
+    def __init__(self, weights: Mapping[str, Tensor], example: Any, visit: Callable[[Use], None] | None):
+        super().__init__()
+        self.visit = visit
+        self.macs: Counter[str] = Counter()
+        self.traces: dict[Hashable, _Trace] = {}
+        self.stack: list[str] = [""]
+        for each in _tensors(dict(example) if isinstance(example, Mapping) else example):
+            self.traces[_storage(each)] = _Trace(from_example=True)
+        for name, weight in weights.items():
+            self.traces[_storage(weight)] = _Trace(frozenset([name]), weight)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._overloadpacket.__name__
+        known = name in _PRODUCTS or func._overloadpacket in flop_formulas()
+        if not known and func is not torch.ops.prim.device.default:
+            decomposed = func.decompose(*args, **kwargs)
+            if decomposed is not NotImplemented:
+                return decomposed
+        out = func(*args, **kwargs)
+        operands = [(each, self.traces.get(_storage(each), _UNKNOWN)) for each in _tensors((args, kwargs))]
+        if name in _PRODUCTS and self.visit:
+            self._show(operands)
+        self._count(func._overloadpacket, args, kwargs, out, operands)
+        self._follow(name, operands, out)
+        return out
+
+    def _show(self, operands: list[tuple[Tensor, _Trace]]) -> None:
+        assert self.visit
+        for tensor, trace in operands:
+            if tensor.ndim >= 2 and (trace.names or not (trace.from_example or trace.from_product)):
+                operand = tensor if trace.whole is None else trace.whole
+                self.visit(Use(trace.names, operand, self.stack[-1]))
+
+    def _count(self, packet: Any, args: Any, kwargs: Any, out: Any, operands: list[tuple[Tensor, _Trace]]) -> None:
+        macs = _macs(packet, args, kwargs, out)
+        if macs:
+            weights = [trace.names for each, trace in operands if each.ndim >= 2 and not trace.from_example]
+            single = [name for names in weights if len(names) == 1 for name in names]
+            self.macs[single[-1] if single else ""] += macs  # the last: the data may be a parameter too
+
+    def _follow(self, name: str, operands: list[tuple[Tensor, _Trace]], out: Any) -> None:
+        """Trace what is computed. Casts, sums and selections of weights are traced to their names; what a product
+        made, or the example had a part in, is data."""
+        traces = [trace for _, trace in operands]
+        from_example = any(trace.from_example for trace in traces)
+        from_product = name in _PRODUCTS or any(trace.from_product for trace in traces)
+        for each in _tensors(out):
+            key = _storage(each)
+            if not self.traces.get(key, _UNKNOWN).names:
+                names = _names_after(name, operands, each, from_example)
+                self.traces[key] = _Trace(names, None, from_example, from_product)
+
+    @contextlib.contextmanager
+    def hooks(self, model: nn.Module) -> Iterator[None]:
+        """Keep track of the module that runs, and recognize what the masked weights hand out.
+
+        The hooks are global ones: hooks on its modules keep an encoder layer from its fast path.
+        """
+        names = {module: plain_name(name) for name, module in model.named_modules()}
+        masked = {each: f"{owner}.{name}".lstrip(".") for owner, name, each in _all_masked(model)}
+
+        def before(module: nn.Module, _: Any) -> None:
+            self.stack.append(names.get(module, self.stack[-1]))
+
+        def after(module: nn.Module, _: Any, out: Any) -> None:
+            self.stack.pop()
+            if module in masked and isinstance(out, Tensor):  # it is not where the forward failed
+                self.traces[_storage(out)] = _Trace(frozenset([masked[module]]), out)
+
+        with register_module_forward_pre_hook(before), register_module_forward_hook(after, always_call=True):
+            yield
+
+
+def _all_masked(model: nn.Module) -> Iterator[tuple[str, str, Masked]]:
+    """The (module name, tensor name, Masked) of every masked weight."""
+    for name, module in masked_modules(model):
+        yield from ((name, tensor, each) for tensor, each, _ in masked_weights(module))
+
+
+def _names_after(name: str, operands: list[tuple[Tensor, _Trace]], out: Tensor, from_example: bool) -> frozenset[str]:
+    """The parameters whose values an operator's result holds; none where it is data."""
+    known = [(each, trace.names) for each, trace in operands if trace.names]
+    if not known or name in _PRODUCTS:
+        return frozenset()
+    if name in _LOOKUPS:
+        return operands[0][1].names
+    of_weights = len(known) == len(operands)
+    like_a_weight = any(each.shape == out.shape and each.ndim >= 2 for each, _ in known)
+    if len(operands) > 1 and (from_example or not (of_weights or like_a_weight)):
+        return frozenset()
+    return frozenset().union(*(names for _, names in known))
+
+
+def _macs(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
+    if packet in flop_formulas():
+        return flop_formulas()[packet](*args, **kwargs, out_val=out) // 2
+    aten = torch.ops.aten  # what torch's counter leaves out
+    if packet in (aten.mv, aten.addmv):
+        return args[-2].numel()
+    return out.numel() * args[0].shape[-1] if packet is aten._grouped_mm else 0
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(tree) if isinstance(each, Tensor)]
+
+
+def _storage(tensor: Tensor) -> Hashable:
+    """What equals for tensors of one memory, and never for those of a memory that was freed and taken again."""
+    if tensor.layout != torch.strided or tensor.is_mkldnn:
+        return WeakIdRef(tensor)
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+@contextlib.contextmanager
+def _without_fused_kernels() -> Iterator[None]:
+    """Attention and RNNs as plain products, which can be counted."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+            warnings.simplefilter("ignore", UserWarning)  # the flags also set TF32, which warns without an Intel GPU
+            with torch.backends.mkldnn.flags(enabled=False):
+                yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -1,0 +1,160 @@
+"""The report: every candidate weight, sparse or not and why, with what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from openwork.nm.pattern import Pattern
+from openwork.utils.table import aligned
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate weight. `pattern` is None where it was left alone, and `reason` says why.
+
+    Units: `weights`, `kept` and `groups` in weights and groups; `weight_bits` bits a weight; `macs` multiply-adds of
+    the example (None without one); `kept_energy` is the kept share of the sum of squared weights.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: Pattern | None
+    reason: str
+    kept: int
+    kept_energy: float
+    groups: int = 0
+    weight_bits: int = 32
+    macs_dense: int | None = None
+
+    @property
+    def weights(self) -> int:
+        size = 1
+        for length in self.shape:
+            size *= length
+        return size
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that are kept, measured on the mask."""
+        return self.kept / self.weights
+
+    @property
+    def macs_sparse(self) -> int | None:
+        """Multiply-adds that are left: in the share of the weights kept."""
+        return None if self.macs_dense is None else round(self.macs_dense * self.density)
+
+    @property
+    def bytes_dense(self) -> int:
+        return self.weights * self.weight_bits // 8
+
+    @property
+    def bytes_sparse(self) -> int:
+        """Kept values plus the index bits that say where they are."""
+        index_bits = self.pattern.index_bits * self.groups if self.pattern else 0
+        return (self.kept * self.weight_bits + index_bits + 7) // 8
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `sparsify`, `project` and `verify` found, weight by weight. `str()` is a table in plain text.
+
+    `other_parameters` counts what is no candidate (biases, norms); `other_macs` the multiply-adds that no
+    candidate weight takes part in, such as attention's.
+    """
+
+    rows: tuple[Row, ...]
+    title: str
+    other_parameters: int = 0
+    other_macs: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def sparse(self) -> dict[str, Pattern]:
+        """Sparse weights and their patterns."""
+        return {row.name: row.pattern for row in self.rows if row.pattern}
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Weights left alone and the reasons."""
+        return {row.name: row.reason for row in self.rows if not row.pattern}
+
+    @property
+    def parameters_dense(self) -> int:
+        return sum(row.weights for row in self.rows) + self.other_parameters
+
+    @property
+    def parameters_sparse(self) -> int:
+        """Parameters that are left, without index bits (see `Row.bytes_sparse`)."""
+        return sum(row.kept for row in self.rows) + self.other_parameters
+
+    @property
+    def macs_dense(self) -> int | None:
+        """Multiply-adds of the example's forward pass; None when no example was given."""
+        return self._total([row.macs_dense for row in self.rows])
+
+    @property
+    def macs_sparse(self) -> int | None:
+        return self._total([row.macs_sparse for row in self.rows])
+
+    def _total(self, macs: Sequence[int | None]) -> int | None:
+        known = [each for each in macs if each is not None]
+        return sum(known) + self.other_macs if len(known) == len(macs) else None
+
+    @property
+    def summary(self) -> str:
+        """One line: how many weights are sparse, what is left of parameters, bytes and MACs."""
+        before, after = self.parameters_dense, self.parameters_sparse
+        parts = [
+            f"{len(self.sparse)} weights sparse, {len(self.skipped)} left alone",
+            f"parameters {count(before)} -> {count(after)} ({after / before:.1%})",
+            f"candidate bytes with index bits {self._share_of_bytes():.1%} of dense",
+        ]
+        if self.macs_dense and self.macs_sparse is not None:
+            share = self.macs_sparse / self.macs_dense
+            parts.append(f"MACs {count(self.macs_dense)} -> {count(self.macs_sparse)} ({share:.1%})")
+        return "; ".join(parts)
+
+    def _share_of_bytes(self) -> float:
+        return sum(row.bytes_sparse for row in self.rows) / max(1, sum(row.bytes_dense for row in self.rows))
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and cells, for printing."""
+        header = ["weight", "shape", "pattern", "density", "kept energy", "weights", "bytes"]
+        has_macs = self.macs_dense is not None
+        return header + ["MACs"] * has_macs + ["reason"], [_cells(row, has_macs) for row in self.rows]
+
+    def __str__(self) -> str:
+        return "\n".join([self.title, *aligned(*self.table()), self.summary, *self.notes])
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+
+        header, lines = self.table()
+        table = Table(*header, title=self.title, title_justify="left")
+        for cells in lines:
+            table.add_row(*cells)
+        return Group(table, self.summary, *self.notes)
+
+
+def count(number: int) -> str:
+    """A count for people.
+
+    >>> count(25_557_032), count(512)
+    ('25.56M', '512')
+    """
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.4g}{unit}"
+    return str(number)
+
+
+def _cells(row: Row, has_macs: bool) -> list[str]:
+    def change(before: int, after: int) -> str:
+        return count(before) if before == after else f"{count(before)} -> {count(after)}"
+
+    cells = [row.name, "x".join(map(str, row.shape)), str(row.pattern or "dense"), f"{row.density:.3f}"]
+    cells += [f"{row.kept_energy:.3f}", change(row.weights, row.kept), change(row.bytes_dense, row.bytes_sparse)]
+    return cells + [change(row.macs_dense or 0, row.macs_sparse or 0)] * has_macs + [row.reason]

@@ -1,0 +1,206 @@
+"""Make the weights of a model N:M sparse, in place, and make it a plain model again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openwork.methods import SRSTE, Method, is_transposable
+from openwork.nm.groups import to_rows
+from openwork.nm.masks import keep_largest, prune
+from openwork.nm.transposable import keep_transposable
+from openwork.training.dtensor import is_sharded
+from openwork.training.foreach import keep_all, prune_ahead
+from openwork.training.forward_cache import ForwardScope
+from openwork.training.matmul_trace import count_macs
+from openwork.training.parametrize import (
+    Masked,
+    mask_weights,
+    masked_modules,
+    masked_weights,
+    unmask_weights,
+    unwrap,
+    weight_name,
+)
+from openwork.training.record import Promise, promises, watch_optimizers
+from openwork.training.report import Report, Row
+from openwork.training.select import AxisChoice, Candidate, PatternChoice, Remainder, decide
+from openwork.training.shared_class import plain_class
+
+_ONLY_WATCHED = "ow.Dense masks nothing: the table says what its mask would keep"
+
+
+def sparsify(
+    model: nn.Module,
+    pattern: PatternChoice,
+    method: Method = SRSTE(),
+    *,
+    exclude: Sequence[str] = (),
+    axis: AxisChoice = "input",
+    remainder: Remainder = "skip",
+    example: Any = None,
+) -> Report:
+    """Make every weight that can be N:M sparse so, in place. Returns what became sparse, what did not, and why.
+
+    `pattern`: "2:4" for all, or a mapping from globs to patterns, the first match deciding; weights that none
+    matches stay dense. `exclude`: globs of weights or modules. `axis`: "input" groups along the reduction axis;
+    "kernel" is the flat grouping of the published results; a mapping from globs to dims names the axis of weights
+    that are not known. `remainder`: what to do where M does not divide the axis: "skip" the weight, "pad" the last
+    group, or "error". `example`: one input (a tensor, a tuple of arguments or a dict of keyword arguments), to count
+    multiply-adds with.
+
+    Nothing is excluded by default but what cannot be sparse. Call it after initialization and before `fully_shard`.
+    Raises ValueError when nothing can be sparse, a glob matches nothing, or the model is sparse already.
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    >>> sparsify(model, "2:4", exclude=["2"]).skipped
+    {'2.weight': "excluded by '2'"}
+    >>> int((model[0].weight != 0).sum())
+    64
+    """
+    if isinstance(method, type) or not isinstance(method, Method):
+        raise TypeError(f"method={method!r}; needed a method object such as ow.SRSTE(), ow.STE() or ow.ASP()")
+    model = unwrap(model)
+    _demand_plain(model)
+    both = is_transposable(method)
+    decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder, transposable=both)
+    macs = count_macs(model, example, {c.name: c.weight for c in decided}) if example is not None else None
+    report = _report(model, decided, macs, f"{type(model).__name__}, {method.name}", method.score)
+    scope = ForwardScope(prune_ahead)
+    _mask(decided, method, scope)
+    weights = {each.name: (each.pattern, each.axis) for each in decided if each.pattern}
+    hooks = (
+        model.register_forward_pre_hook(scope.enter, prepend=True),
+        model.register_forward_hook(scope.leave, always_call=True),
+    )
+    watch = watch_optimizers(model) if hasattr(method, "gradient_term") else None
+    across = {each.name: each.across for each in decided if each.across}
+    model.__dict__["_openwork_promise"] = Promise(weights, method, scope, hooks, watch=watch, across=across)
+    return report if method.sparse else dataclasses.replace(report, notes=(_ONLY_WATCHED,))
+
+
+def finalize(model: nn.Module) -> nn.Module:
+    """Make a sparsified model plain again, in place, and return it: original classes, exact zeros, dense names.
+
+    Parameters keep their identity. A model trained with `ow.Dense` keeps all its weights. A model that FSDP2 has
+    sharded is finalized on its gathered state dict instead. Raises ValueError when nothing is sparsified.
+    """
+    inner = unwrap(model)
+    modules = [module for _, module in masked_modules(inner)]
+    if not modules and not promises(inner):
+        raise ValueError(
+            f"{type(inner).__name__} is not sparsified: nothing to finalize (ow.project zeroes a plain model)"
+        )
+    _demand_whole(inner, "load its full state dict into a model sparsified alike, and call ow.finalize there")
+    for module in modules:
+        unmask_weights(module)
+    for _, module, promise in promises(inner):
+        del module.__dict__["_openwork_promise"]
+        for hook in promise.hooks:
+            hook.remove()
+        if promise.watch:
+            promise.watch()
+    return model
+
+
+def project(
+    model: nn.Module,
+    pattern: PatternChoice,
+    *,
+    exclude: Sequence[str] = (),
+    axis: AxisChoice = "input",
+    remainder: Remainder = "skip",
+) -> Report:
+    """Zero the smallest weights of a plain model until it is N:M, in place: after averaging, merging, editing.
+
+    Arguments, errors and report as in `sparsify`.
+    """
+    model = unwrap(model)
+    _demand_plain(model)
+    decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder)
+    report = _report(model, decided, None, f"{type(model).__name__}, projected", torch.abs)
+    with torch.no_grad():
+        for each in decided:
+            if each.pattern:
+                each.weight.copy_(prune(each.weight, keep_largest(each.weight.abs(), each.pattern, each.axis)))
+    return report
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    """The masks that a sparsified model has now, by weight: bool, the weight's shape, True means kept. A method that
+    refreshes its masks writes into the stored ones, so they are copied."""
+    found = {
+        f"{name}.{tensor}".lstrip("."): (masked, weight)
+        for name, module in masked_modules(unwrap(model))
+        for tensor, masked, weight in masked_weights(module)
+    }
+    kept = zip(found.items(), keep_all(found.values()), strict=True)
+    return {name: keep.clone() if masked.refreshed else keep for (name, (masked, _)), keep in kept}
+
+
+def _mask(decided: list[Candidate], method: Method, scope: ForwardScope) -> None:
+    chosen: dict[nn.Module, dict[str, Masked]] = defaultdict(dict)
+    for each in decided:
+        if each.pattern:
+            chosen[each.module][each.tensor] = Masked(each.pattern, each.axis, method, scope, each.weight, each.across)
+    for module, masked in chosen.items():
+        mask_weights(module, masked)
+
+
+def _demand_plain(model: nn.Module) -> None:
+    taken = [name or plain_class(module).__name__ for name, module in masked_modules(model)]
+    if taken:
+        raise ValueError(
+            f"{', '.join(taken[:3])} sparsified already; call ow.finalize(model) first, or sparsify other modules"
+        )
+    _demand_whole(model, "call ow.sparsify before fully_shard (masks need whole groups)")
+
+
+def _demand_whole(model: nn.Module, remedy: str) -> None:
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ValueError(f"{weight_name(name)} is sharded: {remedy}")
+
+
+def _report(
+    model: nn.Module,
+    decided: list[Candidate],
+    macs: dict[str, int] | None,
+    title: str,
+    score: Callable[[Tensor], Tensor],
+) -> Report:
+    rows = tuple(_row(each, macs.get(each.name, 0) if macs is not None else None, score) for each in decided)
+    seen = {id(each.weight) for each in decided}
+    others = sum(p.numel() for p in model.parameters() if id(p) not in seen)
+    return Report(rows, title, others, macs.get("", 0) if macs else 0)
+
+
+def _row(each: Candidate, macs: int | None, score: Callable[[Tensor], Tensor]) -> Row:
+    weight, pattern = each.weight.detach(), each.pattern
+    shape, bits = tuple(weight.shape), weight.element_size() * 8
+    if not pattern:
+        return Row(each.name, shape, None, each.reason, weight.numel(), 1.0, 0, bits, macs)
+    rows = to_rows(weight, each.axis)
+    K, lines = rows.shape[-1], rows[..., 0].numel()
+    kept = lines * (K // pattern.m * pattern.n + min(K % pattern.m, pattern.n))
+    if each.across:
+        keep = keep_transposable(score(weight), pattern, each.axis, each.across)
+        kept = kept if keep.is_meta else int(keep.sum())  # tiles that stick out keep fewer
+    else:
+        keep = keep_largest(score(weight), pattern, each.axis)
+    energy = _kept_energy(weight, keep)
+    return Row(each.name, shape, pattern, "", kept, energy, lines * math.ceil(K / pattern.m), bits, macs)
+
+
+def _kept_energy(weight: Tensor, keep: Tensor) -> float:
+    """The kept share of the sum of squared weights; NaN on the meta device."""
+    if weight.is_meta:
+        return math.nan
+    energy = weight.double().square()
+    return float(energy[keep].sum() / energy.sum()) if energy.any() else 1.0

@@ -1,0 +1,122 @@
+"""Watch the topology of a network settle: a recorder of SAD during training, at one bit a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from openwork.ops import pack_list, packed_sad_list
+
+_SPANS = ("start", "last", "step")
+
+
+class Topology:
+    """Records SAD every `every` optimizer steps: since the start, since the last record, and over the one step.
+
+    Hand it to `attach`. `records` holds one JSON-ready dict a record:
+
+        {"step": 200, "weights": W, "sad_start": s, "sad_last": s, "sad_step": s,
+         "layers": {name: {"weights": w, "sad_start": s, "sad_last": s, "sad_step": s}}}
+
+    SAD is in weights (see `openwork.nm.mask_stats.sad`); divided by "weights" it is the churn, and
+    `sad_step` / "weights" the flip rate. Steps count from 1, and skipped steps (overflow under a loss scale) do not count. With
+    `keep=True`     the masks of every record are kept, at one bit a weight, and `between` compares any two of them.
+    """
+
+    def __init__(self, every: int = 100, *, keep: bool = False):
+        if every < 1:
+            raise ValueError(f"every={every}; needed the number of steps between records, 1 or more")
+        self.every = every
+        self.records: list[dict[str, Any]] = []
+        self.snapshots: dict[int, dict[str, Tensor]] = {}
+        self._keep = keep
+        self._weights: dict[str, int] = {}
+
+    def begin(self, masks: Mapping[str, Tensor]) -> None:
+        """The masks before the first step."""
+        self._weights = {name: mask.numel() for name, mask in masks.items()}
+        self.snapshots = {0: _packed(masks)}
+
+    def due(self, step: int) -> bool:
+        """Whether a record is made after step `step`."""
+        return step % self.every == 0
+
+    def record(self, step: int, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Add a record of the masks before and after step `step`, and return it."""
+        self._demand_begun(after)
+        now = _packed(after)
+        last = self.snapshots[max(self.snapshots)]
+        others = {"start": self.snapshots[0], "last": last, "step": _packed(before)}
+        layers: dict[str, dict[str, int]] = {name: {"weights": self._weights[name]} for name in now}
+        for span, bits in others.items():
+            for name, count in _sads(bits, now).items():
+                layers[name][f"sad_{span}"] = count
+        keys = ("weights", *(f"sad_{span}" for span in others))
+        totals = {key: sum(layer[key] for layer in layers.values()) for key in keys}
+        if not self._keep:
+            self.snapshots = {0: self.snapshots[0]}
+        elif len(self.snapshots) > 1:  # on a GPU stay the first and the last
+            self.snapshots[max(self.snapshots)] = {name: bits.cpu() for name, bits in last.items()}
+        self.snapshots[step] = now
+        self.records.append({"step": step, **totals, "layers": layers})
+        return self.records[-1]
+
+    def between(self, a: int, b: int) -> dict[str, int]:
+        """SAD of each weight between the records of two steps (0 is the start), and in total under ""."""
+        missing = [step for step in (a, b) if step not in self.snapshots]
+        if missing:
+            raise ValueError(f"no masks of steps {missing}; there are {sorted(self.snapshots)} (all, with keep=True)")
+        found = _sads(self.snapshots[a], self.snapshots[b])
+        return found | {"": sum(found.values())}
+
+    def scalars(self) -> dict[str, float]:
+        """The last record in total, for a logger: SAD in weights and churn as a share, by span."""
+        if not self.records:
+            return {}
+        last = self.records[-1]
+        sads = {f"sad/{span}": float(last[f"sad_{span}"]) for span in _SPANS}
+        return sads | {f"churn/{span}": last[f"sad_{span}"] / last["weights"] for span in _SPANS}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that an exact resume needs, on the CPU."""
+        snapshots = {step: {name: bits.cpu() for name, bits in masks.items()} for step, masks in self.snapshots.items()}
+        return {"records": list(self.records), "snapshots": snapshots, "weights": dict(self._weights)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()` of a run of the same model."""
+        self.records = list(state["records"])
+        self.snapshots = {
+            step: {name: bits.cpu() for name, bits in masks.items()}  # a checkpoint may have been loaded to a GPU
+            for step, masks in state["snapshots"].items()
+        }
+        self._weights = dict(state["weights"])
+
+    def _demand_begun(self, masks: Mapping[str, Tensor]) -> None:
+        if not self.snapshots:
+            raise ValueError("record before begin(masks): `attach` calls it, so hand the recorder to attach")
+        changed = sorted(self._weights.keys() ^ masks.keys())
+        if changed:
+            raise ValueError(f"other weights than at the start, in {changed[:3]}; use one recorder for each model")
+
+
+def _packed(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The bits of each mask, where the mask is."""
+    return dict(_by_device(masks, masks, lambda kept, _: pack_list(kept)))
+
+
+def _sads(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, int]:
+    """SAD of each mask of `b` from that of `a`, which may come from a checkpoint and lie elsewhere."""
+    return dict(_by_device(a, b, packed_sad_list))
+
+
+def _by_device(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], function: Callable[[list[Tensor], list[Tensor]], list[Any]]
+) -> Iterator[tuple[str, Any]]:
+    """What `function` makes of all pairs of tensors on one device, by name, in the order of `b`."""
+    found: dict[str, Any] = dict.fromkeys(b)
+    for device in {each.device for each in b.values()}:
+        here = {name: each for name, each in b.items() if each.device == device}
+        found |= zip(here, function([a[name].to(device) for name in here], list(here.values())), strict=True)
+    yield from found.items()

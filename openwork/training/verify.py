@@ -1,0 +1,248 @@
+"""Prove that a model is as sparse as promised: its weights, and what really reaches its matrix products."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from openwork.nm.groups import Axis, reduction_size
+from openwork.nm.masks import kept_per_group
+from openwork.nm.pattern import Pattern
+from openwork.training.dtensor import whole
+from openwork.training.matmul_trace import Use, watch
+from openwork.training.parametrize import plain_name, unwrap
+from openwork.training.record import Promise, promises
+from openwork.training.report import Report, Row
+from openwork.training.select import HELD, AxisChoice, Candidate, PatternChoice, decide
+from openwork.training.shared_class import plain_class
+
+_GUESSES = tuple(2**i for i in range(1, 7))  # group sizes tried when no pattern is given
+_Promises = dict[str, tuple[Pattern, Axis]]
+
+
+class NotSparse(ValueError):
+    """Raised by `verify`. `layers`: name of each weight that is denser than promised -> what was found."""
+
+    def __init__(self, layers: dict[str, str]):
+        self.layers = layers
+        listed = "\n".join(f"  {name}: {found}" for name, found in layers.items())
+        super().__init__(f"{len(layers)} weights are denser than promised:\n{listed}")
+
+
+def verify(
+    model: nn.Module,
+    example: Any = None,
+    *,
+    pattern: PatternChoice | None = None,
+    exclude: Sequence[str] = (),
+    axis: AxisChoice = "input",
+    transposable: bool = False,
+) -> Report:
+    """Check that at most N of every M weights are non-zero, and return a report; raise `NotSparse` with the layers
+    that are denser.
+
+    A sparsified model is held to what `sparsify` promised, transposable masks along both axes. A plain one is held to
+    `pattern`, on every candidate weight that `exclude` does not name; without `pattern` the tightest N:M of each weight
+    is found, and a warning says that it was inferred. `example` (a tensor, a tuple of arguments or a mapping of keyword
+    arguments) is run as well, in eval mode, watching every weight that reaches a matrix product or convolution.
+    `transposable` holds a plain model to the pattern along the output axes as well.
+
+    >>> import torch
+    >>> model = nn.Linear(4, 1)
+    >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.0, 0.0, 2.0]]))
+    >>> verify(model, pattern="2:4").sparse
+    {'weight': Pattern(n=2, m=4)}
+    """
+    model = unwrap(model)
+    sparsified = promises(model)
+    if sparsified and (pattern is not None or exclude or axis != "input" or transposable):
+        raise ValueError(
+            "the model is held to what sparsify promised; pattern=, exclude= and axis= are for plain models, and so "
+            "is transposable="
+        )
+    skipped: tuple[Row, ...] = ()
+    if sparsified:
+        promised, across = _promised(sparsified), _promised_across(sparsified)
+    else:
+        promised, across, skipped = _asked(model, pattern, exclude, axis, transposable)
+    weights = _readable(model, promised)
+    broken = {name: "the weight is gone: its module was replaced" for name in promised if name not in weights}
+    broken |= {name: problem for name, each in weights.items() if (problem := _denser(each, *promised[name]))}
+    broken |= {
+        name: f"{problem} along the output axis"
+        for name, each in across.items()
+        if name in weights and name not in broken and (problem := _denser(weights[name], promised[name][0], each))
+    }
+    products = _Products(promised, weights)
+    if example is not None:
+        watch(model, example, products.visit)
+        broken = products.problems | broken
+    if broken:
+        raise NotSparse(broken)
+    rows = tuple(_row(name, weights[name], *promised[name]) for name in promised)
+    rows += skipped
+    others = sum(each.numel() for each in model.parameters()) - sum(row.weights for row in rows)
+    title = f"{plain_class(model).__name__}: every promise holds"
+    notes = (f"{len(across)} weights are so along the output axis as well",) if across else ()
+    return Report(rows, title, others, notes=notes + (products.notes() if example is not None else ()))
+
+
+def _promised(sparsified: list[tuple[str, nn.Module, Promise]]) -> _Promises:
+    held = {
+        f"{plain_name(prefix)}.{name}".lstrip("."): each
+        for prefix, _, promise in sparsified
+        if promise.method.sparse
+        for name, each in promise.weights.items()
+    }
+    if not held:
+        raise ValueError("the model trains with ow.Dense, which promises no sparsity: there is nothing to verify")
+    return held
+
+
+def _promised_across(sparsified: list[tuple[str, nn.Module, Promise]]) -> dict[str, Axis]:
+    return {
+        f"{plain_name(prefix)}.{name}".lstrip("."): axis
+        for prefix, _, promise in sparsified
+        for name, axis in promise.across.items()
+    }
+
+
+def _asked(
+    model: nn.Module, pattern: PatternChoice | None, exclude: Sequence[str], axis: AxisChoice, transposable: bool
+) -> tuple[_Promises, dict[str, Axis], tuple[Row, ...]]:
+    """What a plain model is held to, the output axes that belong to it, and what is not held to anything, and why."""
+    if transposable and pattern is None:
+        raise ValueError("transposable=True needs pattern=: what a weight is along two axes is not inferred")
+    held = pattern or Pattern(1, 1)
+    decided = decide(model, held, exclude=exclude, axis=axis, dtypes=HELD, transposable=transposable)
+    if pattern is None:
+        decided = [_inferred(each) if each.pattern else each for each in decided]
+        _warn_of_inferred(decided)
+    skipped = tuple(_skipped(each) for each in decided if not each.pattern)
+    across = {each.name: each.across for each in decided if each.across}
+    return {each.name: (each.pattern, each.axis) for each in decided if each.pattern}, across, skipped
+
+
+def _inferred(found: Candidate) -> Candidate:
+    """The candidate with its tightest pattern, or none where that is dense."""
+    pattern = tightest(found.weight, found.axis)
+    if pattern.n < pattern.m:
+        return dataclasses.replace(found, pattern=pattern)
+    return dataclasses.replace(found, pattern=None, reason="no N:M pattern with N < M holds")
+
+
+def _warn_of_inferred(decided: list[Candidate]) -> None:
+    patterns = [str(each.pattern) for each in decided if each.pattern]
+    if not patterns:
+        raise NotSparse({each.name: each.reason for each in decided})
+    listed = ", ".join(f"{pattern} for {n}" for pattern, n in Counter(patterns).items())
+    warnings.warn(f"no pattern was given: inferred from the weights ({listed} weights)", stacklevel=4)
+
+
+def tightest(weight: Tensor, axis: Axis) -> Pattern:
+    """The pattern of lowest density that a weight satisfies, M a power of two that divides the axis; then of lowest M.
+
+    >>> import torch
+    >>> tightest(torch.tensor([[1.0, 0.0, 0.0, 2.0]]), Axis(1))
+    Pattern(n=1, m=2)
+    """
+    K = reduction_size(tuple(weight.shape), axis)
+    fits, weight = [Pattern(1, m) for m in _GUESSES if K % m == 0], _values(weight)
+    found = [Pattern(max(1, int(kept_per_group(weight, each, axis).max())), each.m) for each in fits]
+    return min(found, key=lambda each: (each.density, each.m), default=Pattern(1, 1))
+
+
+def _denser(weight: Tensor, pattern: Pattern, axis: Axis) -> str:
+    """What is wrong with a weight, or nothing."""
+    kept = kept_per_group(_values(weight), pattern, axis)
+    wrong = int((kept > pattern.n).sum())
+    if not wrong:
+        return ""
+    worst = int(kept.max())
+    return f"{wrong} of {kept.numel()} groups hold more than {pattern.n} of {pattern.m} (the worst {worst})"
+
+
+def _values(weight: Any) -> Tensor:
+    """The numbers of a weight that is spread over processes, or quantized by torchao. Zeros stay zeros in int8."""
+    return weight.dequantize() if type(weight).__module__.startswith("torchao.") else whole(weight)
+
+
+def _readable(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """What a module gives when it reads each weight, computed now."""
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    found = {}
+    for name in names:
+        owner, _, tensor = name.rpartition(".")
+        weight = getattr(modules.get(owner), tensor, None)
+        if isinstance(weight, Tensor):
+            found[name] = weight.detach()
+    return found
+
+
+class _Products:
+    """Compares what reaches the products with what was promised."""
+
+    def __init__(self, promised: _Promises, weights: dict[str, Tensor]):
+        self.promised = {name: promised[name] for name in weights}
+        self.shapes = {name: each.shape for name, each in weights.items()}
+        self.problems: dict[str, str] = {}
+        self.reached: set[str] = set()
+        self.misshapen: set[str] = set()
+
+    def visit(self, use: Use) -> None:
+        """Hold an operand to the promises of the parameters it comes from. One that comes from none is held to those
+        of its shape in the module that runs."""
+        if not use.names:
+            self._visit_unknown(use)
+        for name in use.names & self.promised.keys():
+            self.reached.add(name)
+            ways = self._ways(use.operand, name)
+            if not ways:
+                self.misshapen.add(name)
+            self._hold(name, use.operand, ways, "")
+
+    def notes(self) -> tuple[str, ...]:
+        lists = {
+            "not reached by the example": self.promised.keys() - self.reached,
+            "multiplied in another shape, which was not checked": self.misshapen,
+        }
+        return tuple(f"{what}: {', '.join(sorted(names))}" for what, names in lists.items() if names)
+
+    def _visit_unknown(self, use: Use) -> None:
+        around = f"{use.inside}." if use.inside else ""
+        for name in self.promised:
+            if name.startswith(around) and sorted(use.operand.shape) == sorted(self.shapes[name]):
+                where = " in a tensor that is none of the model's parameters"
+                self._hold(name, use.operand, self._ways(use.operand, name), where)
+
+    def _hold(self, name: str, operand: Tensor, ways: list[Axis], where: str) -> None:
+        problems = [_denser(operand, self.promised[name][0], way) for way in ways]
+        if problems and all(problems):
+            self.problems[name] = f"multiplied{where} while {problems[0]}"
+
+    def _ways(self, operand: Tensor, name: str) -> list[Axis]:
+        """The axes that may be the reduction axis, in an operand that may be transposed, cut or joined."""
+        axis, shape = self.promised[name][1], self.shapes[name]
+        if operand.shape == shape and (axis.flat or operand.ndim > 3):  # kernels of a convolution lie one way only
+            return [axis]
+        if axis.flat:
+            return []
+        return [Axis(dim, axis.blocks) for dim, length in enumerate(operand.shape) if length == shape[axis.dim]]
+
+
+def _row(name: str, weight: Tensor, pattern: Pattern, axis: Axis) -> Row:
+    weight = _values(weight)
+    groups = kept_per_group(weight, pattern, axis).numel()
+    kept = int((weight != 0).sum())
+    return Row(name, tuple(weight.shape), pattern, "", kept, 1.0, groups, weight.element_size() * 8)
+
+
+def _skipped(found: Candidate) -> Row:
+    weight = found.weight
+    bits = weight.element_size() * 8
+    return Row(found.name, tuple(weight.shape), None, found.reason, weight.numel(), 1.0, weight_bits=bits)

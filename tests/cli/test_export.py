@@ -1,0 +1,134 @@
+"""openwork export, and openwork verify for ONNX files, as a user types them."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from safetensors.torch import load_file
+from torch import nn
+
+import openwork as ow
+from openwork.cli import export as exporting
+from openwork.cli.main import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """A file of ow.save, in the current folder, and a module `made` with what makes its network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "made", types.SimpleNamespace(network=network, number=lambda: 3, Net=nn.Linear))
+    model = network()
+    ow.project(model, {"0": "2:4"})
+    ow.save(model, "net.safetensors", pattern={"0": "2:4"})
+    return model
+
+
+GIVEN = ["--model", "made:network", "--input", "2,16"]
+
+
+def test_onnx_and_its_verification(file, capsys):
+    assert main(["export", "net.safetensors", "--out", "net.onnx", "--dynamic-batch", *GIVEN]) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["0.weight", "8x16", "float32", "Gemm", "2:4", "0.500"] in lines
+    assert ["2.weight", "4x8", "float32", "Gemm", "dense", "1.000"] in lines
+    assert "ONNX Runtime gives the model's outputs" in printed
+    shape = onnx.load("net.onnx").graph.input[0].type.tensor_type.shape
+    assert shape.dim[0].dim_param
+    assert main(["verify", "net.onnx"]) == 0
+    assert "verified: 1 of 2 products held to what was promised" in capsys.readouterr().out
+    assert main(["verify", "net.onnx", "--pattern", "2:4"]) == 2
+    assert "2.weight: 8 of 8 groups hold more than 2:4" in capsys.readouterr().err
+    assert main(["verify", "net.onnx", "--pattern", "2:4", "--exclude", "2.*"]) == 0
+
+    model = onnx.load("net.onnx")
+    (weight,) = [each for each in model.graph.initializer if each.name == "0.weight"]
+    weight.CopyFrom(numpy_helper.from_array(np.ones((8, 16), np.float32), "0.weight"))
+    onnx.save(model, "bent.onnx")
+    assert main(["verify", "bent.onnx"]) == 2
+    assert "0.weight: 32 of 32 groups hold more than 2:4 (the worst 4)" in capsys.readouterr().err
+    del model.metadata_props[:]
+    onnx.save(model, "silent.onnx")
+    assert main(["verify", "silent.onnx"]) == 0
+    assert "the file promises nothing" in capsys.readouterr().out
+
+
+def test_dense_needs_no_network(file, capsys):
+    assert main(["export", "net.safetensors", "--out", "dense.safetensors"]) == 0
+    assert "4 dense tensors" in capsys.readouterr().out
+    found = load_file("dense.safetensors")
+    assert all(torch.equal(each, found[name]) for name, each in file.state_dict().items())
+
+
+def test_a_program_and_a_folder(file, capsys):
+    assert main(["export", "net.safetensors", "--out", "net.pt2", *GIVEN]) == 0
+    assert "largest difference 0.0e+00" in capsys.readouterr().out
+    x = torch.randn(2, 16)
+    assert torch.equal(torch.export.load("net.pt2").module()(x), file(x))
+    assert main(["export", "net.safetensors", "--out", "folder", *GIVEN]) == 0
+    assert "## N:M sparsity" in capsys.readouterr().out
+    assert torch.equal(ow.load("folder")["0.weight"], file[0].weight)
+
+
+def test_aot_is_asked_for_by_name(file, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(exporting.to, "to_aot_inductor", lambda *given, **more: asked.append((given, more)) or 0.0)
+    assert main(["export", "net.safetensors", "--out", "net.pt2", "--to", "aot", *GIVEN]) == 0
+    ((model, example, out), more) = asked[0]
+    assert torch.equal(model[0].weight, file[0].weight)
+    assert (tuple(example.shape), out, more) == ((2, 16), "net.pt2", {"dynamic_shapes": None})
+
+
+@pytest.mark.slow
+def test_a_run_knows_its_network(tmp_path, capsys):
+    run = str(tmp_path / "run")
+    flags = ["--epochs", "1", "--warmup", "0.1", "--limit", "128", "--progress", "false", "--model", "resnet8"]
+    assert main(["train", "classification", "--out", run, "--quiet", *flags]) == 0
+    assert main(["export", run, "--out", str(tmp_path / "net.onnx"), "--dynamic-batch"]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "net.onnx")]) == 0
+    assert "verified: 9 of 10 products" in capsys.readouterr().out
+    assert main(["export", run, "--out", str(tmp_path / "dense.safetensors")]) == 0
+    assert main(["export", run, "--out", str(tmp_path / "folder")]) == 0
+    assert "| method | sr-ste |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["net.safetensors", "--out", "net.tflite"], "does not say the form by its ending; add --to {onnx,torch,aot"),
+        (["net.safetensors", "--out", "net.onnx"], "holds weights and no network: add --model"),
+        (["net.safetensors", "--out", "net.onnx", "--model", "made:network"], "holds weights and no network"),
+        (["net.safetensors", "--out", "o.onnx", "--model", "made", "--input", "1"], "needed package.module:function"),
+        (["net.safetensors", "--out", "o.onnx", "--model", "made:nothing", "--input", "1"], "--model made:nothing: "),
+        (["net.safetensors", "--out", "o.onnx", "--model", "made:number", "--input", "1"], "gives a int; needed an nn"),
+        (
+            ["net.safetensors", "--out", "o.onnx", "--model", "made:network", "--input", "2x16"],
+            "needed sizes with commas",
+        ),
+        (["missing.safetensors", "--out", "dense.safetensors"], "No such file"),
+    ],
+)
+def test_mistakes_get_one_line(file, words, message, capsys):
+    assert main(["export", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_extra_is_named(file, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert main(["verify", "net.onnx"]) == 2
+    assert "onnx is not installed; this needs the extra: pip install 'openwork[export]'" in capsys.readouterr().err

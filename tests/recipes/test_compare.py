@@ -1,0 +1,117 @@
+"""A comparison end to end on a slice of the digits, one of its runs begun before, called twice."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from openwork.recipes.classification import ClassificationConfig
+from openwork.recipes.compare import compare, jobs_of, planned_runs
+from openwork.recipes.config import comparison, values_of
+from openwork.recipes.rundir import RunDir, read_lines
+
+CompareConfig = comparison(ClassificationConfig)
+SMALL = {"limit": 160, "batch_size": 32, "epochs": 2, "topology_every": 2, "seeds": [0], "threads": 2, "jobs": 2}
+
+
+def names(**fields):
+    return [run.out.removeprefix("o/") for run in planned_runs(CompareConfig(out="o", **fields))]
+
+
+def test_dense_is_trained_once_per_seed_and_seeds_follow_each_other():
+    assert names(patterns=["2:4", "1:4"], seeds=[0, 1], methods=["dense", "ste"]) == [
+        "dense-seed0",
+        "ste-2of4-seed0",
+        "ste-1of4-seed0",
+        "dense-seed1",
+        "ste-2of4-seed1",
+        "ste-1of4-seed1",
+    ]
+
+
+def test_each_decay_is_a_run():
+    assert names(decays=[2e-4, -2e-4], seeds=[3], methods=["sr-ste"]) == [
+        "sr-ste-2of4-0.0002-seed3",
+        "sr-ste-2of4--0.0002-seed3",
+    ]
+
+
+def test_asp_brings_its_dense_run_and_starts_from_it():
+    runs = planned_runs(CompareConfig(out="o", methods=["asp"], seeds=[5]))
+    assert [run.method for run in runs] == ["dense", "asp"]
+    assert runs[1].init == runs[0].out
+
+
+def test_jobs_share_the_threads():
+    assert {run.threads for run in planned_runs(CompareConfig(threads=8, jobs=4))} == {2}
+    assert jobs_of(CompareConfig(jobs=3), 10) == 3
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    out = tmp_path_factory.mktemp("compare")
+    config = CompareConfig(**SMALL, out=str(out), methods=["dense", "asp", "sr-ste"])
+    begun = planned_runs(config)[0]
+    RunDir(Path(begun.out)).write_config(values_of(begun))  # all that a run killed at once leaves
+    return out, compare(config, lambda line: None)
+
+
+def test_a_comparison_end_to_end(compared):
+    out, rows = compared
+    assert [row.method for row in rows] == ["dense", "sr-ste", "asp"]
+    dense, sr_ste, asp = rows
+    assert (dense.density, sr_ste.density, asp.density) == (1.0, 0.5, 0.5)
+    assert asp.sad_start == 0
+    assert sr_ste.sad_start > 0
+    assert dense.macs > sr_ste.macs == asp.macs
+    assert [row["method"] for row in json.loads((out / "results.json").read_text())["rows"]] == [
+        "dense",
+        "sr-ste",
+        "asp",
+    ]
+    page = (out / "report.html").read_text()
+    assert page.count("<polyline") + page.count('<circle class="line') == 18  # 3 runs, 6 charts
+    assert "://" not in page
+
+
+def test_methods_of_a_seed_start_from_the_same_weights_and_samples(compared):
+    start = [
+        read_lines(compared[0] / name / "topology.jsonl")[0]["weights"]
+        for name in ("dense-seed0", "sr-ste-2of4-0.0002-seed0")
+    ]
+    assert start[0] == start[1]
+    masks = [
+        json.loads((compared[0] / name / "result.json").read_text())["mask"]["start"]
+        for name in ("dense-seed0", "sr-ste-2of4-0.0002-seed0")
+    ]
+    assert masks[0] == masks[1]
+
+
+def test_asp_prunes_the_trained_dense_weights(compared):
+    masks = {
+        name: json.loads((compared[0] / name / "result.json").read_text())["mask"]
+        for name in ("dense-seed0", "asp-2of4-seed0")
+    }
+    assert masks["asp-2of4-seed0"]["start"] == masks["asp-2of4-seed0"]["end"] == masks["dense-seed0"]["end"]
+    assert masks["dense-seed0"]["start"] != masks["dense-seed0"]["end"]
+
+
+def test_a_second_call_reuses_finished_runs(compared):
+    out, rows = compared
+    said = []
+    again = compare(CompareConfig(**SMALL, out=str(out), methods=["dense", "asp", "sr-ste"]), said.append)
+    assert again == rows
+    assert all("finished before" in line for line in said)
+
+
+def test_another_configuration_is_refused(compared):
+    with pytest.raises(ValueError, match=r"another configuration \(lr: 0.1 -> 0.3\); choose another --out"):
+        compare(CompareConfig(**SMALL, out=str(compared[0]), lr=0.3), lambda line: None)
+
+
+def test_a_failing_run_is_reported_with_its_log(tmp_path):
+    config = CompareConfig(**{**SMALL, "batch_size": 200}, out=str(tmp_path), methods=["dense"])
+    with pytest.raises(
+        RuntimeError, match=r"(?s)run dense-seed0 ended with exit code 2.*exceeds the 160 training samples"
+    ):
+        compare(config, lambda line: None)

@@ -1,0 +1,511 @@
+"""Optical flow: data sets, loss and score by hand, the SR-STE term of reused weights, and runs end to end."""
+
+import copy
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flowbytes import flo, kitti
+from PIL import Image
+from safetensors.torch import load_file
+from torch.func import functional_call
+
+import openwork as ow
+from openwork.cli.main import main
+from openwork.recipes import flowdata
+from openwork.recipes.flow import TASK, build_raft, coloured, errors_of, freeze_batch_norm, sequence_loss
+from openwork.recipes.flow import FlowConfig as Config
+from openwork.recipes.flowdata import Pairs, augmented, mirrored, padded, read_pair, scaled
+from openwork.recipes.parser import parse
+from openwork.recipes.recipe import prepare, read_run, train
+from openwork.recipes.rundir import read_lines
+
+# --- data sets in their own layouts ------------------------------------------------------------------------------
+
+WIDE = np.zeros((2, 130, 136), np.float32)
+
+
+def frame(path, height=130, width=136):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    y, x = np.mgrid[:height, :width]
+    Image.fromarray(np.stack([x, y, x + y], axis=-1).astype(np.uint8)).save(path)
+
+
+def put(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def chairs(folder, pairs=3):
+    for i in range(1, pairs + 1):
+        frame(folder / f"data/{i:05d}_img1.ppm")
+        frame(folder / f"data/{i:05d}_img2.ppm")
+        put(folder / f"data/{i:05d}_flow.flo", flo(WIDE + i))
+    put(folder / "FlyingChairs_train_val.txt", b"1\n2\n" + b"1\n" * (pairs - 2))
+
+
+def things(folder):
+    for part in ("TRAIN", "TEST"):
+        for number in (6, 7, 8):
+            frame(folder / f"frames_cleanpass/{part}/A/0000/left/{number:04d}.png")
+            for when, name in (("into_future", "Future"), ("into_past", "Past")):
+                where = folder / f"optical_flow/{part}/A/0000/{when}/left"
+                put(where / f"OpticalFlowInto{name}_{number:04d}_L.pfm", b"PF\n136 130\n-1.0\n" + bytes(12 * 136 * 130))
+
+
+def sintel(folder):
+    for scene in "abcde":
+        for number in (1, 2, 3):
+            for part in ("clean", "final"):
+                frame(folder / f"training/{part}/{scene}/frame_{number:04d}.png")
+            if number < 3:
+                put(folder / f"training/flow/{scene}/frame_{number:04d}.flo", flo(WIDE))
+    marks = np.zeros((130, 136), np.uint8)
+    marks[:10] = 255
+    path = folder / "training/invalid/a/frame_0001.png"
+    path.parent.mkdir(parents=True)
+    Image.fromarray(marks).save(path)
+
+
+def kitti_pairs(folder):
+    for i in range(6):
+        frame(folder / f"training/image_2/{i:06d}_10.png")
+        frame(folder / f"training/image_2/{i:06d}_11.png")
+        known = np.arange(130 * 136).reshape(130, 136) % 4 == 0
+        put(folder / f"training/flow_occ/{i:06d}_10.png", kitti(WIDE + 1.5, known))
+
+
+def loaded(source, folder, **flags):
+    return TASK.load_data(Config(data=f"{source}={folder}", workers=0, **flags))
+
+
+@pytest.mark.parametrize(
+    ("source", "make", "train", "val"),
+    [
+        ("flyingchairs", chairs, 2, 1),
+        ("flyingthings3d", things, 4, 4),
+        ("sintel", sintel, 16, 4),
+        ("kitti", kitti_pairs, 5, 1),
+    ],
+)
+def test_data_sets_are_read_in_their_own_layout(tmp_path, source, make, train, val):
+    make(tmp_path)
+    data = loaded(source, tmp_path)
+    assert (data.train_count, data.val_count, data.skipped) == (train, val, 0)
+    (batch,) = data.train_batches([np.array([0, 1])], 0, 0)
+    assert [tuple(each.shape) for each in batch] == [
+        (2, 3, 128, 128),
+        (2, 3, 128, 128),
+        (2, 2, 128, 128),
+        (2, 128, 128),
+    ]
+    (batch,) = data.val_batches([np.array([0])])
+    assert batch.first.shape == (1, 3, 136, 136)  # padded to a multiple of 8
+    assert not batch.known[:, 130:].any()
+
+
+def test_the_frames_of_a_pair_are_those_its_flow_is_between(tmp_path):
+    for make in (chairs, things, sintel, kitti_pairs):
+        make(tmp_path / make.__name__)
+    pairs = {
+        "chairs": flowdata.flying_chairs(tmp_path / "chairs")[1],
+        "things": flowdata.flying_things(tmp_path / "things")[0],
+        "sintel": flowdata.sintel(tmp_path / "sintel")[1],
+        "kitti_pairs": flowdata.kitti(tmp_path / "kitti_pairs")[1],
+    }
+    names = {key: [tuple(path.name for path in pair[:2]) for pair in found] for key, found in pairs.items()}
+    assert names == {
+        "chairs": [("00002_img1.ppm", "00002_img2.ppm")],
+        "things": [
+            ("0006.png", "0007.png"),
+            ("0007.png", "0008.png"),
+            ("0007.png", "0006.png"),
+            ("0008.png", "0007.png"),
+        ],
+        "sintel": [("frame_0001.png", "frame_0002.png"), ("frame_0002.png", "frame_0003.png")] * 2,
+        "kitti_pairs": [("000004_10.png", "000004_11.png")],
+    }
+    first = flowdata.sintel(tmp_path / "sintel")[0][0]
+    assert int(read_pair(first).known.sum()) == 120 * 136  # what `invalid` marks is unknown
+
+
+@pytest.mark.parametrize("source", ["flyingchairs", "flyingthings3d", "sintel", "kitti", "photos"])
+def test_an_empty_folder_is_told_what_it_must_hold(tmp_path, source):
+    with pytest.raises(FileNotFoundError, match=f"^{source}: .*{re.escape(str(tmp_path))}"):
+        loaded(source, tmp_path)
+
+
+def test_a_list_of_another_length_than_the_pairs_is_refused(tmp_path):
+    chairs(tmp_path)
+    put(tmp_path / "FlyingChairs_train_val.txt", b"1\n2\n")
+    with pytest.raises(ValueError, match=r"FlyingChairs_train_val.txt .* it has 2 entries \(1, 2\) for 3 flows"):
+        loaded("flyingchairs", tmp_path)
+
+
+def test_bad_samples_are_named_or_left_out_and_counted(tmp_path):
+    chairs(tmp_path, 7)
+    frame(tmp_path / "data/00003_img2.ppm", width=100)
+    put(tmp_path / "data/00004_flow.flo", flo())
+    put(tmp_path / "data/00005_flow.flo", b"PIEH")
+    put(tmp_path / "data/00006_img1.ppm", b"P6\n")
+    (tmp_path / "data/00007_img2.ppm").unlink()
+    train, _ = flowdata.flying_chairs(tmp_path)
+    found = [
+        "00003_img2.ppm: 100 x 130 pixels, but .*00003_img1.ppm has 136 x 130",
+        "00004_flow.flo: 4 x 3 pixels, but .*00004_img1.ppm has 136 x 130",
+        "00005_flow.flo: truncated",
+        "00006_img1.ppm cannot be decoded",
+        "00007_img2.ppm cannot be decoded .*No such file",
+    ]
+    for pair, message in zip(train[1:], found, strict=True):
+        with pytest.raises(ValueError, match=message):
+            read_pair(pair)
+    data = loaded("flyingchairs", tmp_path, skip_bad=True)
+    assert (data.train_count, data.val_count, data.skipped) == (1, 1, 5)
+
+
+def test_frames_smaller_than_the_crop_are_refused_where_they_cannot_be_scaled(tmp_path):
+    kitti_pairs(tmp_path)
+    with pytest.raises(ValueError, match=r"000000_10\.png: 136 x 130 pixels, smaller than --size 136 136"):
+        next(loaded("kitti", tmp_path, size=[136, 136]).train_batches([np.array([0])], 0, 0))
+
+
+def test_photos_that_are_bad_or_small_are_told(tmp_path):
+    for i in range(5):
+        frame(tmp_path / f"{i}.png", 200, 200)
+    put(tmp_path / "5.jpg", b"no image")
+    with pytest.raises(ValueError, match=r"5.jpg cannot be decoded"):
+        loaded("photos", tmp_path)
+    data = loaded("photos", tmp_path, skip_bad=True)
+    assert (len(data.train_photos), len(data.val_photos), data.skipped) == (4, 1, 1)
+    with pytest.raises(ValueError, match="need photos, or parts of photos, of 204 x 192"):
+        loaded("photos", tmp_path, skip_bad=True, size=[128, 136])
+
+
+# --- augmentation ------------------------------------------------------------------------------------------------
+
+
+def marked_pair(height=40, width=48):
+    """Frames whose colour is their own place, moved by (2, -1): every flow vector can be checked from the frames."""
+    y, x = torch.meshgrid(torch.arange(height).float(), torch.arange(width).float(), indexing="ij")
+    first = torch.stack([x, y, x * 0]) / 300
+    second = torch.stack([x - 2, y + 1, x * 0]) / 300
+    return Pairs(first, second, torch.stack([x * 0 + 2, y * 0 - 1]), torch.ones(height, width, dtype=torch.bool))
+
+
+def off_by(pair):
+    """How far frame 2 at x + flow(x) is from frame 1 at x, in the middle of the frame; whole pixels of flow."""
+    worst = 0.0
+    for y, x in ((15, 16), (20, 20), (17, 22)):
+        u, v = (int(c) for c in pair.flow[:, y, x].round())
+        worst = max(worst, float((pair.second[:, y + v, x + u] - pair.first[:, y, x]).abs().max()))
+    return worst
+
+
+def test_mirroring_and_scaling_take_the_flow_along():
+    pair = marked_pair()
+    assert off_by(pair) < 1e-6
+    assert off_by(mirrored(pair, -1)) < 1e-6
+    assert off_by(mirrored(pair, -2)) < 1e-6
+    double = scaled(pair, (40, 48), 2.0)
+    assert double.first.shape == (3, 80, 96)
+    assert double.flow[:, 3, 3].tolist() == [4.0, -2.0]
+    assert off_by(double) < 1e-6
+    assert scaled(pair, (40, 56), 0.5).first.shape == (3, 47, 56)  # no smaller than the crop
+
+
+def test_a_crop_is_the_same_part_of_everything():
+    pair = marked_pair(200, 240)
+    sparse = pair._replace(known=pair.first[0] > 0.3)  # sparse flow is not scaled
+    draws = np.array([0.9, 0.5, 0.5, 0.9, 0.9, 0.5, 0.5, 0.0])  # not mirrored, light as it is
+    out = augmented(sparse, (128, 128), draws)
+    top, left = 36, 56
+    assert torch.allclose(out.first, sparse.first[:, top : top + 128, left : left + 128], atol=1e-6)
+    assert torch.equal(out.known, sparse.known[top : top + 128, left : left + 128])
+    assert off_by(out) < 1e-6
+    mirror = augmented(sparse, (128, 128), np.array([0.9, 0.5, 0.5, 0.1, 0.9, 0.5, 0.5, 0.0]))
+    assert torch.equal(mirror.known, out.known.flip(-1))
+    assert off_by(mirror) < 1e-6
+
+
+def test_samples_of_several_sizes_make_one_batch():
+    batch = padded([marked_pair(129, 200), marked_pair(140, 136)])
+    assert batch.first.shape == (2, 3, 144, 200)
+    assert batch.known.sum((1, 2)).tolist() == [129 * 200, 140 * 136]
+    assert torch.equal(batch.first[0, :, 129:], batch.first[0, :, 128:129].expand(3, 15, 200))
+
+
+# --- loss and score ----------------------------------------------------------------------------------------------
+
+
+def by_hand():
+    """Two samples of 2 x 2 pixels; the second one has one unknown pixel."""
+    truth = torch.zeros(2, 2, 2, 2)
+    truth[0, :, 0, 0] = torch.tensor([3.0, 4.0])
+    guess = torch.zeros(2, 2, 2, 2)
+    guess[0, :, 0, 1] = torch.tensor([0.0, 2.0])
+    guess[1, :, 1, 1] = torch.tensor([6.0, 8.0])
+    guess[1, :, 0, 0] = 100.0
+    known = torch.ones(2, 2, 2, dtype=torch.bool)
+    known[1, 0, 0] = False
+    return Pairs(torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 2, 2), truth, known), guess
+
+
+def test_the_score_is_the_mean_over_all_known_pixels():
+    pairs, guess = by_hand()  # errors 5, 2, 0, 0 and 10, 0, 0
+    assert [record.tolist() for record in errors_of(guess, pairs)] == [[4, 7, 2, 1, 0], [3, 10, 1, 1, 1]]
+    score = TASK.score(errors_of(guess, pairs), None)
+    assert score == pytest.approx(
+        {"val_epe": 17 / 7, "val_over_1px": 3 / 7, "val_over_3px": 2 / 7, "val_over_5px": 1 / 7}
+    )
+    nothing = pairs._replace(known=torch.zeros(2, 2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no pixel with known flow"):
+        TASK.score(errors_of(guess, nothing), None)
+
+
+def test_the_loss_weights_later_updates_more():
+    pairs, guess = by_hand()
+    of_guess, of_zero = (3 + 4 + 2 + 6 + 8) / 16, (3 + 4) / 16  # L1; the unknown pixel counts as zero
+    loss = sequence_loss([guess, torch.zeros_like(guess), guess], pairs, gamma=0.5)
+    assert float(loss) == pytest.approx(0.25 * of_guess + 0.5 * of_zero + of_guess)
+    far = pairs._replace(flow=pairs.flow + 400.0)
+    assert float(sequence_loss([guess], far, gamma=0.5)) == 0
+
+
+def test_colours_of_prediction_and_truth_share_one_scale():
+    truth = torch.zeros(1, 2, 4, 4)
+    truth[0, 0, 0, 0] = 8.0
+    flow = torch.zeros(1, 2, 4, 4)
+    flow[0, 0, 1, 1], flow[0, 0, 2, 2], flow[0, 0, 3, 3] = 8.0, 80.0, 4.0
+    true_colours, colours = coloured(truth, flow)
+    assert (colours[1, 1] == true_colours[0, 0]).all()
+    assert (colours[2, 2] == true_colours[0, 0]).all()  # cut to the scale's end
+    assert (colours[3, 3] != true_colours[0, 0]).any()
+    assert (colours[0, 0] == 255).all()  # no motion is white
+
+
+# --- the network -------------------------------------------------------------------------------------------------
+
+
+def kept(weight, pattern):
+    """At most n of m along the input channels, the largest, equal ones at the lower index: obvious and slow."""
+    n, m = pattern
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    for start in range(0, weight.shape[1], m):
+        part = weight[:, start : start + m].abs()
+        best = part.argsort(dim=1, descending=True, stable=True)[:, :n]
+        mask[:, start : start + m].scatter_(1, best, True)
+    return mask
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_the_term_counts_once_however_often_the_update_block_is_used(updates):
+    """One step of SGD, as the equations say: w <- w - lr (dL/dw~ + decay w where pruned).
+
+    The published code adds the term in each backward pass through a weight: `updates` times in the update block.
+    """
+    decay, rate = 0.5, 0.1
+    torch.manual_seed(1)
+    net = build_raft("raft_small", updates, updates, 0.8, frozen=False)
+    plain = copy.deepcopy(net)
+    pairs = next(TASK.load_data(Config()).train_batches([np.array([0])], 0, 0))
+
+    masks = {name: kept(p.detach(), (2, 4)) for name, p in plain.named_parameters() if p.dim() == 4}
+    values = {name: p.detach() * masks.get(name, 1.0) for name, p in plain.named_parameters()}
+    for value in values.values():
+        value.requires_grad_()
+    sequence_loss(functional_call(plain, values, (pairs.first, pairs.second)), pairs, 0.8).backward()
+    expected = {
+        name: p.detach() - rate * (values[name].grad + decay * ~mask * p.detach())
+        for name, p in plain.named_parameters()
+        if (mask := masks.get(name)) is not None
+    }
+
+    report = ow.sparsify(net, "2:4", ow.SRSTE(decay=decay), remainder="pad")
+    optimizer = torch.optim.SGD(net.parameters(), lr=rate)
+    ow.attach(optimizer, net)
+    TASK.loss(net, pairs).backward()
+    optimizer.step()
+    assert set(report.sparse) == set(masks)
+    after = dict(net.named_parameters())
+    pruned = 0
+    for name, weight in expected.items():
+        now = next(p for key, p in after.items() if plain_name(key) == name)
+        assert torch.allclose(now, weight, rtol=1e-4, atol=1e-6), name
+        pruned += int((~masks[name]).sum())
+    assert pruned > 400_000
+
+
+def plain_name(name):
+    return re.sub(r"parametrizations\.(\w+)\.original", r"\1", name)
+
+
+def test_what_is_left_dense_is_reported_with_its_reason():
+    _, _, report = prepare(TASK, Config(remainder="skip"))
+    gru = {f"update_block.recurrent_block.convgru1.conv{gate}.weight" for gate in "zrq"}
+    stems = {f"{part}_encoder.convnormrelu.0.weight" for part in ("feature", "context")}
+    assert set(report.skipped) == {*gru, *stems, "update_block.motion_encoder.convflow1.0.weight"}
+    assert all("not a multiple of 4" in reason for reason in report.skipped.values())
+    _, _, report = prepare(TASK, Config(pattern="1:16"))
+    assert not report.skipped
+
+
+def test_the_paper_s_preset_is_what_its_authors_ran():
+    config = parse(Config, ["--preset", "paper", "--data", "flyingchairs=DIR"], "openwork train flow", "")
+    assert (config.model, config.size, config.updates, config.clip) == ("raft_large", [368, 496], 12, 1.0)
+    assert 22_232 // config.batch_size * config.epochs == 200_088  # steps
+    _, _, report = prepare(TASK, dataclasses.replace(config, data="scenes", size=[128, 128], val_updates=1))
+    assert not report.skipped
+    assert "mask_predictor.conv.weight" in report.sparse
+
+
+def test_frozen_batch_normalization_is_what_it_was():
+    net = build_raft("raft_large", 1, 1, 0.8, frozen=False)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_()
+            module.running_var.uniform_(0.5, 2)
+    image = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        before = net.context_encoder.eval()(image)
+        names = set(net.state_dict())
+        frozen = freeze_batch_norm(net).context_encoder.train()
+        assert torch.allclose(frozen(image), before, atol=1e-4)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in frozen.modules())
+    assert names - set(net.state_dict()) == {name for name in names if name.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"size": [120, 128]}, r"size is \[120, 128\]; RAFT needs"),
+        ({"size": [128]}, "a height and a width"),
+        ({"model": "raft_huge"}, "model 'raft_huge' is not known; use one of raft_small, raft_large"),
+        ({"updates": 0}, "updates is 0"),
+    ],
+)
+def test_flags_are_checked(flags, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**flags)
+
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "batch_size": 2,
+    "updates": 2,
+    "val_updates": 2,
+    "epochs": 2,
+    "lr": 1e-3,
+    "workers": 0,
+    "topology_every": 4,
+    "log_every": 1,
+    "checkpoint_every": 7,
+    "progress": False,
+    "threads": 1,
+}
+
+
+def falling(folder):
+    """26 pairs, two for validation, whose frames fall by 8 pixels: what a network learns in a few steps."""
+    flow = np.zeros((2, 136, 136), np.float32)
+    flow[1] = 8
+    flow[:, 0, 0] = 1e10  # not known everywhere, so that it is not scaled
+    draw = np.random.default_rng(0)
+    (folder / "data").mkdir()
+    for i in range(1, 27):
+        photo = np.array(Image.fromarray(draw.integers(0, 256, (24, 24, 3), np.uint8)).resize((136, 144)))
+        for name, rows in (("img1", photo[8:]), ("img2", photo[:-8])):
+            Image.fromarray(rows).save(folder / f"data/{i:05d}_{name}.ppm")
+        put(folder / f"data/{i:05d}_flow.flo", flo(flow))
+    put(folder / "FlyingChairs_train_val.txt", b"1\n" * 24 + b"2\n" * 2)
+    return f"flyingchairs={folder}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flow")
+    data = falling(folder)
+    return folder / "run", train(Config(**SMALL, data=data, out=str(folder / "run")))
+
+
+def test_the_loss_falls(trained):
+    out, _ = trained
+    assert len([r for r in read_lines(out / "metrics.jsonl") if "train_loss" in r]) == 24
+    task, config = read_run(out)
+    data, net, _ = prepare(task, config)
+    (batch,) = data.val_batches([np.arange(2)])  # not mirrored, so the same before and after
+    with torch.no_grad():
+        before = task.loss(net, batch)
+        ow.finalize(net)
+        net.load_state_dict(load_file(out / "model.safetensors"))
+        assert task.loss(net, batch) < 0.6 * before
+
+
+def test_every_mask_is_exact_and_the_saved_network_scores_what_the_result_says(trained):
+    out, result = trained
+    task, config = read_run(out)
+    data, net, report = prepare(task, config)
+    ow.finalize(net)
+    net.load_state_dict(load_file(out / "model.safetensors"))
+    for name in report.sparse:
+        weight = net.get_parameter(name).detach()
+        assert torch.equal(weight, weight * kept(weight, (2, 4))), name
+    assert not report.skipped
+    with torch.no_grad():
+        (batch,) = data.val_batches([np.arange(2)])
+        score = task.score(task.records(net.eval(), batch), data)
+    assert score == pytest.approx({key: result[key] for key in score}, rel=1e-5)
+
+
+def test_the_report_shows_frames_and_flow_and_loads_nothing(trained):
+    page = (trained[0] / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 2 * 5
+    assert len(page) < 500_000
+    bare = re.sub(r"data:image/jpeg;base64,[\w+/=]+", "", page).replace("</", "<")
+    assert not re.search(r"https?:|//|<script|<link|<img|@import|url\(", bare)
+    for expected in ("Validation sample 1", "true flow, up to", "predicted flow", "Validation end-point error, px"):
+        assert expected in page
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.corr_block:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+def test_a_run_is_exported(trained, tmp_path, capsys):
+    assert main(["export", str(trained[0]), "--out", str(tmp_path / "net.onnx")]) == 0
+    assert "ONNX Runtime gives the model's outputs" in capsys.readouterr().out
+    assert main(["export", str(trained[0]), "--out", str(tmp_path / "net.pt2"), "--dynamic-batch"]) == 0
+    three = torch.rand(3, 3, 128, 128)
+    assert torch.export.load(tmp_path / "net.pt2").module()(three, three)[-1].shape == (3, 2, 128, 128)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_one_that_was_not(trained, tmp_path):
+    script = Path(__file__).with_name("run_and_kill.py")
+    config = {**SMALL, "data": trained[1]["config"]["data"], "out": str(tmp_path / "run")}
+
+    def run(kill_after, **more):
+        command = [sys.executable, script, "flow", json.dumps(config | more), str(kill_after)]
+        return subprocess.run(command, check=False).returncode
+
+    assert run(18) == -signal.SIGKILL  # in the second epoch; the last checkpoint is before step 15
+    assert run(0, resume=True) == 0
+    for name in ("metrics.jsonl", "topology.jsonl"):
+        assert (tmp_path / "run" / name).read_text() == (trained[0] / name).read_text()
+    a, b = load_file(tmp_path / "run/model.safetensors"), load_file(trained[0] / "model.safetensors")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_scenes_of_real_photos(openwork_data):
+    data = loaded("photos", openwork_data / "kodak")
+    assert (len(data.train_photos), len(data.val_photos)) == (20, 4)
+    (batch,) = data.val_batches([np.array([0])])
+    assert batch.first.shape == (1, 3, 128, 128)
