@@ -20,9 +20,9 @@ class Topology:
         {"step": 200, "weights": W, "sad_start": s, "sad_last": s, "sad_step": s,
          "layers": {name: {"weights": w, "sad_start": s, "sad_last": s, "sad_step": s}}}
 
-    SAD is in weights (see `openwork.nm.mask_stats.sad`); divided by "weights" it is the churn, and
-    `sad_step` / "weights" the flip rate. Steps count from 1, and skipped steps (overflow under a loss scale) do not count. With
-    `keep=True`     the masks of every record are kept, at one bit a weight, and `between` compares any two of them.
+    SAD is in weights (see `ow.sad`); divided by "weights" it is the churn, and `sad_step` / "weights"
+    the flip rate. Steps count from 1, and skipped steps (overflow under a loss scale) do not count. With `keep=True`
+    the masks of every record are kept, at one bit a weight, and `between` compares any two of them.
     """
 
     def __init__(self, every: int = 100, *, keep: bool = False):

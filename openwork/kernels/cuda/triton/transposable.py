@@ -4,7 +4,7 @@
 
 Each lane does what `openwork.nm.transposable.best_2_4` does, the same additions and comparisons in the same order, so
 that masks are equal bit for bit, ties included: 6 pairs of columns a row, 36 combinations of two rows, and for each of
-the upper 36 the best lower one of the class that complements it. Sums are of float32 and nothing is multiplied, so nothing
+the upper 36 the best lower one of the class that complements it. Sums are of float32, without products, so nothing
 can be fused.
 """
 
