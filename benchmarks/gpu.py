@@ -301,14 +301,14 @@ def of_linear(bench: Bench, dtype: torch.dtype, B: int, K: int, O: int) -> list[
     variants, about, note = dict(dense), {}, {}
     if quantized:
         variants |= dense_int8(x, layer) | dense_fp8(x, layer)
-    for kind, stored in product_kinds(layer, B, dtype, quantized):
+    for kind, weight_dtype in product_kinds(layer, B, dtype, quantized):
         if kind in cusparselt.BACKENDS:
             with where_it_is_here():
-                made = packed(layer, "2:4", kind, stored, x)
-                name = kind if stored == dtype else f"{kind} {short(stored)}"
+                made = packed(layer, "2:4", kind, weight_dtype, x)
+                name = kind if weight_dtype == dtype else f"{kind} {short(weight_dtype)}"
                 algorithms = ", ".join(map(str, made.algorithms.values())) or "-"
                 variants[name], about[name] = partial(made, x), "2:4"
-                note[name] = f"algorithm {algorithms}" if stored == dtype else "quantizing the input included"
+                note[name] = f"algorithm {algorithms}" if weight_dtype == dtype else "quantizing the input included"
     times = bench.times(variants)
     return bench.rows("linear", f"{B},{K},{O}", times, list(dense), pattern=about, dtype=short(dtype), note=note)
 
@@ -373,9 +373,9 @@ def of_decode(bench: Bench, B: int, K: int, O: int, text: str) -> list[Row]:
     layer = sparse_linear(K, O, text, torch.bfloat16, bench.device)
     x = torch.randn(B, K, device=bench.device, dtype=torch.bfloat16)
     made: dict[str, list[Any]] = {"dense": copies(layer, bench)}
-    for kind, stored in product_kinds(layer, B, torch.bfloat16, quantized=False):
+    for kind, weight_dtype in product_kinds(layer, B, torch.bfloat16, quantized=False):
         with where_it_is_here():
-            made[kind] = copies(packed(layer, text, kind, stored, x), bench)
+            made[kind] = copies(packed(layer, text, kind, weight_dtype, x), bench)
     times = bench.times({name: _all_of(each, x, bench.device) for name, each in made.items()}, flush=False)
     each_one = {name: [t / len(made[name]) for t in all_] for name, all_ in times.items()}
     pattern = {name: text for name in made if name != "dense"}

@@ -239,7 +239,7 @@ def product_kinds(
     """The kernels that can take a layer here, and in which dtype."""
     here = partial(gpu_layers.cannot, layer, ow.Pattern(2, 4), rows=rows, transposed=False)
     dtypes = (dtype, *QUANTIZED) if quantized else (dtype,)
-    return [(kind, each) for kind in get_args(GpuKind) for each in dtypes if not here(kind=kind, stored=each)]
+    return [(kind, each) for kind in get_args(GpuKind) for each in dtypes if not here(kind=kind, weight_dtype=each)]
 
 
 def missing(device: torch.device) -> set[str]:
@@ -251,16 +251,16 @@ def missing(device: torch.device) -> set[str]:
 UNSUPPORTED = ("not supported", "architecture mismatch", "not implemented")
 
 
-def packed(layer: nn.Module, text: str, kind: Any, stored: torch.dtype, x: Tensor) -> GpuLayer:
+def packed(layer: nn.Module, text: str, kind: Any, weight_dtype: torch.dtype, x: Tensor) -> GpuLayer:
     """The layer by one kernel, its algorithm searched. Raises NotHere where the GPU's library says that it has no
     product of a quantized dtype; any other error is one."""
     try:
-        made = gpu_module(layer, ow.Pattern.parse(text), kind, stored, transposed=False)
+        made = gpu_module(layer, ow.Pattern.parse(text), kind, weight_dtype, transposed=False)
         made.search(x)
         made(x)
     except RuntimeError as error:
-        if stored in QUANTIZED and any(each in str(error).lower() for each in UNSUPPORTED):
-            raise NotHere(f"{kind} {short(stored)}: {summary(error)[:160]}") from error
+        if weight_dtype in QUANTIZED and any(each in str(error).lower() for each in UNSUPPORTED):
+            raise NotHere(f"{kind} {short(weight_dtype)}: {summary(error)[:160]}") from error
         raise
     return made
 
@@ -269,11 +269,11 @@ def exact(layer: nn.Module, x: Tensor) -> Tensor:
     return copy.deepcopy(layer).double()(x.double())
 
 
-def close(found: Tensor, expected: Tensor, stored: torch.dtype) -> None:
+def close(found: Tensor, expected: Tensor, weight_dtype: torch.dtype) -> None:
     """Raises AssertionError where a product is further from the exact one than rounding explains."""
     assert found.shape == expected.shape, f"shape {tuple(found.shape)}; expected {tuple(expected.shape)}"
     error = float((found.double() - expected).norm() / expected.norm())
-    allowed = {torch.int8: 0.02, torch.float8_e4m3fn: 0.06}.get(stored) or 4 * torch.finfo(stored).eps
+    allowed = {torch.int8: 0.02, torch.float8_e4m3fn: 0.06}.get(weight_dtype) or 4 * torch.finfo(weight_dtype).eps
     assert error < allowed, f"relative error {error:.2g}, allowed {allowed:.2g}"  # not of NaN
 
 
@@ -284,8 +284,8 @@ def every_kind(
     for rows in many_rows:
         layer = sparse_linear(520, 264, "2:4", torch.bfloat16, tally.device)
         x = torch.randn(rows, 520, device=tally.device, dtype=torch.bfloat16)
-        for kind, stored in product_kinds(layer, rows, torch.bfloat16):
-            yield layer, x, kind, stored, f"{name}, {kind} {short(stored)}, {rows} rows"
+        for kind, weight_dtype in product_kinds(layer, rows, torch.bfloat16):
+            yield layer, x, kind, weight_dtype, f"{name}, {kind} {short(weight_dtype)}, {rows} rows"
 
 
 def products(tally: Tally) -> None:
@@ -297,9 +297,9 @@ def products(tally: Tally) -> None:
     ):
         layer = sparse_linear(inputs, outputs, text, dtype, tally.device)
         x = torch.randn(rows, inputs, device=tally.device, dtype=dtype)
-        for kind, stored in product_kinds(layer, rows, dtype):
-            with tally.check(f"{kind} {short(stored)} {text}, {rows} x {inputs} to {outputs}, {short(dtype)}"):
-                close(packed(layer, text, kind, stored, x)(x), exact(layer, x), stored)
+        for kind, weight_dtype in product_kinds(layer, rows, dtype):
+            with tally.check(f"{kind} {short(weight_dtype)} {text}, {rows} x {inputs} to {outputs}, {short(dtype)}"):
+                close(packed(layer, text, kind, weight_dtype, x)(x), exact(layer, x), weight_dtype)
 
 
 def convolutions(tally: Tally) -> None:
@@ -310,55 +310,55 @@ def convolutions(tally: Tally) -> None:
         conv = sparse(nn.Conv2d(inputs, 40, **options), "2:4", dtype, tally.device)
         for form in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(2, inputs, 15, 15, device=tally.device).to(dtype, memory_format=form)
-            for kind, stored in product_kinds(conv, 2 * 15 * 15, dtype):
-                with tally.check(f"{kind} {short(stored)} {conv}, {short(form)}, {short(dtype)}"):
-                    close(packed(conv, "2:4", kind, stored, x)(x), exact(conv, x), stored)
+            for kind, weight_dtype in product_kinds(conv, 2 * 15 * 15, dtype):
+                with tally.check(f"{kind} {short(weight_dtype)} {conv}, {short(form)}, {short(dtype)}"):
+                    close(packed(conv, "2:4", kind, weight_dtype, x)(x), exact(conv, x), weight_dtype)
 
 
 def turns(tally: Tally) -> None:
     """Two layers of one shape, used by turns: what a library remembers of a shape must not be the first one's."""
-    for layer, x, kind, stored, where in every_kind(tally, "turns"):
+    for layer, x, kind, weight_dtype, where in every_kind(tally, "turns"):
         with tally.check(where):
             other = sparse_linear(520, 264, "2:4", torch.bfloat16, tally.device)
-            made = [(packed(each, "2:4", kind, stored, x), exact(each, x)) for each in (layer, other)]
+            made = [(packed(each, "2:4", kind, weight_dtype, x), exact(each, x)) for each in (layer, other)]
             for one, expected in made * 3:
-                close(one(x), expected, stored)
+                close(one(x), expected, weight_dtype)
 
 
 def states(tally: Tally) -> None:
     """State dicts loaded into another packed layer, and copies."""
-    for layer, x, kind, stored, where in every_kind(tally, "state"):
+    for layer, x, kind, weight_dtype, where in every_kind(tally, "state"):
         with tally.check(where):
-            made = packed(layer, "2:4", kind, stored, x)
-            other = packed(sparse_linear(520, 264, "2:4", torch.bfloat16, tally.device), "2:4", kind, stored, x)
+            made = packed(layer, "2:4", kind, weight_dtype, x)
+            other = packed(sparse_linear(520, 264, "2:4", torch.bfloat16, tally.device), "2:4", kind, weight_dtype, x)
             other.load_state_dict(made.state_dict())
-            close(other(x), exact(layer, x), stored)
+            close(other(x), exact(layer, x), weight_dtype)
             copied = copy.deepcopy(made)
             same(copied.weight, made.weight)
-            close(copied(x), exact(layer, x), stored)
+            close(copied(x), exact(layer, x), weight_dtype)
 
 
 def graphs(tally: Tally) -> None:
     """Products in a CUDA graph, replayed on another input."""
-    for layer, x, kind, stored, where in every_kind(tally, "graph"):
+    for layer, x, kind, weight_dtype, where in every_kind(tally, "graph"):
         with tally.check(where):
             if not x.is_cuda:
                 raise NotHere("CUDA graphs: this is a CPU")
-            made, held = packed(layer, "2:4", kind, stored, x), [x]
+            made, held = packed(layer, "2:4", kind, weight_dtype, x), [x]
             replay = as_graph(lambda: held.__setitem__(0, made(x)))  # noqa: B023 - replayed before the loop goes on
             x.normal_()
             replay()
-            close(held[0], exact(layer, x), stored)
+            close(held[0], exact(layer, x), weight_dtype)
 
 
 def compiled(tally: Tally) -> None:
     """Products under torch.compile, and a weight that is pruned there."""
     backend = "inductor" if tally.device.type == "cuda" else "aot_eager"
     compiled_ = partial(torch.compile, fullgraph=True, backend=backend)
-    for layer, x, kind, stored, where in every_kind(tally, "compiled", (16,)):
+    for layer, x, kind, weight_dtype, where in every_kind(tally, "compiled", (16,)):
         with tally.check(where):
             torch.compiler.reset()  # it gives up on code that it has compiled eight times
-            close(compiled_(packed(layer, "2:4", kind, stored, x))(x), exact(layer, x), stored)
+            close(compiled_(packed(layer, "2:4", kind, weight_dtype, x))(x), exact(layer, x), weight_dtype)
     with tally.check("compiled prune"):
         weight = ties((96, 640), torch.bfloat16, tally.device)
         doubled = compiled_(lambda w: prune(w, ow.Pattern(2, 4), Axis(1)) * 2)(weight)

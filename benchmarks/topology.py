@@ -5,8 +5,8 @@
 A 64-128-128-10 network on scikit-learn's digits, 2:4 on its two hidden layers, SGD with momentum, cosine learning
 rate. Runs of different length and learning rate are given decays with the same *dose*, decay times the sum of the
 learning rate over all steps: what shrinks a weight that is pruned throughout to exp(-dose) of itself, were there no
-gradient. Printed for each: SAD since the start and churn per step (mean of the last quarter of the run), as shares of
-the weights, and accuracy.
+gradient. Printed for each: SAD since the start and the flip rate per step (mean of the last quarter of the run), as
+shares of the weights, and accuracy.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def train(method: ow.Method, steps: int, lr: float, seed: int) -> dict[str, floa
     with torch.no_grad():
         accuracy = (model(x_test).argmax(1) == y_test).float().mean().item()
     weights = topology.records[-1]["weights"]
-    churn = statistics.fmean(record["sad_step"] for record in late) / weights
-    return {"sad_start": topology.records[-1]["sad_start"] / weights, "churn": churn, "accuracy": accuracy}
+    flip_rate = statistics.fmean(record["sad_step"] for record in late) / weights
+    return {"sad_start": topology.records[-1]["sad_start"] / weights, "flip_rate": flip_rate, "accuracy": accuracy}
 
 
 def summed_rate(steps: int, lr: float) -> float:

@@ -16,7 +16,7 @@ from openwork.methods import Dense as Dense
 from openwork.methods import Method as Method
 from openwork.methods import TransposableSRSTE as TransposableSRSTE
 from openwork.nm.groups import Axis as Axis
-from openwork.nm.mask_stats import churn as churn
+from openwork.nm.mask_stats import flip_rate as flip_rate
 from openwork.nm.mask_stats import sad as sad
 from openwork.nm.masks import topn as topn
 from openwork.nm.pattern import Pattern as Pattern

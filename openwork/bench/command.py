@@ -44,7 +44,7 @@ def bench(words: Sequence[str]) -> int:
     add("--threads", nargs="+", type=int, default=[1, torch.get_num_threads()])
     add("--batches", nargs="+", type=int, default=[1, 8], help="of whole models")
     add(
-        "--stored",
+        "--weight-dtype",
         nargs="+",
         choices=["float32", "bfloat16", "int8"],
         help="of whole models (default: their own dtype)",
@@ -79,9 +79,9 @@ def _run(what: str, asked: argparse.Namespace) -> list[Row]:
             over = times["in turn"] / (times["sparse"] + times["dense"]) - 1
             print(f"{torch.get_num_threads()} threads: sparse and dense layers in turn cost {over:+.1%} over their sum")
     if what not in ("masks", "linear", "growth", "threads"):
-        stored = [getattr(torch, each) for each in asked.stored or [asked.dtype]]
+        weight_dtypes = [getattr(torch, each) for each in asked.weight_dtype or [asked.dtype]]
         given = {"seconds": asked.seconds, "compiled": not asked.no_compile, "dtype": getattr(torch, asked.dtype)}
-        passes = models.forward_passes(what, asked.batches, patterns, stored, **given)
+        passes = models.forward_passes(what, asked.batches, patterns, weight_dtypes, **given)
         with torch.no_grad():  # weights of inference mode cannot be frozen by a compiler
             for each in passes:
                 if isinstance(each, Row):
@@ -126,7 +126,7 @@ def plan(words: Sequence[str]) -> int:
     add("--pattern", default="2:4", metavar="N:M")
     add("--batch", type=int, default=1)
     kept = "dtype of the sparse weights (default: float32 on a CPU, bfloat16 on a GPU, where the model is in it)"
-    add("--stored", choices=["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"], help=kept)
+    add("--weight-dtype", choices=["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"], help=kept)
     add("--device", default="cpu", help="cpu or cuda")
     add("--threads", type=int, default=torch.get_num_threads())
     asked = parser.parse_args(words)
@@ -144,6 +144,6 @@ def plan(words: Sequence[str]) -> int:
         project(model, asked.pattern)
     if asked.device != "cpu":
         model, example = model.to(asked.device, torch.bfloat16), example.to(asked.device, torch.bfloat16)
-    stored = getattr(torch, asked.stored) if asked.stored else None
-    print(measure(model, example, pattern=None if asked.file else asked.pattern, stored=stored))
+    weight_dtype = getattr(torch, asked.weight_dtype) if asked.weight_dtype else None
+    print(measure(model, example, pattern=None if asked.file else asked.pattern, weight_dtype=weight_dtype))
     return 0

@@ -69,7 +69,7 @@ def forward_passes(
     name: str,
     batches: Sequence[int],
     patterns: Sequence[Pattern],
-    stored: Sequence[torch.dtype],
+    weight_dtypes: Sequence[torch.dtype],
     *,
     seconds: float,
     compiled: bool,
@@ -77,7 +77,7 @@ def forward_passes(
 ) -> Iterator[Row | Plan]:
     """Rows of each model in `dtype` and batch, all variants taking turns: dense (eager, channels_last, compiled with
     frozen weights; where there are int8 weights, linear layers in torch's int8), deployed with weights in each of
-    `stored`, and that compiled. Yields the plans of the deployed ones as well. Dense int8 is a baseline of int8
+    `weight_dtypes`, and that compiled. Yields the plans of the deployed ones as well. Dense int8 is a baseline of int8
     alone."""
     for batch in batches:
         torch.compiler.reset()  # some compiled models of one class are too many
@@ -94,18 +94,18 @@ def forward_passes(
         baselines = list(variants)
         about = {name: ("dense", _short(dtype)) for name in baselines}
         bytes_of = {"dense eager": memory(dense, x)}
-        if torch.int8 in stored and dtype == torch.float32 and x.ndim == 3:
+        if torch.int8 in weight_dtypes and dtype == torch.float32 and x.ndim == 3:
             variants["dense int8"] = partial(_quantized(dense), x)
             about["dense int8"] = ("dense", "int8")
         for pattern in patterns:
             sparse = copy.deepcopy(model)
             project(sparse, pattern)
-            for kept in stored:
+            for weight_dtype in weight_dtypes:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    fast = deploy(sparse, x, pattern=pattern, stored=kept)
-                short = f"deployed {pattern} {_short(kept)}"
-                variants[short], about[short] = partial(fast, x), (str(pattern), _short(kept))
+                    fast = deploy(sparse, x, pattern=pattern, weight_dtype=weight_dtype)
+                short = f"deployed {pattern} {_short(weight_dtype)}"
+                variants[short], about[short] = partial(fast, x), (str(pattern), _short(weight_dtype))
                 if compiled:
                     variants[short + " compiled"] = partial(compile_frozen(fast, x), x)
                     about[short + " compiled"] = about[short]

@@ -140,14 +140,14 @@ def growth(
 
 
 def _product(
-    x: Tensor, weight: Tensor, pattern: Pattern, kind: Kind, stored: torch.dtype
+    x: Tensor, weight: Tensor, pattern: Pattern, kind: Kind, weight_dtype: torch.dtype
 ) -> tuple[Callable[[], Tensor], int]:
     """A product with the packed weight, and the bytes of what is packed."""
     sparse = prune(weight, keep_largest(weight.abs(), pattern, Axis(1)))
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(sparse, requires_grad=False)
-    made = SparseLinear(layer, pattern, kind, stored)
-    given = x.to(stored) if kind == "dots" and stored == torch.bfloat16 else x
+    made = SparseLinear(layer, pattern, kind, weight_dtype)
+    given = x.to(weight_dtype) if kind == "dots" and weight_dtype == torch.bfloat16 else x
     return partial(made, given), made.values.nbytes + made.positions.nbytes
 
 

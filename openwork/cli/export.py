@@ -148,7 +148,7 @@ def _compared(what: str, difference: float | None) -> str:
 
 
 def product_lines(products: Sequence[Product]) -> list[str]:
-    """A table of the products of an ONNX file. "(found)" is said of what the file does not promise."""
+    """A table of the products of an ONNX file. "(found)" is said of what the file does not record."""
     rows = [_cells(each) for each in products]
     lines = aligned(("weight", "shape", "dtype", "product", "pattern", "density"), rows)
     other = [each.name for each in products if each.pattern and each.op not in IN_GEMM]
@@ -159,7 +159,7 @@ def product_lines(products: Sequence[Product]) -> list[str]:
 
 def _cells(each: Product) -> tuple[str, ...]:
     shape = "x".join(map(str, each.shape))
-    pattern = str(each.pattern or "dense") + " (found)" * (each.pattern is not None and not each.promised)
+    pattern = str(each.pattern or "dense") + " (found)" * (each.pattern is not None and not each.recorded)
     return each.name, shape, each.dtype, each.op, pattern, f"{each.density:.3f}"
 
 

@@ -15,7 +15,7 @@ openwork: train N:M sparse networks from scratch
   openwork report RUN               rebuild report.html of a run or a comparison
   openwork inspect FILE             what a compressed file holds, from its header alone
   openwork verify FILE              the same after reading all of it; fails if any weight is not as it says
-  openwork verify MODEL.onnx        every product of an ONNX file, held to what the file promises, or to --pattern N:M
+  openwork verify MODEL.onnx        every product of an ONNX file, held to what the file records, or to --pattern N:M
   openwork plan MODEL               time each layer dense and sparse on this machine; what ow.deploy would choose
   openwork bench                    time masks, products, whole models beside their dense baselines; writes CSV
   openwork export SOURCE --out OUT  a run or a file as ONNX, a program of torch.export, a folder for Hugging Face, ...
@@ -203,7 +203,7 @@ def _verify_onnx(words: list[str]) -> int:
         "openwork verify", description="Check every product by a constant of an ONNX file."
     )
     parser.add_argument("file", metavar="MODEL.onnx")
-    parser.add_argument("--pattern", help="N:M to hold them to; by default what the file itself promises")
+    parser.add_argument("--pattern", help="N:M to hold them to; by default what the file itself records")
     parser.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="weights that --pattern leaves alone")
     asked = parser.parse_args(words)
     from openwork.cli.export import product_lines
@@ -211,12 +211,12 @@ def _verify_onnx(words: list[str]) -> int:
 
     found = check_onnx(asked.file, asked.pattern, asked.exclude)
     print("\n".join(product_lines(found)))
-    held = sum(each.promised for each in found)
-    print(f"verified: {held} of {len(found)} products held to what was {'asked' if asked.pattern else 'promised'}")
+    held = sum(each.recorded for each in found)
+    print(f"verified: {held} of {len(found)} products held to what was {'asked' if asked.pattern else 'recorded'}")
     if 0 < held < len(found) and not asked.pattern:
-        print("(found): not promised by the file (the exporter renames the weights of LSTM, GRU, RNN), only seen in it")
+        print("(found): not recorded by the file (the exporter renames the weights of LSTM, GRU, RNN), only seen in it")
     if not held:
-        print("the file promises nothing, so the patterns above are only what was found: give --pattern N:M")
+        print("the file records nothing, so the patterns above are only what was found: give --pattern N:M")
     return 0
 
 

@@ -16,7 +16,7 @@ from openwork.files.container import write
 from openwork.files.model_state import tensors_by_name, ties
 from openwork.files.reader import FILE
 from openwork.training.parametrize import unwrap
-from openwork.training.record import promises
+from openwork.training.record import sparsity_records
 from openwork.training.select import AxisChoice, PatternChoice, Remainder
 
 DENSE, CARD = "model.safetensors", "README.md"
@@ -43,8 +43,8 @@ def to_huggingface(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    held = promises(unwrap(model))
-    method = method or ", ".join(sorted({promise.method.name for _, _, promise in held}))
+    held = sparsity_records(unwrap(model))
+    method = method or ", ".join(sorted({record.method.name for _, _, record in held}))
     save(model, folder / FILE, pattern=pattern, exclude=exclude, axis=axis, remainder=remainder)
     _write_dense(exportable(model), folder)
     snippet = card(describe(folder / FILE), method)

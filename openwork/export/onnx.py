@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from openwork.export.outputs import arguments, demand_equal, exportable, outputs
+from openwork.export.outputs import arguments, check_equal, exportable, outputs
 from openwork.export.products import KEY, Product, as_metadata, check_onnx, products
 from openwork.files.container import replacing, sync
 from openwork.files.model_state import Placed, masked_by_name, patterns
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
 from openwork.training.select import AxisChoice, PatternChoice, Remainder
-from openwork.utils.deployed import demand_undeployed
+from openwork.utils.deployed import check_not_deployed
 from openwork.utils.example import quiet
 
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes; weights of larger models lie in a second file
@@ -60,12 +60,12 @@ def to_onnx(
     Raises NotSparse, ValueError from the checker, RuntimeError for other outputs, and what torch.onnx.export raises.
     """
     inner = unwrap(model)
-    demand_undeployed(inner, "exporting to ONNX")
-    promised = patterns(inner, masked_by_name(inner), pattern, exclude, axis, remainder)
+    check_not_deployed(inner, "exporting to ONNX")
+    recorded = patterns(inner, masked_by_name(inner), pattern, exclude, axis, remainder)
     plain = exportable(model)
     with quiet(plain):
         exported = _program(plain, example, dynamic_shapes)
-    exported.model.metadata_props[KEY] = as_metadata(_kept(exported.model, promised))
+    exported.model.metadata_props[KEY] = as_metadata(_kept(exported.model, recorded))
     target = Path(os.path.realpath(path))
     data = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
     with replacing(target, ".part.onnx") as part, _deleted_on_error(data):
@@ -94,13 +94,13 @@ def _program(model: nn.Module, example: Any, dynamic_shapes: Any) -> Any:
     return program
 
 
-def _kept(model: Any, promised: Mapping[str, Placed]) -> dict[str, Pattern]:
-    """The promises on weights that are multiplied under their name, along their axis; a warning names the others."""
+def _kept(model: Any, recorded: Mapping[str, Placed]) -> dict[str, Pattern]:
+    """What was recorded of weights that are multiplied under their name, along their axis; a warning names others."""
     multiplied = {(product.name, product.axis) for product, _ in products(model)}
-    kept = {name: pattern for name, (pattern, axis) in promised.items() if (name, axis) in multiplied}
-    if lost := [name for name in promised if name not in kept]:
+    kept = {name: pattern for name, (pattern, axis) in recorded.items() if (name, axis) in multiplied}
+    if lost := [name for name in recorded if name not in kept]:
         warnings.warn(
-            f"the exporter rewrote {', '.join(lost[:3])} ({len(lost)} in all), so the file promises nothing of them; "
+            f"the exporter rewrote {', '.join(lost[:3])} ({len(lost)} in all), so the file records nothing of them; "
             "openwork verify shows what they became, marked (found)",
             stacklevel=3,
         )
@@ -148,7 +148,7 @@ def _compare(path: Path, model: nn.Module, example: Any) -> float | None:
         raise RuntimeError(f"the example has {len(given)} tensors, the file takes {len(needed)}: {', '.join(needed)}")
     feed = {name: _for_onnx(each) for name, each in zip(needed, given, strict=True)}
     found = [torch.from_numpy(np.asarray(each)) for each in session.run(None, feed)]
-    return demand_equal("ONNX Runtime", found, outputs(model, example))
+    return check_equal("ONNX Runtime", found, outputs(model, example))
 
 
 def _for_onnx(tensor: Tensor) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from openwork.training.parametrize import masked_modules, unwrap
-from openwork.training.record import promises
+from openwork.training.record import sparsity_records
 from openwork.training.sparsify import finalize
 from openwork.utils.example import quiet, run
 
@@ -27,7 +27,7 @@ def exportable(model: nn.Module) -> nn.Module:
     `tests/export/test_program.py` holds them to it.
     """
     model = unwrap(model)
-    if promises(model) or any(True for _ in masked_modules(model)):
+    if sparsity_records(model) or any(True for _ in masked_modules(model)):
         return finalize(copy.deepcopy(model))
     return model
 
@@ -47,7 +47,7 @@ def outputs(model: nn.Module, example: Any) -> list[Tensor]:
         return [each for each in tree_leaves(run(model, example)) if isinstance(each, Tensor)]
 
 
-def demand_equal(what: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def check_equal(what: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference, as a share of the largest output. Raises RuntimeError where it is more than rounding."""
     if [each.shape for each in found] != [each.shape for each in expected]:
         shapes = [tuple(each.shape) for each in found], [tuple(each.shape) for each in expected]

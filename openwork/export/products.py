@@ -18,13 +18,13 @@ from openwork.nm.pattern import Pattern
 from openwork.training.select import matches
 from openwork.training.verify import NotSparse, tightest
 
-KEY = "openwork"  # in the metadata of the file: {"fc.weight": "2:4"}, what was promised of each constant
+KEY = "openwork"  # in the metadata of the file: {"fc.weight": "2:4"}, what was recorded of each constant
 IN_GEMM = ("Gemm", "Conv")  # where TensorRT looks for sparse tactics
 
 
 @dataclass(frozen=True)
 class Product:
-    """One node that multiplies by a constant, and the constant. `pattern` is what it was held to where `promised`, else
+    """One node that multiplies by a constant, and the constant. `pattern` is what it was held to where `recorded`, else
     the tightest that it satisfies, or None where that is dense. `density` is the share that is not zero."""
 
     op: str
@@ -34,7 +34,7 @@ class Product:
     axis: Axis
     density: float
     pattern: Pattern | None = None
-    promised: bool = False
+    recorded: bool = False
 
 
 def check_onnx(
@@ -47,12 +47,12 @@ def check_onnx(
     is summed over along two axes is held along one of them. Raises ValueError for a file that is not valid ONNX.
     """
     model = _loaded(path)
-    promised = _promised(model.metadata_props.get(KEY, "{}"))
+    recorded = _recorded(model.metadata_props.get(KEY, "{}"))
     found: dict[object, Product] = {}
-    broken = dict.fromkeys(promised, "promised by the file, but no product multiplies by it")
+    broken = dict.fromkeys(recorded, "recorded by the file, but no product multiplies by it")
     kept_by = set()
     for product, mask in products(model):
-        asked = promised.get(product.name)
+        asked = recorded.get(product.name)
         if pattern is not None and not any(matches(glob, product.name) for glob in exclude):
             asked = Pattern.parse(pattern)
             asked = asked if reduction_size(product.shape, product.axis) % asked.m == 0 else None
@@ -75,7 +75,7 @@ def _denser(mask: Tensor, axis: Axis, asked: Pattern) -> str:
 
 def _described(product: Product, mask: Tensor, held: Pattern | None) -> Product:
     if held is not None:
-        return replace(product, pattern=held, promised=True)
+        return replace(product, pattern=held, recorded=True)
     tight = tightest(mask, product.axis)
     return replace(product, pattern=tight if tight.n < tight.m else None)
 
@@ -93,7 +93,7 @@ def _loaded(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{os.fspath(path)} is no valid ONNX file: {str(error)[:500]}") from error
 
 
-def _promised(text: str) -> dict[str, Pattern]:
+def _recorded(text: str) -> dict[str, Pattern]:
     found = strict_json(text)
     if not is_text_mapping(found):
         raise ValueError(f"the metadata {KEY!r} of the file does not map names to patterns: it was damaged")
@@ -153,6 +153,6 @@ def _constant(value: Any) -> tuple[str, Any] | None:
     return inner[0], inner[1].transpose(axes)
 
 
-def as_metadata(promised: dict[str, Pattern]) -> str:
+def as_metadata(recorded: dict[str, Pattern]) -> str:
     """What `check_onnx` reads again."""
-    return json.dumps({name: str(each) for name, each in sorted(promised.items())})
+    return json.dumps({name: str(each) for name, each in sorted(recorded.items())})

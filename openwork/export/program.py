@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from openwork.export.outputs import arguments, demand_equal, exportable, outputs
+from openwork.export.outputs import arguments, check_equal, exportable, outputs
 from openwork.files.container import replacing
 from openwork.utils.example import quiet
 
@@ -66,4 +66,4 @@ def _difference(model: nn.Module, example: Any, loaded: Any) -> float:
     args, kwargs = arguments(model, example)
     with torch.no_grad():
         found = [each for each in tree_leaves(loaded(*args, **kwargs)) if isinstance(each, torch.Tensor)]
-    return demand_equal("the exported program", found, outputs(model, example))
+    return check_equal("the exported program", found, outputs(model, example))

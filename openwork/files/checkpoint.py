@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from openwork.files.container import Layout, Stored, write
 from openwork.files.foreign.compressed_tensors import Bitmask
-from openwork.files.format import Sparse, demand_free_names, demand_little_endian, metadata
+from openwork.files.format import Sparse, check_free_names, check_little_endian, metadata
 from openwork.files.hub import local
-from openwork.files.model_state import demand_fits, demand_same, fill, masked_by_name, patterns, tensors_by_name, ties
+from openwork.files.model_state import check_fits, check_same, fill, masked_by_name, patterns, tensors_by_name, ties
 from openwork.files.packing import pack_weight, packed_shape
 from openwork.files.reader import Contents, opened
 from openwork.nm.pattern import Pattern
@@ -54,7 +54,7 @@ def save(
     at `path` is the old one or the new one at every moment.
 
     A sparsified model is saved as finalized, without being changed: the weights that its forward uses, at the patterns
-    that were promised, under dense names. A plain model is held to `pattern` (`exclude`, `axis` and `remainder` as in
+    that were recorded, under dense names. A plain model is held to `pattern` (`exclude`, `axis` and `remainder` as in
     `sparsify`); without it the tightest N:M of each weight is found, and a warning says that it was inferred. Raises
     NotSparse with the weights that are denser, ValueError for a state that is not all tensors.
 
@@ -66,7 +66,7 @@ def save(
     ...     load(f"{folder}/net.safetensors")["weight"]
     tensor([[1., 0., 0., 2.]])
     """
-    demand_little_endian()
+    check_little_endian()
     model = unwrap(model)
     tensors, masked = tensors_by_name(model), masked_by_name(model)
     aliases = ties(tensors, masked)
@@ -77,7 +77,7 @@ def save(
         raise NotSparse(broken)
     own = {name: each for name, each in tensors.items() if name not in aliases}
     sparse = {name: Sparse.of(name, own[name], *chosen[name]) for name in chosen}
-    demand_free_names([*tensors], sparse)
+    check_free_names([*tensors], sparse)
     write(path, _layout(own, sparse), _contents(own, masked, sparse), metadata(sparse, aliases))
 
 
@@ -138,9 +138,9 @@ def load(path: Path, into: nn.Module | None = None, *, device: torch.device | st
             raise ValueError(f"device={device!r} and into=: the tensors go where the model is; leave device out")
         inner = unwrap(into)
         targets, masked = tensors_by_name(inner), masked_by_name(inner)
-        demand_same(contents, targets, ties(targets, masked))
+        check_same(contents, targets, ties(targets, masked))
         for name in contents.tensors:
-            demand_fits(contents.names_of(name), contents.read(name), masked)
+            check_fits(contents.names_of(name), contents.read(name), masked)
         for name in contents.tensors:
             fill(contents.names_of(name), contents.read(name), targets, masked)
         return into

@@ -88,8 +88,8 @@ def read_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, Stored]]:
     metadata = header.pop("__metadata__", {})
     if not is_text_mapping(metadata):
         raise ValueError("__metadata__ is not a mapping of text to text")
-    stored = {demand_unicode(name): _stored(name, entry, 8 + length) for name, entry in header.items()}
-    _demand_no_holes(stored, 8 + length, size)
+    stored = {check_unicode(name): _stored(name, entry, 8 + length) for name, entry in header.items()}
+    _check_no_holes(stored, 8 + length, size)
     return metadata, stored
 
 
@@ -178,7 +178,7 @@ def is_shape(found: object) -> bool:
     return all(each >= 0 for each in found) and 8 * math.prod(each for each in found if each) < 2**63
 
 
-def demand_unicode(name: str) -> str:
+def check_unicode(name: str) -> str:
     """The name, if UTF-8 can write it; else ValueError. (JSON can name halves of surrogate pairs.)"""
     if any("\ud800" <= letter <= "\udfff" for letter in name):
         raise ValueError(f"the name {name!r} is not valid Unicode")
@@ -228,7 +228,7 @@ def _stored(name: str, entry: Any, base: int) -> Stored:
     return Stored(DTYPES[code], tuple(shape), base + offsets[0], base + offsets[1])
 
 
-def _demand_no_holes(stored: dict[str, Stored], start: int, size: int) -> None:
+def _check_no_holes(stored: dict[str, Stored], start: int, size: int) -> None:
     for name, each in sorted(stored.items(), key=lambda item: (item[1].start, item[1].stop)):
         if each.start != start:
             raise ValueError(f"tensor {name!r} begins at byte {each.start}, the one before it ends at {start}")

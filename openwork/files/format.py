@@ -15,7 +15,7 @@ from openwork.files.container import (
     CODES,
     DTYPES,
     Stored,
-    demand_unicode,
+    check_unicode,
     is_shape,
     is_text_mapping,
     strict_json,
@@ -49,7 +49,7 @@ class Sparse:
         return unpack_weight(values, indices, self.pattern, self.axis, self.shape)
 
 
-def demand_little_endian() -> None:
+def check_little_endian() -> None:
     """Raise ValueError on a big-endian machine."""
     if sys.byteorder != "little":
         raise ValueError("compressed files are little-endian, this machine is not: convert the file on one that is")
@@ -65,7 +65,7 @@ def metadata(sparse: Mapping[str, Sparse], aliases: Mapping[str, str]) -> dict[s
     return {KEY: json.dumps(found, sort_keys=True, separators=(",", ":"))}
 
 
-def demand_free_names(names: Sequence[str], sparse: Iterable[str]) -> None:
+def check_free_names(names: Sequence[str], sparse: Iterable[str]) -> None:
     """Raise ValueError where a tensor of the model has a name that the format needs for itself."""
     needed = {name + end for name in sparse for end in (VALUES, INDICES)} | {"__metadata__"}
     for name in needed.intersection(names):
@@ -94,12 +94,12 @@ def described(texts: Mapping[str, str], stored: Mapping[str, Stored]) -> tuple[d
     if type(found.get("version")) is not int or found["version"] != VERSION:
         version = str(found.get("version"))[:20]
         raise ValueError(f"format version {version}; this Openwork reads {VERSION}: install a newer one")
-    _demand_fields("the metadata", found, {"version", "sparse", "aliases"})
+    _check_fields("the metadata", found, {"version", "sparse", "aliases"})
     if not isinstance(found["sparse"], dict) or not is_text_mapping(found["aliases"]):
         raise ValueError("the metadata's sparse or aliases are no mapping")
     sparse = {name: _sparse(name, each, stored) for name, each in found["sparse"].items()}
     for name in found["aliases"]:
-        demand_unicode(name)
+        check_unicode(name)
     return sparse, found["aliases"]
 
 
@@ -110,7 +110,7 @@ def _parts(name: str) -> tuple[str, ...]:
 def _sparse(name: str, found: Any, stored: Mapping[str, Stored]) -> Sparse:
     """One entry of the metadata, held against the tensors that are really there."""
     where = f"weight {name!r}"
-    _demand_fields(where, found, {"pattern", "axis", "shape", "dtype", "packing"})
+    _check_fields(where, found, {"pattern", "axis", "shape", "dtype", "packing"})
     if not is_shape(found["shape"]):
         raise ValueError(f"{where}: its shape is not a short list of lengths")
     shape, pattern = tuple(found["shape"]), _pattern(where, found["pattern"])
@@ -145,13 +145,13 @@ def _pattern(where: str, found: Any) -> Pattern:
 def _axis(where: str, found: Any) -> Axis:
     if found == "kernel":
         return Axis(flat=True)
-    _demand_fields(f"{where}: its axis", found, {"dim", "blocks"})
+    _check_fields(f"{where}: its axis", found, {"dim", "blocks"})
     if type(found["dim"]) is not int or type(found["blocks"]) is not int:
         raise ValueError(f"{where}: its axis is not made of integers")
     return Axis(found["dim"], found["blocks"])
 
 
-def _demand_fields(where: str, found: Any, needed: set[str]) -> None:
+def _check_fields(where: str, found: Any, needed: set[str]) -> None:
     if not isinstance(found, dict) or found.keys() != needed:
         raise ValueError(f"{where}: needed exactly the fields {', '.join(sorted(needed))}")
 

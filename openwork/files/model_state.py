@@ -16,11 +16,11 @@ from openwork.nm.groups import Axis
 from openwork.nm.masks import kept_per_group, prune
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import Masked, masked_modules, masked_weights, plain_name, weight_name
-from openwork.training.record import promises
+from openwork.training.record import sparsity_records
 from openwork.training.select import HELD, AxisChoice, PatternChoice, Remainder, decide
 from openwork.training.shared_class import AGE
 from openwork.training.verify import tightest
-from openwork.utils.deployed import demand_undeployed
+from openwork.utils.deployed import check_not_deployed
 
 Placed = tuple[Pattern, Axis]
 
@@ -28,7 +28,7 @@ Placed = tuple[Pattern, Axis]
 def tensors_by_name(model: nn.Module, *, empty: bool = False) -> dict[str, Tensor]:
     """Parameters and persistent buffers by dense name, tied ones under each of their names; of masked weights the
     latent ones. Raises ValueError for what a file cannot hold, and, unless `empty`, for tensors without values."""
-    demand_undeployed(model, "reading or writing a file")
+    check_not_deployed(model, "reading or writing a file")
     masked = masked_by_name(model)
     named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     own = {weight_name(name) if weight_name(name) in masked else plain_name(name): each for name, each in named}
@@ -43,7 +43,7 @@ def tensors_by_name(model: nn.Module, *, empty: bool = False) -> dict[str, Tenso
     found = {name: own[name] for name in names if name in own}
     for name, each in found.items():
         if not (empty and each.is_meta):
-            _demand_plain_tensor(name, each)
+            _check_plain_tensor(name, each)
     return found
 
 
@@ -76,18 +76,20 @@ def patterns(
     axis: AxisChoice,
     remainder: Remainder,
 ) -> dict[str, Placed]:
-    """The pattern and axis at which each weight is to be compressed: promised, asked for, or inferred."""
-    found = promises(model)
+    """The pattern and axis at which each weight is to be compressed: recorded, asked for, or inferred."""
+    found = sparsity_records(model)
     if (found or masked) and pattern is not None:
-        raise ValueError("the model is sparsified and saved as sparsify promised; pattern= is for plain models")
+        raise ValueError(
+            "the model is sparsified and saved in the patterns that sparsify recorded; pattern= is for plain models"
+        )
     if found or masked:
-        promised = {
+        recorded = {
             f"{plain_name(prefix)}.{name}".lstrip("."): each
-            for prefix, _, promise in found
-            if promise.method.sparse
-            for name, each in promise.weights.items()
+            for prefix, _, record in found
+            if record.method.sparse
+            for name, each in record.weights.items()
         }
-        return promised | {name: (each.pattern, each.axis) for name, each in masked.items() if each.method.sparse}
+        return recorded | {name: (each.pattern, each.axis) for name, each in masked.items() if each.method.sparse}
     if pattern is None:
         return _inferred(model, exclude, axis)
     decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder, dtypes=HELD)
@@ -112,7 +114,7 @@ def _inferred(model: nn.Module, exclude: Sequence[str], axis: AxisChoice) -> dic
     return found
 
 
-def demand_same(contents: Contents, targets: Mapping[str, Tensor], tied: Mapping[str, str]) -> None:
+def check_same(contents: Contents, targets: Mapping[str, Tensor], tied: Mapping[str, str]) -> None:
     """Raise ValueError unless file and model have the same names, shapes, dtypes and ties."""
     tensors, aliases = contents.tensors, contents.aliases
     names = tensors.keys() | aliases.keys()
@@ -133,7 +135,7 @@ def demand_same(contents: Contents, targets: Mapping[str, Tensor], tied: Mapping
             raise ValueError(f"the model ties {name} to {first}, the file holds two tensors: untie them first")
 
 
-def demand_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Masked]) -> None:
+def check_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Masked]) -> None:
     """Raise ValueError where the masks of a sparsified model would change a weight of the file."""
     for name in names:
         each = masked.get(name)
@@ -145,7 +147,7 @@ def demand_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Maske
                 f"{name} has {most} non-zeros in a group, the model was sparsified at {each.pattern}: "
                 "load into a plain model, or sparsify at the pattern of the file"
             )
-        if each.across and not torch.equal(prune(weight, each.ranked(weight)), weight):
+        if each.output_axis and not torch.equal(prune(weight, each.ranked(weight)), weight):
             raise ValueError(
                 f"{name} is {each.pattern} along its reduction axis but not along its output axis, and the model was "
                 "sparsified with transposable masks: load into a plain model, or sparsify with ow.SRSTE()"
@@ -161,7 +163,7 @@ def fill(names: Sequence[str], weight: Tensor, targets: Mapping[str, Tensor], ma
             masked[name].choose_mask(targets[name])
 
 
-def _demand_plain_tensor(name: str, each: Tensor) -> None:
+def _check_plain_tensor(name: str, each: Tensor) -> None:
     if nn.parameter.is_lazy(each) or each.is_meta:
         raise ValueError(f"{name} has no values: initialize it (one forward, or model.to_empty) first")
     if each.layout != torch.strided or type(each.detach()) is not Tensor:

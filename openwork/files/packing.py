@@ -192,10 +192,10 @@ def _fill(bits_GM: np.ndarray, values_GN: np.ndarray, code: np.ndarray, pattern:
         part_GM.reshape(-1)[at] = slots_GN.reshape(-1)
         spare = np.unique(np.flatnonzero(slots_GN == 0) // pattern.n)  # the groups with a slot that holds a zero
         if len(spare):
-            _demand_lowest(at.reshape(slots_GN.shape)[spare] - spare[:, None] * pattern.m, part_GM[spare], pattern)
+            _check_lowest(at.reshape(slots_GN.shape)[spare] - spare[:, None] * pattern.m, part_GM[spare], pattern)
 
 
-def _demand_lowest(index_GN: np.ndarray, part_GM: np.ndarray, pattern: Pattern) -> None:
+def _check_lowest(index_GN: np.ndarray, part_GM: np.ndarray, pattern: Pattern) -> None:
     _, needed = np.nonzero(_slots(part_GM != 0, pattern.n))
     if not np.array_equal(needed, index_GN.reshape(-1)):
         raise ValueError("a spare slot is not at the lowest free index of its group: the file is damaged")

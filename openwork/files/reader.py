@@ -13,7 +13,7 @@ from torch import Tensor
 
 from openwork.files.container import Stored, read_header, read_tensor
 from openwork.files.foreign.compressed_tensors import Bitmask, bitmasks
-from openwork.files.format import KEY, Sparse, demand_little_endian, described
+from openwork.files.format import KEY, Sparse, check_little_endian, described
 
 FILE = "model.openwork.safetensors"  # the compressed file in a folder of other files
 
@@ -54,7 +54,7 @@ class Contents:
 def opened(path: str | os.PathLike[str]) -> Iterator[Contents]:
     """Open a file, or a folder: its model.openwork.safetensors, or else the files model*.safetensors that a model was
     cut into (which only `legacy` knows). Headers are checked, tensors are not yet. Errors name the path."""
-    demand_little_endian()
+    check_little_endian()
     with ExitStack() as stack:
         files = [stack.enter_context(open(each, "rb")) for each in _files(Path(path))]
         try:
@@ -89,11 +89,11 @@ def _contents(files: Sequence[BinaryIO]) -> Contents:
     if not sparse:
         sparse, aliases = described(texts, stored)
     contents = Contents(stored, sparse, aliases, lambda name: read_tensor(*found[name]))
-    _demand_distinct(contents)
+    _check_distinct(contents)
     return contents
 
 
-def _demand_distinct(contents: Contents) -> None:
+def _check_distinct(contents: Contents) -> None:
     """No name may mean two things."""
     tensors, aliases = contents.tensors, contents.aliases
     twice = contents.sparse.keys() & contents.stored.keys() | aliases.keys() & (tensors.keys() | contents.stored.keys())

@@ -69,7 +69,7 @@ class Plan:
     from those of the model it got, on the example: the largest difference over the largest magnitude."""
 
     layers: tuple[Layer, ...]
-    stored: torch.dtype
+    weight_dtype: torch.dtype
     machine: str
     whole: Mapping[str, float] = field(default_factory=dict)
     difference: float | None = None
@@ -86,7 +86,7 @@ class Plan:
         lines = [_cells(each) for each in self.layers]
         whole = [f"whole model, {name}: {seconds * 1e3:.2f} ms" for name, seconds in self.whole.items()]
         whole += [f"returned: {self.returned}"] if self.returned else []
-        summary = f"{len(self.chosen)} of {len(self.layers)} weights run sparse, stored in {self.stored}"
+        summary = f"{len(self.chosen)} of {len(self.layers)} weights run sparse, stored in {self.weight_dtype}"
         if self.difference is not None:
             whole.append(f"outputs differ from the given model's by {self.difference:.1g} of the largest")
         return "\n".join([self.machine, *aligned(header, lines), summary, *whole])
@@ -111,7 +111,7 @@ def measure_layers(
     model: nn.Module,
     example: Any,
     patterns: Mapping[str, Pattern | str],
-    stored: torch.dtype,
+    weight_dtype: torch.dtype,
     *,
     formats: bool = True,
 ) -> tuple[Layer, ...]:
@@ -126,20 +126,22 @@ def measure_layers(
         module, inputs = model.get_submodule(module_name), seen.get(module_name, [])
         weight = getattr(module, tensor)
         shape = tuple(weight.shape)
-        reason = pattern if isinstance(pattern, str) else cannot(module, tensor, pattern, stored, inputs)
+        reason = pattern if isinstance(pattern, str) else cannot(module, tensor, pattern, weight_dtype, inputs)
         if reason or not isinstance(pattern, Pattern):
             layers.append(Layer(name, shape, None if isinstance(pattern, str) else pattern, reason=reason))
             continue
-        kinds = tuple(gpu_kinds(module, pattern, stored, inputs)) if on_gpu(weight.device) else ()
+        kinds = tuple(gpu_kinds(module, pattern, weight_dtype, inputs)) if on_gpu(weight.device) else ()
         calls = tuple((tuple(x.shape), x.stride()) for x in inputs)
         alike = (repr(module), shape, weight.dtype, pattern, kinds, calls)
         if alike not in times:
-            times[alike] = _timed(module, pattern, inputs, stored, formats)
+            times[alike] = _timed(module, pattern, inputs, weight_dtype, formats)
         layers.append(replace(times[alike], name=name, shape=shape))
     return tuple(layers)
 
 
-def cannot(module: nn.Module, tensor: str, pattern: Pattern, stored: torch.dtype, inputs: Sequence[Tensor]) -> str:
+def cannot(
+    module: nn.Module, tensor: str, pattern: Pattern, weight_dtype: torch.dtype, inputs: Sequence[Tensor]
+) -> str:
     """Why there is no kernel for a weight; empty where there is one."""
     if tensor != "weight" or not has_kernel(module):
         return f"no kernel for {type(module).__name__}.{tensor}"
@@ -160,30 +162,36 @@ def cannot(module: nn.Module, tensor: str, pattern: Pattern, stored: torch.dtype
             return f"a convolution in {module.groups} groups: sparse tensor cores multiply one matrix"
     if int(kept_per_group(_rows(module, pattern), pattern, Axis(1)).max()) > pattern.n:
         return "its groups run along another axis than products sum over"
-    if stored == torch.int8 and not weight.isfinite().all():
+    if weight_dtype == torch.int8 and not weight.isfinite().all():
         return "its weight holds numbers that are not finite, which int8 cannot"
     if not inputs:
         return "the example does not reach it"
     others = {str(x.dtype if _plain(x) else x.layout) for x in inputs} - {str(weight.dtype)}
     if others:
         return f"its inputs are {', '.join(sorted(others))}, its weight {weight.dtype}"
-    return "" if not gpu or gpu_kinds(module, pattern, stored, inputs) else _why_not(module, pattern, stored, inputs)
+    return (
+        ""
+        if not gpu or gpu_kinds(module, pattern, weight_dtype, inputs)
+        else _why_not(module, pattern, weight_dtype, inputs)
+    )
 
 
-def gpu_kinds(module: Any, pattern: Pattern, stored: torch.dtype, inputs: Sequence[Tensor]) -> list[GpuKind]:
+def gpu_kinds(module: Any, pattern: Pattern, weight_dtype: torch.dtype, inputs: Sequence[Tensor]) -> list[GpuKind]:
     """The kernels of the GPU that can take a layer."""
-    return [kind for kind, reason in _gpu_reasons(module, pattern, stored, inputs).items() if not reason]
+    return [kind for kind, reason in _gpu_reasons(module, pattern, weight_dtype, inputs).items() if not reason]
 
 
-def _gpu_reasons(module: Any, pattern: Pattern, stored: torch.dtype, inputs: Sequence[Tensor]) -> dict[GpuKind, str]:
+def _gpu_reasons(
+    module: Any, pattern: Pattern, weight_dtype: torch.dtype, inputs: Sequence[Tensor]
+) -> dict[GpuKind, str]:
     rows = max((x.numel() // x.shape[-1] for x in inputs), default=0)
     transposed = _is_hf_conv1d(module)
     kinds = get_args(GpuKind)
-    return {kind: gpu_layers.cannot(module, pattern, kind, stored, rows, transposed=transposed) for kind in kinds}
+    return {kind: gpu_layers.cannot(module, pattern, kind, weight_dtype, rows, transposed=transposed) for kind in kinds}
 
 
-def _why_not(module: Any, pattern: Pattern, stored: torch.dtype, inputs: Sequence[Tensor]) -> str:
-    return "; ".join(dict.fromkeys(_gpu_reasons(module, pattern, stored, inputs).values()))
+def _why_not(module: Any, pattern: Pattern, weight_dtype: torch.dtype, inputs: Sequence[Tensor]) -> str:
+    return "; ".join(dict.fromkeys(_gpu_reasons(module, pattern, weight_dtype, inputs).values()))
 
 
 def _plain(x: Tensor) -> bool:
@@ -203,28 +211,30 @@ def has_kernel(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) or _is_hf_conv1d(module)
 
 
-def sparse_module(module: Any, pattern: Pattern, kind: Any, stored: torch.dtype) -> PackedLayer:
+def sparse_module(module: Any, pattern: Pattern, kind: Any, weight_dtype: torch.dtype) -> PackedLayer:
     """What stands in for a layer."""
     if kind in get_args(GpuKind):
-        return gpu_layers.gpu_module(module, pattern, kind, stored, transposed=_is_hf_conv1d(module))
+        return gpu_layers.gpu_module(module, pattern, kind, weight_dtype, transposed=_is_hf_conv1d(module))
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return SparseConv2d(module, pattern, kind, stored)
-    return SparseLinear(module, pattern, kind, stored, transposed=_is_hf_conv1d(module))
+        return SparseConv2d(module, pattern, kind, weight_dtype)
+    return SparseLinear(module, pattern, kind, weight_dtype, transposed=_is_hf_conv1d(module))
 
 
-def _timed(module: nn.Module, pattern: Pattern, inputs: list[Tensor], stored: torch.dtype, formats: bool) -> Layer:
+def _timed(
+    module: nn.Module, pattern: Pattern, inputs: list[Tensor], weight_dtype: torch.dtype, formats: bool
+) -> Layer:
     weight: Any = module.weight
     oriented = weight.t() if _is_hf_conv1d(module) else weight
     gpu = on_gpu(weight.device)
     kinds: Sequence[str] = (
-        gpu_kinds(module, pattern, stored, inputs)
+        gpu_kinds(module, pattern, weight_dtype, inputs)
         if gpu
-        else kinds_for(oriented, pattern, stored, getattr(module, "groups", 1))
+        else kinds_for(oriented, pattern, weight_dtype, getattr(module, "groups", 1))
     )
     measured: Counter[str] = Counter()
     shapes = Counter(tuple(x.shape) for x in inputs)
     examples = [next(x for x in inputs if tuple(x.shape) == shape) for shape in shapes]
-    made, failed = _made(module, pattern, kinds, stored, examples)
+    made, failed = _made(module, pattern, kinds, weight_dtype, examples)
     totals: Counter[str] = Counter()
     for x, calls in zip(examples, shapes.values(), strict=True):
         variants: dict[str, Callable[[], object]] = dict(_dense_variants(module, oriented, x))
@@ -258,13 +268,13 @@ def _timed(module: nn.Module, pattern: Pattern, inputs: list[Tensor], stored: to
 
 
 def _made(
-    module: nn.Module, pattern: Pattern, kinds: Sequence[str], stored: torch.dtype, examples: Sequence[Tensor]
+    module: nn.Module, pattern: Pattern, kinds: Sequence[str], weight_dtype: torch.dtype, examples: Sequence[Tensor]
 ) -> tuple[dict[str, PackedLayer], str]:
     """The layer by each kind, ready to run, and why others are not: torch's private operators may refuse."""
     made: dict[str, PackedLayer] = {}
     failed: list[str] = []
     for kind in kinds:
-        layer = _tried(module, pattern, kind, stored, examples)
+        layer = _tried(module, pattern, kind, weight_dtype, examples)
         if isinstance(layer, str):
             failed.append(f"{kind}: {layer}")
         else:
@@ -273,13 +283,13 @@ def _made(
 
 
 def _tried(
-    module: nn.Module, pattern: Pattern, kind: str, stored: torch.dtype, examples: Sequence[Tensor]
+    module: nn.Module, pattern: Pattern, kind: str, weight_dtype: torch.dtype, examples: Sequence[Tensor]
 ) -> PackedLayer | str:
     """The layer by one kind, or the error of the GPU's libraries."""
     if kind not in get_args(GpuKind):
-        return sparse_module(module, pattern, kind, stored)
+        return sparse_module(module, pattern, kind, weight_dtype)
     try:
-        layer: Any = sparse_module(module, pattern, kind, stored)
+        layer: Any = sparse_module(module, pattern, kind, weight_dtype)
         for x in examples:
             layer.search(x)
             layer(x)

@@ -27,15 +27,15 @@ from openwork.kernels.cuda.cusparselt import QUANTIZED
 from openwork.kernels.cuda.stream import on_device
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
-from openwork.training.record import promises
+from openwork.training.record import sparsity_records
 from openwork.training.select import AxisChoice, PatternChoice
 from openwork.training.sparsify import finalize
 from openwork.training.verify import verify
 from openwork.utils.example import run
 from openwork.utils.timing import as_graph, compile_frozen, fastest, finished
 
-STORED = (torch.float32, torch.bfloat16, torch.int8)
-STORED_ON_GPU = (torch.float16, torch.bfloat16, *QUANTIZED)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+WEIGHT_DTYPES_ON_GPU = (torch.float16, torch.bfloat16, *QUANTIZED)
 
 
 def plan(
@@ -45,20 +45,20 @@ def plan(
     pattern: PatternChoice | None = None,
     exclude: Sequence[str] = (),
     axis: AxisChoice = "input",
-    stored: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
 ) -> Plan:
     """Time every sparse layer on the shapes that `example` brings it, dense (the best of torch's default, oneDNN
     prepacked, channels_last) and sparse, and say what `deploy` would choose. The model is not changed.
 
     `example` is a tensor, a tuple of arguments or a mapping of keyword arguments. `pattern`, `exclude` and `axis` as in
-    `verify`. `stored` is the dtype that sparse kernels keep weights in, by default the model's own. On a CPU it is
-    float32, or bfloat16 or int8, which are smaller, and round. On a GPU it is the model's own dtype, or float16,
+    `verify`. `weight_dtype` is the dtype that sparse kernels keep weights in, by default the model's own. On a CPU
+    float32, or bfloat16 or int8, which are smaller, and round. On a GPU the model's own dtype, or float16,
     bfloat16, int8, float8_e4m3fn.
     """
     with torch.inference_mode(False), on_device(_device(unwrap(model))):
-        ready, patterns, kept_in = _ready(model, pattern, exclude, axis, stored)
+        ready, patterns, weight_dtype = _ready(model, pattern, exclude, axis, weight_dtype)
         fold_batch_norm(ready, example)
-        return _plan(ready, example, patterns, kept_in)
+        return _plan(ready, example, patterns, weight_dtype)
 
 
 def deploy(
@@ -68,7 +68,7 @@ def deploy(
     pattern: PatternChoice | None = None,
     exclude: Sequence[str] = (),
     axis: AxisChoice = "input",
-    stored: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
     cuda_graph: bool = False,
     compiled: bool = False,
 ) -> nn.Module:
@@ -86,10 +86,10 @@ def deploy(
     """
     # Not in inference mode, also where the caller is in it: what is made here can be loaded into later.
     with torch.inference_mode(False), on_device(_device(unwrap(model))):
-        dense, patterns, kept_in = _ready(model, pattern, exclude, axis, stored)
+        dense, patterns, weight_dtype = _ready(model, pattern, exclude, axis, weight_dtype)
         expected = _outputs(dense, example)
         fold_batch_norm(dense, example)
-        found = _plan(dense, example, patterns, kept_in)
+        found = _plan(dense, example, patterns, weight_dtype)
         sparse = _converted(copy.deepcopy(dense), found, example)
         models = {"dense": dense, "sparse": sparse} if found.chosen else {"dense": dense}
         whole = _whole(models, example, cuda_graph, compiled)
@@ -100,7 +100,7 @@ def deploy(
     found = dataclasses.replace(found, whole=whole, difference=difference, returned=best)
     if result is dense:
         warnings.warn(f"sparse is not faster than dense here: the dense model is returned\n{found}", stacklevel=2)
-    exact = kept_in == torch.float32 and all(each.dtype == torch.float32 and each.is_cpu for each in expected)
+    exact = weight_dtype == torch.float32 and all(each.dtype == torch.float32 and each.is_cpu for each in expected)
     if difference > (most := 1e-3 if exact else 0.1):  # rounding of float32 makes 1e-6 or so
         warnings.warn(
             f"outputs differ from the given model's by {difference:.1g} of the largest, more than {most:g}: check them "
@@ -116,7 +116,7 @@ def _ready(
     pattern: PatternChoice | None,
     exclude: Sequence[str],
     axis: AxisChoice,
-    stored: torch.dtype | None,
+    weight_dtype: torch.dtype | None,
 ) -> tuple[nn.Module, dict[str, Pattern | str], torch.dtype]:
     """A plain copy in eval mode; for each weight its pattern or why it has none; the dtype to store weights in."""
     inner = unwrap(model)
@@ -126,14 +126,14 @@ def _ready(
         found = ", ".join(sorted(map(str, where)))
         raise ValueError(f"the model is on {found}; needed one CPU or one GPU: model.to('cuda') or model.to('cpu')")
     gpu = any(on_gpu(each) for each in where)
-    kept_in = stored or own_dtype(inner)
-    allowed = STORED_ON_GPU if gpu else STORED
-    if stored is not None and stored not in allowed:
-        raise ValueError(f"stored={stored}; needed one of {', '.join(map(str, allowed))}")
+    allowed = WEIGHT_DTYPES_ON_GPU if gpu else WEIGHT_DTYPES
+    if weight_dtype is not None and weight_dtype not in allowed:
+        raise ValueError(f"weight_dtype={weight_dtype}; needed one of {', '.join(map(str, allowed))}")
+    weight_dtype = weight_dtype or own_dtype(inner)
     report = verify(inner, pattern=pattern, exclude=exclude, axis=axis)
     ready = copy.deepcopy(inner)
-    ready = (finalize(ready) if promises(ready) else ready).eval().requires_grad_(False)
-    return ready, {row.name: row.pattern or row.reason for row in report.rows}, kept_in
+    ready = (finalize(ready) if sparsity_records(ready) else ready).eval().requires_grad_(False)
+    return ready, {row.name: row.pattern or row.reason for row in report.rows}, weight_dtype
 
 
 def own_dtype(model: nn.Module) -> torch.dtype:
@@ -145,9 +145,9 @@ def own_dtype(model: nn.Module) -> torch.dtype:
     return torch.bfloat16 if {each.dtype for each in weights} == {torch.bfloat16} else torch.float32
 
 
-def _plan(ready: nn.Module, example: Any, patterns: Mapping[str, Pattern | str], stored: torch.dtype) -> Plan:
+def _plan(ready: nn.Module, example: Any, patterns: Mapping[str, Pattern | str], weight_dtype: torch.dtype) -> Plan:
     with torch.inference_mode():
-        return Plan(measure_layers(ready, example, patterns, stored), stored, machine(_device(ready)))
+        return Plan(measure_layers(ready, example, patterns, weight_dtype), weight_dtype, machine(_device(ready)))
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -162,7 +162,7 @@ def _converted(model: nn.Module, found: Plan, example: Any) -> nn.Module:
             continue
         name = layer.name.rpartition(".")[0]
         dense = model.get_submodule(name)
-        made: Any = sparse_module(dense, layer.pattern, layer.kind, found.stored)
+        made: Any = sparse_module(dense, layer.pattern, layer.kind, found.weight_dtype)
         if layer.algorithms:
             made.algorithms = dict(layer.algorithms)
         if name in followed:

@@ -24,11 +24,13 @@ from openwork.ops.skinny import ROWS, Thin, from_thin, thin
 _FLOAT8_MOST = 448.0  # the largest number of float8_e4m3fn
 
 
-def gpu_module(module: Any, pattern: Pattern, kind: GpuKind, stored: torch.dtype, *, transposed: bool) -> GpuLayer:
+def gpu_module(
+    module: Any, pattern: Pattern, kind: GpuKind, weight_dtype: torch.dtype, *, transposed: bool
+) -> GpuLayer:
     """What stands in for a layer. Raises ValueError or RuntimeError where `kind` cannot take its weight."""
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return GpuConv2d(module, pattern, kind, stored)
-    return GpuLinear(module, pattern, kind, stored, transposed=transposed)
+        return GpuConv2d(module, pattern, kind, weight_dtype)
+    return GpuLinear(module, pattern, kind, weight_dtype, transposed=transposed)
 
 
 def rows_of(module: Any, *, transposed: bool) -> Tensor:
@@ -39,13 +41,15 @@ def rows_of(module: Any, *, transposed: bool) -> Tensor:
     return weight.t() if transposed else weight
 
 
-def cannot(module: Any, pattern: Pattern, kind: GpuKind, stored: torch.dtype, rows: int, *, transposed: bool) -> str:
+def cannot(
+    module: Any, pattern: Pattern, kind: GpuKind, weight_dtype: torch.dtype, rows: int, *, transposed: bool
+) -> str:
     """Why a layer called with at most so many rows cannot run as `kind`; empty where it can."""
     weight = rows_of(module, transposed=transposed).detach()
     if kind in cusparselt.BACKENDS:
-        return cusparselt.cannot(weight, kind, stored)
-    if stored not in (torch.float16, torch.bfloat16):
-        return f"thin products are for float16 and bfloat16, not {stored}"
+        return cusparselt.cannot(weight, kind, weight_dtype)
+    if weight_dtype not in (torch.float16, torch.bfloat16):
+        return f"thin products are for float16 and bfloat16, not {weight_dtype}"
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return "thin products are for linear layers"
     return "" if rows <= ROWS else f"thin products are for up to {ROWS} rows"
@@ -60,8 +64,8 @@ class GpuLayer(PackedLayer):
     packed_bias: Tensor | None
     relu = False
 
-    def __init__(self, layer: Any, pattern: Pattern, kind: GpuKind, stored: torch.dtype):
-        super().__init__(layer.weight, layer.bias, pattern, kind, stored)
+    def __init__(self, layer: Any, pattern: Pattern, kind: GpuKind, weight_dtype: torch.dtype):
+        super().__init__(layer.weight, layer.bias, pattern, kind, weight_dtype)
         self.register_load_state_dict_post_hook(_pack_bias)
 
     @property
@@ -76,9 +80,9 @@ class GpuLayer(PackedLayer):
     def _pack(self, weight: Tensor) -> None:
         here = self.values.device if "values" in self._buffers else weight.device  # a state may come from elsewhere
         rows, scales = self._to_rows(weight.detach().to(here)).contiguous(), None
-        if self.stored in QUANTIZED:
-            rows, scales = quantized_weight(rows, self.stored)
-        rows = rows.to(self.stored)
+        if self.weight_dtype in QUANTIZED:
+            rows, scales = quantized_weight(rows, self.weight_dtype)
+        rows = rows.to(self.weight_dtype)
         self.shape = (rows.shape[0], rows.shape[1])
         self.algorithms: dict[int, Algorithm] = {}
         if self.kind in cusparselt.BACKENDS:
@@ -101,9 +105,9 @@ class GpuLayer(PackedLayer):
 
     def bias_for_kernel(self) -> Tensor | None:
         """In the dtype and size that the kernel takes; None where the kernel takes none."""
-        if self.bias is None or self.stored in QUANTIZED:
+        if self.bias is None or self.weight_dtype in QUANTIZED:
             return None
-        return F.pad(self.bias, (0, self.padded[0] - len(self.bias))).to(self.stored)
+        return F.pad(self.bias, (0, self.padded[0] - len(self.bias))).to(self.weight_dtype)
 
     def search(self, x: Tensor) -> None:
         """Find the fastest algorithm for an input like this one, once."""
@@ -121,7 +125,7 @@ class GpuLayer(PackedLayer):
         return found
 
     def _product(self, x: Tensor) -> Tensor:
-        """(B, K) in `stored`, or quantized here, to (B, O) in floats."""
+        """(B, K) in `weight_dtype`, or quantized here, to (B, O) in floats."""
         if self.kind not in cusparselt.BACKENDS:
             numbers = self._thin().numbers
             if len(x) > ROWS:
@@ -130,8 +134,8 @@ class GpuLayer(PackedLayer):
             operator, expand = torch.ops.openwork.thin_linear.default, self.kind == "expand"
             return operator(x, self.values, self.positions, self.packed_bias, numbers, expand, self.relu)
         scales = None
-        if self.stored in QUANTIZED:
-            x, scales = quantized_input(x, self.stored)
+        if self.weight_dtype in QUANTIZED:
+            x, scales = quantized_input(x, self.weight_dtype)
         known = (self.packed_bias, self.algorithm_for(len(x)), self._out())
         y = cusparselt.multiply(x, self._semi_structured(), *known)
         y = y[:, : self.shape[0]]
@@ -142,7 +146,7 @@ class GpuLayer(PackedLayer):
         return y.relu() if self.relu else y
 
     def _out(self) -> torch.dtype:
-        return {torch.int8: torch.int32, torch.float8_e4m3fn: torch.float32}.get(self.stored, self.stored)
+        return {torch.int8: torch.int32, torch.float8_e4m3fn: torch.float32}.get(self.weight_dtype, self.weight_dtype)
 
     def _rows(self, x: Tensor) -> Tensor:
         """The input of the layer as that of a product, before it is quantized."""
@@ -175,30 +179,32 @@ class GpuLayer(PackedLayer):
         probe = fn(torch.zeros(1, device=self.values.device))
         if probe.device != self.values.device or probe.dtype != torch.float32:
             raise TypeError(
-                f"{type(self).__name__} is packed for {self.values.device} in {self.stored}: convert or move the "
+                f"{type(self).__name__} is packed for {self.values.device} in {self.weight_dtype}: convert or move the "
                 "model, then deploy"
             )
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.pattern}, {self.shape}, {self.stored}, {self.kind}"
+        return f"{self.pattern}, {self.shape}, {self.weight_dtype}, {self.kind}"
 
 
 class GpuLinear(GpuLayer):
     """A linear layer (..., K) -> (..., O). `transposed`: the layer it stands for keeps its weight as (K, O)."""
 
-    def __init__(self, layer: Any, pattern: Pattern, kind: GpuKind, stored: torch.dtype, *, transposed: bool = False):
+    def __init__(
+        self, layer: Any, pattern: Pattern, kind: GpuKind, weight_dtype: torch.dtype, *, transposed: bool = False
+    ):
         self.transposed = transposed
-        super().__init__(layer, pattern, kind, stored)
+        super().__init__(layer, pattern, kind, weight_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        self._demand_inference(x)
+        self._check_inference(x)
         y = self._product(self._rows(x))
         return y.reshape(*x.shape[:-1], self.shape[0]).to(x.dtype)
 
     def _rows(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        return flat if self.stored in QUANTIZED else flat.to(self.stored)
+        return flat if self.weight_dtype in QUANTIZED else flat.to(self.weight_dtype)
 
     def _to_rows(self, weight: Tensor) -> Tensor:
         return weight.t() if self.transposed else weight
@@ -212,17 +218,17 @@ class GpuConv2d(GpuLayer):
     pixel and images that have their channels last, nothing is copied; a larger kernel copies each pixel once for each
     place. A one-dimensional convolution is one of images one pixel high. The output has its channels last."""
 
-    def __init__(self, conv: nn.Conv2d | nn.Conv1d, pattern: Pattern, kind: GpuKind, stored: torch.dtype):
+    def __init__(self, conv: nn.Conv2d | nn.Conv1d, pattern: Pattern, kind: GpuKind, weight_dtype: torch.dtype):
         self.flat = isinstance(conv, nn.Conv1d)
         self.kernel = [1] * self.flat + list(conv.kernel_size)
         self.stride = [1] * self.flat + list(conv.stride)
         self.dilation = [1] * self.flat + list(conv.dilation)
         self.padding = [0] * self.flat + symmetric_padding(conv)
         self.channels = conv.in_channels
-        super().__init__(conv, pattern, kind, stored)
+        super().__init__(conv, pattern, kind, weight_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        self._demand_inference(x)
+        self._check_inference(x)
         unbatched = x.ndim == (2 if self.flat else 3)
         image = x.unsqueeze(0) if unbatched else x
         patches = self._patches(image)
@@ -238,7 +244,7 @@ class GpuConv2d(GpuLayer):
     def _patches(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, outH, outW, K), channels innermost."""
         image = x.unsqueeze(2) if self.flat else x
-        image = image if self.stored in QUANTIZED else image.to(self.stored)
+        image = image if self.weight_dtype in QUANTIZED else image.to(self.weight_dtype)
         image = image.permute(0, 2, 3, 1)
         high, wide = self.padding
         more = -self.channels % cusparselt.PATTERN.m
@@ -268,18 +274,18 @@ def _pack_bias(layer: GpuLayer, *_: object) -> None:
     layer._keep("packed_bias", layer.bias_for_kernel())
 
 
-def quantized_weight(rows: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A weight (O, K) as int8 or float8 and one scale an output. weight ~ stored * scale."""
-    if stored == torch.int8:
+def quantized_weight(rows: Tensor, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A weight (O, K) as int8 or float8 and one scale an output. weight ~ quantized * scale."""
+    if weight_dtype == torch.int8:
         return quantized(rows)
     scales = scale_of(rows.float().abs().amax(1)) * (127 / _FLOAT8_MOST)
-    return (rows.float() / scales[:, None]).to(stored), scales
+    return (rows.float() / scales[:, None]).to(weight_dtype), scales
 
 
-def quantized_input(x: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows of input quantized with one scale each: (B, K) in `stored`, float32 (B,)."""
-    if stored == torch.int8:
+def quantized_input(x: Tensor, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows of input quantized with one scale each: (B, K) in `weight_dtype`, float32 (B,)."""
+    if weight_dtype == torch.int8:
         scales = scale_of(x.float().abs().amax(1))
         return (x.float() / scales[:, None]).round().to(torch.int8), scales
     scales = scale_of(x.float().abs().amax(1)) * (127 / _FLOAT8_MOST)
-    return (x.float() / scales[:, None]).to(stored), scales
+    return (x.float() / scales[:, None]).to(weight_dtype), scales

@@ -46,9 +46,11 @@ _PRODUCTS = {
 }
 
 
-def packed(weight: Tensor, pattern: Pattern, kind: Kind, stored: torch.dtype) -> Panel | Rows | Dots:
-    """A weight (O, K) as the kernel of this machine reads it, its values in the dtype `stored`."""
-    numbers, scales = quantized(weight.detach()) if stored == torch.int8 else (weight.detach().to(stored), None)
+def packed(weight: Tensor, pattern: Pattern, kind: Kind, weight_dtype: torch.dtype) -> Panel | Rows | Dots:
+    """A weight (O, K) as the kernel of this machine reads it, its values in the dtype `weight_dtype`."""
+    numbers, scales = (
+        quantized(weight.detach()) if weight_dtype == torch.int8 else (weight.detach().to(weight_dtype), None)
+    )
     return _laid_out(numbers, scales, pattern, kind)
 
 
@@ -63,13 +65,13 @@ def kind_here(kind: Kind) -> Kind:
     return "panel" if kind == "dots" and not kernels.has_dots() else kind
 
 
-def kinds_for(weight: Tensor, pattern: Pattern, stored: torch.dtype, groups: int = 1) -> tuple[Kind, ...]:
+def kinds_for(weight: Tensor, pattern: Pattern, weight_dtype: torch.dtype, groups: int = 1) -> tuple[Kind, ...]:
     """The kernels of this machine that can take a layer's weight, stored as that dtype, of a convolution in so many
     groups. `dots` rounds no more than the layer does: its inputs are bfloat16 where the layer's are, and int8 sums are
     exact in every kernel."""
-    short = stored == torch.int8 or stored == weight.dtype == torch.bfloat16
+    short = weight_dtype == torch.int8 or weight_dtype == weight.dtype == torch.bfloat16
     rows: tuple[Kind, ...] = ("rows",) if weight.ndim == 2 and pattern.m in WINDOWS else ()
-    if short and groups == 1 and kernels.has_dots() and has_dots_layout(stored, pattern, kernels.lanes()):
+    if short and groups == 1 and kernels.has_dots() and has_dots_layout(weight_dtype, pattern, kernels.lanes()):
         return ("panel", *rows, "dots")
     return ("panel", *rows)
 
@@ -82,9 +84,9 @@ class PackedLayer(nn.Module):
     scales: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, pattern: Pattern, kind: str, stored: torch.dtype):
+    def __init__(self, weight: Tensor, bias: Tensor | None, pattern: Pattern, kind: str, weight_dtype: torch.dtype):
         nn.Module.__init__(self)
-        self.pattern, self.kind, self.stored, self.dtype = pattern, kind, stored, weight.dtype
+        self.pattern, self.kind, self.weight_dtype, self.dtype = pattern, kind, weight_dtype, weight.dtype
         self.dense_shape = tuple(weight.shape)
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         self._pack(weight)
@@ -93,7 +95,7 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, made anew at each call: what was packed, or its approximation in `stored`."""
+        """The dense weight, made anew at each call: what was packed, or its approximation in `weight_dtype`."""
         raise NotImplementedError
 
     def _pack(self, weight: Tensor) -> None:
@@ -106,7 +108,7 @@ class PackedLayer(nn.Module):
     def _from_rows(self, rows: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _demand_inference(self, x: Tensor) -> None:
+    def _check_inference(self, x: Tensor) -> None:
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{type(self).__name__} is for inference, and its input requires grad: call the deployed model under "
@@ -136,7 +138,7 @@ class _CpuLayer(PackedLayer):
         return from_rows(layout) if isinstance(layout, Rows) else from_dots(layout)
 
     def _pack(self, weight: Tensor) -> None:
-        self._take(packed(self._to_rows(weight.cpu()), self.pattern, self.kind, self.stored))
+        self._take(packed(self._to_rows(weight.cpu()), self.pattern, self.kind, self.weight_dtype))
 
     def _take(self, layout: Panel | Rows | Dots) -> None:
         positions = layout.words if isinstance(layout, Rows) else layout.positions
@@ -168,12 +170,12 @@ class _CpuLayer(PackedLayer):
         probe = fn(torch.zeros(1))
         if probe.device.type != "cpu" or probe.dtype != torch.float32:
             raise TypeError(
-                f"{type(self).__name__} is packed for this CPU in {self.stored}: convert the model, then deploy"
+                f"{type(self).__name__} is packed for this CPU in {self.weight_dtype}: convert the model, then deploy"
             )
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.pattern}, {tuple(self.numbers[-2:])}, {self.stored}, {self.kind}"
+        return f"{self.pattern}, {tuple(self.numbers[-2:])}, {self.weight_dtype}, {self.kind}"
 
 
 class SparseLinear(_CpuLayer):
@@ -182,12 +184,14 @@ class SparseLinear(_CpuLayer):
 
     relu = False
 
-    def __init__(self, layer: Any, pattern: Pattern, kind: Kind, stored: torch.dtype, *, transposed: bool = False):
+    def __init__(
+        self, layer: Any, pattern: Pattern, kind: Kind, weight_dtype: torch.dtype, *, transposed: bool = False
+    ):
         self.transposed = transposed
-        super().__init__(layer.weight, layer.bias, pattern, kind, stored)
+        super().__init__(layer.weight, layer.bias, pattern, kind, weight_dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name it has in torch
-        self._demand_inference(input)
+        self._check_inference(input)
         product = _PRODUCTS[self.kind]
         y = product(self._input(input), self.values, self.positions, self.scales, self.bias, self.numbers, self.relu)
         return y if input.dtype == torch.float32 else y.to(input.dtype)
@@ -207,17 +211,17 @@ class SparseConv2d(_CpuLayer):
     channels_last = False
     """Bring inputs into that memory format, in which the layer, what follows it, or both are faster."""
 
-    def __init__(self, conv: nn.Conv2d | nn.Conv1d, pattern: Pattern, kind: Kind, stored: torch.dtype):
+    def __init__(self, conv: nn.Conv2d | nn.Conv1d, pattern: Pattern, kind: Kind, weight_dtype: torch.dtype):
         self.flat = isinstance(conv, nn.Conv1d)
         self.kernel = [1] * self.flat + list(conv.kernel_size)
         self.stride = [1] * self.flat + list(conv.stride)
         self.dilation = [1] * self.flat + list(conv.dilation)
         self.padding = [0] * self.flat + symmetric_padding(conv)
         self.groups, self.channels = conv.groups, conv.in_channels // conv.groups
-        super().__init__(conv.weight, conv.bias, pattern, kind, stored)
+        super().__init__(conv.weight, conv.bias, pattern, kind, weight_dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name it has in torch
-        self._demand_inference(input)
+        self._check_inference(input)
         unbatched = input.ndim == (2 if self.flat else 3)
         image = input.unsqueeze(0) if unbatched else input
         image = image.unsqueeze(2) if self.flat else image

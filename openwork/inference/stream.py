@@ -24,17 +24,17 @@ from openwork.files.container import Stored
 from openwork.files.foreign.compressed_tensors import Bitmask
 from openwork.files.format import Sparse
 from openwork.files.hub import local
-from openwork.files.model_state import demand_same, tensors_by_name, ties
+from openwork.files.model_state import check_same, tensors_by_name, ties
 from openwork.files.reader import Contents, opened
 from openwork.inference.choose import Layer, Plan, has_kernel, machine, measure_layers, sparse_module
-from openwork.inference.deploy import STORED, own_dtype
+from openwork.inference.deploy import WEIGHT_DTYPES, own_dtype
 from openwork.inference.fold import foldable, following_relu, fuse
 from openwork.inference.fold import replace as replace_module
 from openwork.inference.layers import SparseConv2d, SparseLinear, kind_here, kinds_for
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import masked_modules, unwrap
-from openwork.training.record import promises
+from openwork.training.record import sparsity_records
 from openwork.training.select import known_axis
 from openwork.utils.example import run
 
@@ -48,10 +48,10 @@ def load_deployed(
     example: Any,
     *,
     chosen: Mapping[str, str] | None = None,
-    stored: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """What `ow.deploy` makes of the model in a file, read layer by layer: memory holds the packed layers and one dense
-    weight at a time, never the dense model. `path` as in `ow.load`, `stored` as in `ow.deploy`.
+    weight at a time, never the dense model. `path` as in `ow.load`, `weight_dtype` as in `ow.deploy`.
 
     `model` says which network it is and is not changed. It may have no weights: `with torch.device("meta"): model =
     network()`. Every layer is timed on the shapes that `example` brings it, or is what `chosen` says: names of weights
@@ -65,19 +65,19 @@ def load_deployed(
             f"load_deployed packs for the CPU, the example is on {', '.join(sorted(elsewhere))}: move it to the "
             "CPU, or ow.load the file into a model there and ow.deploy that"
         )
-    stored = stored or own_dtype(model)
-    if stored not in STORED:
-        raise ValueError(f"stored={stored}; needed one of {', '.join(map(str, STORED))}")
+    weight_dtype = weight_dtype or own_dtype(model)
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"weight_dtype={weight_dtype}; needed one of {', '.join(map(str, WEIGHT_DTYPES))}")
     with local(path) as here, opened(here) as contents, torch.no_grad():
         streamed = _streamed(contents, model)
         with streamed.running():
             _fold(streamed, example)
             run(streamed.model, example)
         layers = []
-        for each in _measured(streamed, stored) if chosen is None else _as_chosen(streamed, chosen, stored):
-            _settle(streamed, each, stored)
+        for each in _measured(streamed, weight_dtype) if chosen is None else _as_chosen(streamed, chosen, weight_dtype):
+            _settle(streamed, each, weight_dtype)
             layers.append(each)
-        found = Plan((*layers, *streamed.dense), stored, machine(), {})
+        found = Plan((*layers, *streamed.dense), weight_dtype, machine(), {})
         for name, relu in following_relu(streamed.model, example).items():
             layer = streamed.model.get_submodule(name)
             if isinstance(layer, SparseLinear | SparseConv2d):
@@ -149,10 +149,10 @@ def _hooks(layer: nn.Module, stream: _Stream) -> tuple[Any, Any]:
 def _streamed(contents: Contents, model: nn.Module) -> _Streamed:
     """A copy of the model, filled from the file but for the layers that are streamed."""
     inner = unwrap(model)
-    if promises(inner) or any(True for _ in masked_modules(inner)):
+    if sparsity_records(inner) or any(True for _ in masked_modules(inner)):
         raise ValueError("the model is sparsified, and a plain one is needed: build it anew, without sparsify")
     targets = tensors_by_name(inner, empty=True)
-    demand_same(contents, targets, ties(targets, {}))
+    check_same(contents, targets, ties(targets, {}))
     empty = {name: _without_values(each) for name, each in targets.items()}
     empty |= {alias: empty[name] for alias, name in ties(targets, {}).items()}
     memo = {id(each): empty[name] for name, each in targets.items()}
@@ -169,7 +169,7 @@ def _streamed(contents: Contents, model: nn.Module) -> _Streamed:
         if len(each.shape) > 1:
             dense.append(Layer(name, each.shape, None if isinstance(each, Stored) else each.pattern, reason=reason))
         _fill(where, contents.read(name))
-    _demand_values(ready, set(layers))
+    _check_values(ready, set(layers))
     return _Streamed(ready, layers, tuple(dense))
 
 
@@ -222,7 +222,7 @@ def _fill(where: list[_Place], tensor: Tensor) -> None:
         setattr(module, key, parameter if key in module._parameters else tensor)
 
 
-def _demand_values(model: nn.Module, layers: set[nn.Module]) -> None:
+def _check_values(model: nn.Module, layers: set[nn.Module]) -> None:
     for path, module in model.named_modules():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and tensor.device.type != "cpu" and not (module in layers and key == "weight"):
@@ -260,7 +260,7 @@ class _Alone(nn.Module):
             self.layer(each)
 
 
-def _measured(streamed: _Streamed, stored: torch.dtype) -> Iterator[Layer]:
+def _measured(streamed: _Streamed, weight_dtype: torch.dtype) -> Iterator[Layer]:
     """What `ow.plan` finds for each streamed layer."""
     known: dict[object, Layer] = {}
     for layer, stream in streamed.layers.items():
@@ -269,7 +269,7 @@ def _measured(streamed: _Streamed, stored: torch.dtype) -> Iterator[Layer]:
             inputs = [each for form, calls in stream.inputs.items() for each in [_random(*form)] * calls]
             with stream.at_hand(layer):
                 (known[alike],) = measure_layers(
-                    _Alone(layer), tuple(inputs), {"layer.weight": stream.pattern}, stored, formats=False
+                    _Alone(layer), tuple(inputs), {"layer.weight": stream.pattern}, weight_dtype, formats=False
                 )
         yield replace(known[alike], name=stream.name)
 
@@ -280,10 +280,10 @@ def _random(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype)
     return torch.empty_strided(shape, stride, dtype=dtype).normal_()
 
 
-def _as_chosen(streamed: _Streamed, chosen: Mapping[str, str], stored: torch.dtype) -> Iterator[Layer]:
+def _as_chosen(streamed: _Streamed, chosen: Mapping[str, str], weight_dtype: torch.dtype) -> Iterator[Layer]:
     """The layers as `chosen` wants them. Raises ValueError where it names what cannot be."""
     possible = {
-        each.name: kinds_for(layer.weight, each.pattern, stored, getattr(layer, "groups", 1))
+        each.name: kinds_for(layer.weight, each.pattern, weight_dtype, getattr(layer, "groups", 1))
         for layer, each in streamed.layers.items()
     }
     here: dict[str, Any] = {name: kind_here(kind) for name, kind in chosen.items()}  # type: ignore[arg-type]
@@ -297,14 +297,14 @@ def _as_chosen(streamed: _Streamed, chosen: Mapping[str, str], stored: torch.dty
         yield Layer(each.name, tuple(layer.weight.shape), each.pattern, shapes, kind=by, reason="as chosen")
 
 
-def _settle(streamed: _Streamed, found: Layer, stored: torch.dtype) -> None:
+def _settle(streamed: _Streamed, found: Layer, weight_dtype: torch.dtype) -> None:
     """Make a streamed layer what was found: a packed one in its place, or a dense one with its weight."""
     layer, stream = next((layer, each) for layer, each in streamed.layers.items() if each.name == found.name)
     if found.kind is None:
         layer.weight = _parameter(stream.read())
         return
     with stream.at_hand(layer):
-        made = sparse_module(layer, stream.pattern, found.kind, stored)
+        made = sparse_module(layer, stream.pattern, found.kind, weight_dtype)
     _put(streamed.model, stream.path, made)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import openwork as ow
 from openwork.files.reader import FILE as FILE
-from openwork.training.record import promises
+from openwork.training.record import sparsity_records
 
 
 def save_beside(model: nn.Module, folder: str | Path) -> None:
@@ -24,13 +24,13 @@ def save_beside(model: nn.Module, folder: str | Path) -> None:
 
 
 def verify(model: nn.Module) -> None:
-    """`ow.verify`, where something was promised: `ow.Dense` only watches."""
+    """`ow.verify`, where something was recorded: `ow.Dense` only watches."""
     if promises_sparsity(model):
         ow.verify(model)
 
 
 def promises_sparsity(model: nn.Module) -> bool:
-    return any(promise.method.sparse for _, _, promise in promises(model))
+    return any(record.method.sparse for _, _, record in sparsity_records(model))
 
 
 class Scalars:

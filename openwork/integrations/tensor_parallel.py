@@ -53,7 +53,7 @@ def _admitted(module: nn.Module) -> nn.Module:
 def _split(module: nn.Module, mesh: DeviceMesh, weight: Placement, bias: Placement, source: int | None) -> None:
     """Called by torch for the layer and for each module in it: the dense weight behind a mask is in one of them."""
     for _, masked, dense in masked_weights(module):
-        _demand_whole_groups(dense, masked, weight, mesh)
+        _check_whole_groups(dense, masked, weight, mesh)
         lists: Any = module.parametrizations
         lists.weight.original = _spread(dense, mesh, weight, source)
     if isinstance(module, nn.Linear):
@@ -67,7 +67,7 @@ def _spread(parameter: Any, mesh: DeviceMesh, placement: Placement, source: int 
     return nn.Parameter(spread, requires_grad=parameter.requires_grad)
 
 
-def _demand_whole_groups(weight: nn.Parameter, masked: Masked, placement: Placement, mesh: DeviceMesh) -> None:
+def _check_whole_groups(weight: nn.Parameter, masked: Masked, placement: Placement, mesh: DeviceMesh) -> None:
     if not keeps_groups(weight, [(placement, mesh.size())], masked.axis, masked.pattern.m):
         raise ValueError(
             f"splitting a weight {tuple(weight.shape)} over {mesh.size()} processes by {placement} cuts groups of "

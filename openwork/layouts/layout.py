@@ -109,7 +109,7 @@ def panel(weight: Tensor, pattern: Pattern, *, columns: int, scales: Tensor | No
 
     `columns` are those that the kernel takes at once. Raises ValueError where a group holds more than N non-zeros.
     """
-    _demand_packable(weight)
+    _check_packable(weight)
     O, K = weight.shape
     int8 = weight.dtype == torch.int8
     tile, row = tile_of(weight.dtype, pattern, columns), columns * _input_bytes(weight.dtype)
@@ -182,7 +182,7 @@ def rows(weight: Tensor, pattern: Pattern, *, lanes: int, scales: Tensor | None 
     group holds more than N non-zeros, or for an M without a permutation."""
     if pattern.m not in WINDOWS:
         raise ValueError(f"M={pattern.m} has no layout by rows; needed one of {', '.join(map(str, WINDOWS))}")
-    _demand_packable(weight)
+    _check_packable(weight)
     (O, K), window = weight.shape, WINDOWS[pattern.m]
     values, words = [], []
     for _, part, keep in _parts(weight, pattern, -K % window, lanes):
@@ -218,7 +218,7 @@ def dots(weight: Tensor, pattern: Pattern, *, lanes: int, scales: Tensor | None 
     """The dots layout of a weight (O, K) in bfloat16, or int8 with its `scales`. Raises ValueError where a group holds
     more than N non-zeros, or for an M that the vectors are no multiple of."""
     sizes = dots_sizes(weight.dtype, pattern, lanes)
-    _demand_packable(weight)
+    _check_packable(weight)
     values, positions = [], []
     for _, part, keep in _parts(weight, pattern, -weight.shape[1] % sizes.window, lanes):
         index = torch.arange(part.shape[1], dtype=torch.uint8, device=weight.device) % sizes.window
@@ -345,7 +345,7 @@ def _input_bytes(dtype: torch.dtype) -> int:
     return 2 if dtype == torch.int8 else 4
 
 
-def _demand_packable(weight: Tensor) -> None:
+def _check_packable(weight: Tensor) -> None:
     if weight.ndim != 2 or not weight.numel():
         raise ValueError(
             f"weight of shape {tuple(weight.shape)}; a layout needs one of outputs and inputs, at least one of each"

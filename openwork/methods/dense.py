@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Dense:
-    """No zeros, no promise; `Topology` records how the magnitude mask would move."""
+    """No zeros; `Topology` records how the magnitude mask would move."""
 
     name: ClassVar[str] = "dense"
     fixed: ClassVar[bool] = False

@@ -30,7 +30,7 @@ class Method(Protocol):
     """True: the mask is chosen once, by `sparsify`, and stored. False: recomputed in every forward, unless the method
     says `refresh_every`."""
     sparse: ClassVar[bool]
-    """False for methods that only observe the mask and promise no zeros."""
+    """False for methods that only observe the mask and zero nothing."""
 
     def score(self, weight: Tensor) -> Tensor:
         """What each weight of a group is ranked by, non-negative; the N highest are kept."""

@@ -49,20 +49,20 @@ def topn_transposable(score: Tensor, pattern: Pattern) -> Tensor:
     return keep_transposable(score, pattern, Axis(score.ndim - 1), Axis(score.ndim - 2))
 
 
-def keep_transposable(score: Tensor, pattern: Pattern, axis: Axis, across: Axis) -> Tensor:
+def keep_transposable(score: Tensor, pattern: Pattern, axis: Axis, output_axis: Axis) -> Tensor:
     """The transposable mask of a weight from its scores: bool, shape and strides of `score`. `axis` is the reduction
-    axis, `across` the output axis.
+    axis, `output_axis` the output axis.
 
     Where M does not divide an axis, its last tiles are filled with zeros: their groups keep N or fewer.
     """
     keep = torch.empty_like(score, dtype=torch.bool)
     if score.is_meta:
         return keep
-    lengths = [(each.dim, -score.shape[each.dim] % pattern.m) for each in (across, axis)]
+    lengths = [(each.dim, -score.shape[each.dim] % pattern.m) for each in (output_axis, axis)]
     padded = _padded(score, lengths)
-    tiles = _tiles(padded, pattern.m, axis, across)
+    tiles = _tiles(padded, pattern.m, axis, output_axis)
     chosen = keep if padded is score else torch.empty_like(padded, dtype=torch.bool)
-    _tiles(chosen, pattern.m, axis, across).copy_(
+    _tiles(chosen, pattern.m, axis, output_axis).copy_(
         best_tiles(tiles.reshape(-1, pattern.m, pattern.m), pattern).view(tiles.shape)
     )
     if padded is not score:
@@ -72,13 +72,13 @@ def keep_transposable(score: Tensor, pattern: Pattern, axis: Axis, across: Axis)
     return keep
 
 
-def cuts_into_tiles(shape: tuple[int, ...], m: int, axis: Axis, across: Axis) -> str:
+def cuts_into_tiles(shape: tuple[int, ...], m: int, axis: Axis, output_axis: Axis) -> str:
     """Why a weight of this shape does not consist of whole tiles, or nothing.
 
     >>> cuts_into_tiles((10, 8), 4, Axis(1), Axis(0))
     'output axis has 10 weights, not a multiple of 4'
     """
-    for name, each in (("reduction", axis), ("output", across)):
+    for name, each in (("reduction", axis), ("output", output_axis)):
         length = reduction_size(shape, each)
         if length % m:
             return f"{name} axis has {length} weights, not a multiple of {m}"
@@ -215,9 +215,9 @@ def _padded(score: Tensor, short: list[tuple[int, int]]) -> Tensor:
     return torch.nn.functional.pad(score, sizes)
 
 
-def _tiles(weight: Tensor, m: int, axis: Axis, across: Axis) -> Tensor:
+def _tiles(weight: Tensor, m: int, axis: Axis, output_axis: Axis) -> Tensor:
     """The weight cut into tiles, a view: (..., M outputs, M inputs)."""
-    later, sooner = max(axis.dim, across.dim), min(axis.dim, across.dim)
+    later, sooner = max(axis.dim, output_axis.dim), min(axis.dim, output_axis.dim)
     cut = weight.unflatten(later, (-1, m)).unflatten(sooner, (-1, m))
     inner = {sooner: sooner + 1, later: later + 2}
-    return cut.movedim((inner[across.dim], inner[axis.dim]), (-2, -1))
+    return cut.movedim((inner[output_axis.dim], inner[axis.dim]), (-2, -1))

@@ -107,7 +107,7 @@ def parsed(weight: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) ->
     return Pattern(n, m), Axis(dim, blocks, flat)
 
 
-def demand_alike(gradient: Tensor, weight: Tensor) -> None:
+def check_alike(gradient: Tensor, weight: Tensor) -> None:
     if gradient.shape != weight.shape:
         raise ValueError(
             f"a gradient {tuple(gradient.shape)} for a weight {tuple(weight.shape)}; needed the same shape"
@@ -126,7 +126,7 @@ def _prune(weight: Tensor, n: int, m: int, dim: int, blocks: int, flat: bool) ->
 
 @torch.library.impl(library, "add_decayed", "CompositeExplicitAutograd")
 def _add_decayed(gradient: Tensor, weight: Tensor, rate: float, *where: Any) -> None:
-    demand_alike(gradient, weight)
+    check_alike(gradient, weight)
     keep = definition(weight.abs(), *parsed(weight, *where))
     gradient.add_(select(weight, ~keep).mul_(rate))
 

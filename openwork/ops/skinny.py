@@ -88,7 +88,7 @@ def _words(index: Tensor, pattern: Pattern) -> Tensor:
     return torch.where(word < 2**31, word, word - 2**32).to(torch.int32).t().contiguous()
 
 
-def demand_layout(x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, numbers: list[int]) -> None:
+def check_layout(x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, numbers: list[int]) -> None:
     """Raises ValueError unless the tensors are those of a layout, and `x` is rows for it: kernels look at nothing."""
     n, m, O, K = numbers
     pattern, OP = Pattern(n, m), -(-O // 16) * 16
@@ -108,7 +108,7 @@ def demand_layout(x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None,
 def thin_linear(
     x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, layout: list[int], expand: bool, relu: bool
 ) -> Tensor:
-    demand_layout(x, values, words, bias, layout)
+    check_layout(x, values, words, bias, layout)
     n, m, O, K = layout
     weight = from_thin(Thin(values, words, Pattern(n, m), (O, K)))
     y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())

@@ -175,31 +175,31 @@ def _conv2d(
 
 @torch.library.register_fake("openwork::panel_linear")
 def _(x, values, positions, scales, bias, layout, relu):  # type: ignore[no-untyped-def]
-    _demand_one_device(x, values, positions, scales, bias)
+    _check_one_device(x, values, positions, scales, bias)
     return x.new_empty(*x.shape[:-1], layout[4])
 
 
 @torch.library.register_fake("openwork::rows_linear")
 def _(x, values, positions, scales, bias, layout, relu):  # type: ignore[no-untyped-def]
-    _demand_one_device(x, values, positions, scales, bias)
+    _check_one_device(x, values, positions, scales, bias)
     return x.new_empty(*x.shape[:-1], layout[3])
 
 
 @torch.library.register_fake("openwork::dots_linear")
 def _(x, values, positions, scales, bias, layout, relu):  # type: ignore[no-untyped-def]
-    _demand_one_device(x, values, positions, scales, bias)
+    _check_one_device(x, values, positions, scales, bias)
     return x.new_empty(*x.shape[:-1], layout[3])
 
 
 @torch.library.register_fake("openwork::panel_conv2d")
 def _(x, values, positions, scales, bias, layout, kernel, stride, padding, dilation, groups, relu):  # type: ignore[no-untyped-def]
-    _demand_one_device(x, values, positions, scales, bias)
+    _check_one_device(x, values, positions, scales, bias)
     return _fake_conv2d(x, layout[4], kernel, stride, padding, dilation)
 
 
 @torch.library.register_fake("openwork::dots_conv2d")
 def _(x, values, positions, scales, bias, layout, kernel, stride, padding, dilation, relu):  # type: ignore[no-untyped-def]
-    _demand_one_device(x, values, positions, scales, bias)
+    _check_one_device(x, values, positions, scales, bias)
     return _fake_conv2d(x, layout[3], kernel, stride, padding, dilation)
 
 
@@ -211,7 +211,7 @@ def _fake_conv2d(
     return y.contiguous(memory_format=torch.channels_last) if channels_last(x) else y
 
 
-def _demand_one_device(*tensors: Tensor | None) -> None:
+def _check_one_device(*tensors: Tensor | None) -> None:
     devices = {str(each.device) for each in tensors if each is not None}
     if len(devices) > 1:
         raise ValueError(f"the input and the packed weight are on {', '.join(sorted(devices))}; needed one device")

@@ -190,7 +190,7 @@ def layer(row: Any) -> dict[str, Any]:
         "pattern": str(row.pattern) if row.pattern else None,
         "reason": row.reason,
         "density": row.density,
-        "kept_energy": row.kept_energy,
+        "kept_energy": row.retained,
         "weights": row.weights,
         "macs_dense": row.macs_dense,
         "macs_sparse": row.macs_sparse,

@@ -33,14 +33,14 @@ def prune_ahead(root: nn.Module) -> None:
         (masked, weight)
         for module in root.modules()
         for _, masked, weight in masked_weights(module)
-        if masked.scope.wants(masked) and type(weight) is nn.Parameter and masked.ranks_in_one_pass(weight)
+        if masked.cache.wants(masked) and type(weight) is nn.Parameter and masked.ranks_in_one_pass(weight)
     )
     held = dict(enumerate(each for each in wanted if hasattr(each[0].method, "forwards_in_one_pass")))
     for (method, pattern), indices in _in_lists(held, lambda masked: (masked.method, masked.pattern)):
         axes, weights = [held[i][0].axis for i in indices], [held[i][1] for i in indices]
         pruned = method.forwards_in_one_pass(weights, pattern, axes)
         for i, each in zip(indices, pruned, strict=True):
-            held[i][0].scope.give(*held[i], each)
+            held[i][0].cache.give(*held[i], each)
 
 
 def add_gradient_terms(held: Iterable[tuple[Masked, nn.Parameter]], scale: Tensor | None) -> None:

@@ -29,7 +29,7 @@ _clock = _StepClock()
 register_optimizer_step_post_hook(_clock.tick)
 
 
-class ForwardScope:
+class ForwardCache:
     """Computes each masked weight once within one forward of the root module, per grad mode.
 
     RAFT runs its update block 12 times in a forward, an encoder layer reads its weights 6 times. `enter` and
@@ -43,7 +43,7 @@ class ForwardScope:
         self._ahead, self._here = ahead, threading.local()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ForwardScope, (self._ahead,)
+        return ForwardCache, (self._ahead,)
 
     def remember(self, owner: object, weight: Tensor, keep: Tensor) -> None:
         """Hold the mask that a forward used until the optimizer step asks for it."""

@@ -25,7 +25,7 @@ from openwork.methods import steps_of_a_mask
 from openwork.training.dtensor import is_sharded, whole
 from openwork.training.foreach import add_gradient_terms
 from openwork.training.parametrize import held_weights, masked_modules, unwrap
-from openwork.training.record import promises
+from openwork.training.record import sparsity_records
 from openwork.training.sparsify import masks
 from openwork.training.topology import Topology
 
@@ -41,11 +41,11 @@ class Handle:
         self._optimizer, self._model = ref(optimizer), model  # the optimizer's hooks hold the handle: no circle
         self._before: dict[str, Tensor] = {}
         self._warned = False
-        self._refreshes = any(steps_of_a_mask(promise.method) for _, _, promise in promises(model))
+        self._refreshes = any(steps_of_a_mask(record.method) for _, _, record in sparsity_records(model))
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_load_state_dict_pre_hook(_demand_fitting_state),
+            optimizer.register_load_state_dict_pre_hook(_check_fitting_state),
         ]
         if topology and not topology.snapshots:
             topology.begin(_whole_masks(model))
@@ -62,8 +62,8 @@ class Handle:
             hook.remove()
         optimizer = self._optimizer()
         if optimizer is not None:
-            for _, _, promise in promises(self._model):
-                promise.optimizers[optimizer] = False
+            for _, _, record in sparsity_records(self._model):
+                record.optimizers[optimizer] = False
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and topology, for an exact resume."""
@@ -142,7 +142,7 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
     losses that lack the term).
     """
     model, optimizer = unwrap(model), _unwrapped(optimizer)
-    found = promises(model)
+    found = sparsity_records(model)
     if not found and any(masked_modules(model)):
         raise ValueError(
             f"{type(model).__name__} is only part of a sparsified model: hand ow.attach the model that ow.sparsify got"
@@ -152,7 +152,7 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
             f"{type(model).__name__} is not sparsified: call ow.sparsify(model, pattern) before ow.attach; "
             "to resume a sparse run, sparsify first and then load the checkpoint"
         )
-    if any(promise.optimizers.get(optimizer) for _, _, promise in found):
+    if any(record.optimizers.get(optimizer) for _, _, record in found):
         raise ValueError(f"this {type(optimizer).__name__} is attached already: the term would be added twice")
     held = held_weights(optimizer, model)
     if not held:
@@ -171,8 +171,8 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
         )
     for masked, weight in held:
         masked.reuses_mask = masked.reuses_mask and not is_sharded(weight)
-    for _, _, promise in found:
-        promise.optimizers[optimizer] = True
+    for _, _, record in found:
+        record.optimizers[optimizer] = True
     return Handle(optimizer, model, topology)
 
 
@@ -211,7 +211,7 @@ def _refuse_deepspeed(optimizer: Any) -> None:
         )
 
 
-def _demand_fitting_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+def _check_fitting_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Refuse a saved state that fits the parameters in another order: sparsify changes their order.
 
     Tensors of other shapes (LBFGS flattens, Adafactor factors, 8-bit optimizers cut into blocks) are left to torch.

@@ -26,7 +26,7 @@ from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
 from openwork.ops import keep_largest, keep_transposable
 from openwork.training.dtensor import by_groups, elementwise, is_sharded, placed_like, whole
-from openwork.training.forward_cache import ForwardScope
+from openwork.training.forward_cache import ForwardCache
 from openwork.training.shared_class import AGE, plain_class, shared_class
 
 _WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
@@ -40,8 +40,8 @@ class Masked(nn.Module):
     `seen_dtype` is the dtype in which the forward pass saw the weight (FSDP2 may hand it in bfloat16). The mask
     is a function of the weight rounded to it, so that the optimizer hook and `verify` find the same mask.
     `reuses_mask`: the optimizer step takes the mask of the forward. Not of a sharded weight: each process ranks its
-    part once more, instead of holding the masks of all layers. `across`: the output axis, where the mask is N:M along
-    that one too. `age`: optimizer steps since a stored mask was chosen.
+    part once more, instead of holding the masks of all layers. `output_axis`: the mask is N:M along that one too.
+    `age`: optimizer steps since a stored mask was chosen.
     """
 
     mask: Tensor | None
@@ -51,12 +51,12 @@ class Masked(nn.Module):
         pattern: Pattern,
         axis: Axis,
         method: Method,
-        scope: ForwardScope,
+        cache: ForwardCache,
         weight: Tensor,
-        across: Axis | None = None,
+        output_axis: Axis | None = None,
     ):
         super().__init__()
-        self.pattern, self.axis, self.method, self.scope, self.across = pattern, axis, method, scope, across
+        self.pattern, self.axis, self.method, self.cache, self.output_axis = pattern, axis, method, cache, output_axis
         self.seen_dtype = weight.dtype
         self.reuses_mask = hasattr(method, "gradient_term") and not stores_mask(method)
         self.age = 0
@@ -99,7 +99,7 @@ class Masked(nn.Module):
             return pruned
         keep = self.keep(weight)
         if self.reuses_mask:
-            self.scope.remember(self, weight, keep)
+            self.cache.remember(self, weight, keep)
         return elementwise(self.method.forward, weight, keep)
 
     def add_gradient_term(self, weight: Tensor, scale: Tensor | None = None) -> None:
@@ -124,28 +124,30 @@ class Masked(nn.Module):
 
     def gradient_term(self, weight: Tensor) -> Tensor:
         """What the method adds to the gradient, for the mask that the forward pass used."""
-        keep = self.scope.recall(self, weight)
+        keep = self.cache.recall(self, weight)
         term: Any = self.method.gradient_term  # type: ignore[attr-defined]
         return elementwise(term, weight, self.keep(weight) if keep is None else keep)
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.seen_dtype != weight.dtype:
             self.seen_dtype = weight.dtype
-        return self.scope.once(self, weight, self.effective)
+        return self.cache.once(self, weight, self.effective)
 
     def extra_repr(self) -> str:
-        return f"{self.pattern}, {self.method}, {self.axis}" + (f", across {self.across}" if self.across else "")
+        return f"{self.pattern}, {self.method}, {self.axis}" + (
+            f", output_axis {self.output_axis}" if self.output_axis else ""
+        )
 
     def ranked(self, weight: Tensor) -> Tensor:
         """The mask that `weight` has by the method's score."""
-        if self.across:
+        if self.output_axis:
             return placed_like(self._rank(whole(weight)), weight)
         return by_groups(self._rank, weight, self.axis, self.pattern.m)
 
     def _rank(self, weight: Tensor) -> Tensor:
         score = self.method.score(weight)
-        if self.across:
-            return keep_transposable(score, self.pattern, self.axis, self.across)
+        if self.output_axis:
+            return keep_transposable(score, self.pattern, self.axis, self.output_axis)
         return keep_largest(score, self.pattern, self.axis)
 
 

@@ -1,4 +1,4 @@
-"""What `sparsify` leaves on a model: what was promised of each weight, and a watch that training keeps to it."""
+"""What `sparsify` leaves on a model: the pattern of each weight, and a watch that training keeps to it."""
 
 from __future__ import annotations
 
@@ -16,41 +16,47 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from openwork.methods import Method
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
-from openwork.training.forward_cache import ForwardScope
+from openwork.training.forward_cache import ForwardCache
 from openwork.training.parametrize import held_weights, masked_modules
 
 
 @dataclass
-class Promise:
-    """What `sparsify` leaves on the model's root: what each weight was promised to be, and who trains it. `across`: the
-    output axes of weights that are N:M along them as well."""
+class SparsityRecord:
+    """What `sparsify` leaves on the model's root: the pattern and axis of each weight, and who trains it.
+    `output_axes`: those of weights that are N:M along them as well."""
 
     weights: dict[str, tuple[Pattern, Axis]]
     method: Method
-    scope: ForwardScope
+    cache: ForwardCache
     hooks: tuple[Any, ...] = ()
     optimizers: WeakKeyDictionary[torch.optim.Optimizer, bool] = field(default_factory=WeakKeyDictionary)
     """False once detached."""
     watch: finalize_with | None = None
-    across: dict[str, Axis] = field(default_factory=dict)
+    output_axes: dict[str, Axis] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies are trained by other optimizers, and watched like the original."""
         watched = self.watch.peek() if self.watch else None
-        return _promise, (self.weights, self.method, self.scope, self.hooks, self.across), watched and watched[0]
+        return (
+            _copied_record,
+            (self.weights, self.method, self.cache, self.hooks, self.output_axes),
+            watched and watched[0],
+        )
 
     def __setstate__(self, model: nn.Module) -> None:
         self.watch = watch_optimizers(model)
 
 
-def _promise(weights: Any, method: Method, scope: ForwardScope, hooks: Any, across: dict[str, Axis]) -> Promise:
-    return Promise(weights, method, scope, hooks, across=across)
+def _copied_record(
+    weights: Any, method: Method, cache: ForwardCache, hooks: Any, output_axes: dict[str, Axis]
+) -> SparsityRecord:
+    return SparsityRecord(weights, method, cache, hooks, output_axes=output_axes)
 
 
-def promises(model: nn.Module) -> list[tuple[str, nn.Module, Promise]]:
-    """The (name, module, promise) of every module in `model` that was handed to `sparsify`."""
-    found = [(name, each) for name, each in model.named_modules() if "_openwork_promise" in each.__dict__]
-    return [(name, each, each.__dict__["_openwork_promise"]) for name, each in found]
+def sparsity_records(model: nn.Module) -> list[tuple[str, nn.Module, SparsityRecord]]:
+    """The (name, module, record) of every module in `model` that was handed to `sparsify`."""
+    found = [(name, each) for name, each in model.named_modules() if "_openwork_record" in each.__dict__]
+    return [(name, each, each.__dict__["_openwork_record"]) for name, each in found]
 
 
 def watch_optimizers(model: nn.Module) -> finalize_with:
@@ -63,9 +69,9 @@ def watch_optimizers(model: nn.Module) -> finalize_with:
 
     def before_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         model = model_ref()
-        promise = model.__dict__.get("_openwork_promise") if model is not None else None
+        record = model.__dict__.get("_openwork_record") if model is not None else None
         groups = len(optimizer.param_groups)
-        if model is None or promise is None or groups_seen.get(optimizer, -1) >= groups:
+        if model is None or record is None or groups_seen.get(optimizer, -1) >= groups:
             return
         groups_seen[optimizer] = groups
         if any("base_layer" in name.split(".") for name, _ in masked_modules(model)):
@@ -75,10 +81,10 @@ def watch_optimizers(model: nn.Module) -> finalize_with:
                 "weight that it is added to is computed anew; call ow.finalize(model) before adding adapters",
                 stacklevel=3,
             )
-        if held_weights(optimizer, model) and not any(_same(optimizer, known) for known in promise.optimizers):
+        if held_weights(optimizer, model) and not any(_same(optimizer, known) for known in record.optimizers):
             groups_seen[optimizer] = math.inf
             warnings.warn(
-                f"{type(optimizer).__name__} steps a model sparsified with {promise.method}, but nobody attached it: "
+                f"{type(optimizer).__name__} steps a model sparsified with {record.method}, but nobody attached it: "
                 "the gradient term is missing; call ow.attach(optimizer, model) before training",
                 stacklevel=3,
             )

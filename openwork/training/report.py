@@ -15,7 +15,7 @@ class Row:
     """One candidate weight. `pattern` is None where it was left alone, and `reason` says why.
 
     Units: `weights`, `kept` and `groups` in weights and groups; `weight_bits` bits a weight; `macs` multiply-adds of
-    the example (None without one); `kept_energy` is the kept share of the sum of squared weights.
+    the example (None without one); `retained` is the kept share of the sum of squared weights.
     """
 
     name: str
@@ -23,7 +23,7 @@ class Row:
     pattern: Pattern | None
     reason: str
     kept: int
-    kept_energy: float
+    retained: float
     groups: int = 0
     weight_bits: int = 32
     macs_dense: int | None = None
@@ -121,7 +121,7 @@ class Report:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and cells, for printing."""
-        header = ["weight", "shape", "pattern", "density", "kept energy", "weights", "bytes"]
+        header = ["weight", "shape", "pattern", "density", "retained", "weights", "bytes"]
         has_macs = self.macs_dense is not None
         return header + ["MACs"] * has_macs + ["reason"], [_cells(row, has_macs) for row in self.rows]
 
@@ -156,5 +156,5 @@ def _cells(row: Row, has_macs: bool) -> list[str]:
         return count(before) if before == after else f"{count(before)} -> {count(after)}"
 
     cells = [row.name, "x".join(map(str, row.shape)), str(row.pattern or "dense"), f"{row.density:.3f}"]
-    cells += [f"{row.kept_energy:.3f}", change(row.weights, row.kept), change(row.bytes_dense, row.bytes_sparse)]
+    cells += [f"{row.retained:.3f}", change(row.weights, row.kept), change(row.bytes_dense, row.bytes_sparse)]
     return cells + [change(row.macs_dense or 0, row.macs_sparse or 0)] * has_macs + [row.reason]

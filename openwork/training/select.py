@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from openwork.nm.groups import Axis, reduction_size
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import plain_name
-from openwork.utils.deployed import demand_undeployed
+from openwork.utils.deployed import check_not_deployed
 
 AxisChoice = Literal["input", "kernel"] | Mapping[str, int]
 PatternChoice = str | Pattern | Mapping[str, str | Pattern]
@@ -35,8 +35,8 @@ HELD = (*TRAINED, torch.int8)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One weight and what was decided for it: `pattern` and `axis`, or the `reason` why not. `across` is the output
-    axis, along which it is N:M as well where masks are to be transposable.
+    """One weight and what was decided for it: `pattern` and `axis`, or the `reason` why not. `output_axis` is the
+    one along which it is N:M as well, where masks are to be transposable.
 
     `aliases` are the further names of the weight. Where they are names of one module that has several, the weight can
     be sparse; where other modules hold it (`tied`), it is left alone.
@@ -44,18 +44,18 @@ class Candidate:
 
     module_name: str
     module: nn.Module
-    tensor: str
+    tensor_name: str
     weight: nn.Parameter
     pattern: Pattern | None = None
     axis: Axis = field(default_factory=Axis)
-    across: Axis | None = None
+    output_axis: Axis | None = None
     reason: str = ""
     aliases: tuple[str, ...] = ()
     tied: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.module_name}.{self.tensor}".lstrip(".")
+        return f"{self.module_name}.{self.tensor_name}".lstrip(".")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ def decide(
 
     Raises ValueError where a glob matches nothing, where `remainder` is "error" and M does not divide an axis, or where
     nothing is left to be sparse."""
-    demand_undeployed(model, "finding the weights that can be sparse")
+    check_not_deployed(model, "finding the weights that can be sparse")
     if remainder not in ("skip", "pad", "error"):
         raise ValueError(f"remainder={remainder!r}; needed 'skip', 'pad' or 'error'")
     if isinstance(exclude, str):
@@ -120,9 +120,9 @@ class _Rules:
 
     def check_globs(self, found: list[tuple[str, ...]]) -> None:
         names = [name for each in found for name in each]
-        _demand_matches("exclude", self.exclude, names)
-        _demand_matches("axis", self.axis if isinstance(self.axis, Mapping) else (), names)
-        _demand_matches("pattern", self.patterns, names)
+        _check_matches("exclude", self.exclude, names)
+        _check_matches("axis", self.axis if isinstance(self.axis, Mapping) else (), names)
+        _check_matches("pattern", self.patterns, names)
         deciding = {self._pattern_glob(each) for each in found}
         for glob in self.patterns:
             if glob not in deciding:
@@ -144,15 +144,15 @@ class _Rules:
 
     def _divided(self, found: Candidate, axis: Axis, pattern: Pattern) -> Candidate:
         shape = tuple(found.weight.shape)
-        across, reason = output_axis(found, axis) if self.transposable else (None, "")
+        output_axis, reason = output_axis_of(found, axis) if self.transposable else (None, "")
         if reason:
             return dataclasses.replace(found, reason=reason)
         lengths = {"reduction": reduction_size(shape, axis)} | (
-            {"output": reduction_size(shape, across)} if across else {}
+            {"output": reduction_size(shape, output_axis)} if output_axis else {}
         )
         whole = all(length % pattern.m == 0 for length in lengths.values())
         if whole or (self.remainder == "pad" and min(lengths.values()) > 1):
-            return dataclasses.replace(found, pattern=pattern, axis=axis, across=across)
+            return dataclasses.replace(found, pattern=pattern, axis=axis, output_axis=output_axis)
         name, length = next(each for each in lengths.items() if each[1] % pattern.m or each[1] == 1)
         what = f"{name} axis has {length} weights, not a multiple of {pattern.m}"
         if self.remainder == "error":
@@ -174,28 +174,28 @@ class _Rules:
             for glob, dim in self.axis.items():
                 if _any_matches(glob, found.names):
                     return _named_axis(found, dim), ""
-        axis, reason = known_axis(found.module, found.tensor)
+        axis, reason = known_axis(found.module, found.tensor_name)
         return (Axis(flat=True), "") if axis and self.axis == "kernel" else (axis, reason)
 
 
-def known_axis(module: nn.Module, tensor: str) -> tuple[Axis | None, str]:
+def known_axis(module: nn.Module, tensor_name: str) -> tuple[Axis | None, str]:
     """The reduction axis of a module's weight, or None and the reason why it has none."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return None, "embedding: rows are looked up, not multiplied"
-    if tensor == "weight" and isinstance(module, nn.Linear):
+    if tensor_name == "weight" and isinstance(module, nn.Linear):
         return Axis(1), ""
-    if tensor == "weight" and isinstance(module, nn.modules.conv._ConvNd):
+    if tensor_name == "weight" and isinstance(module, nn.modules.conv._ConvNd):
         return _conv_axis(module)
-    if isinstance(module, nn.MultiheadAttention) and tensor.endswith("proj_weight"):
+    if isinstance(module, nn.MultiheadAttention) and tensor_name.endswith("proj_weight"):
         return Axis(1), ""
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase) and tensor.startswith("weight"):
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase) and tensor_name.startswith("weight"):
         return Axis(1), ""
-    if tensor == "weight" and _is_hf_conv1d(module):
+    if tensor_name == "weight" and _is_hf_conv1d(module):
         return Axis(0), ""
     return None, f"no known reduction axis in {type(module).__name__}: name it with axis={{glob: dim}}"
 
 
-def output_axis(found: Candidate, axis: Axis) -> tuple[Axis | None, str]:
+def output_axis_of(found: Candidate, axis: Axis) -> tuple[Axis | None, str]:
     """The axis that the gradient of a layer's input sums over, or None and the reason why it is not known.
 
     Linear: the rows of the weight, dim 0. A convolution is a product for each position of its kernel, of outputs by
@@ -226,11 +226,11 @@ def _found(model: nn.Module, dtypes: Sequence[torch.dtype]) -> list[Candidate]:
     """Every candidate once, under its first name; the others are its aliases."""
     found: dict[int, Candidate] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
-        for tensor, weight in module._parameters.items():
+        for tensor_name, weight in module._parameters.items():
             if weight is None:
                 continue
-            new = Candidate(plain_name(module_name), module, tensor, weight)
-            _demand_initialized(new)
+            new = Candidate(plain_name(module_name), module, tensor_name, weight)
+            _check_initialized(new)
             if id(weight) in found:
                 found[id(weight)] = _also_named(found[id(weight)], new)
             elif (weight.is_floating_point() or weight.dtype in dtypes) and weight.ndim >= 2 and weight.numel():
@@ -239,11 +239,11 @@ def _found(model: nn.Module, dtypes: Sequence[torch.dtype]) -> list[Candidate]:
 
 
 def _also_named(first: Candidate, new: Candidate) -> Candidate:
-    same_place = new.module is first.module and new.tensor == first.tensor
+    same_place = new.module is first.module and new.tensor_name == first.tensor_name
     return dataclasses.replace(first, aliases=(*first.aliases, new.name), tied=first.tied or not same_place)
 
 
-def _demand_initialized(found: Candidate) -> None:
+def _check_initialized(found: Candidate) -> None:
     if is_lazy(found.weight):
         raise ValueError(f"{found.name} is not initialized yet: run one forward before sparsify")
 
@@ -259,7 +259,7 @@ def _any_matches(glob: str, names: Iterable[str]) -> bool:
     return any(matches(glob, name) for name in names)
 
 
-def _demand_matches(argument: str, globs: Iterable[str], names: list[str]) -> None:
+def _check_matches(argument: str, globs: Iterable[str], names: list[str]) -> None:
     for glob in globs:
         if not _any_matches(glob, names):
             close = difflib.get_close_matches(glob, _with_modules(names), n=3, cutoff=0.3)

@@ -109,7 +109,7 @@ def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
     model = unwrap(model)
     layers = _layers(model)
     device = next(layer.device for layer in layers.values())
-    _demand_tensor_cores(device)
+    _check_tensor_cores(device)
     engine = SparseTensorCores()
     with on_device(device):
         for layer in layers.values():
@@ -140,7 +140,7 @@ def _layers(model: nn.Module) -> dict[str, Layer]:
     }
     if not found:
         raise ValueError(f"{type(model).__name__} is not sparsified: call ow.sparsify(model, '2:4', method) first")
-    if not any(each.masked.across for each in found.values()):
+    if not any(each.masked.output_axis for each in found.values()):
         method = next(iter(found.values())).masked.method
         raise ValueError(
             f"{type(model).__name__} is sparsified with {method}, whose masks are not transposable: in the gradient of "
@@ -171,7 +171,7 @@ def within_2_4(pattern: Pattern) -> bool:
     return (pattern.n <= 2 and pattern.m % 4 == 0) or (pattern.n, pattern.m) == (1, 2)
 
 
-def _demand_tensor_cores(device: torch.device) -> None:
+def _check_tensor_cores(device: torch.device) -> None:
     missing = BACKENDS[_BACKEND].missing(device)
     if missing:
         raise RuntimeError(

@@ -17,7 +17,7 @@ from openwork.nm.masks import keep_largest, prune
 from openwork.nm.transposable import keep_transposable
 from openwork.training.dtensor import is_sharded
 from openwork.training.foreach import keep_all, prune_ahead
-from openwork.training.forward_cache import ForwardScope
+from openwork.training.forward_cache import ForwardCache
 from openwork.training.matmul_trace import count_macs
 from openwork.training.parametrize import (
     Masked,
@@ -28,7 +28,7 @@ from openwork.training.parametrize import (
     unwrap,
     weight_name,
 )
-from openwork.training.record import Promise, promises, watch_optimizers
+from openwork.training.record import SparsityRecord, sparsity_records, watch_optimizers
 from openwork.training.report import Report, Row
 from openwork.training.select import AxisChoice, Candidate, PatternChoice, Remainder, decide
 from openwork.training.shared_class import plain_class
@@ -67,21 +67,23 @@ def sparsify(
     if isinstance(method, type) or not isinstance(method, Method):
         raise TypeError(f"method={method!r}; needed a method object such as ow.SRSTE(), ow.STE() or ow.ASP()")
     model = unwrap(model)
-    _demand_plain(model)
+    _check_plain(model)
     both = is_transposable(method)
     decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder, transposable=both)
     macs = count_macs(model, example, {c.name: c.weight for c in decided}) if example is not None else None
     report = _report(model, decided, macs, f"{type(model).__name__}, {method.name}", method.score)
-    scope = ForwardScope(prune_ahead)
-    _mask(decided, method, scope)
+    cache = ForwardCache(prune_ahead)
+    _mask(decided, method, cache)
     weights = {each.name: (each.pattern, each.axis) for each in decided if each.pattern}
     hooks = (
-        model.register_forward_pre_hook(scope.enter, prepend=True),
-        model.register_forward_hook(scope.leave, always_call=True),
+        model.register_forward_pre_hook(cache.enter, prepend=True),
+        model.register_forward_hook(cache.leave, always_call=True),
     )
     watch = watch_optimizers(model) if hasattr(method, "gradient_term") else None
-    across = {each.name: each.across for each in decided if each.across}
-    model.__dict__["_openwork_promise"] = Promise(weights, method, scope, hooks, watch=watch, across=across)
+    output_axes = {each.name: each.output_axis for each in decided if each.output_axis}
+    model.__dict__["_openwork_record"] = SparsityRecord(
+        weights, method, cache, hooks, watch=watch, output_axes=output_axes
+    )
     return report if method.sparse else dataclasses.replace(report, notes=(_ONLY_WATCHED,))
 
 
@@ -93,19 +95,19 @@ def finalize(model: nn.Module) -> nn.Module:
     """
     inner = unwrap(model)
     modules = [module for _, module in masked_modules(inner)]
-    if not modules and not promises(inner):
+    if not modules and not sparsity_records(inner):
         raise ValueError(
             f"{type(inner).__name__} is not sparsified: nothing to finalize (ow.project zeroes a plain model)"
         )
-    _demand_whole(inner, "load its full state dict into a model sparsified alike, and call ow.finalize there")
+    _check_whole(inner, "load its full state dict into a model sparsified alike, and call ow.finalize there")
     for module in modules:
         unmask_weights(module)
-    for _, module, promise in promises(inner):
-        del module.__dict__["_openwork_promise"]
-        for hook in promise.hooks:
+    for _, module, record in sparsity_records(inner):
+        del module.__dict__["_openwork_record"]
+        for hook in record.hooks:
             hook.remove()
-        if promise.watch:
-            promise.watch()
+        if record.watch:
+            record.watch()
     return model
 
 
@@ -122,7 +124,7 @@ def project(
     Arguments, errors and report as in `sparsify`.
     """
     model = unwrap(model)
-    _demand_plain(model)
+    _check_plain(model)
     decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder)
     report = _report(model, decided, None, f"{type(model).__name__}, projected", torch.abs)
     with torch.no_grad():
@@ -144,25 +146,27 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     return {name: keep.clone() if masked.refreshed else keep for (name, (masked, _)), keep in kept}
 
 
-def _mask(decided: list[Candidate], method: Method, scope: ForwardScope) -> None:
+def _mask(decided: list[Candidate], method: Method, cache: ForwardCache) -> None:
     chosen: dict[nn.Module, dict[str, Masked]] = defaultdict(dict)
     for each in decided:
         if each.pattern:
-            chosen[each.module][each.tensor] = Masked(each.pattern, each.axis, method, scope, each.weight, each.across)
+            chosen[each.module][each.tensor_name] = Masked(
+                each.pattern, each.axis, method, cache, each.weight, each.output_axis
+            )
     for module, masked in chosen.items():
         mask_weights(module, masked)
 
 
-def _demand_plain(model: nn.Module) -> None:
+def _check_plain(model: nn.Module) -> None:
     taken = [name or plain_class(module).__name__ for name, module in masked_modules(model)]
     if taken:
         raise ValueError(
             f"{', '.join(taken[:3])} sparsified already; call ow.finalize(model) first, or sparsify other modules"
         )
-    _demand_whole(model, "call ow.sparsify before fully_shard (masks need whole groups)")
+    _check_whole(model, "call ow.sparsify before fully_shard (masks need whole groups)")
 
 
-def _demand_whole(model: nn.Module, remedy: str) -> None:
+def _check_whole(model: nn.Module, remedy: str) -> None:
     for name, parameter in model.named_parameters():
         if is_sharded(parameter):
             raise ValueError(f"{weight_name(name)} is sharded: {remedy}")
@@ -189,16 +193,16 @@ def _row(each: Candidate, macs: int | None, score: Callable[[Tensor], Tensor]) -
     rows = to_rows(weight, each.axis)
     K, lines = rows.shape[-1], rows[..., 0].numel()
     kept = lines * (K // pattern.m * pattern.n + min(K % pattern.m, pattern.n))
-    if each.across:
-        keep = keep_transposable(score(weight), pattern, each.axis, each.across)
+    if each.output_axis:
+        keep = keep_transposable(score(weight), pattern, each.axis, each.output_axis)
         kept = kept if keep.is_meta else int(keep.sum())  # tiles that stick out keep fewer
     else:
         keep = keep_largest(score(weight), pattern, each.axis)
-    energy = _kept_energy(weight, keep)
+    energy = _retained(weight, keep)
     return Row(each.name, shape, pattern, "", kept, energy, lines * math.ceil(K / pattern.m), bits, macs)
 
 
-def _kept_energy(weight: Tensor, keep: Tensor) -> float:
+def _retained(weight: Tensor, keep: Tensor) -> float:
     """The kept share of the sum of squared weights; NaN on the meta device."""
     if weight.is_meta:
         return math.nan

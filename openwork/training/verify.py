@@ -1,4 +1,4 @@
-"""Prove that a model is as sparse as promised: its weights, and what really reaches its matrix products."""
+"""Prove that a model is as sparse as its patterns say: its weights, and what really reaches its matrix products."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from openwork.nm.pattern import Pattern
 from openwork.training.dtensor import whole
 from openwork.training.matmul_trace import Use, watch
 from openwork.training.parametrize import plain_name, unwrap
-from openwork.training.record import Promise, promises
+from openwork.training.record import SparsityRecord, sparsity_records
 from openwork.training.report import Report, Row
 from openwork.training.select import HELD, AxisChoice, Candidate, PatternChoice, decide
 from openwork.training.shared_class import plain_class
 
 _GUESSES = tuple(2**i for i in range(1, 7))  # group sizes tried when no pattern is given
-_Promises = dict[str, tuple[Pattern, Axis]]
+_Recorded = dict[str, tuple[Pattern, Axis]]
 
 
 class NotSparse(ValueError):
-    """Raised by `verify`. `layers`: name of each weight that is denser than promised -> what was found."""
+    """Raised by `verify`. `layers`: name of each weight that is denser than its pattern -> what was found."""
 
     def __init__(self, layers: dict[str, str]):
         self.layers = layers
         listed = "\n".join(f"  {name}: {found}" for name, found in layers.items())
-        super().__init__(f"{len(layers)} weights are denser than promised:\n{listed}")
+        super().__init__(f"{len(layers)} weights are denser than their pattern:\n{listed}")
 
 
 def verify(
@@ -46,7 +46,7 @@ def verify(
     """Check that at most N of every M weights are non-zero, and return a report; raise `NotSparse` with the layers
     that are denser.
 
-    A sparsified model is held to what `sparsify` promised, transposable masks along both axes. A plain one is held to
+    A sparsified model is held to what `sparsify` recorded, transposable masks along both axes. A plain one is held to
     `pattern`, on every candidate weight that `exclude` does not name; without `pattern` the tightest N:M of each weight
     is found, and a warning says that it was inferred. `example` (a tensor, a tuple of arguments or a mapping of keyword
     arguments) is run as well, in eval mode, watching every weight that reaches a matrix product or convolution.
@@ -59,62 +59,62 @@ def verify(
     {'weight': Pattern(n=2, m=4)}
     """
     model = unwrap(model)
-    sparsified = promises(model)
+    sparsified = sparsity_records(model)
     if sparsified and (pattern is not None or exclude or axis != "input" or transposable):
         raise ValueError(
-            "the model is held to what sparsify promised; pattern=, exclude= and axis= are for plain models, and so "
+            "the model is held to what sparsify recorded; pattern=, exclude= and axis= are for plain models, and so "
             "is transposable="
         )
     skipped: tuple[Row, ...] = ()
     if sparsified:
-        promised, across = _promised(sparsified), _promised_across(sparsified)
+        recorded, output_axes = _recorded(sparsified), _recorded_output_axes(sparsified)
     else:
-        promised, across, skipped = _asked(model, pattern, exclude, axis, transposable)
-    weights = _readable(model, promised)
-    broken = {name: "the weight is gone: its module was replaced" for name in promised if name not in weights}
-    broken |= {name: problem for name, each in weights.items() if (problem := _denser(each, *promised[name]))}
+        recorded, output_axes, skipped = _asked(model, pattern, exclude, axis, transposable)
+    weights = _readable(model, recorded)
+    broken = {name: "the weight is gone: its module was replaced" for name in recorded if name not in weights}
+    broken |= {name: problem for name, each in weights.items() if (problem := _denser(each, *recorded[name]))}
     broken |= {
         name: f"{problem} along the output axis"
-        for name, each in across.items()
-        if name in weights and name not in broken and (problem := _denser(weights[name], promised[name][0], each))
+        for name, each in output_axes.items()
+        if name in weights and name not in broken and (problem := _denser(weights[name], recorded[name][0], each))
     }
-    products = _Products(promised, weights)
+    products = _Products(recorded, weights)
     if example is not None:
         watch(model, example, products.visit)
         broken = products.problems | broken
     if broken:
         raise NotSparse(broken)
-    rows = tuple(_row(name, weights[name], *promised[name]) for name in promised)
+    rows = tuple(_row(name, weights[name], *recorded[name]) for name in recorded)
     rows += skipped
     others = sum(each.numel() for each in model.parameters()) - sum(row.weights for row in rows)
-    title = f"{plain_class(model).__name__}: every promise holds"
-    notes = (f"{len(across)} weights are so along the output axis as well",) if across else ()
+    title = f"{plain_class(model).__name__}: every weight keeps its pattern"
+    notes = (f"{len(output_axes)} weights are so along the output axis as well",) if output_axes else ()
     return Report(rows, title, others, notes=notes + (products.notes() if example is not None else ()))
 
 
-def _promised(sparsified: list[tuple[str, nn.Module, Promise]]) -> _Promises:
+def _recorded(sparsified: list[tuple[str, nn.Module, SparsityRecord]]) -> _Recorded:
     held = {
         f"{plain_name(prefix)}.{name}".lstrip("."): each
-        for prefix, _, promise in sparsified
-        if promise.method.sparse
-        for name, each in promise.weights.items()
+        for prefix, _, record in sparsified
+        if record.method.sparse
+        for name, each in record.weights.items()
     }
     if not held:
-        raise ValueError("the model trains with ow.Dense, which promises no sparsity: there is nothing to verify")
+        raise ValueError("the model trains with ow.Dense, which keeps every weight: there is nothing to verify")
     return held
 
 
-def _promised_across(sparsified: list[tuple[str, nn.Module, Promise]]) -> dict[str, Axis]:
+def _recorded_output_axes(sparsified: list[tuple[str, nn.Module, SparsityRecord]]) -> dict[str, Axis]:
     return {
         f"{plain_name(prefix)}.{name}".lstrip("."): axis
-        for prefix, _, promise in sparsified
-        for name, axis in promise.across.items()
+        for prefix, _, record in sparsified
+        for name, axis in record.output_axes.items()
     }
 
 
 def _asked(
     model: nn.Module, pattern: PatternChoice | None, exclude: Sequence[str], axis: AxisChoice, transposable: bool
-) -> tuple[_Promises, dict[str, Axis], tuple[Row, ...]]:
+) -> tuple[_Recorded, dict[str, Axis], tuple[Row, ...]]:
     """What a plain model is held to, the output axes that belong to it, and what is not held to anything, and why."""
     if transposable and pattern is None:
         raise ValueError("transposable=True needs pattern=: what a weight is along two axes is not inferred")
@@ -124,8 +124,8 @@ def _asked(
         decided = [_inferred(each) if each.pattern else each for each in decided]
         _warn_of_inferred(decided)
     skipped = tuple(_skipped(each) for each in decided if not each.pattern)
-    across = {each.name: each.across for each in decided if each.across}
-    return {each.name: (each.pattern, each.axis) for each in decided if each.pattern}, across, skipped
+    output_axes = {each.name: each.output_axis for each in decided if each.output_axis}
+    return {each.name: (each.pattern, each.axis) for each in decided if each.pattern}, output_axes, skipped
 
 
 def _inferred(found: Candidate) -> Candidate:
@@ -185,21 +185,21 @@ def _readable(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 class _Products:
-    """Compares what reaches the products with what was promised."""
+    """Compares what reaches the products with what was recorded."""
 
-    def __init__(self, promised: _Promises, weights: dict[str, Tensor]):
-        self.promised = {name: promised[name] for name in weights}
+    def __init__(self, recorded: _Recorded, weights: dict[str, Tensor]):
+        self.recorded = {name: recorded[name] for name in weights}
         self.shapes = {name: each.shape for name, each in weights.items()}
         self.problems: dict[str, str] = {}
         self.reached: set[str] = set()
         self.misshapen: set[str] = set()
 
     def visit(self, use: Use) -> None:
-        """Hold an operand to the promises of the parameters it comes from. One that comes from none is held to those
-        of its shape in the module that runs."""
+        """Hold an operand to what was recorded of the parameters it comes from. One that comes from none is held to
+        those of its shape in the module that runs."""
         if not use.names:
             self._visit_unknown(use)
-        for name in use.names & self.promised.keys():
+        for name in use.names & self.recorded.keys():
             self.reached.add(name)
             ways = self._ways(use.operand, name)
             if not ways:
@@ -208,26 +208,26 @@ class _Products:
 
     def notes(self) -> tuple[str, ...]:
         lists = {
-            "not reached by the example": self.promised.keys() - self.reached,
+            "not reached by the example": self.recorded.keys() - self.reached,
             "multiplied in another shape, which was not checked": self.misshapen,
         }
         return tuple(f"{what}: {', '.join(sorted(names))}" for what, names in lists.items() if names)
 
     def _visit_unknown(self, use: Use) -> None:
         around = f"{use.inside}." if use.inside else ""
-        for name in self.promised:
+        for name in self.recorded:
             if name.startswith(around) and sorted(use.operand.shape) == sorted(self.shapes[name]):
                 where = " in a tensor that is none of the model's parameters"
                 self._hold(name, use.operand, self._ways(use.operand, name), where)
 
     def _hold(self, name: str, operand: Tensor, ways: list[Axis], where: str) -> None:
-        problems = [_denser(operand, self.promised[name][0], way) for way in ways]
+        problems = [_denser(operand, self.recorded[name][0], way) for way in ways]
         if problems and all(problems):
             self.problems[name] = f"multiplied{where} while {problems[0]}"
 
     def _ways(self, operand: Tensor, name: str) -> list[Axis]:
         """The axes that may be the reduction axis, in an operand that may be transposed, cut or joined."""
-        axis, shape = self.promised[name][1], self.shapes[name]
+        axis, shape = self.recorded[name][1], self.shapes[name]
         if operand.shape == shape and (axis.flat or operand.ndim > 3):  # kernels of a convolution lie one way only
             return [axis]
         if axis.flat:

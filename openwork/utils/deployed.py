@@ -8,7 +8,7 @@ DEPLOYED = "_openwork_deployed"
 """The attribute that marks the class of a deployed layer."""
 
 
-def demand_undeployed(model: nn.Module, verb: str) -> None:
+def check_not_deployed(model: nn.Module, verb: str) -> None:
     """Refuse a deployed model where its weights must be at hand, and say what to do instead."""
     found = [name for name, module in model.named_modules() if hasattr(module, DEPLOYED)]
     if found:

@@ -115,7 +115,7 @@ def test_whole_models(monkeypatch, capsys):
         "0",
         "--no-compile",
     ]
-    assert main([*words, "--no-compile", "--stored", "float32", "int8"]) == 0
+    assert main([*words, "--no-compile", "--weight-dtype", "float32", "int8"]) == 0
     found = read("bench.csv")
     assert [(row["op"], row["shape"]) for row in found] == [("net", "batch 1")] * 4 + [("net", "batch 2")] * 4
     assert [row["impl"] for row in found[:4]] == [
@@ -141,7 +141,7 @@ def test_whole_models_in_bfloat16_and_with_torchs_int8(monkeypatch):
     found = {row["impl"]: row for row in read("bench.csv")}
     assert set(found) == {"dense eager", "deployed 2:4 bfloat16"}
     assert {row["dtype"] for row in found.values()} == {"bfloat16"}
-    assert main([*words, "--stored", "float32", "int8"]) == 0
+    assert main([*words, "--weight-dtype", "float32", "int8"]) == 0
     found = {row["impl"]: row for row in read("bench.csv")}
     assert set(found) == {"dense eager", "deployed 2:4 float32", "dense int8", "deployed 2:4 int8"}
     assert found["deployed 2:4 float32"]["baseline"] == "dense eager"  # int8 rounds more

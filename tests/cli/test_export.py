@@ -48,7 +48,7 @@ def test_onnx_and_its_verification(file, capsys):
     shape = onnx.load("net.onnx").graph.input[0].type.tensor_type.shape
     assert shape.dim[0].dim_param
     assert main(["verify", "net.onnx"]) == 0
-    assert "verified: 1 of 2 products held to what was promised" in capsys.readouterr().out
+    assert "verified: 1 of 2 products held to what was recorded" in capsys.readouterr().out
     assert main(["verify", "net.onnx", "--pattern", "2:4"]) == 2
     assert "2.weight: 8 of 8 groups hold more than 2:4" in capsys.readouterr().err
     assert main(["verify", "net.onnx", "--pattern", "2:4", "--exclude", "2.*"]) == 0
@@ -62,7 +62,7 @@ def test_onnx_and_its_verification(file, capsys):
     del model.metadata_props[:]
     onnx.save(model, "silent.onnx")
     assert main(["verify", "silent.onnx"]) == 0
-    assert "the file promises nothing" in capsys.readouterr().out
+    assert "the file records nothing" in capsys.readouterr().out
 
 
 def test_dense_needs_no_network(file, capsys):

@@ -20,7 +20,7 @@ import openwork as ow
 from openwork.cli.main import main
 from openwork.export import check_onnx, to_onnx
 from openwork.export import onnx as exporting
-from openwork.export.outputs import demand_equal
+from openwork.export.outputs import check_equal
 from openwork.inference.layers import SparseLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
@@ -74,7 +74,7 @@ def test_a_network(path, dynamic):
 
     onnx.checker.check_model(path, full_check=True)
     assert done.difference < 1e-5
-    assert {each.name: (each.op, str(each.pattern), each.promised) for each in done.products} == {
+    assert {each.name: (each.op, str(each.pattern), each.recorded) for each in done.products} == {
         name: ("Conv" if name == "conv.weight" else "Gemm", "2:4", True) for name in WEIGHTS
     }
     assert check_onnx(path) == done.products
@@ -146,7 +146,7 @@ def test_every_form_of_a_product(path):
     ow.project(model, "2:4", axis=where, exclude=["wide"])
     x = torch.randn(3, 4, 8)
     done = to_onnx(model, x, path, pattern={"w": "2:4", "experts": "2:4"}, axis=where)
-    assert {each.name for each in done.products if each.promised} == {"w", "experts"}
+    assert {each.name for each in done.products if each.recorded} == {"w", "experts"}
     nodes = [node.op_type for node in onnx.load(path).graph.node]
     assert nodes.count("MatMul") == 1  # the batched one
     for mine, theirs in zip(ran(path, x), model(x), strict=True):
@@ -175,7 +175,7 @@ def test_convolutions_of_other_kinds_and_recurrent_layers(path, capsys):
     assert [(each.op, str(each.pattern)) for each in done.products] == [
         (op, "2:4") for op in ("LSTM", "LSTM", "GRU", "GRU", "ConvTranspose", "Conv")
     ]
-    assert {each.name for each in done.products if each.promised} == {"up.weight", "conv.weight"}
+    assert {each.name for each in done.products if each.recorded} == {"up.weight", "conv.weight"}
     assert main(["verify", str(path)]) == 0
     *table, other, verified, note = capsys.readouterr().out.splitlines()
     assert [line.split()[3:-1] for line in table[1:]] == [
@@ -183,8 +183,8 @@ def test_convolutions_of_other_kinds_and_recurrent_layers(path, capsys):
         for op in ("LSTM", "LSTM", "GRU", "GRU", "ConvTranspose", "Conv")
     ]
     assert other.startswith("not Gemm or Conv, so TensorRT takes no sparse tactic: ")
-    assert verified == "verified: 2 of 6 products held to what was promised"
-    assert note.startswith("(found): not promised by the file (the exporter renames the weights of LSTM, GRU, RNN)")
+    assert verified == "verified: 2 of 6 products held to what was recorded"
+    assert note.startswith("(found): not recorded by the file (the exporter renames the weights of LSTM, GRU, RNN)")
 
 
 def test_a_transformer_of_transformers(path):
@@ -193,7 +193,7 @@ def test_a_transformer_of_transformers(path):
     model = transformers.GPT2LMHeadModel(config).eval()
     ow.project(model, "2:4", exclude=["lm_head", "*wte*", "*wpe*"])
     done = to_onnx(model, {"input_ids": torch.tensor([[3, 1, 2]])}, path, pattern={"*.h.*": "2:4"})
-    sparse = {each.name: (each.op, each.axis.dim) for each in done.products if each.promised}
+    sparse = {each.name: (each.op, each.axis.dim) for each in done.products if each.recorded}
     names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert sparse == {f"transformer.h.0.{name}.weight": ("Gemm", 0) for name in names}  # Conv1D: (in, out)
 
@@ -332,10 +332,10 @@ def test_without_onnxruntime_it_is_said(path, monkeypatch):
 )
 def test_what_counts_as_equal(found, expected, problem):
     if problem is None:
-        demand_equal("it", [torch.tensor(found)], [torch.tensor(expected)])
+        check_equal("it", [torch.tensor(found)], [torch.tensor(expected)])
     else:
         with pytest.raises(RuntimeError, match=problem):
-            demand_equal("it", [torch.tensor(found)], [torch.tensor(expected)])
+            check_equal("it", [torch.tensor(found)], [torch.tensor(expected)])
 
 
 # --- files of anyone ---------------------------------------------------------------------------------------------
@@ -363,14 +363,14 @@ def test_without_a_promise_the_tightest_is_found_and_a_pattern_can_be_asked_for(
     nodes = [helper.make_node("Gemm", ["x", "w"], ["h"], transB=1), helper.make_node("MatMul", ["h", "d"], ["y"])]
     written(path, nodes, {"w": two_four(), "d": dense})
     found = check_onnx(path)
-    assert [(each.name, each.op, str(each.pattern), each.promised) for each in found] == [
+    assert [(each.name, each.op, str(each.pattern), each.recorded) for each in found] == [
         ("w", "Gemm", "2:4", False),
         ("d", "MatMul", "None", False),
     ]
     with pytest.raises(ow.NotSparse, match="d: 4 of 4 groups") as caught:
         check_onnx(path, "2:4")
     assert list(caught.value.layers) == ["d"]
-    assert [each.promised for each in check_onnx(path, "2:4", exclude=["d"])] == [True, False]
+    assert [each.recorded for each in check_onnx(path, "2:4", exclude=["d"])] == [True, False]
     with pytest.raises(ow.NotSparse, match=r"1 weights.*\n  w: "):
         check_onnx(path, "1:8")  # 8 does not divide d's 4
 
@@ -386,7 +386,7 @@ def test_the_axis_is_that_of_the_sum(path):
     for node, constant in forms.values():
         written(path, [node], {"w": np.ascontiguousarray(constant)}, openwork='{"w": "2:4"}')
         (product,) = check_onnx(path)
-        assert product.promised
+        assert product.recorded
         wrong = np.ascontiguousarray(np.abs(constant) + 1)
         with pytest.raises(ow.NotSparse):
             check_onnx(written(path, [node], {"w": wrong}, openwork='{"w": "2:4"}'))
@@ -418,7 +418,7 @@ def test_branches_are_looked_into(path):
 
 def test_broken_promises_are_found(path):
     node = helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)
-    with pytest.raises(ow.NotSparse, match="gone: promised by the file, but no product multiplies by it"):
+    with pytest.raises(ow.NotSparse, match="gone: recorded by the file, but no product multiplies by it"):
         check_onnx(written(path, [node], {"w": two_four()}, openwork='{"w": "2:4", "gone": "2:4"}'))
     with pytest.raises(ow.NotSparse, match="more than 1:4"):
         check_onnx(written(path, [node], {"w": two_four()}, openwork='{"w": "1:4"}'))

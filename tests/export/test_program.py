@@ -49,10 +49,11 @@ class Deployed(nn.Module):
         super().__init__()
         plain = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 16), nn.Linear(16, 4)])
         ow.project(plain, "2:4")
-        pattern, stored = ow.Pattern(2, 4), torch.float32
-        self.conv = SparseConv2d(plain[0], pattern, "panel", stored)
+        pattern, weight_dtype = ow.Pattern(2, 4), torch.float32
+        self.conv = SparseConv2d(plain[0], pattern, "panel", weight_dtype)
         self.up, self.down = (
-            SparseLinear(layer, pattern, kind, stored) for layer, kind in zip(plain[1:], ("panel", "rows"), strict=True)
+            SparseLinear(layer, pattern, kind, weight_dtype)
+            for layer, kind in zip(plain[1:], ("panel", "rows"), strict=True)
         )
 
     def forward(self, x):

@@ -65,12 +65,12 @@ def deploy(model, x=X, **options):
         return ow.deploy(model, x, **options)
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("pattern", ["2:4", "1:8"])
-def test_the_same_outputs(stored, pattern, sparse_wins):
+def test_the_same_outputs(weight_dtype, pattern, sparse_wins):
     model = net(pattern)
     before = copy.deepcopy(model.state_dict())
-    fast = deploy(model, pattern=pattern, exclude=["down"], stored=stored)
+    fast = deploy(model, pattern=pattern, exclude=["down"], weight_dtype=weight_dtype)
     kinds = {name: type(each) for name, each in fast.named_modules() if isinstance(each, SparseConv2d | SparseLinear)}
     assert kinds == {"stem.0": SparseConv2d, "grouped": SparseConv2d, "line": SparseConv2d, "up": SparseLinear}
     assert not any(isinstance(each, nn.BatchNorm2d | nn.ReLU) for each in fast.modules())
@@ -78,7 +78,7 @@ def test_the_same_outputs(stored, pattern, sparse_wins):
     expected, found = model(X).detach(), fast(X)
     apart = float((found - expected).abs().max() / expected.abs().max())
     assert apart == pytest.approx(fast.deployment.difference, rel=1e-3)
-    assert apart < {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.int8: 3e-2}[stored]
+    assert apart < {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.int8: 3e-2}[weight_dtype]
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
     assert not any(each.requires_grad for each in fast.parameters())
     ow.verify(model, pattern=pattern, exclude=["down"])  # the model that was given is as it was
@@ -93,8 +93,8 @@ def test_other_batches_and_memory_formats(sparse_wins):
 
 def test_it_compiles_whole(sparse_wins):
     model = net()
-    for stored in (torch.float32, torch.int8):
-        fast = ow.deploy(model, X, pattern="2:4", exclude=["down"], stored=stored)
+    for weight_dtype in (torch.float32, torch.int8):
+        fast = ow.deploy(model, X, pattern="2:4", exclude=["down"], weight_dtype=weight_dtype)
         assert any(isinstance(each, SparseConv2d) for each in fast.modules())
         compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
@@ -314,10 +314,10 @@ def test_saved_loaded_and_copied(sparse_wins, mode):
 def test_mistakes(verb):
     dense = shaken(Net())
     for action, error, message in (
-        (lambda: verb(dense, X, pattern="2:4"), ow.NotSparse, "5 weights are denser than promised:\n  stem.0.weight"),
+        (lambda: verb(dense, X, pattern="2:4"), ow.NotSparse, "5 weights are denser than their pattern:\n  stem.0"),
         (lambda: verb(dense, X), ow.NotSparse, "stem.0.weight: no N:M pattern with N < M holds"),
-        (lambda: verb(net(), X, stored=torch.float16), ValueError,
-         r"stored=torch\.float16; needed one of torch\.float32, torch\.bfloat16, torch\.int8"),
+        (lambda: verb(net(), X, weight_dtype=torch.float16), ValueError,
+         r"weight_dtype=torch\.float16; needed one of torch\.float32, torch\.bfloat16, torch\.int8"),
         (lambda: verb(Net().to("meta"), X), ValueError,
          r"the model is on meta; needed one CPU or one GPU: model"),
         (lambda: verb(net(), X, pattern="2:4", exclude=["nothing"]), ValueError, "nothing"),

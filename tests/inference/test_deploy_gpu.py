@@ -144,12 +144,12 @@ def test_one_pixel_of_images_with_channels_last_is_not_copied() -> None:
     assert made(x).is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
-def test_quantized(stored: torch.dtype) -> None:
+@pytest.mark.parametrize("weight_dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized(weight_dtype: torch.dtype) -> None:
     layer = sparse(nn.Linear(96, 40))
-    made, x = GpuLinear(layer, ow.Pattern(2, 4), "cusparselt", stored), torch.randn(5, 96).bfloat16()
-    assert close(made(x), layer(x), 0.02 if stored == torch.int8 else 0.06)
-    assert close(made.weight, layer.weight, 0.02 if stored == torch.int8 else 0.04)
+    made, x = GpuLinear(layer, ow.Pattern(2, 4), "cusparselt", weight_dtype), torch.randn(5, 96).bfloat16()
+    assert close(made(x), layer(x), 0.02 if weight_dtype == torch.int8 else 0.06)
+    assert close(made.weight, layer.weight, 0.02 if weight_dtype == torch.int8 else 0.04)
     assert torch.equal(made.weight == 0, layer.weight == 0)
 
 
@@ -200,10 +200,10 @@ def test_copies_pack_again(how: str, monkeypatch: Any) -> None:
         monkeypatch.setattr(cusparselt, "BACKENDS", {"cusparselt": counting})
         again = copy.deepcopy(made)
     else:
-        stored = pickle.dumps(made) if how == "pickle" else _saved(made)
+        data = pickle.dumps(made) if how == "pickle" else _saved(made)
         assert made.__getstate__()["_buffers"].keys() == {"bias"}
         monkeypatch.setattr(cusparselt, "BACKENDS", {"cusparselt": counting})
-        again = pickle.loads(stored) if how == "pickle" else torch.load(io.BytesIO(stored), weights_only=False)
+        again = pickle.loads(data) if how == "pickle" else torch.load(io.BytesIO(data), weights_only=False)
     assert packs == [1]
     assert torch.equal(again(x), made(x))
     assert again.algorithms == {4: SEARCHED}
@@ -229,7 +229,7 @@ def test_moves_and_casts_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "stored", "reason"),
+    ("pattern", "weight_dtype", "reason"),
     [
         ("2:4", torch.bfloat16, ""),
         ("1:4", torch.bfloat16, ""),
@@ -238,9 +238,9 @@ def test_moves_and_casts_are_refused() -> None:
         ("2:4", torch.float32, "no sparse product of torch.float32"),
     ],
 )
-def test_what_sparse_tensor_cores_take(pattern: str, stored: torch.dtype, reason: str) -> None:
+def test_what_sparse_tensor_cores_take(pattern: str, weight_dtype: torch.dtype, reason: str) -> None:
     weight = sparse(nn.Linear(64, 32), pattern).weight
-    found = cusparselt.cannot(weight, "cusparselt", stored)
+    found = cusparselt.cannot(weight, "cusparselt", weight_dtype)
     assert reason in found if reason else found == ""
 
 
@@ -292,7 +292,7 @@ def test_a_plan_takes_what_was_fastest(monkeypatch: Any) -> None:
     assert kinds["mix.weight"] == ("cusparselt", "")
     assert kinds["first.weight"] == ("gather", "")
     assert kinds["grouped.weight"] == (None, "a convolution in 2 groups: sparse tensor cores multiply one matrix")
-    assert plan.stored == torch.bfloat16
+    assert plan.weight_dtype == torch.bfloat16
 
 
 def test_cutlass_only_where_it_wins(monkeypatch: Any) -> None:
@@ -387,10 +387,10 @@ def test_an_algorithm_that_the_library_refuses_is_replaced_by_its_own_choice(mon
         assert close(made(x), layer(x))
 
 
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8])
-def test_a_new_state_is_packed_where_the_old_one_was(stored: torch.dtype) -> None:
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.int8])
+def test_a_new_state_is_packed_where_the_old_one_was(weight_dtype: torch.dtype) -> None:
     """A captured graph goes on reading there."""
-    made, other = (GpuLinear(sparse(nn.Linear(64, 32)), ow.Pattern(2, 4), "cusparselt", stored) for _ in range(2))
+    made, other = (GpuLinear(sparse(nn.Linear(64, 32)), ow.Pattern(2, 4), "cusparselt", weight_dtype) for _ in range(2))
     before = {name: each.data_ptr() for name, each in made._buffers.items() if each is not None}
     made.load_state_dict(other.state_dict())
     assert {name: each.data_ptr() for name, each in made._buffers.items() if each is not None} == before
@@ -408,10 +408,10 @@ def test_training_through_a_deployed_layer_is_refused() -> None:
 
 
 def test_a_pickled_layer_that_comes_back_without_a_gpu_says_what_to_do(monkeypatch: Any) -> None:
-    stored = pickle.dumps(GpuLinear(sparse(nn.Linear(64, 32)), ow.Pattern(2, 4), "cusparselt", torch.bfloat16))
+    data = pickle.dumps(GpuLinear(sparse(nn.Linear(64, 32)), ow.Pattern(2, 4), "cusparselt", torch.bfloat16))
     monkeypatch.setattr(cusparselt, "BACKENDS", BACKENDS)
     with pytest.raises(RuntimeError, match=r"comes back on cpu: .*Load it onto a GPU.*save its state dict"):
-        pickle.loads(stored)
+        pickle.loads(data)
 
 
 def test_the_operator_compiles(monkeypatch: Any) -> None:
@@ -437,8 +437,8 @@ def test_fake_kernels_fit(name: str) -> None:
 def test_what_cannot_be_stored_or_captured_is_refused(monkeypatch: Any) -> None:
     clock(monkeypatch, cusparselt=0.5)
     model, x = net(), torch.randn(2, 4, 8, 8).bfloat16()
-    with pytest.raises(ValueError, match=r"stored=torch.float32; needed one of torch.float16"):
-        ow.deploy(model, x, pattern="2:4", stored=torch.float32)
+    with pytest.raises(ValueError, match=r"weight_dtype=torch.float32; needed one of torch.float16"):
+        ow.deploy(model, x, pattern="2:4", weight_dtype=torch.float32)
     with pytest.raises(ValueError, match=r"cuda_graph=True for a model on cpu; needed one on a GPU"):
         ow.deploy(model, x, pattern="2:4", cuda_graph=True)
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.multiprocessing import get_context
 
 import openwork as ow
-from openwork.inference.layers import SparseConv2d, SparseLinear, demand_undeployed, symmetric_padding
+from openwork.inference.layers import SparseConv2d, SparseLinear, check_not_deployed, symmetric_padding
 from openwork.kernels.cpu import native
 from openwork.layouts.layout import has_dots_layout
 
 STATUS = ow.kernels.status()
-STORED = [torch.float32, torch.bfloat16, torch.int8]
+WEIGHT_DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 P24 = ow.Pattern(2, 4)
 
 
@@ -70,20 +70,20 @@ CONV = {
 }
 
 
-def kinds(layer: nn.Module, pattern: ow.Pattern, stored: torch.dtype = torch.float32) -> list[str]:
+def kinds(layer: nn.Module, pattern: ow.Pattern, weight_dtype: torch.dtype = torch.float32) -> list[str]:
     """Those of float32 layers; int8's dots also on instruction sets without them, where they are slow."""
-    fits = has_dots_layout(stored, pattern, ow.kernels.lanes())
+    fits = has_dots_layout(weight_dtype, pattern, ow.kernels.lanes())
     found = ["panel", *["rows"] * (layer.weight.ndim == 2 and pattern.m in (2, 4, 8, 16, 32))]
-    return [*found, *["dots"] * (fits and stored == torch.int8 and getattr(layer, "groups", 1) == 1)]
+    return [*found, *["dots"] * (fits and weight_dtype == torch.int8 and getattr(layer, "groups", 1) == 1)]
 
 
-def deployed(layer: nn.Module, pattern: ow.Pattern, kind: str, stored: torch.dtype) -> nn.Module:
+def deployed(layer: nn.Module, pattern: ow.Pattern, kind: str, weight_dtype: torch.dtype) -> nn.Module:
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        return SparseConv2d(layer, pattern, kind, stored)
-    return SparseLinear(layer, pattern, kind, stored, transposed=not isinstance(layer, nn.Linear))
+        return SparseConv2d(layer, pattern, kind, weight_dtype)
+    return SparseLinear(layer, pattern, kind, weight_dtype, transposed=not isinstance(layer, nn.Linear))
 
 
-def check(layer: nn.Module, made: nn.Module, x: Tensor, stored: torch.dtype) -> None:
+def check(layer: nn.Module, made: nn.Module, x: Tensor, weight_dtype: torch.dtype) -> None:
     """made(x) is layer(x) with the weight that `made` says it has, as far as its arithmetic can tell."""
     exact, size = copy.deepcopy(layer).double(), copy.deepcopy(layer).double()
     for each, change in ((exact, lambda t: t), (size, torch.abs)):
@@ -92,32 +92,32 @@ def check(layer: nn.Module, made: nn.Module, x: Tensor, stored: torch.dtype) -> 
             each.bias.data = change(each.bias.data)
     y, terms = made(x), layer.weight[0].numel() if layer.weight.ndim > 2 else max(layer.weight.shape)
     bound = 2.0**-24 * (terms + 2) * size(x.double().abs())
-    if stored == torch.int8:  # inputs are rounded to whole numbers, of which the largest is 127
+    if weight_dtype == torch.int8:  # inputs are rounded to whole numbers, of which the largest is 127
         bound = 1.01 * size(torch.full_like(x, float(x.abs().max())).double()) / 254
     assert y.dtype == x.dtype
     assert y.shape == layer(x).shape
     assert bool(((y - exact(x.double())).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)
 @pytest.mark.parametrize("name", LINEAR)
-def test_linear_layers(name, stored, isa):
+def test_linear_layers(name, weight_dtype, isa):
     make, pattern, shape = LINEAR[name]
     layer = projected(make(), pattern)
-    for kind in kinds(layer if isinstance(layer, nn.Linear) else nn.Linear(4, 4), pattern, stored):
-        made = deployed(layer, pattern, kind, stored)
-        check(layer, made, torch.randn(shape), stored)
+    for kind in kinds(layer if isinstance(layer, nn.Linear) else nn.Linear(4, 4), pattern, weight_dtype):
+        made = deployed(layer, pattern, kind, weight_dtype)
+        check(layer, made, torch.randn(shape), weight_dtype)
 
 
-@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)
 @pytest.mark.parametrize("name", CONV)
-def test_convolutions(name, stored, isa):
+def test_convolutions(name, weight_dtype, isa):
     make, shape = CONV[name]
     layer = projected(make())
     x = torch.randn(shape)
-    for kind in kinds(layer, P24, stored):
-        made = deployed(layer, P24, kind, stored)
-        check(layer, made, x, stored)
+    for kind in kinds(layer, P24, weight_dtype):
+        made = deployed(layer, P24, kind, weight_dtype)
+        check(layer, made, x, weight_dtype)
         if x.ndim == 4:
             last = made(x.to(memory_format=torch.channels_last))
             assert torch.equal(last, made(x))
@@ -205,9 +205,9 @@ def models() -> dict[str, tuple[nn.Module, Tensor, nn.Module]]:
         ("conv2d", nn.Conv2d(8, 8, 3, groups=2), torch.randn(2, 8, 7, 7)),
     ):
         projected(layer)
-        for stored in STORED:
-            for kind in kinds(layer, P24, stored):
-                found[f"{name}, {kind}, {stored}"] = (layer, x, deployed(layer, P24, kind, stored))
+        for weight_dtype in WEIGHT_DTYPES:
+            for kind in kinds(layer, P24, weight_dtype):
+                found[f"{name}, {kind}, {weight_dtype}"] = (layer, x, deployed(layer, P24, kind, weight_dtype))
     return found
 
 
@@ -222,10 +222,10 @@ def test_the_state_dict_is_that_of_the_layer(name):
         k: (v.shape, v.dtype) for k, v in layer.state_dict().items()
     }
     assert list(state) == list(layer.state_dict())
-    exact = made.stored == torch.float32
+    exact = made.weight_dtype == torch.float32
     torch.testing.assert_close(state["weight"], layer.weight, rtol=0 if exact else 0.01, atol=0 if exact else 0.01)
     layer.load_state_dict(state)  # and the plain layer computes the same, but for rounding of int8 inputs
-    torch.testing.assert_close(layer(x), made(x), atol=0.05 if made.stored == torch.int8 else 1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer(x), made(x), atol=0.05 if made.weight_dtype == torch.int8 else 1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -236,7 +236,7 @@ def test_a_state_dict_is_loaded(name):
     nn.init.normal_(other.weight)
     ow.project(other, P24)
     assert not target.load_state_dict(other.state_dict()).missing_keys
-    assert torch.equal(target(x), deployed(other, P24, made.kind, made.stored)(x))
+    assert torch.equal(target(x), deployed(other, P24, made.kind, made.weight_dtype)(x))
     assert not torch.equal(target(x), made(x))
 
 
@@ -279,7 +279,7 @@ def test_pickles_are_packed_anew_for_another_instruction_set(name):
     if len(STATUS.available) < 2:
         pytest.skip("needs two instruction sets")
     layer, x, made = models()[name]
-    if made.stored == torch.int8:
+    if made.weight_dtype == torch.int8:
         half = copy.deepcopy(layer).bfloat16()
         made = deployed(half, P24, made.kind, torch.int8)  # its dtype has fewer digits than int8 numbers with a scale
     numbers, y, data = made._numbers(), made(x), pickle.dumps(made)
@@ -387,7 +387,7 @@ def test_verbs_that_need_the_weights_refuse_deployed_models(tmp_path):
     ):
         with pytest.raises(ValueError, match=expected):
             verb()
-    demand_undeployed(nn.Linear(8, 4), "nothing")
+    check_not_deployed(nn.Linear(8, 4), "nothing")
 
 
 @pytest.mark.parametrize(

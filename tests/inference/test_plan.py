@@ -72,14 +72,14 @@ def test_dots_are_for_layers_in_bfloat16_and_for_int8(monkeypatch):
     half = net().bfloat16()
     say(monkeypatch, **{"panel": 0.5, "rows": 0.5, "dots": 0.4, "dots, channels_last": 0.3})
     found = ow.plan(half, X.bfloat16(), pattern="2:4")
-    assert found.stored == torch.bfloat16
+    assert found.weight_dtype == torch.bfloat16
     assert {each.name: (each.kind, each.sparse) for each in found.layers if each.kind} == {
         "conv.weight": ("dots", 0.3), "a.weight": ("dots", 0.8), "b.weight": ("dots", 0.4)}  # fmt: skip
     alone = choose.measure_layers(half, X.bfloat16(), {"conv.weight": P24}, torch.bfloat16, formats=False)
     assert [(each.kind, each.sparse) for each in alone] == [("dots", 0.4)]
-    assert set(ow.plan(net(), X, pattern="2:4", stored=torch.int8).chosen.values()) == {"dots"}
-    for model, x, stored in ((net(), X, torch.bfloat16), (half, X.bfloat16(), torch.float32)):
-        assert "dots" not in ow.plan(model, x, pattern="2:4", stored=stored).chosen.values()
+    assert set(ow.plan(net(), X, pattern="2:4", weight_dtype=torch.int8).chosen.values()) == {"dots"}
+    for model, x, weight_dtype in ((net(), X, torch.bfloat16), (half, X.bfloat16(), torch.float32)):
+        assert "dots" not in ow.plan(model, x, pattern="2:4", weight_dtype=weight_dtype).chosen.values()
 
 
 def test_alike_layers_are_measured_once(monkeypatch):
@@ -208,7 +208,7 @@ def test_int8_has_no_infinity(monkeypatch):
     model[0].weight.data[0, 1:4] = 0
     x = torch.randn(2, 8)
     assert ow.plan(model, x, pattern="2:4").chosen == {"0.weight": "panel"}
-    found = ow.plan(model, x, pattern="2:4", stored=torch.int8)
+    found = ow.plan(model, x, pattern="2:4", weight_dtype=torch.int8)
     assert found.layers[0].reason == "its weight holds numbers that are not finite, which int8 cannot"
 
 
@@ -264,7 +264,9 @@ def small(monkeypatch):
 
 
 def test_openwork_plan(small, capsys):
-    assert main(["plan", "small", "--pattern", "1:4", "--batch", "3", "--threads", "2", "--stored", "bfloat16"]) == 0
+    assert (
+        main(["plan", "small", "--pattern", "1:4", "--batch", "3", "--threads", "2", "--weight-dtype", "bfloat16"]) == 0
+    )
     printed = capsys.readouterr().out
     assert printed.startswith("2 threads, torch ")
     assert re.search(r"conv\.weight +8x8x3x3 +1:4 +3x8x6x6 ", printed)

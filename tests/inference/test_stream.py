@@ -161,13 +161,13 @@ def test_a_layer_that_is_faster_is_sparse_and_one_that_is_not_is_dense_aloud(pat
     equal(dense, saved)
 
 
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8])
-def test_weights_are_kept_in_fewer_bits(path, saved, stored):
-    fast = ow.load_deployed(path, Net(), EXAMPLE, chosen=dict.fromkeys(NAMES, "panel"), stored=stored)
-    assert fast.conv.stored == stored
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.int8])
+def test_weights_are_kept_in_fewer_bits(path, saved, weight_dtype):
+    fast = ow.load_deployed(path, Net(), EXAMPLE, chosen=dict.fromkeys(NAMES, "panel"), weight_dtype=weight_dtype)
+    assert fast.conv.weight_dtype == weight_dtype
     equal(fast, saved, rtol=0.1, atol=0.1)
-    with pytest.raises(ValueError, match=r"stored=torch\.float16; needed one of"):
-        ow.load_deployed(path, Net(), EXAMPLE, stored=torch.float16)
+    with pytest.raises(ValueError, match=r"weight_dtype=torch\.float16; needed one of"):
+        ow.load_deployed(path, Net(), EXAMPLE, weight_dtype=torch.float16)
 
 
 def test_the_model_is_left_alone_and_its_weights_are_those_of_the_file(path, saved):
@@ -196,7 +196,7 @@ def test_what_was_chosen_survives_json_and_the_result_pickle(path, saved):
 def test_what_another_processor_chose_is_done_by_the_kernel_that_is_here(path, saved, monkeypatch):
     monkeypatch.setattr(ow.kernels, "has_dots", lambda: False)
     fast = ow.load_deployed(
-        path, Net(), EXAMPLE, chosen={"up.weight": "dots", "conv.weight": "dots"}, stored=torch.int8
+        path, Net(), EXAMPLE, chosen={"up.weight": "dots", "conv.weight": "dots"}, weight_dtype=torch.int8
     )
     assert fast.deployment.chosen == {"up.weight": "panel", "conv.weight": "panel"}
     assert {fast.up.kind, fast.conv.kind} == {"panel"}

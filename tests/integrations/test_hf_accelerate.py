@@ -117,7 +117,7 @@ def test_topology_goes_to_the_trackers(tmp_path):
     SparseRun(accelerate, model, optimizer, ow.Topology(every=2))
     loop.run(accelerate, model, optimizer, loader)
     assert [step for step, _ in logged] == [2, 4, 6]
-    assert logged[-1][1]["churn/start"] > 0
+    assert logged[-1][1]["flip_rate/start"] > 0
 
 
 def test_an_optimizer_that_is_not_prepared_is_told():

@@ -121,7 +121,7 @@ def test_topology_goes_to_the_trainers_log(tmp_path):
     trainer.train()
     logged = [each for each in trainer.state.log_history if "sad/start" in each]
     assert [each["step"] for each in logged] == [2, 4, 6]
-    assert logged[-1]["churn/start"] > 0
+    assert logged[-1]["flip_rate/start"] > 0
 
 
 def test_what_leaves_training_is_sparse(row, tmp_path):

@@ -18,15 +18,15 @@ from openwork.ops.sparse_matmul import panel_numbers, rows_numbers
 
 ops = torch.ops.openwork
 Given = dict[str, Any]
-STORED = [torch.float32, torch.bfloat16, torch.int8]
+WEIGHT_DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 # Which of them a damage does not touch, by name of the operator.
 OPERATORS = ["panel_linear", "rows_linear", "panel_conv2d"]
 
 
-def good(operator: str, stored: torch.dtype = torch.float32) -> Given:
+def good(operator: str, weight_dtype: torch.dtype = torch.float32) -> Given:
     """Arguments that fit: 10 outputs of 24 inputs at 2:4; a convolution's are 6 channels, rounded up to 8, at 3 x 1."""
     weight = torch.randn(10, 24, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 0, 0, 1] * 6)
-    numbers, scales = quantized(weight) if stored == torch.int8 else (weight.to(stored), None)
+    numbers, scales = quantized(weight) if weight_dtype == torch.int8 else (weight.to(weight_dtype), None)
     given: Given = {"scales": scales, "bias": torch.ones(10), "relu": False}
     if operator == "rows_linear":
         layout = rows(numbers, Pattern(2, 4), lanes=kernels.lanes(), scales=scales)
@@ -58,18 +58,18 @@ def put(at: int, number: int) -> Callable[[list[int]], list[int]]:
     return lambda layout: [*layout[:at], number, *layout[at + 1 :]]
 
 
-@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_what_fits_is_taken(isa: str, operator: str, stored: torch.dtype) -> None:
-    assert call(operator, good(operator, stored)).isfinite().all()
+def test_what_fits_is_taken(isa: str, operator: str, weight_dtype: torch.dtype) -> None:
+    assert call(operator, good(operator, weight_dtype)).isfinite().all()
 
 
-@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)
 @pytest.mark.parametrize("name", ["values", "positions", "bias", "scales"])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_tensors_of_the_layout(isa: str, operator: str, name: str, stored: torch.dtype) -> None:
+def test_tensors_of_the_layout(isa: str, operator: str, name: str, weight_dtype: torch.dtype) -> None:
     """One entry too few or too many, the wrong dtype, gaps or repetitions in memory."""
-    given = good(operator, stored)
+    given = good(operator, weight_dtype)
     right = given[name]
     if right is None:
         right = torch.ones(10)
@@ -89,7 +89,7 @@ def test_tensors_of_the_layout(isa: str, operator: str, name: str, stored: torch
     ]
     for each in wrong:
         refused(operator, {**given, name: each}, f"{name} .* do not fit")
-    other = torch.float32 if stored == torch.int8 else torch.int8
+    other = torch.float32 if weight_dtype == torch.int8 else torch.int8
     if name == "values":
         refused(operator, {**given, "values": good(operator, other)["values"]}, "values .* do not fit")
     if name == "scales":
@@ -119,11 +119,11 @@ def test_numbers_of_the_layout(isa: str, operator: str) -> None:
             refused(operator, {**given, "layout": put(2, tile)(right)}, "makes no layout|do not fit|position 2 ")
 
 
-@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)
 @pytest.mark.parametrize("operator", ["panel_linear", "panel_conv2d"])
-def test_positions_outside_their_tile(isa: str, operator: str, stored: torch.dtype) -> None:
-    given = good(operator, stored)
-    row = given["layout"][3] * (2 if stored == torch.int8 else 4)
+def test_positions_outside_their_tile(isa: str, operator: str, weight_dtype: torch.dtype) -> None:
+    given = good(operator, weight_dtype)
+    row = given["layout"][3] * (2 if weight_dtype == torch.int8 else 4)
     for at in (0, 57, len(given["positions"]) - 2):
         for wrong in (24 * row, 2**16 - row, 2**16 - 1, 1, row - 1):
             positions = given["positions"].clone()
@@ -164,10 +164,10 @@ def test_positions_of_the_last_tile_have_fewer_inputs(isa: str) -> None:
     refused("panel_linear", {**given, "x": torch.ones(1, 200)}, f"position {last}")
 
 
-@pytest.mark.parametrize("stored", STORED)
-def test_any_words_of_rows_stay_inside_the_window(isa: str, stored: torch.dtype) -> None:
+@pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)
+def test_any_words_of_rows_stay_inside_the_window(isa: str, weight_dtype: torch.dtype) -> None:
     """Instructions look at no more bits than a window has inputs."""
-    given = good("rows_linear", stored)
+    given = good("rows_linear", weight_dtype)
     words = torch.randint(-(2**31), 2**31, given["positions"].shape, dtype=torch.int32)
     assert call("rows_linear", {**given, "positions": words}).isfinite().all()
 
@@ -222,12 +222,12 @@ numbers = st.integers(-3, 70) | st.sampled_from([2**31, 2**31 - 1, 2**32, -(2**3
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), operator=st.sampled_from(OPERATORS), stored=st.sampled_from(STORED))
+@given(data=st.data(), operator=st.sampled_from(OPERATORS), weight_dtype=st.sampled_from(WEIGHT_DTYPES))
 def test_any_numbers_give_a_result_or_an_exception(
-    isa: str, data: st.DataObject, operator: str, stored: torch.dtype
+    isa: str, data: st.DataObject, operator: str, weight_dtype: torch.dtype
 ) -> None:
     """Some of the integers that describe a product replaced by any others."""
-    given = good(operator, stored)
+    given = good(operator, weight_dtype)
     lists = [name for name, each in given.items() if isinstance(each, list)]
     for name in data.draw(st.lists(st.sampled_from(lists), min_size=1, max_size=3), label="changed"):
         at = data.draw(st.integers(0, len(given[name]) - 1), label="at")

@@ -35,8 +35,8 @@ def sparse(shape: tuple[int, ...], pattern: Pattern, generator: torch.Generator)
     return rows if len(shape) == 4 else rows[:, : shape[1]]
 
 
-def packed(rows: Tensor, pattern: Pattern, stored: torch.dtype) -> Dots:
-    numbers, scales = quantized(rows) if stored == torch.int8 else (rows.to(stored), None)
+def packed(rows: Tensor, pattern: Pattern, weight_dtype: torch.dtype) -> Dots:
+    numbers, scales = quantized(rows) if weight_dtype == torch.int8 else (rows.to(weight_dtype), None)
     return dots(numbers, pattern, lanes=kernels.lanes() if kernels.has_dots() else 16, scales=scales)
 
 
@@ -46,21 +46,21 @@ def conv(x: Tensor, layout: Dots, bias: Tensor | None, geometry: tuple[Any, ...]
     )
 
 
-@pytest.mark.parametrize("stored", SHORT)
+@pytest.mark.parametrize("weight_dtype", SHORT)
 @pytest.mark.parametrize("lanes", [8, 16])
-def test_a_layout_holds_its_weight(lanes: int, stored: torch.dtype) -> None:
+def test_a_layout_holds_its_weight(lanes: int, weight_dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     for pattern in (Pattern(1, 2), *PATTERNS):
-        if not has_dots_layout(stored, pattern, lanes):
+        if not has_dots_layout(weight_dtype, pattern, lanes):
             assert lanes == 8  # of so short windows
             assert pattern.m > 8
             continue
         for O, K in ((1, 1), (5, 37), (lanes, 64), (3 * lanes + 1, 130)):
             weight = sparse((O, K), pattern, generator)
-            numbers, scales = quantized(weight) if stored == torch.int8 else (weight.to(stored), None)
+            numbers, scales = quantized(weight) if weight_dtype == torch.int8 else (weight.to(weight_dtype), None)
             layout = dots(numbers, pattern, lanes=lanes, scales=scales)
             assert torch.equal(from_dots(layout), numbers)
-            sizes = dots_sizes(stored, pattern, lanes)
+            sizes = dots_sizes(weight_dtype, pattern, lanes)
             assert sizes.steps * sizes.together == sizes.slots == sizes.window * pattern.n // pattern.m
 
 
@@ -78,9 +78,9 @@ def test_layouts_that_are_none_say_why() -> None:
 
 
 @many
-@given(data=st.data(), pattern=st.sampled_from(PATTERNS), stored=st.sampled_from(SHORT), stride=two, dilation=two)
+@given(data=st.data(), pattern=st.sampled_from(PATTERNS), weight_dtype=st.sampled_from(SHORT), stride=two, dilation=two)
 def test_convolution_is_the_dense_one(
-    isa: str, data: st.DataObject, pattern: Pattern, stored: torch.dtype, stride: list[int], dilation: list[int]
+    isa: str, data: st.DataObject, pattern: Pattern, weight_dtype: torch.dtype, stride: list[int], dilation: list[int]
 ) -> None:
     """int8 bit by bit; bfloat16 within the rounding of sums in float32, twice a pair, and of the result."""
     draw, generator = data.draw, torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1), label="seed"))
@@ -95,13 +95,13 @@ def test_convolution_is_the_dense_one(
     bias = torch.randn(O, generator=generator) if draw(st.booleans(), label="bias") else None
     rows, x = sparse((O, C, *kernel), pattern, generator), torch.randn(N, C, H, W, generator=generator)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
-    x = x if stored == torch.int8 else x.bfloat16()
-    layout, geometry = packed(rows, pattern, stored), (kernel, stride, padding, dilation)
+    x = x if weight_dtype == torch.int8 else x.bfloat16()
+    layout, geometry = packed(rows, pattern, weight_dtype), (kernel, stride, padding, dilation)
     y = conv(x, layout, bias, geometry, relu)
     given = (x, layout.values, layout.positions, layout.scales, bias, rows_numbers(layout), *geometry, relu)
     expected = reference.dots_conv2d(*given)  # type: ignore[operator]
     assert (y.shape, y.dtype) == (expected.shape, x.dtype)
-    if stored == torch.int8:
+    if weight_dtype == torch.int8:
         assert torch.equal(y, expected)
     else:
         weight = from_dots(layout).view(O, *kernel, -1)[..., :C].movedim(-1, 1).double()
@@ -118,14 +118,16 @@ def test_convolution_is_the_dense_one(
 
 
 @needs_dots
-@pytest.mark.parametrize("stored", SHORT)
+@pytest.mark.parametrize("weight_dtype", SHORT)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_images_with_few_pixels_and_with_many(stored: torch.dtype, threads: int) -> None:
+def test_images_with_few_pixels_and_with_many(weight_dtype: torch.dtype, threads: int) -> None:
     """Where rows are few all threads pack first, where they are many each packs for itself: the same results."""
     generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
     rows = sparse((40, 24, 3, 3), Pattern(2, 4), generator)
-    layout, geometry = packed(rows, Pattern(2, 4), stored), ([3, 3], [1, 1], [1, 1], [1, 1])
-    x = torch.randn(2, 24, 41, 40, generator=generator).to(torch.float32 if stored == torch.int8 else stored)
+    layout, geometry = packed(rows, Pattern(2, 4), weight_dtype), ([3, 3], [1, 1], [1, 1], [1, 1])
+    x = torch.randn(2, 24, 41, 40, generator=generator).to(
+        torch.float32 if weight_dtype == torch.int8 else weight_dtype
+    )
     torch.set_num_threads(threads)
     try:
         whole, alone = conv(x, layout, None, geometry, True), conv(x[1:], layout, None, geometry, True)
@@ -133,33 +135,35 @@ def test_images_with_few_pixels_and_with_many(stored: torch.dtype, threads: int)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(whole[1:], alone)
-    if stored == torch.bfloat16:  # of int8 the scales would be others
+    if weight_dtype == torch.bfloat16:  # of int8 the scales would be others
         assert torch.equal(corner[..., :5, :5], whole[1:, :, :5, :5])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("stored", SHORT)
-def test_what_is_not_finite_surfaces(isa: str, stored: torch.dtype, bad: float) -> None:
+@pytest.mark.parametrize("weight_dtype", SHORT)
+def test_what_is_not_finite_surfaces(isa: str, weight_dtype: torch.dtype, bad: float) -> None:
     rows = conv_rows(torch.ones(4, 4, 3, 3) * (torch.arange(4) < 2)[:, None, None], Pattern(2, 4))
-    x = torch.rand(2, 4, 6, 6).to(torch.float32 if stored == torch.int8 else stored)
+    x = torch.rand(2, 4, 6, 6).to(torch.float32 if weight_dtype == torch.int8 else weight_dtype)
     x[1, 0, 2, 2] = bad
-    y = conv(x, packed(rows, Pattern(2, 4), stored), None, ([3, 3], [1, 1], [1, 1], [1, 1]), True)
+    y = conv(x, packed(rows, Pattern(2, 4), weight_dtype), None, ([3, 3], [1, 1], [1, 1], [1, 1]), True)
     assert y[0].isfinite().all()
     near = torch.zeros(6, 6, dtype=torch.bool)
     near[1:4, 1:4] = True
-    assert torch.equal(y[1].isfinite(), ~near.expand(4, 6, 6)) if stored != torch.int8 else bool(y[1].isnan().all())
+    assert (
+        torch.equal(y[1].isfinite(), ~near.expand(4, 6, 6)) if weight_dtype != torch.int8 else bool(y[1].isnan().all())
+    )
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def good(operator: str, stored: torch.dtype) -> dict[str, Any]:
+def good(operator: str, weight_dtype: torch.dtype) -> dict[str, Any]:
     """Arguments that fit: 10 outputs of 72 inputs at 2:4; a convolution's are 24 channels at 3 x 1."""
     generator = torch.Generator().manual_seed(0)
-    layout = packed(sparse((10, 72), Pattern(2, 4), generator), Pattern(2, 4), stored)
+    layout = packed(sparse((10, 72), Pattern(2, 4), generator), Pattern(2, 4), weight_dtype)
     x = torch.randn(3, 72) if operator == "dots_linear" else torch.randn(2, 24, 5, 4)
     made = {
-        "x": x if stored == torch.int8 else x.bfloat16(),
+        "x": x if weight_dtype == torch.int8 else x.bfloat16(),
         "values": layout.values,
         "positions": layout.positions,
         "scales": layout.scales,
@@ -180,10 +184,10 @@ def refused(operator: str, given: dict[str, Any], complaint: str) -> None:
 
 
 @needs_dots
-@pytest.mark.parametrize("stored", SHORT)
+@pytest.mark.parametrize("weight_dtype", SHORT)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_bad_input(operator: str, stored: torch.dtype) -> None:
-    fits = good(operator, stored)
+def test_bad_input(operator: str, weight_dtype: torch.dtype) -> None:
+    fits = good(operator, weight_dtype)
     assert getattr(ops, operator)(**fits).isfinite().all()
     for name in ("values", "positions", "bias", "scales"):
         right = fits[name]
@@ -194,7 +198,7 @@ def test_bad_input(operator: str, stored: torch.dtype) -> None:
         for wrong in (right[1:], right[:0], torch.cat([right, right[:1]]), right.double(), right.bool(), strided):
             complaint = "has no layout by dots" if name == "values" and wrong.dtype != right.dtype else "do not fit"
             refused(operator, {**fits, name: wrong}, complaint)
-    if stored == torch.int8:
+    if weight_dtype == torch.int8:
         refused(operator, {**fits, "scales": None}, "values .* do not fit")
     right = fits["layout"]
     for wrong in ([], right[:-1], [*right, 1]):
@@ -228,21 +232,21 @@ def test_bad_input(operator: str, stored: torch.dtype) -> None:
 
 
 @needs_dots
-@pytest.mark.parametrize("stored", SHORT)
+@pytest.mark.parametrize("weight_dtype", SHORT)
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_any_indices_stay_inside_the_window(stored: torch.dtype, data: st.DataObject) -> None:
+def test_any_indices_stay_inside_the_window(weight_dtype: torch.dtype, data: st.DataObject) -> None:
     """Instructions look at no more bits than a window has inputs."""
-    fits = good("dots_linear", stored)
+    fits = good("dots_linear", weight_dtype)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
     fits["positions"] = torch.randint(0, 256, fits["positions"].shape, dtype=torch.uint8, generator=generator)
     assert ops.dots_linear(**fits).isfinite().all()
 
 
-@pytest.mark.parametrize("stored", SHORT)
+@pytest.mark.parametrize("weight_dtype", SHORT)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_compilers_see_them(operator: str, stored: torch.dtype) -> None:
-    fits = good(operator, stored)
+def test_compilers_see_them(operator: str, weight_dtype: torch.dtype) -> None:
+    fits = good(operator, weight_dtype)
     function = getattr(ops, operator).default
     torch.library.opcheck(function, tuple(fits[each.name] for each in function._schema.arguments))
 

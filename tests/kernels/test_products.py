@@ -23,7 +23,7 @@ from openwork.ops import sparse_matmul as reference
 from openwork.ops.sparse_matmul import panel_numbers, rows_numbers
 
 ops = torch.ops.openwork
-FLOATS, STORED = [torch.float32, torch.bfloat16], [torch.float32, torch.bfloat16, torch.int8]
+FLOATS, WEIGHT_DTYPES = [torch.float32, torch.bfloat16], [torch.float32, torch.bfloat16, torch.int8]
 many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 patterns = st.one_of(st.sampled_from([2, 4, 8, 16, 32]), st.integers(1, 64)).flatmap(
@@ -42,7 +42,7 @@ def sparse(shape: tuple[int, ...], pattern: Pattern, generator: torch.Generator)
     return weight * keep * (torch.rand(shape, generator=generator) < 0.95)
 
 
-def stored(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def weight_dtype(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """A weight as kernels keep it, and the scales of its outputs where it is int8."""
     return quantized(weight) if dtype == torch.int8 else (weight.to(dtype), None)
 
@@ -58,7 +58,7 @@ def linear(x: Tensor, layout: Panel | Rows | Dots, bias: Tensor | None, relu: bo
 
 
 def packed(weight: Tensor, pattern: Pattern, kind: str, dtype: torch.dtype) -> Panel | Rows | Dots:
-    numbers, scales = stored(weight, dtype)
+    numbers, scales = weight_dtype(weight, dtype)
     if kind == "dots":
         return dots(numbers, pattern, lanes=kernels.lanes() if kernels.has_dots() else 16, scales=scales)
     if kind == "rows":
@@ -80,9 +80,9 @@ def good(y: Tensor, x: Tensor, weight: Tensor, layout: Panel | Rows | Dots, bias
         given = (layout.values, layout.positions, layout.scales, bias, rows_numbers(layout), relu)
         if layout.scales is not None:
             return torch.equal(y, reference.dots_linear(x, *given))  # type: ignore[operator]
-        return within_bfloat16(y, x.bfloat16().double(), stored(weight, torch.bfloat16)[0].double(), bias, relu)
+        return within_bfloat16(y, x.bfloat16().double(), weight_dtype(weight, torch.bfloat16)[0].double(), bias, relu)
     if layout.scales is None:
-        return within_bound(y, F.linear, x, stored(weight, layout.values.dtype)[0].float(), bias, relu)
+        return within_bound(y, F.linear, x, weight_dtype(weight, layout.values.dtype)[0].float(), bias, relu)
     by = reference.rows_linear if isinstance(layout, Rows) else reference.panel_linear
     positions, numbers = (layout.words, rows_numbers) if isinstance(layout, Rows) else (layout.positions, panel_numbers)
     return torch.equal(y, by(x, layout.values, positions, layout.scales, bias, numbers(layout), relu))  # type: ignore[operator]
@@ -122,7 +122,7 @@ def inputs(draw: st.DrawFn, K: int, generator: torch.Generator) -> Tensor:
 
 
 @many
-@given(data=st.data(), pattern=patterns, dtype=st.sampled_from(STORED), kind=st.sampled_from(["panel", "rows"]))
+@given(data=st.data(), pattern=patterns, dtype=st.sampled_from(WEIGHT_DTYPES), kind=st.sampled_from(["panel", "rows"]))
 def test_linear_is_the_dense_product(
     isa: str, data: st.DataObject, pattern: Pattern, dtype: torch.dtype, kind: str
 ) -> None:
@@ -140,7 +140,7 @@ def test_linear_is_the_dense_product(
     assert good(y.reshape(-1, O), x.reshape(-1, K), weight, layout, bias, relu)
 
 
-@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 @pytest.mark.parametrize("kind", ["panel", "rows"])
 def test_every_number_of_columns(isa: str, kind: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -151,7 +151,7 @@ def test_every_number_of_columns(isa: str, kind: str, dtype: torch.dtype) -> Non
         assert good(linear(x, layout, bias, False), x, weight, layout, bias, False), B
 
 
-@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 @pytest.mark.parametrize("kind", ["panel", "rows"])
 def test_every_number_of_outputs(isa: str, kind: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -162,7 +162,7 @@ def test_every_number_of_outputs(isa: str, kind: str, dtype: torch.dtype) -> Non
         assert good(linear(x, layout, bias, True), x, weight, layout, bias, True), O
 
 
-@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 @pytest.mark.parametrize("m", [2, 4, 8, 16, 32])
 def test_every_slot_of_a_window(isa: str, m: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(m)
@@ -321,7 +321,12 @@ two = st.lists(st.integers(1, 3), min_size=2, max_size=2)
 
 @many
 @given(
-    data=st.data(), pattern=patterns, dtype=st.sampled_from(STORED), stride=two, dilation=two, groups=st.integers(1, 3)
+    data=st.data(),
+    pattern=patterns,
+    dtype=st.sampled_from(WEIGHT_DTYPES),
+    stride=two,
+    dilation=two,
+    groups=st.integers(1, 3),
 )
 def test_convolution_is_the_dense_one(
     isa: str,
@@ -358,7 +363,7 @@ def test_convolution_is_the_dense_one(
     y = conv(x, layout, bias, *geometry, relu)
     if layout.scales is None:
         product = lambda x, w, b: F.conv2d(x, w, b, stride, padding, dilation, groups)  # noqa: E731
-        assert within_bound(y, product, x, stored(weight, dtype)[0].float(), bias, relu)
+        assert within_bound(y, product, x, weight_dtype(weight, dtype)[0].float(), bias, relu)
     else:
         given = (x, layout.values, layout.positions, layout.scales, bias, panel_numbers(layout))
         assert torch.equal(y, reference.panel_conv2d(*given, *geometry, relu))  # type: ignore[operator]
@@ -366,7 +371,7 @@ def test_convolution_is_the_dense_one(
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_large_and_small_images_on_several_threads(isa: str, dtype: torch.dtype, threads: int) -> None:
     """Where panels are few all threads gather first, where they are many each gathers for itself."""
@@ -386,7 +391,7 @@ def test_large_and_small_images_on_several_threads(isa: str, dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 def test_what_is_not_finite_surfaces_from_a_convolution(isa: str, dtype: torch.dtype, bad: float) -> None:
     weight = torch.ones(4, 4, 3, 3) * (torch.arange(4) < 2)[:, None, None]
     x = torch.rand(2, 4, 6, 6)
@@ -425,7 +430,7 @@ def test_without_the_library_references_run(no_library: None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["panel", "rows"])
-@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 def test_results_are_float32_whatever_the_defaults_of_torch(isa: str, kind: str, dtype: torch.dtype) -> None:
     weight = sparse((9, 20), Pattern(2, 4), torch.Generator().manual_seed(0))
     layout, x, image = packed(weight, Pattern(2, 4), kind, dtype), torch.randn(3, 20), torch.randn(1, 20, 5, 5)
@@ -446,7 +451,7 @@ def test_results_are_float32_whatever_the_defaults_of_torch(isa: str, kind: str,
 def test_no_rows_give_no_rows(isa: str, shape: tuple[int, ...]) -> None:
     weight = sparse((9, 20), Pattern(2, 4), torch.Generator().manual_seed(0))
     for kind in ("panel", "rows"):
-        for dtype in STORED:
+        for dtype in WEIGHT_DTYPES:
             y = linear(torch.zeros(shape), packed(weight, Pattern(2, 4), kind, dtype), torch.zeros(9), True)
             assert y.shape == (*shape[:-1], 9)
     image = torch.zeros(0, 20, 5, 5)

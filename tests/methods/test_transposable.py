@@ -327,11 +327,11 @@ def test_the_axes_of_each_kind_of_layer():
         }
     )
     report = ow.sparsify(model, "2:4", ow.TransposableSRSTE(), axis={"experts.up": 1, "experts.odd": 0})
-    across = dict(model.__dict__["_openwork_promise"].across)
-    assert across.pop("grouped.weight") == Axis(0, blocks=2)
-    assert across.pop("turned.weight") == Axis(1)
-    assert across.pop("experts.up") == Axis(2)
-    assert set(across.values()) == {Axis(0)}
+    output_axes = dict(model.__dict__["_openwork_record"].output_axes)
+    assert output_axes.pop("grouped.weight") == Axis(0, blocks=2)
+    assert output_axes.pop("turned.weight") == Axis(1)
+    assert output_axes.pop("experts.up") == Axis(2)
+    assert set(output_axes.values()) == {Axis(0)}
     assert report.skipped == {
         "narrow.weight": "output axis has 2 weights, not a multiple of 4",
         "experts.odd": "no known output axis: its reduction axis is dim 0, none of the last two",

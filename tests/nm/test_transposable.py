@@ -55,8 +55,8 @@ def drawn(seed, *shape, high=4):
     return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
-def demand_exact(keep, pattern, axis, across):
-    for each in (axis, across):
+def check_exact(keep, pattern, axis, output_axis):
+    for each in (axis, output_axis):
         assert (kept_per_group(keep, pattern, each) == pattern.n).all()
 
 
@@ -113,9 +113,9 @@ def test_nan_is_kept_and_infinity_before_numbers(pattern):
     keep = best_tiles(tiles, pattern)
     assert keep[:, 1, 2].all()
     assert keep[:, 3, 0].all()
-    demand_exact(keep, pattern, Axis(2), Axis(1))
+    check_exact(keep, pattern, Axis(2), Axis(1))
     every = best_tiles(torch.full((2, pattern.m, pattern.m), torch.nan), pattern)
-    demand_exact(every, pattern, Axis(2), Axis(1))
+    check_exact(every, pattern, Axis(2), Axis(1))
     assert finite(torch.tensor([torch.nan, torch.inf, 3e38])).isfinite().all()
 
 
@@ -123,7 +123,7 @@ def test_nan_is_kept_and_infinity_before_numbers(pattern):
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis", "across"),
+    ("shape", "axis", "output_axis"),
     [
         ((8, 12), Axis(1), Axis(0)),
         ((8, 12), Axis(0), Axis(1)),
@@ -133,13 +133,13 @@ def test_nan_is_kept_and_infinity_before_numbers(pattern):
         ((3, 4, 8), Axis(1), Axis(2)),
     ],
 )
-def test_each_tile_of_a_weight_is_solved_alone(shape, axis, across):
+def test_each_tile_of_a_weight_is_solved_alone(shape, axis, output_axis):
     score = draw(*shape).abs()
-    keep = keep_transposable(score, TWO_OF_FOUR, axis, across)
-    demand_exact(keep, TWO_OF_FOUR, axis, across)
-    flat = score.movedim((across.dim, axis.dim), (-2, -1)).flatten(0, -3) if len(shape) > 2 else score[None]
+    keep = keep_transposable(score, TWO_OF_FOUR, axis, output_axis)
+    check_exact(keep, TWO_OF_FOUR, axis, output_axis)
+    flat = score.movedim((output_axis.dim, axis.dim), (-2, -1)).flatten(0, -3) if len(shape) > 2 else score[None]
     flat = flat if len(shape) > 2 or axis.dim == 1 else score.t()[None]
-    mask = keep.movedim((across.dim, axis.dim), (-2, -1)).flatten(0, -3) if len(shape) > 2 else keep[None]
+    mask = keep.movedim((output_axis.dim, axis.dim), (-2, -1)).flatten(0, -3) if len(shape) > 2 else keep[None]
     mask = mask if len(shape) > 2 or axis.dim == 1 else keep.t()[None]
     for matrix, kept in zip(flat, mask, strict=True):
         assert torch.equal(kept[:4, -4:], best_2_4(matrix[:4, -4:][None])[0])
@@ -192,7 +192,7 @@ def test_it_is_exact_in_rows_and_columns_and_close_to_the_optimum(pattern, share
     pattern = ow.Pattern.parse(pattern)
     tiles = draw(40, pattern.m, pattern.m, seed=3).abs()
     keep = best_approximate(tiles, pattern)
-    demand_exact(keep, pattern, Axis(2), Axis(1))
+    check_exact(keep, pattern, Axis(2), Axis(1))
     best = sum(optimum(tile, pattern.n) for tile in tiles)
     assert share * best <= float((keep * tiles).sum()) <= best * (1 + 1e-6)
 
@@ -205,8 +205,8 @@ def test_it_is_exact_on_hostile_tiles(n, m, seed, kind):
     pattern = ow.Pattern(min(n, m), m)
     tiles = drawn(seed, 4, m, m, high=2) * (10.0 ** drawn(seed + 1, 4, m, m, high=60) if kind == "wild" else 1.0)
     tiles = tiles if kind != "zeros" else torch.zeros_like(tiles)
-    demand_exact(best_tiles(tiles, pattern), pattern, Axis(2), Axis(1))
-    demand_exact(best_approximate(finite(tiles), pattern), pattern, Axis(2), Axis(1))
+    check_exact(best_tiles(tiles, pattern), pattern, Axis(2), Axis(1))
+    check_exact(best_approximate(finite(tiles), pattern), pattern, Axis(2), Axis(1))
 
 
 @settings(max_examples=20, deadline=None)
@@ -218,9 +218,9 @@ def test_what_rounding_leaves_open_is_completed(n, m, seed):
     assert int(some.sum(1).max()) <= n
     assert int(some.sum(2).max()) <= n
     keep = completed(some, score, n)
-    demand_exact(keep, ow.Pattern(n, m), Axis(2), Axis(1))
+    check_exact(keep, ow.Pattern(n, m), Axis(2), Axis(1))
     better = improved(keep, score)
-    demand_exact(better, ow.Pattern(n, m), Axis(2), Axis(1))
+    check_exact(better, ow.Pattern(n, m), Axis(2), Axis(1))
     assert ((score * better).sum((1, 2)) >= (score * keep).sum((1, 2)) - 1e-5).all()
 
 

@@ -207,7 +207,7 @@ def test_nothing_is_kept_between_forwards():
     for _ in range(3):
         model(torch.randn(2, 8))
     assert len(modes) == 3
-    assert not model.block.parametrizations.weight[0].scope._here.seen
+    assert not model.block.parametrizations.weight[0].cache._here.seen
 
 
 def test_a_write_between_two_reads_of_one_forward_is_seen():
@@ -297,7 +297,7 @@ def test_a_nested_call_of_the_root_ends_no_cache():
     model.between = lambda: inner or inner.append(0) or model(torch.randn(1, 8))
     model(torch.randn(2, 8))
     assert len(modes) <= 2
-    assert not model.block.parametrizations.weight[0].scope._here.seen
+    assert not model.block.parametrizations.weight[0].cache._here.seen
 
 
 def test_two_threads_do_not_share_a_cache():
@@ -353,7 +353,7 @@ def test_a_checkpointed_root_gives_the_gradients_of_a_plain_one():
     dense(model.block).grad = None
     checkpoint(model, x, use_reentrant=False).square().sum().backward()
     torch.testing.assert_close(dense(model.block).grad, plain)
-    assert not model.block.parametrizations.weight[0].scope._here.seen
+    assert not model.block.parametrizations.weight[0].cache._here.seen
 
 
 # Dtypes, devices, strides

@@ -248,8 +248,8 @@ def test_torch_s_own_operators_are_called_as_they_want_it(monkeypatch):
         missing=lambda device: "",
     )
     monkeypatch.setitem(module.BACKENDS, "cusparselt", backend)
-    monkeypatch.setattr(module.semistructured, "read_algorithms", lambda file: {})
-    monkeypatch.setattr(module.semistructured, "remember_algorithm", lambda *entry: None)
+    monkeypatch.setattr(module.cusparselt, "read_algorithms", lambda file: {})
+    monkeypatch.setattr(module.cusparselt, "remember_algorithm", lambda *entry: None)
     monkeypatch.setattr(module.SparseTensorCores, "check", lambda self, weight: None)
     plain, fast = net(), net()
     assert list(ow.accelerate(fast).sparse) == ["0.weight", "2.weight"]

@@ -1,4 +1,4 @@
-"""`verify` finds each layer that is denser than promised, by name, and only those."""
+"""`verify` finds each layer that is denser than its pattern, by name, and only those."""
 
 import contextlib
 import copy
@@ -190,7 +190,7 @@ def test_the_error_lists_layers_with_what_was_found(x):
     model = net()
     model.fc = nn.Linear(16, 8)
     with pytest.raises(
-        ow.NotSparse, match=r"1 weights are denser than promised:\n  fc\.weight: 32 of 32 groups"
+        ow.NotSparse, match=r"1 weights are denser than their pattern:\n  fc\.weight: 32 of 32 groups"
     ) as error:
         ow.verify(model)
     assert error.value.layers == {"fc.weight": "32 of 32 groups hold more than 2 of 4 (the worst 4)"}
@@ -447,12 +447,12 @@ def test_the_axis_of_a_pattern_counts():
 
 @pytest.mark.parametrize("choice", [{"pattern": "2:4"}, {"exclude": ["fc"]}, {"axis": "kernel"}], ids=str)
 def test_a_sparsified_model_is_held_to_its_promises_alone(choice):
-    with pytest.raises(ValueError, match="held to what sparsify promised; pattern=, exclude= and axis= are for plain"):
+    with pytest.raises(ValueError, match="held to what sparsify recorded; pattern=, exclude= and axis= are for plain"):
         ow.verify(net(), **choice)
 
 
 def test_a_model_of_the_dense_method_has_nothing_to_verify():
     model = nn.Linear(8, 8)
     ow.sparsify(model, "2:4", ow.Dense())
-    with pytest.raises(ValueError, match=r"trains with ow\.Dense, which promises no sparsity"):
+    with pytest.raises(ValueError, match=r"trains with ow\.Dense, which keeps every weight"):
         ow.verify(model)

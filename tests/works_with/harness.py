@@ -206,7 +206,7 @@ def resumed(way, kind, saved, data, **ranks):
     return training.weights
 
 
-def demand(row, group, name, way, results):
+def check(row, group, name, way, results):
     """What every combination has to show, and its line in docs/works-with.md."""
     for kind, result in results.items():
         assert result.difference < way.tolerance

@@ -47,7 +47,7 @@ def dense_state_dict(
     weights = {name: state[key] for key, (kind, name) in names.items() if kind == "weight"}
     masks = {name: state[key].bool() for key, (kind, name) in names.items() if kind == "mask"}
     masks |= _sparsifier_masks(sparsifier)
-    _demand_masks(names, masks, sparsifier)
+    _check_masks(names, masks, sparsifier)
     for name, mask in masks.items():
         weights[name] = _masked(name, weights.get(name), mask)
     return weights, masks
@@ -105,7 +105,7 @@ def _sparsifier_masks(sparsifier: Mapping[str, Any] | None) -> dict[str, Tensor]
     return {name: entry["mask"].bool() for name, entry in entries.items()}
 
 
-def _demand_masks(
+def _check_masks(
     names: Mapping[str, tuple[str, str]], masks: Mapping[str, Tensor], sparsifier: Mapping[str, Any] | None
 ) -> None:
     bare = [name for key, (_, name) in names.items() if key.endswith(".original") and name not in masks]

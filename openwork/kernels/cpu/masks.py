@@ -26,7 +26,7 @@ from openwork.ops.masks import (
     _keep_largest_list,
     _prune,
     _prune_list,
-    demand_alike,
+    check_alike,
     for_operator,
     parsed,
 )
@@ -80,7 +80,7 @@ def prune_into(out: Tensor, weight: Tensor, *where: Any) -> bool:
 
 
 def add_decayed(gradient: Tensor, weight: Tensor, rate: float, *where: Any) -> None:
-    demand_alike(gradient, weight)
+    check_alike(gradient, weight)
     lib, groups = _native(weight, *where)
     alike = same_strides(gradient, weight) and gradient.dtype == weight.dtype != torch.float16
     if groups is None or not alike:

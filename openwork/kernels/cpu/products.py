@@ -86,10 +86,10 @@ def rows_linear(
         return reference.rows_linear(x, values, positions, scales, bias, layout, relu)
     stored = values.dtype == torch.int8 if scales is not None else values.dtype in (torch.float32, torch.bfloat16)
     sizes = _rows_sizes(tuple(layout), values.dtype == torch.bfloat16)
-    _demand_lanes(layout[2], lib.openwork_lanes())
-    _demand(stored and _whole(values, sizes.values), "values", values, layout)
-    _demand(positions.dtype == torch.int32 and _whole(positions, sizes.words), "positions", positions, layout)
-    _demand_outputs(scales, bias, layout)
+    _check_lanes(layout[2], lib.openwork_lanes())
+    _check(stored and _whole(values, sizes.values), "values", values, layout)
+    _check(positions.dtype == torch.int32 and _whole(positions, sizes.words), "positions", positions, layout)
+    _check_outputs(scales, bias, layout)
     windows, blocks, window, slots = sizes.windows, sizes.blocks, sizes.window, sizes.slots
     O, K = layout[3:]
     flat = _rows_of(x, K)
@@ -143,7 +143,7 @@ def dots_linear(
     if lib is None or not lib.openwork_has_dots():
         _say_slow()
         return reference.dots_linear(x, values, positions, scales, bias, layout, relu)
-    sizes = _demand_dots(lib, values, positions, scales, bias, layout)
+    sizes = _check_dots(lib, values, positions, scales, bias, layout)
     O, K = layout[3:]
     flat = _rows_of(x, K, torch.float32 if scales is not None else torch.bfloat16)
     y = flat.new_empty(len(flat), O)
@@ -189,7 +189,7 @@ def _say_slow() -> None:
     )
 
 
-def _demand_dots(
+def _check_dots(
     lib: Any,
     values: Tensor,
     positions: Tensor,
@@ -198,12 +198,12 @@ def _demand_dots(
     layout: list[int],
 ) -> _DotsSizes:
     sizes = _dots_sizes(tuple(layout), values.dtype)
-    _demand_lanes(layout[2], lib.openwork_lanes())
-    _demand(
+    _check_lanes(layout[2], lib.openwork_lanes())
+    _check(
         (values.dtype == torch.int8) == (scales is not None) and _whole(values, sizes.values), "values", values, layout
     )
-    _demand(positions.dtype == torch.uint8 and _whole(positions, sizes.positions), "positions", positions, layout)
-    _demand_outputs(scales, bias, layout)
+    _check(positions.dtype == torch.uint8 and _whole(positions, sizes.positions), "positions", positions, layout)
+    _check_outputs(scales, bias, layout)
     return sizes
 
 
@@ -225,8 +225,8 @@ def dots_conv2d(
         _say_slow()
         rest = (kernel, stride, padding, dilation, relu)
         return reference.dots_conv2d(x, values, positions, scales, bias, layout, *rest)
-    sizes = _demand_dots(lib, values, positions, scales, bias, layout)
-    _demand_geometry(kernel, stride, padding, dilation)
+    sizes = _check_dots(lib, values, positions, scales, bias, layout)
+    _check_geometry(kernel, stride, padding, dilation)
     m, O, K = layout[1], *layout[3:]
     channels = -(-x.shape[1] // m) * m if x.ndim == 4 else 0
     if channels * math.prod(kernel) != K:
@@ -268,7 +268,7 @@ def panel_conv2d(
         rest = (kernel, stride, padding, dilation, groups, relu)
         return reference.panel_conv2d(x, values, positions, scales, bias, layout, *rest)
     weight = _panel_weight(values, positions, scales, bias, layout)
-    _demand_geometry(kernel, stride, padding, dilation)
+    _check_geometry(kernel, stride, padding, dilation)
     m, O, K = layout[1], *layout[4:]
     channels = x.shape[1] // groups if x.ndim == 4 and groups > 0 else 0
     if not channels or -(-channels // m) * m * math.prod(kernel) != K or channels * groups != x.shape[1] or O % groups:
@@ -298,15 +298,15 @@ def _panel_weight(
     values: Tensor, positions: Tensor, scales: Tensor | None, bias: Tensor | None, layout: list[int]
 ) -> PanelWeight:
     stored = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.int16: torch.int8}
-    _demand(values.dtype in stored and (values.dtype == torch.int16) == (scales is not None), "values", values, layout)
+    _check(values.dtype in stored and (values.dtype == torch.int16) == (scales is not None), "values", values, layout)
     dtype, numbers = stored[values.dtype], tuple(layout)
     slots = _panel_slots(numbers, dtype == torch.int8)
     n, m, tile, columns, O, K = numbers
-    _demand_lanes(columns, panel_columns())
-    _demand(_whole(values, slots), "values", values, layout)
-    _demand(positions.dtype == torch.int16 and _whole(positions, slots + 1), "positions", positions, layout)
-    _demand_outputs(scales, bias, layout)
-    _demand_positions(positions, numbers, dtype == torch.int8)
+    _check_lanes(columns, panel_columns())
+    _check(_whole(values, slots), "values", values, layout)
+    _check(positions.dtype == torch.int16 and _whole(positions, slots + 1), "positions", positions, layout)
+    _check_outputs(scales, bias, layout)
+    _check_positions(positions, numbers, dtype == torch.int8)
     addresses = (values.data_ptr(), positions.data_ptr(), address(scales), address(bias))
     return PanelWeight(*addresses, DTYPES[dtype], n, m, tile, K, O)
 
@@ -381,7 +381,7 @@ def _dots_sizes(numbers: tuple[int, ...], dtype: torch.dtype) -> _DotsSizes:
 _good_positions: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
 
 
-def _demand_positions(positions: Tensor, numbers: tuple[int, ...], int8: bool) -> None:
+def _check_positions(positions: Tensor, numbers: tuple[int, ...], int8: bool) -> None:
     key, state = id(positions), (_version(positions), positions.data_ptr(), numbers, int8)
     known = _good_positions.get(key)
     if known is not None and known[0]() is positions and known[1] == state:
@@ -413,7 +413,7 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _demand_geometry(kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> None:
+def _check_geometry(kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> None:
     each_least = (("kernel", kernel, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
     for name, numbers, least in each_least:
         if len(numbers) != 2 or min(numbers) < least or max(numbers) >= 2**31:
@@ -441,7 +441,7 @@ def _rows_of(x: Tensor, K: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return flat if flat.is_contiguous() or (flat.stride(1) == 1 and flat.stride(0) >= K) else flat.contiguous()
 
 
-def _demand_lanes(packed: int, here: int) -> None:
+def _check_lanes(packed: int, here: int) -> None:
     if packed != here:
         raise RuntimeError(
             f"the weight is packed for vectors of another size ({packed}, here {here}): it comes from a machine or an "
@@ -449,11 +449,11 @@ def _demand_lanes(packed: int, here: int) -> None:
         )
 
 
-def _demand_outputs(scales: Tensor | None, bias: Tensor | None, layout: list[int]) -> None:
+def _check_outputs(scales: Tensor | None, bias: Tensor | None, layout: list[int]) -> None:
     """What there is one of for each output."""
     O = layout[-2]
     for name, each in (("bias", bias), ("scales", scales)):
-        _demand(each is None or (each.dtype == torch.float32 and _whole(each, O)), name, each, layout)
+        _check(each is None or (each.dtype == torch.float32 and _whole(each, O)), name, each, layout)
 
 
 def _whole(tensor: Tensor, count: int) -> bool:
@@ -461,7 +461,7 @@ def _whole(tensor: Tensor, count: int) -> bool:
     return tensor.numel() == count and tensor.is_contiguous()
 
 
-def _demand(holds: bool, what: str, found: Tensor | None, layout: list[int]) -> None:
+def _check(holds: bool, what: str, found: Tensor | None, layout: list[int]) -> None:
     if not holds:
         shape = None if found is None else f"{tuple(found.shape)} of {found.dtype}"
         raise ValueError(f"{what} {shape} do not fit the layout {layout}: make them with openwork.layouts.layout")

@@ -152,15 +152,17 @@ BACKENDS: Mapping[str, Backend] = {
 }
 
 
-def cannot(weight: Tensor, backend: str, stored: torch.dtype) -> str:
+def cannot(weight: Tensor, backend: str, weight_dtype: torch.dtype) -> str:
     """Why a backend cannot take a weight (O, K); empty where it can.
 
     >>> cannot(torch.zeros(16, 16), "cusparselt", torch.float32)
-    'torch has no sparse product of torch.float32: choose stored=torch.bfloat16, or convert the model'
+    'torch has no sparse product of torch.float32: choose weight_dtype=torch.bfloat16, or convert the model'
     """
     known = BACKENDS[backend]
-    if stored not in known.units:
-        return f"torch has no sparse product of {stored}: choose stored=torch.bfloat16, or convert the model"
+    if weight_dtype not in known.units:
+        return (
+            f"torch has no sparse product of {weight_dtype}: choose weight_dtype=torch.bfloat16, or convert the model"
+        )
     missing = known.missing(weight.device)
     if missing:
         return missing

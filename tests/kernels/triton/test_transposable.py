@@ -30,19 +30,21 @@ def scores(shape, dtype, kind):
     return weight.to(dtype)
 
 
-def demand_equal(score, dim, across):
-    assert torch.equal(keep_2_4(score, dim, across), keep_transposable(score, Pattern(2, 4), Axis(dim), Axis(across)))
+def check_equal(score, dim, output_axis):
+    assert torch.equal(
+        keep_2_4(score, dim, output_axis), keep_transposable(score, Pattern(2, 4), Axis(dim), Axis(output_axis))
+    )
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_equal_to_the_reference(dtype, kind):
-    demand_equal(scores((64, 48), dtype, kind), 1, 0)
+    check_equal(scores((64, 48), dtype, kind), 1, 0)
 
 
-@pytest.mark.parametrize(("shape", "dim", "across"), CASES)
-def test_shapes_with_nan_and_infinity(shape, dim, across):
-    demand_equal(scores(shape, torch.float32, "wild"), dim, across)
+@pytest.mark.parametrize(("shape", "dim", "output_axis"), CASES)
+def test_shapes_with_nan_and_infinity(shape, dim, output_axis):
+    check_equal(scores(shape, torch.float32, "wild"), dim, output_axis)
 
 
 def test_other_strides():

@@ -27,7 +27,7 @@ from openwork.kernels.cuda.stream import capturing, on_device
 from openwork.kernels.cuda.triton.floats import INTEGERS, KINDS, WORDS, rounded, to_float32
 from openwork.kernels.cuda.triton.launch import row_of, table
 from openwork.ops import masks as reference
-from openwork.ops.masks import Where, demand_alike, parsed
+from openwork.ops.masks import Where, check_alike, parsed
 
 KEEP, PRUNE, DECAY = 0, 1, 2
 """What is written: the mask as bytes, the pruned weight, or the gradient with the term added."""
@@ -195,7 +195,7 @@ def prune(weight: Tensor, *where: Any) -> Tensor:
 
 
 def add_decayed(gradient: Tensor, weight: Tensor, rate: float, *where: Any) -> None:
-    demand_alike(gradient, weight)
+    check_alike(gradient, weight)
     lie = _lie(weight, where)
     if lie is None or not _alike(gradient, weight):
         return reference._add_decayed(gradient, weight, rate, *where)
@@ -269,7 +269,7 @@ def add_decayed_list(
 ) -> None:
     where: list[Where] = list(zip(*each, strict=True))
     for gradient, weight in zip(gradients, weights, strict=True):
-        demand_alike(gradient, weight)
+        check_alike(gradient, weight)
     for index in _launch_list(weights, gradients, n, m, where, DECAY, rate):
         add_decayed(gradients[index], weights[index], rate, n, m, *where[index])
 

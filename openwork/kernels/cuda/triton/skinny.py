@@ -21,7 +21,7 @@ from torch import Tensor
 from openwork.kernels.cuda.stream import on_device
 from openwork.kernels.cuda.triton.floats import INTEGERS, KINDS, rounded, to_float32
 from openwork.nm.pattern import Pattern
-from openwork.ops.skinny import ROWS, demand_layout, index_bits
+from openwork.ops.skinny import ROWS, check_layout, index_bits
 from openwork.ops.skinny import thin_linear as reference
 
 _EXPANDED = 64  # of the largest M whose groups become a dense tile
@@ -146,7 +146,7 @@ def _finish(
 def thin_linear(
     x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, layout: list[int], expand: bool, relu: bool
 ) -> Tensor:
-    demand_layout(x, values, words, bias, layout)
+    check_layout(x, values, words, bias, layout)
     n, m, O, K = layout
     B, kind = len(x), KINDS[values.dtype]
     if not 0 < B <= ROWS:

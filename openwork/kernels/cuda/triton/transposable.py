@@ -97,17 +97,17 @@ def _keep(
             tl.store(keep + start + r * out_step + c * in_step, ((bits >> c) & 1).to(tl.uint8), mask=known)
 
 
-def keep_transposable(score: Tensor, n: int, m: int, dim: int, across: int) -> Tensor:
-    found = keep_2_4(score, dim, across) if (n, m) == (2, 4) else None
-    return _keep_transposable(score, n, m, dim, across) if found is None else found
+def keep_transposable(score: Tensor, n: int, m: int, dim: int, output_axis: int) -> Tensor:
+    found = keep_2_4(score, dim, output_axis) if (n, m) == (2, 4) else None
+    return _keep_transposable(score, n, m, dim, output_axis) if found is None else found
 
 
-def keep_2_4(score: Tensor, dim: int, across: int) -> Tensor | None:
-    """The mask of a weight whose axes `dim` (reduction) and `across` (output) are multiples of 4: bool, its strides.
-    None where the kernel cannot read the weight as it lies."""
-    if score.dtype not in KINDS or not score.numel() or score.shape[dim] % 4 or score.shape[across] % 4:
+def keep_2_4(score: Tensor, dim: int, output_axis: int) -> Tensor | None:
+    """The mask of a weight whose axes `dim` (reduction) and `output_axis` (output) are multiples of 4: bool, its
+    strides. None where the kernel cannot read the weight as it lies."""
+    if score.dtype not in KINDS or not score.numel() or score.shape[dim] % 4 or score.shape[output_axis] % 4:
         return None
-    layout = _layout(score, dim, across)
+    layout = _layout(score, dim, output_axis)
     if layout is None:
         return None
     keep = torch.empty_like(score, dtype=torch.bool)
@@ -119,16 +119,23 @@ def keep_2_4(score: Tensor, dim: int, across: int) -> Tensor | None:
     return keep
 
 
-def _layout(score: Tensor, dim: int, across: int) -> tuple[int, ...] | None:
+def _layout(score: Tensor, dim: int, output_axis: int) -> tuple[int, ...] | None:
     """Tiles along the axes, their steps, and what lies densely inside of both: for weights whose memory is
     (outer, the two axes in either order, inner) without gaps."""
     order = sorted(range(score.ndim), key=lambda each: (score.stride(each), score.shape[each] != 1), reverse=True)
     sizes = [score.shape[each] for each in order]
     if any(score.stride(d) != math.prod(sizes[i + 1 :]) for i, d in enumerate(order) if score.shape[d] != 1):
         return None
-    a, b = sorted((order.index(dim), order.index(across)))
+    a, b = sorted((order.index(dim), order.index(output_axis)))
     if b != a + 1:
         return None
     inner = math.prod(sizes[b + 1 :])
     outer_step = sizes[a] * sizes[b] * inner
-    return score.shape[dim] // 4, score.shape[across] // 4, outer_step, score.stride(across), score.stride(dim), inner
+    return (
+        score.shape[dim] // 4,
+        score.shape[output_axis] // 4,
+        outer_step,
+        score.stride(output_axis),
+        score.stride(dim),
+        inner,
+    )
