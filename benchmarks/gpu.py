@@ -51,7 +51,7 @@ from openwork.inference.gpu_layers import quantized_input, quantized_weight
 from openwork.inference.layers import PackedLayer
 from openwork.kernels.cuda import cusparselt
 from openwork.nm.groups import Axis
-from openwork.nm.masks import keep_largest as defined_mask
+from openwork.nm.masks import magnitude_mask as defined_mask
 from openwork.ops import add_decayed, add_decayed_list, keep_largest, prune, prune_list
 from openwork.utils.timing import ABOUT_A_MILLISECOND, as_graph
 

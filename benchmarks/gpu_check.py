@@ -26,8 +26,8 @@ from openwork.kernels.cuda import cusparselt
 from openwork.kernels.cuda.cusparselt import QUANTIZED
 from openwork.nm.groups import Axis
 from openwork.nm.mask_stats import pack, sad
-from openwork.nm.masks import keep_largest as defined_mask
-from openwork.nm.transposable import keep_transposable as defined_transposable
+from openwork.nm.masks import magnitude_mask as defined_mask
+from openwork.nm.transposable import transposable_mask as defined_transposable
 from openwork.ops import (
     add_decayed,
     add_decayed_list,

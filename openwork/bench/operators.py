@@ -16,7 +16,7 @@ from openwork.kernels import has_dots
 from openwork.kernels.cpu.masks import in_one_pass, prune_into
 from openwork.kernels.cpu.onednn import prepacked_linear
 from openwork.nm.groups import Axis
-from openwork.nm.masks import keep_largest, prune
+from openwork.nm.masks import apply_mask, magnitude_mask
 from openwork.nm.pattern import Pattern
 from openwork.ops import add_decayed
 from openwork.ops import prune as prune_in_one_pass
@@ -143,7 +143,7 @@ def _product(
     x: Tensor, weight: Tensor, pattern: Pattern, kind: Kind, weight_dtype: torch.dtype
 ) -> tuple[Callable[[], Tensor], int]:
     """A product with the packed weight, and the bytes of what is packed."""
-    sparse = prune(weight, keep_largest(weight.abs(), pattern, Axis(1)))
+    sparse = apply_mask(weight, magnitude_mask(weight.abs(), pattern, Axis(1)))
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(sparse, requires_grad=False)
     made = SparseLinear(layer, pattern, kind, weight_dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from openwork import ops
 from openwork.nm.groups import Axis
-from openwork.nm.masks import prune
+from openwork.nm.masks import apply_mask
 from openwork.nm.pattern import Pattern
 
 
@@ -53,7 +53,7 @@ class _StraightThrough(_Straight):
 
     @staticmethod
     def forward(weight: Tensor, keep: Tensor) -> Tensor:
-        return prune(weight, keep)
+        return apply_mask(weight, keep)
 
 
 class _StraightThroughLargest(_Straight):
@@ -75,7 +75,7 @@ class _MaskedGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, keep: Tensor) -> Tensor:
-        return prune(weight, keep)
+        return apply_mask(weight, keep)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -83,4 +83,4 @@ class _MaskedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return prune(grad, ctx.keep), None
+        return apply_mask(grad, ctx.keep), None

@@ -68,17 +68,17 @@ def sortable(score: Tensor) -> Tensor:
     return score.view(kind).bitwise_and_(torch.iinfo(kind).max).clamp_(max=infinity + 1)
 
 
-def keep_largest(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
+def magnitude_mask(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
     """The N:M mask of a weight from its non-negative scores, along its reduction axis: bool, shape and strides of
     `score`.
 
     Where M does not divide K, the last group of a row is short: it keeps its N highest as well.
 
-    >>> keep_largest(torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.5, 0.4]]), Pattern(1, 4), Axis(1))
+    >>> magnitude_mask(torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.5, 0.4]]), Pattern(1, 4), Axis(1))
     tensor([[ True, False, False, False,  True, False]])
     """
     if _worth_parts(score, axis):
-        return _keep_by_parts(score, pattern, axis)
+        return _mask_by_parts(score, pattern, axis)
     rows = to_rows(score, axis)
     K = rows.shape[-1]
     short = -K % pattern.m
@@ -95,19 +95,19 @@ def _worth_parts(score: Tensor, axis: Axis) -> bool:
     return plain and whole_rows and score.numel() > 2 * _PART
 
 
-def _keep_by_parts(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
-    """`keep_largest` of a large weight, some rows at a time: fresh memory costs more than the comparisons do."""
+def _mask_by_parts(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
+    """`magnitude_mask` of a large weight, some rows at a time: fresh memory costs more than the comparisons do."""
     keep = torch.empty_like(score, dtype=torch.bool)
     rows = max(1, _PART * score.shape[0] // score.numel())
     for part, kept in zip(score.split(rows), keep.split(rows), strict=True):
-        kept.copy_(keep_largest(part, pattern, axis))
+        kept.copy_(magnitude_mask(part, pattern, axis))
     return keep
 
 
-def prune(weight: Tensor, keep: Tensor) -> Tensor:
+def apply_mask(weight: Tensor, keep: Tensor) -> Tensor:
     """The weight where kept, +0.0 elsewhere. Selection, not multiplication: no -0.0, no NaN from inf.
 
-    >>> prune(torch.tensor([-1.0, -2.0]), torch.tensor([False, True]))
+    >>> apply_mask(torch.tensor([-1.0, -2.0]), torch.tensor([False, True]))
     tensor([ 0., -2.])
     """
     eager_cpu = weight.device.type == "cpu" and not torch.compiler.is_compiling()

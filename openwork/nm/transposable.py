@@ -46,10 +46,10 @@ def topn_transposable(score: Tensor, pattern: Pattern) -> Tensor:
             f"shape {tuple(score.shape)}: the last two axes must be multiples of M={pattern.m}; exclude this layer, or "
             "use remainder='pad'"
         )
-    return keep_transposable(score, pattern, Axis(score.ndim - 1), Axis(score.ndim - 2))
+    return transposable_mask(score, pattern, Axis(score.ndim - 1), Axis(score.ndim - 2))
 
 
-def keep_transposable(score: Tensor, pattern: Pattern, axis: Axis, output_axis: Axis) -> Tensor:
+def transposable_mask(score: Tensor, pattern: Pattern, axis: Axis, output_axis: Axis) -> Tensor:
     """The transposable mask of a weight from its scores: bool, shape and strides of `score`. `axis` is the reduction
     axis, `output_axis` the output axis.
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from openwork.nm.groups import Axis
-from openwork.nm.masks import keep_largest as definition
-from openwork.nm.masks import prune as select
+from openwork.nm.masks import apply_mask as select
+from openwork.nm.masks import magnitude_mask as definition
 from openwork.nm.pattern import Pattern
 
 RANKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -39,7 +39,7 @@ library.define(
 
 
 def keep_largest(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
-    """`openwork.nm.masks.keep_largest` by whatever is fastest: bool, the shape of `score`, which is non-negative or
+    """`openwork.nm.masks.magnitude_mask` by whatever is fastest: bool, the shape of `score`, which is non-negative or
     NaN."""
     if not for_operator(score):
         return definition(score, pattern, axis)

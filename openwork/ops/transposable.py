@@ -7,14 +7,14 @@ from torch import Tensor
 
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
-from openwork.nm.transposable import keep_transposable as definition
+from openwork.nm.transposable import transposable_mask as definition
 from openwork.ops.masks import library
 
 library.define("keep_transposable(Tensor score, int n, int m, int dim, int output_axis) -> Tensor")
 
 
 def keep_transposable(score: Tensor, pattern: Pattern, axis: Axis, output_axis: Axis) -> Tensor:
-    """`openwork.nm.transposable.keep_transposable` by whatever is fastest: bool, the shape of `score`."""
+    """`openwork.nm.transposable.transposable_mask` by whatever is fastest: bool, the shape of `score`."""
     mask: Tensor = torch.ops.openwork.keep_transposable.default(score, pattern.n, pattern.m, axis.dim, output_axis.dim)
     return mask
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from openwork.kernels.cpu import masks as native
 from openwork.nm.groups import Axis
-from openwork.nm.masks import keep_largest, prune
+from openwork.nm.masks import apply_mask, magnitude_mask
 from openwork.nm.pattern import Pattern
 
 ops = torch.ops.openwork
@@ -115,17 +115,19 @@ def same_or_nan(a: Tensor, b: Tensor) -> bool:
 @given(case=cases())
 def test_keep_is_the_definition(isa: str, case: tuple[Tensor, Pattern, Axis]) -> None:
     weight, pattern, axis = case
-    assert torch.equal(ops.keep_largest(weight.abs(), *where(pattern, axis)), keep_largest(weight.abs(), pattern, axis))
+    assert torch.equal(
+        ops.keep_largest(weight.abs(), *where(pattern, axis)), magnitude_mask(weight.abs(), pattern, axis)
+    )
 
 
 @many
 @given(case=cases())
 def test_prune_is_the_definition_bit_by_bit(isa: str, case: tuple[Tensor, Pattern, Axis]) -> None:
     weight, pattern, axis = case
-    expected = torch.where(keep_largest(weight.abs(), pattern, axis), weight, 0.0)
+    expected = torch.where(magnitude_mask(weight.abs(), pattern, axis), weight, 0.0)
     pruned = ops.prune(weight, *where(pattern, axis))
     assert torch.equal(bits(pruned), bits(expected))
-    reference = prune(weight, torch.ones_like(weight, dtype=torch.bool))
+    reference = apply_mask(weight, torch.ones_like(weight, dtype=torch.bool))
     assert all(size == 1 or pruned.stride(dim) == reference.stride(dim) for dim, size in enumerate(weight.shape))
 
 
@@ -135,7 +137,7 @@ def test_decay_is_the_definition_bit_by_bit(isa: str, case: Any, rate: float, al
     weight, pattern, axis = case
     gradient = numbers(tuple(weight.shape), weight.dtype, 1, "bits")
     gradient = torch.empty_like(weight).copy_(gradient) if alike else gradient
-    expected = defined_decay(gradient, weight, rate, keep_largest(weight.abs(), pattern, axis))
+    expected = defined_decay(gradient, weight, rate, magnitude_mask(weight.abs(), pattern, axis))
     ops.add_decayed(gradient, weight, rate, *where(pattern, axis))
     assert same_or_nan(gradient, expected)
 
@@ -157,7 +159,7 @@ def test_groups_larger_than_what_is_worked_on_at_once(
     isa: str, shape: Any, pattern: Pattern, dtype: torch.dtype
 ) -> None:
     weight, gradient = numbers(shape, dtype, 0, "ties"), numbers(shape, dtype, 1, "real")
-    keep = keep_largest(weight.abs(), pattern, Axis(1))
+    keep = magnitude_mask(weight.abs(), pattern, Axis(1))
     expected = defined_decay(gradient, weight, 0.5, keep)
     assert torch.equal(ops.keep_largest(weight.abs(), *where(pattern, Axis(1))), keep)
     ops.add_decayed(gradient, weight, 0.5, *where(pattern, Axis(1)))
@@ -172,8 +174,8 @@ def test_threads_share_the_groups(isa: str, threads: int) -> None:
         pruned, keep = ops.prune(weight, 2, 4, 1, 1, False), ops.keep_largest(weight.abs(), 3, 8, 1, 1, False)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(pruned, torch.where(keep_largest(weight.abs(), Pattern(2, 4), Axis(1)), weight, 0.0))
-    assert torch.equal(keep, keep_largest(weight.abs(), Pattern(3, 8), Axis(1)))
+    assert torch.equal(pruned, torch.where(magnitude_mask(weight.abs(), Pattern(2, 4), Axis(1)), weight, 0.0))
+    assert torch.equal(keep, magnitude_mask(weight.abs(), Pattern(3, 8), Axis(1)))
 
 
 # --- which way a weight takes --------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def test_weights_in_one_stretch_are_not_left_to_the_reference(isa: str, monkeypa
 def test_without_the_library_the_reference_runs(no_library: None) -> None:
     weight = torch.randn(4, 8)
     gradient = torch.zeros(4, 8)
-    keep = keep_largest(weight.abs(), Pattern(2, 4), Axis(1))
+    keep = magnitude_mask(weight.abs(), Pattern(2, 4), Axis(1))
     assert torch.equal(ops.keep_largest(weight.abs(), 2, 4, 1, 1, False), keep)
     assert torch.equal(ops.prune(weight, 2, 4, 1, 1, False), torch.where(keep, weight, 0.0))
     ops.add_decayed(gradient, weight, 1.0, 2, 4, 1, 1, False)

@@ -21,7 +21,7 @@ from openwork.nm.transposable import (
     classes_of_pairs,
     cuts_into_tiles,
     finite,
-    keep_transposable,
+    transposable_mask,
 )
 
 torch.set_num_threads(1)
@@ -135,7 +135,7 @@ def test_nan_is_kept_and_infinity_before_numbers(pattern):
 )
 def test_each_tile_of_a_weight_is_solved_alone(shape, axis, output_axis):
     score = draw(*shape).abs()
-    keep = keep_transposable(score, TWO_OF_FOUR, axis, output_axis)
+    keep = transposable_mask(score, TWO_OF_FOUR, axis, output_axis)
     check_exact(keep, TWO_OF_FOUR, axis, output_axis)
     flat = score.movedim((output_axis.dim, axis.dim), (-2, -1)).flatten(0, -3) if len(shape) > 2 else score[None]
     flat = flat if len(shape) > 2 or axis.dim == 1 else score.t()[None]
@@ -148,16 +148,16 @@ def test_each_tile_of_a_weight_is_solved_alone(shape, axis, output_axis):
 def test_strides_stay_and_do_not_matter():
     score = draw(8, 8, 3, 3).abs()
     last = score.contiguous(memory_format=torch.channels_last)
-    found = keep_transposable(last, TWO_OF_FOUR, Axis(1), Axis(0))
+    found = transposable_mask(last, TWO_OF_FOUR, Axis(1), Axis(0))
     assert found.stride() == last.stride()
-    assert torch.equal(found, keep_transposable(score, TWO_OF_FOUR, Axis(1), Axis(0)))
+    assert torch.equal(found, transposable_mask(score, TWO_OF_FOUR, Axis(1), Axis(0)))
 
 
 def test_tiles_that_stick_out_keep_n_or_fewer():
     score = draw(6, 10).abs()
-    keep = keep_transposable(score, TWO_OF_FOUR, Axis(1), Axis(0))
+    keep = transposable_mask(score, TWO_OF_FOUR, Axis(1), Axis(0))
     padded = torch.nn.functional.pad(score, (0, 2, 0, 2))
-    assert torch.equal(keep, keep_transposable(padded, TWO_OF_FOUR, Axis(1), Axis(0))[:6, :10])
+    assert torch.equal(keep, transposable_mask(padded, TWO_OF_FOUR, Axis(1), Axis(0))[:6, :10])
     assert int(kept_per_group(keep, TWO_OF_FOUR, Axis(0)).max()) == 2
     assert "output axis has 6 weights" in cuts_into_tiles((6, 8), 4, Axis(1), Axis(0))
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from openwork.nm.groups import Axis
-from openwork.nm.masks import keep_largest as definition
+from openwork.nm.masks import magnitude_mask as definition
 from openwork.nm.pattern import Pattern
 from openwork.ops import keep_largest
 

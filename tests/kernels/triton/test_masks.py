@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from openwork.kernels.cuda.stream.triton import bits, launch, masks
 from torch import Tensor
 
 from openwork.kernels.cuda import stream
+from openwork.kernels.cuda.triton import bits, launch, masks
 from openwork.nm.groups import Axis
 from openwork.nm.mask_stats import pack, packed_sad
-from openwork.nm.masks import keep_largest
+from openwork.nm.masks import magnitude_mask
 from openwork.nm.pattern import Pattern
 
 _spec = importlib.util.spec_from_file_location("native_masks", Path(__file__).parent.parent / "test_masks.py")
@@ -39,7 +39,7 @@ def refuse(*_: object) -> None:
 @given(case=small)
 def test_keep_and_prune_are_the_definition_bit_by_bit(case: Any) -> None:
     weight, pattern, axis = case
-    keep = keep_largest(weight.abs(), pattern, axis)
+    keep = magnitude_mask(weight.abs(), pattern, axis)
     assert torch.equal(masks.keep_largest(weight.abs(), *native.where(pattern, axis)), keep)
     pruned = masks.prune(weight, *native.where(pattern, axis))
     assert torch.equal(native.bits(pruned), native.bits(torch.where(keep, weight, 0.0)))
@@ -50,7 +50,7 @@ def test_keep_and_prune_are_the_definition_bit_by_bit(case: Any) -> None:
 def test_decay_is_the_definition_bit_by_bit(case: Any) -> None:
     weight, pattern, axis = case
     gradient = torch.empty_like(weight).copy_(native.numbers(tuple(weight.shape), weight.dtype, 1, "bits"))
-    expected = native.defined_decay(gradient, weight, 2e-4, keep_largest(weight.abs(), pattern, axis))
+    expected = native.defined_decay(gradient, weight, 2e-4, magnitude_mask(weight.abs(), pattern, axis))
     masks.add_decayed(gradient, weight, 2e-4, *native.where(pattern, axis))
     assert native.same_or_nan(gradient, expected)
 
@@ -68,7 +68,7 @@ def test_kernels_and_not_the_reference(dtype: torch.dtype, shape: Any, pattern: 
     for name in ("_keep_largest", "_prune", "_add_decayed"):
         monkeypatch.setattr(masks.reference, name, refuse)
     weight, gradient = native.numbers(shape, dtype, 0, "ties"), native.numbers(shape, dtype, 1, "real")
-    keep = keep_largest(weight.abs(), Pattern(*pattern), Axis(1))
+    keep = magnitude_mask(weight.abs(), Pattern(*pattern), Axis(1))
     expected = native.defined_decay(gradient, weight, 0.37, keep)
     at = (*pattern, 1, 1, False)
     assert torch.equal(masks.keep_largest(weight.abs(), *at), keep)
@@ -97,7 +97,7 @@ def listed() -> tuple[list[Tensor], list[Axis]]:
 def test_lists_are_their_members(pattern: Pattern) -> None:
     weights, axes = listed()
     each = ([a.dim for a in axes], [a.blocks for a in axes], [a.flat for a in axes])
-    keep = [keep_largest(w.abs(), pattern, axis) for w, axis in zip(weights, axes, strict=True)]
+    keep = [magnitude_mask(w.abs(), pattern, axis) for w, axis in zip(weights, axes, strict=True)]
     found = masks.keep_largest_list([w.abs() for w in weights], pattern.n, pattern.m, *each)
     assert all(torch.equal(a, b) for a, b in zip(found, keep, strict=True))
     pruned = masks.prune_list(weights, pattern.n, pattern.m, *each)
@@ -158,7 +158,7 @@ def test_while_a_cuda_graph_is_captured_there_are_no_tables(monkeypatch: Any) ->
         monkeypatch.delattr(file, "table")
     monkeypatch.delattr(masks, "reference")
     launches = counted(monkeypatch, "_one")
-    keep = [keep_largest(w.abs(), Pattern(2, 4), Axis(1)) for w in weights]
+    keep = [magnitude_mask(w.abs(), Pattern(2, 4), Axis(1)) for w in weights]
     assert all(map(torch.equal, masks.keep_largest_list([w.abs() for w in weights], 2, 4, *each), keep))
     assert all(map(torch.equal, masks.prune_list(weights, 2, 4, *each), map(torch.mul, weights, keep)))
     gradients = [torch.zeros_like(w) for w in weights]
@@ -197,7 +197,7 @@ def test_what_a_list_leaves_out_is_one_launch_each(monkeypatch: Any) -> None:
     monkeypatch.delattr(masks, "reference")
     launches = counted(monkeypatch, "_one")
     weight = torch.randn(33)[1:].view(4, 8)
-    keep = keep_largest(weight.abs(), Pattern(2, 4), Axis(1))
+    keep = magnitude_mask(weight.abs(), Pattern(2, 4), Axis(1))
     (found,) = masks.keep_largest_list([weight], 2, 4, [1], [1], [False])  # the sign does not count
     assert torch.equal(found, keep)
     assert torch.equal(masks.prune_list([weight], 2, 4, [1], [1], [False])[0], weight * keep)
@@ -210,7 +210,7 @@ def test_strides_of_dims_of_size_one_do_not_matter(monkeypatch: Any) -> None:
     weight = torch.randn(8, 8, 1, 1)
     gradient = torch.empty_strided((8, 8, 1, 1), (8, 1, 8, 8)).zero_()
     assert gradient.stride() != weight.stride()
-    expected = weight * ~keep_largest(weight.abs(), Pattern(2, 4), Axis(1))
+    expected = weight * ~magnitude_mask(weight.abs(), Pattern(2, 4), Axis(1))
     masks.add_decayed(gradient, weight, 1.0, 2, 4, 1, 1, False)
     assert torch.equal(gradient, expected)
     launches = counted(monkeypatch, "_many")
@@ -256,7 +256,7 @@ def test_every_number_of_rounds_with_ties_nan_and_infinity(pattern: tuple[int, i
     n, m = pattern
     for index, shape in enumerate([(16, 2 * m), (2, m + max(1, m // 3)), (3, m + max(1, m - 1), 3)]):
         weight = native.numbers(shape, DTYPES[(index + m) % 3], n, "ties")
-        keep = keep_largest(weight.abs(), Pattern(n, m), Axis(1))
+        keep = magnitude_mask(weight.abs(), Pattern(n, m), Axis(1))
         assert torch.equal(masks.keep_largest(weight.abs(), n, m, 1, 1, False), keep)
         pruned = masks.prune(weight, n, m, 1, 1, False)
         assert torch.equal(native.bits(pruned), native.bits(torch.where(keep, weight, 0.0)))

@@ -6,7 +6,7 @@ import torch
 from openwork.kernels.cuda.triton.transposable import keep_2_4
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
-from openwork.nm.transposable import keep_transposable
+from openwork.nm.transposable import transposable_mask
 
 CASES = [
     ((64, 48), 1, 0),
@@ -32,7 +32,7 @@ def scores(shape, dtype, kind):
 
 def check_equal(score, dim, output_axis):
     assert torch.equal(
-        keep_2_4(score, dim, output_axis), keep_transposable(score, Pattern(2, 4), Axis(dim), Axis(output_axis))
+        keep_2_4(score, dim, output_axis), transposable_mask(score, Pattern(2, 4), Axis(dim), Axis(output_axis))
     )
 
 
@@ -49,11 +49,11 @@ def test_shapes_with_nan_and_infinity(shape, dim, output_axis):
 
 def test_other_strides():
     score = scores((16, 8, 3, 3), torch.float32, "normal").contiguous(memory_format=torch.channels_last)
-    expected = keep_transposable(score, Pattern(2, 4), Axis(1), Axis(0))
+    expected = transposable_mask(score, Pattern(2, 4), Axis(1), Axis(0))
     found = keep_2_4(score, 1, 0)
     assert found is None or torch.equal(found, expected)
     turned = scores((16, 8), torch.float32, "normal").t()
-    assert torch.equal(keep_2_4(turned, 1, 0), keep_transposable(turned, Pattern(2, 4), Axis(1), Axis(0)))
+    assert torch.equal(keep_2_4(turned, 1, 0), transposable_mask(turned, Pattern(2, 4), Axis(1), Axis(0)))
 
 
 def test_what_it_cannot_read_is_left_to_the_reference():
