@@ -27,7 +27,7 @@ def straight_through_largest(weight: Tensor, pattern: Pattern, axis: Axis) -> Te
 
 def straight_through_largest_list(weights: Sequence[Tensor], pattern: Pattern, axes: Sequence[Axis]) -> list[Tensor]:
     """`straight_through_largest` of many weights, on a GPU in one launch. Gradients flow to each by itself."""
-    pruned = ops.prune_list([weight.detach() for weight in weights], pattern, axes)
+    pruned = ops.foreach_prune([weight.detach() for weight in weights], pattern, axes)
     return [_StraightThroughTo.apply(weight, each) for weight, each in zip(weights, pruned, strict=True)]
 
 
@@ -61,7 +61,7 @@ class _StraightThroughLargest(_Straight):
 
     @staticmethod
     def forward(weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
-        return ops.prune(weight, pattern, axis)
+        return ops.foreach_prune([weight], pattern, [axis])[0]
 
 
 class _StraightThroughTo(_Straight):

@@ -52,9 +52,9 @@ class SRSTE:
         return apply_mask(weight, ~keep).mul_(self.decay)
 
     def add_term_in_one_pass(self, gradient: Tensor, weight: Tensor, pattern: Pattern, axis: Axis) -> None:
-        ops.add_decayed(gradient, weight, self.decay, pattern, axis)
+        ops.foreach_decay([gradient], [weight], self.decay, pattern, [axis])
 
     def add_terms_in_one_pass(
         self, gradients: Sequence[Tensor], weights: Sequence[Tensor], pattern: Pattern, axes: Sequence[Axis]
     ) -> None:
-        ops.add_decayed_list(gradients, weights, self.decay, pattern, axes)
+        ops.foreach_decay(gradients, weights, self.decay, pattern, axes)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from openwork.nm.groups import Axis
 from openwork.nm.masks import kept_per_group, magnitude_mask
 from openwork.nm.pattern import Pattern
-from openwork.ops.masks import library
+from openwork.ops.library import library, reference
 
 ROWS = 16
 """The most rows of input that the kernels take."""
@@ -104,7 +104,7 @@ def check_layout(x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, 
         raise ValueError(f"bias {tuple(bias.shape)} of {bias.dtype}; needed ({O},) of {values.dtype}")
 
 
-@torch.library.impl(library, "thin_linear", "CompositeExplicitAutograd")
+@reference("thin_linear")
 def thin_linear(
     x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, layout: list[int], expand: bool, relu: bool
 ) -> Tensor:

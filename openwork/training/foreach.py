@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from openwork import kernels
-from openwork.ops import keep_largest_list
+from openwork.ops import foreach_mask
 from openwork.training.parametrize import Masked, masked_weights
 
 
@@ -19,7 +19,7 @@ def keep_all(held: Iterable[tuple[Masked, nn.Parameter]]) -> list[Tensor]:
     ranked = {i: each for i, each in enumerate(held) if each[0].ranks_in_one_pass(each[1])}
     for pattern, indices in _in_lists(ranked, lambda masked: masked.pattern):
         scores = [held[i][0].method.score(held[i][1].detach()) for i in indices]
-        found |= zip(indices, keep_largest_list(scores, pattern, [held[i][0].axis for i in indices]), strict=True)
+        found |= zip(indices, foreach_mask(scores, pattern, [held[i][0].axis for i in indices]), strict=True)
     return [found[i] if i in found else masked.keep(weight) for i, (masked, weight) in enumerate(held)]
 
 
@@ -65,6 +65,6 @@ def _in_lists(
     """Which of the weights one launch can take together, and what they have alike."""
     lists: dict[Any, list[int]] = {}
     for i, (masked, weight) in held.items():
-        if kernels.takes_lists(weight):
+        if kernels.batches(weight):
             lists.setdefault((weight.device, alike(masked)), []).append(i)
     return [(what, indices) for (_, what), indices in lists.items()]
