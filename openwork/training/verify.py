@@ -1,11 +1,11 @@
-"""Prove that a model is as sparse as its patterns say: its weights, and what really reaches its matrix products."""
+"""Prove that a model is as sparse as its patterns say: its weights, and what really reaches its matmuls."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,11 +14,11 @@ from openwork.nm.groups import Axis, reduction_size
 from openwork.nm.masks import kept_per_group
 from openwork.nm.pattern import Pattern
 from openwork.training.dtensor import whole
-from openwork.training.matmul_trace import Use, watch
+from openwork.training.matmul_trace import Operand, watch
 from openwork.training.parametrize import plain_name, unwrap
-from openwork.training.record import SparsityRecord, sparsity_records
+from openwork.training.record import recorded_output_axes, recorded_weights, sparsity_records
 from openwork.training.report import Report, Row
-from openwork.training.select import HELD, AxisChoice, Candidate, PatternChoice, decide
+from openwork.training.select import HELD, Candidate, PatternChoice, Selection, decide
 from openwork.training.shared_class import plain_class
 
 _GUESSES = tuple(2**i for i in range(1, 7))  # group sizes tried when no pattern is given
@@ -38,19 +38,16 @@ def verify(
     model: nn.Module,
     example: Any = None,
     *,
-    pattern: PatternChoice | None = None,
-    exclude: Sequence[str] = (),
-    axis: AxisChoice = "input",
-    transposable: bool = False,
+    pattern: Selection | PatternChoice | None = None,
 ) -> Report:
     """Check that at most N of every M weights are non-zero, and return a report; raise `NotSparse` with the layers
     that are denser.
 
     A sparsified model is held to what `sparsify` recorded, transposable masks along both axes. A plain one is held to
-    `pattern`, on every candidate weight that `exclude` does not name; without `pattern` the tightest N:M of each weight
-    is found, and a warning says that it was inferred. `example` (a tensor, a tuple of arguments or a mapping of keyword
-    arguments) is run as well, in eval mode, watching every weight that reaches a matrix product or convolution.
-    `transposable` holds a plain model to the pattern along the output axes as well.
+    `pattern`, "2:4" or a `Selection`, on every candidate weight that is not excluded; without a pattern the tightest
+    N:M of each weight is found, and a warning says that it was inferred. `example` (a tensor, a tuple of arguments or a
+    mapping of keyword arguments) is run as well, in eval mode, watching every weight that reaches a matmul or a
+    convolution.
 
     >>> import torch
     >>> model = nn.Linear(4, 1)
@@ -59,17 +56,14 @@ def verify(
     {'weight': Pattern(n=2, m=4)}
     """
     model = unwrap(model)
-    sparsified = sparsity_records(model)
-    if sparsified and (pattern is not None or exclude or axis != "input" or transposable):
-        raise ValueError(
-            "the model is held to what sparsify recorded; pattern=, exclude= and axis= are for plain models, and so "
-            "is transposable="
-        )
+    sparsified = bool(sparsity_records(model))
+    if sparsified and pattern is not None:
+        raise ValueError("the model is held to what sparsify recorded; pattern= is for plain models")
     skipped: tuple[Row, ...] = ()
     if sparsified:
-        recorded, output_axes = _recorded(sparsified), _recorded_output_axes(sparsified)
+        recorded, output_axes = _recorded(model), recorded_output_axes(model)
     else:
-        recorded, output_axes, skipped = _asked(model, pattern, exclude, axis, transposable)
+        recorded, output_axes, skipped = _asked(model, Selection.of(pattern))
     weights = _readable(model, recorded)
     broken = {name: "the weight is gone: its module was replaced" for name in recorded if name not in weights}
     broken |= {name: problem for name, each in weights.items() if (problem := _denser(each, *recorded[name]))}
@@ -78,10 +72,10 @@ def verify(
         for name, each in output_axes.items()
         if name in weights and name not in broken and (problem := _denser(weights[name], recorded[name][0], each))
     }
-    products = _Products(recorded, weights)
+    operands = _Operands(recorded, weights)
     if example is not None:
-        watch(model, example, products.visit)
-        broken = products.problems | broken
+        watch(model, example, operands.visit)
+        broken = operands.problems | broken
     if broken:
         raise NotSparse(broken)
     rows = tuple(_row(name, weights[name], *recorded[name]) for name in recorded)
@@ -89,40 +83,24 @@ def verify(
     others = sum(each.numel() for each in model.parameters()) - sum(row.weights for row in rows)
     title = f"{plain_class(model).__name__}: every weight keeps its pattern"
     notes = (f"{len(output_axes)} weights are so along the output axis as well",) if output_axes else ()
-    return Report(rows, title, others, notes=notes + (products.notes() if example is not None else ()))
+    return Report(rows, title, others, notes=notes + (operands.notes() if example is not None else ()))
 
 
-def _recorded(sparsified: list[tuple[str, nn.Module, SparsityRecord]]) -> _Recorded:
-    held = {
-        f"{plain_name(prefix)}.{name}".lstrip("."): each
-        for prefix, _, record in sparsified
-        if record.method.sparse
-        for name, each in record.weights.items()
-    }
-    if not held:
+def _recorded(model: nn.Module) -> _Recorded:
+    recorded = recorded_weights(model)
+    if not recorded:
         raise ValueError("the model trains with ow.Dense, which keeps every weight: there is nothing to verify")
-    return held
+    return recorded
 
 
-def _recorded_output_axes(sparsified: list[tuple[str, nn.Module, SparsityRecord]]) -> dict[str, Axis]:
-    return {
-        f"{plain_name(prefix)}.{name}".lstrip("."): axis
-        for prefix, _, record in sparsified
-        for name, axis in record.output_axes.items()
-    }
-
-
-def _asked(
-    model: nn.Module, pattern: PatternChoice | None, exclude: Sequence[str], axis: AxisChoice, transposable: bool
-) -> tuple[_Recorded, dict[str, Axis], tuple[Row, ...]]:
+def _asked(model: nn.Module, selection: Selection) -> tuple[_Recorded, dict[str, Axis], tuple[Row, ...]]:
     """What a plain model is held to, the output axes that belong to it, and what is not held to anything, and why."""
-    if transposable and pattern is None:
-        raise ValueError("transposable=True needs pattern=: what a weight is along two axes is not inferred")
-    held = pattern or Pattern(1, 1)
-    decided = decide(model, held, exclude=exclude, axis=axis, dtypes=HELD, transposable=transposable)
-    if pattern is None:
-        decided = [_inferred(each) if each.pattern else each for each in decided]
+    if selection.pattern is None:
+        everywhere = dataclasses.replace(selection, pattern=Pattern(1, 1))
+        decided = [_inferred(each) if each.pattern else each for each in decide(model, everywhere, dtypes=HELD)]
         _warn_of_inferred(decided)
+    else:
+        decided = decide(model, selection, dtypes=HELD)
     skipped = tuple(_skipped(each) for each in decided if not each.pattern)
     output_axes = {each.name: each.output_axis for each in decided if each.output_axis}
     return {each.name: (each.pattern, each.axis) for each in decided if each.pattern}, output_axes, skipped
@@ -177,15 +155,15 @@ def _readable(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     modules = {plain_name(name): module for name, module in model.named_modules()}
     found = {}
     for name in names:
-        owner, _, tensor = name.rpartition(".")
-        weight = getattr(modules.get(owner), tensor, None)
+        owner, _, tensor_name = name.rpartition(".")
+        weight = getattr(modules.get(owner), tensor_name, None)
         if isinstance(weight, Tensor):
             found[name] = weight.detach()
     return found
 
 
-class _Products:
-    """Compares what reaches the products with what was recorded."""
+class _Operands:
+    """Compares what reaches the matmuls with what was recorded."""
 
     def __init__(self, recorded: _Recorded, weights: dict[str, Tensor]):
         self.recorded = {name: recorded[name] for name in weights}
@@ -194,17 +172,17 @@ class _Products:
         self.reached: set[str] = set()
         self.misshapen: set[str] = set()
 
-    def visit(self, use: Use) -> None:
+    def visit(self, operand: Operand) -> None:
         """Hold an operand to what was recorded of the parameters it comes from. One that comes from none is held to
         those of its shape in the module that runs."""
-        if not use.names:
-            self._visit_unknown(use)
-        for name in use.names & self.recorded.keys():
+        if not operand.names:
+            self._visit_unknown(operand)
+        for name in operand.names & self.recorded.keys():
             self.reached.add(name)
-            ways = self._ways(use.operand, name)
-            if not ways:
+            axes = self._possible_axes(operand.tensor, name)
+            if not axes:
                 self.misshapen.add(name)
-            self._hold(name, use.operand, ways, "")
+            self._hold(name, operand.tensor, axes, "")
 
     def notes(self) -> tuple[str, ...]:
         lists = {
@@ -213,19 +191,19 @@ class _Products:
         }
         return tuple(f"{what}: {', '.join(sorted(names))}" for what, names in lists.items() if names)
 
-    def _visit_unknown(self, use: Use) -> None:
-        around = f"{use.inside}." if use.inside else ""
+    def _visit_unknown(self, operand: Operand) -> None:
+        around = f"{operand.inside}." if operand.inside else ""
         for name in self.recorded:
-            if name.startswith(around) and sorted(use.operand.shape) == sorted(self.shapes[name]):
+            if name.startswith(around) and sorted(operand.tensor.shape) == sorted(self.shapes[name]):
                 where = " in a tensor that is none of the model's parameters"
-                self._hold(name, use.operand, self._ways(use.operand, name), where)
+                self._hold(name, operand.tensor, self._possible_axes(operand.tensor, name), where)
 
-    def _hold(self, name: str, operand: Tensor, ways: list[Axis], where: str) -> None:
-        problems = [_denser(operand, self.recorded[name][0], way) for way in ways]
+    def _hold(self, name: str, operand: Tensor, axes: list[Axis], where: str) -> None:
+        problems = [_denser(operand, self.recorded[name][0], axis) for axis in axes]
         if problems and all(problems):
             self.problems[name] = f"multiplied{where} while {problems[0]}"
 
-    def _ways(self, operand: Tensor, name: str) -> list[Axis]:
+    def _possible_axes(self, operand: Tensor, name: str) -> list[Axis]:
         """The axes that may be the reduction axis, in an operand that may be transposed, cut or joined."""
         axis, shape = self.recorded[name][1], self.shapes[name]
         if operand.shape == shape and (axis.flat or operand.ndim > 3):  # kernels of a convolution lie one way only

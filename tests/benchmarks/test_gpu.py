@@ -288,8 +288,8 @@ def test_gradients_that_are_wrong_are_found(stand_in: Any) -> None:
     [
         ("masks", "foreach_prune", lambda weights, *_: [*weights]),
         ("lists", "foreach_prune", lambda weights, *_: [*weights]),
-        ("transposable", "keep_transposable", lambda score, *_: score > 0),
-        ("bits", "packed_sad_list", lambda a, b: [0] * len(a)),
+        ("transposable", "foreach_transposable_mask", lambda scores, *_: [score > 0 for score in scores]),
+        ("bits", "foreach_packed_sad", lambda a, b: [0] * len(a)),
     ],
 )
 def test_a_wrong_kernel_of_masks_is_found(kind: str, name: str, wrong: Any, monkeypatch: Any) -> None:
@@ -367,7 +367,7 @@ def test_a_model_is_named_by_what_deploy_returned(wins: bool, monkeypatch: Any) 
     def deploy(model: nn.Module, x: Tensor, **_: Any) -> Any:
         made = copy.deepcopy(model)
         for each in made.blocks if wins else ():
-            each.up = ow.deployed.SparseLinear(each.up, ow.Pattern(2, 4), "panel", torch.bfloat16)
+            each.up = ow.inference.layers.SparseLinear(each.up, ow.Pattern(2, 4), "panel", torch.bfloat16)
         made.deployment = SimpleNamespace(chosen=dict.fromkeys(range(8), "cusparselt"))
         return made
 
