@@ -18,7 +18,8 @@ from openwork.training.matmul_trace import Operand, watch
 from openwork.training.parametrize import plain_name, unwrap
 from openwork.training.record import recorded_output_axes, recorded_weights, sparsity_records
 from openwork.training.report import Report, Row
-from openwork.training.select import HELD, Candidate, PatternChoice, Selection, decide
+from openwork.training.select import HELD, Candidate, decide
+from openwork.training.selection import PatternChoice, Selection
 from openwork.training.shared_class import plain_class
 
 _GUESSES = tuple(2**i for i in range(1, 7))  # group sizes tried when no pattern is given
