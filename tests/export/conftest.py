@@ -1,5 +1,5 @@
 """transformers and lightning import torchvision, which may be broken where it was built for another torch."""
 
-from openwork.utils.torchvision_compat import ensure_torchvision
+from openwork.utils.torchvision_compat import prepare_torchvision
 
-ensure_torchvision()
+prepare_torchvision()
