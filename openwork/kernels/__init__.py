@@ -7,6 +7,7 @@ from openwork.kernels.cpu.masks import takes_lists as takes_lists
 from openwork.kernels.cpu.native import Status as Status
 from openwork.kernels.cpu.native import status as status
 from openwork.kernels.cpu.native import use_isa as use_isa
+from openwork.kernels.cpu.native import warn_without_library as warn_without_library
 from openwork.kernels.cpu.products import has_dots as has_dots
 from openwork.kernels.cpu.products import lanes as lanes
 from openwork.kernels.cpu.products import panel_columns as panel_columns
