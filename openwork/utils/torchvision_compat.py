@@ -64,11 +64,11 @@ def _forget_failed_import() -> None:
 
 def _own_operators_load(folder: Path) -> bool:
     """Whether torchvision's compiled library loads, which torchvision itself does on import."""
-    for library in folder.glob("_C*"):
-        try:
+    try:
+        for library in folder.glob("_C*"):
             torch.ops.load_library(str(library))
-        except OSError:
-            return False
+    except OSError:
+        return False
     return hasattr(torch.ops.torchvision, "nms")
 
 
@@ -92,8 +92,8 @@ def _announce_operators() -> None:
         module = importlib.import_module(name)
         if not hasattr(module, "_has_ops"):
             raise RuntimeError(
-                f"the operators of torchvision do not load beside torch {torch.__version__}, and {name} does not say how "
-                "to replace them: install the torchvision that belongs to this torch, from the same index"
+                f"the operators of torchvision do not load beside torch {torch.__version__}, and {name} does not say "
+                "how to replace them: install the torchvision that belongs to this torch, from the same index"
             )
         module._has_ops = _has_ops
 

@@ -75,7 +75,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def pip_wheel(source: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Build a wheel beside the source, without the network. The compiler is the one that `environment` names, if any."""
+    """Build a wheel beside the source, without the network; with the compiler that `environment` names, if any."""
     options = ["--no-deps", "--no-build-isolation", "--no-index", *flags]
     inherited = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "OPENWORK_NO_NATIVE")}
     return subprocess.run(
@@ -120,7 +120,7 @@ def test_a_compiler_that_was_named_has_to_work(source: Path) -> None:
     assert "OPENWORK_NO_NATIVE=1 installs without" in printed
 
 
-WARNING = "warning: openwork is installed without its native library and everything works, slower: "
+WARNING = "warning: openwork is installed without its native library; everything works, slower: "
 
 
 @pytest.mark.parametrize(

@@ -234,8 +234,12 @@ assert torchvision.ops.nms(torch.tensor([[0.0, 0, 1, 1]]), torch.ones(1), 0.5).t
         "from openwork.integrations.hf_trainer import SparseCallback",
         "from openwork.integrations.hf_accelerate import SparseRun",
         "import openwork.recipes, timm, torchmetrics.detection",
-        "import contextlib\nwith contextlib.suppress(RuntimeError): import torchvision\n"
-        "from openwork.integrations.lightning import SparseCallback",
+        """
+import contextlib
+with contextlib.suppress(RuntimeError):
+    import torchvision
+from openwork.integrations.lightning import SparseCallback
+""",
     ],
 )
 def test_what_needs_torchvision_imports_without_a_word_from_the_user(lines: str) -> None:
