@@ -70,7 +70,7 @@ class BuildNative(build_ext):
         except (CompileError, LinkError) as error:  # the compiler has printed its own message
             raise type(error)(
                 f"{error}: the native library was not built, see the compiler's message above; it takes a C++17 "
-                "compiler (gcc 9, clang 12 or newer). CXX names another one; OPENWORK_NO_NATIVE=1 installs without, slower"
+                "compiler (gcc 9, clang 12 or newer). CXX names another; OPENWORK_NO_NATIVE=1 installs without, slower"
             ) from error
 
     def _no_native(self) -> str:
@@ -79,7 +79,7 @@ class BuildNative(build_ext):
             return "OPENWORK_NO_NATIVE=1"
         command = getattr(self.compiler, "compiler_so_cxx", None) or getattr(self.compiler, "compiler_so", None)
         if command and not os.environ.get("CXX") and shutil.which(command[0]) is None:
-            return f"there is no C++ compiler here ({command[0]}): install one (gcc 9, clang 12 or newer), then openwork again"
+            return f"there is no C++ compiler here ({command[0]}); install gcc 9, clang 12 or newer, and openwork again"
         return ""
 
     def _compile(self, source: tuple[str, list[str]]) -> list[str]:
