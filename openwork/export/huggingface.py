@@ -17,7 +17,7 @@ from openwork.files.model_state import tensors_by_name, ties
 from openwork.files.reader import FILE
 from openwork.training.parametrize import unwrap
 from openwork.training.record import sparsity_records
-from openwork.training.select import PatternChoice, Selection
+from openwork.training.selection import PatternChoice, Selection
 from openwork.utils.atomic import give_usual_mode, write_text
 
 DENSE, CARD = "model.safetensors", "README.md"

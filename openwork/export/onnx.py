@@ -22,7 +22,7 @@ from openwork.export.products import KEY, Product, as_metadata, check_onnx, prod
 from openwork.files.model_state import Placed, masked_by_name, patterns
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
-from openwork.training.select import PatternChoice, Selection
+from openwork.training.selection import PatternChoice, Selection
 from openwork.utils.atomic import atomic_file, sync
 from openwork.utils.deployed import check_not_deployed
 from openwork.utils.example import quiet

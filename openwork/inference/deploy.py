@@ -29,7 +29,7 @@ from openwork.kernels.cuda.stream import on_device
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
 from openwork.training.record import sparsity_records
-from openwork.training.select import PatternChoice, Selection
+from openwork.training.selection import PatternChoice, Selection
 from openwork.training.sparsify import finalize
 from openwork.training.verify import verify
 from openwork.utils.example import run
