@@ -23,12 +23,13 @@ from openwork.inference.choose import (
 )
 from openwork.inference.fold import fold_batch_norm, following_relu, replace
 from openwork.inference.layers import PackedLayer, SparseConv2d
+from openwork.kernels.cpu.native import warn_without_library
 from openwork.kernels.cuda.cusparselt import QUANTIZED
 from openwork.kernels.cuda.stream import on_device
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
 from openwork.training.record import sparsity_records
-from openwork.training.select import PatternChoice, Selection
+from openwork.training.selection import PatternChoice, Selection
 from openwork.training.sparsify import finalize
 from openwork.training.verify import verify
 from openwork.utils.example import run
@@ -120,6 +121,8 @@ def _ready(
         found = ", ".join(sorted(map(str, where)))
         raise ValueError(f"the model is on {found}; needed one CPU or one GPU: model.to('cuda') or model.to('cpu')")
     gpu = any(on_gpu(each) for each in where)
+    if not gpu:
+        warn_without_library()
     allowed = WEIGHT_DTYPES_ON_GPU if gpu else WEIGHT_DTYPES
     if weight_dtype is not None and weight_dtype not in allowed:
         raise ValueError(f"weight_dtype={weight_dtype}; needed one of {', '.join(map(str, allowed))}")

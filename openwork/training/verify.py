@@ -11,14 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from openwork.nm.groups import Axis, reduction_size
-from openwork.nm.masks import kept_per_group
+from openwork.nm.masks import kept_per_group, too_dense
 from openwork.nm.pattern import Pattern
 from openwork.training.dtensor import whole
 from openwork.training.matmul_trace import Operand, watch
 from openwork.training.parametrize import plain_name, unwrap
 from openwork.training.record import recorded_output_axes, recorded_weights, sparsity_records
 from openwork.training.report import Report, Row
-from openwork.training.select import HELD, Candidate, PatternChoice, Selection, decide
+from openwork.training.select import HELD, Candidate, decide
+from openwork.training.selection import PatternChoice, Selection
 from openwork.training.shared_class import plain_class
 
 _GUESSES = tuple(2**i for i in range(1, 7))  # group sizes tried when no pattern is given
@@ -135,14 +136,8 @@ def tightest(weight: Tensor, axis: Axis) -> Pattern:
     return min(found, key=lambda each: (each.density, each.m), default=Pattern(1, 1))
 
 
-def _denser(weight: Tensor, pattern: Pattern, axis: Axis) -> str:
-    """What is wrong with a weight, or nothing."""
-    kept = kept_per_group(_values(weight), pattern, axis)
-    wrong = int((kept > pattern.n).sum())
-    if not wrong:
-        return ""
-    worst = int(kept.max())
-    return f"{wrong} of {kept.numel()} groups hold more than {pattern.n} of {pattern.m} (the worst {worst})"
+def _denser(weight: Any, pattern: Pattern, axis: Axis) -> str:
+    return too_dense(_values(weight), pattern, axis)
 
 
 def _values(weight: Any) -> Tensor:

@@ -149,7 +149,7 @@ def test_a_plain_model_is_verified_along_both_axes_where_asked():
     ow.verify(model, pattern="2:4")
     with pytest.raises(ow.NotSparse, match="along the output axis"):
         ow.verify(model, pattern=ow.Selection("2:4", transposable=True))
-    with pytest.raises(ValueError, match="transposable=True needs pattern="):
+    with pytest.raises(ValueError, match="transposable=True needs a pattern"):
         ow.verify(model, pattern=ow.Selection(transposable=True))
 
 
