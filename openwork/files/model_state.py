@@ -16,11 +16,11 @@ from openwork.files.reader import Contents
 from openwork.nm.groups import Axis
 from openwork.nm.masks import apply_mask, kept_per_group
 from openwork.nm.pattern import Pattern
-from openwork.training.parametrize import Masked, plain_name, sparse_weights, weight_name
+from openwork.training.masked import Masked
+from openwork.training.parametrize import plain_name, sparse_weights, weight_name
 from openwork.training.record import recorded_weights, sparsity_records
 from openwork.training.select import HELD, decide
 from openwork.training.selection import PatternChoice, Selection
-from openwork.training.shared_class import AGE
 from openwork.training.verify import tightest
 from openwork.utils.deployed import check_not_deployed
 
@@ -35,7 +35,7 @@ def tensors_by_name(model: nn.Module, *, empty: bool = False) -> dict[str, Tenso
     named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     own = {weight_name(name) if weight_name(name) in masked else plain_name(name): each for name, each in named}
     names = [plain_name(name) for name in model.state_dict(keep_vars=True)]
-    stored = {name + end for name, each in masked.items() if each.mask is not None for end in ("_mask", AGE)}
+    stored = {f"{name}_{key}" for name, each in masked.items() for key in each.saved()}
     unknown = [name for name in names if name not in own and name not in stored]
     if unknown:
         raise ValueError(
@@ -76,7 +76,7 @@ def patterns(
             "the model is sparsified and saved in the patterns that sparsify recorded; pattern= is for plain models"
         )
     if sparsified:
-        own = {name: (each.pattern, each.axis) for name, each in masked.items() if each.method.sparse}
+        own = {name: (each.end.pattern, each.end.axis) for name, each in masked.items() if each.method.sparse}
         return recorded_weights(model) | own
     selection = Selection.of(choice)
     if selection.pattern is None:
@@ -130,15 +130,16 @@ def check_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Masked
         each = masked.get(name)
         if each is None or not each.method.sparse:
             continue
-        most = int(kept_per_group(weight, each.pattern, each.axis).max())
-        if most > each.pattern.n:
+        end = each.end
+        most = int(kept_per_group(weight, end.pattern, end.axis).max())
+        if most > end.pattern.n:
             raise ValueError(
-                f"{name} has {most} non-zeros in a group, the model was sparsified at {each.pattern}: "
+                f"{name} has {most} non-zeros in a group, the model was sparsified at {end.pattern}: "
                 "load into a plain model, or sparsify at the pattern of the file"
             )
-        if each.output_axis and not torch.equal(apply_mask(weight, each.ranked(weight)), weight):
+        if end.output_axis and not torch.equal(apply_mask(weight, each.ranked(weight, end)), weight):
             raise ValueError(
-                f"{name} is {each.pattern} along its reduction axis but not along its output axis, and the model was "
+                f"{name} is {end.pattern} along its reduction axis but not along its output axis, and the model was "
                 "sparsified with transposable masks: load into a plain model, or sparsify with ow.SRSTE()"
             )
 

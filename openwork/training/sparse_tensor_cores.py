@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from openwork.kernels.cuda import cusparselt
 from openwork.kernels.cuda.cusparselt import BACKENDS
 from openwork.kernels.cuda.stream import capturing, on_device
-from openwork.methods import is_transposable
 from openwork.nm.pattern import Pattern
 from openwork.training.forward_cache import change_of
-from openwork.training.parametrize import Masked, masked_weights, sparse_weights, unwrap
+from openwork.training.masked import Masked
+from openwork.training.parametrize import masked_weights, sparse_weights, unwrap
 from openwork.training.shared_class import plain_class, shared_class
 from openwork.utils.example import quiet, run
 from openwork.utils.table import aligned
@@ -139,7 +139,7 @@ def _layers(model: nn.Module) -> dict[str, Layer]:
     }
     if not found:
         raise ValueError(f"{type(model).__name__} is not sparsified: call ow.sparsify(model, '2:4', method) first")
-    if not any(each.masked.output_axis for each in found.values()):
+    if not any(each.masked.end.output_axis for each in found.values()):
         method = next(iter(found.values())).masked.method
         raise ValueError(
             f"{type(model).__name__} is sparsified with {method}, whose masks are not transposable: in the gradient of "
@@ -154,8 +154,8 @@ def _layers(model: nn.Module) -> dict[str, Layer]:
 def _unfit(module: nn.Module, tensor_name: str, masked: Masked, weight: Tensor) -> str:
     if tensor_name != "weight" or plain_class(module) is not nn.Linear:
         return f"{plain_class(module).__name__}: only nn.Linear is accelerated"
-    if not is_transposable(masked.method) or not within_2_4(masked.pattern):
-        return f"{masked.pattern} is not within 2:4"
+    if not masked.method.transposable or not within_2_4(masked.end.pattern):
+        return f"{masked.end.pattern} is not within 2:4"
     if any(length % _MULTIPLE for length in weight.shape):
         return f"shape {tuple(weight.shape)}: needed multiples of {_MULTIPLE}"
     return ""

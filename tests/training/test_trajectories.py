@@ -14,6 +14,7 @@ from plain_loop import BETAS, DECAY, EPS, LR, MOMENTUM, UPDATES, WEIGHT_DECAY, N
 from torch.nn.utils import clip_grad_norm_
 
 import openwork as ow
+from openwork.methods import Method
 
 CLIP = 0.2
 SRSTE = ow.SRSTE(decay=DECAY)
@@ -239,31 +240,17 @@ def test_a_multiplied_term_ends_elsewhere(kind, factor):
         assert not distance(reference(way, kind, start, decay=factor * DECAY), right) < 1e-2
 
 
-class AuthorsBackward(torch.autograd.Function):
+@dataclass(frozen=True)
+class Authors(Method):
     """The term inside autograd, as the authors' code has it."""
 
-    @staticmethod
-    def forward(ctx, weight, keep):
-        ctx.save_for_backward(weight, keep)
-        return weight * keep
-
-    @staticmethod
-    def backward(ctx, gradient):
-        weight, keep = ctx.saved_tensors
-        return gradient + DECAY * ~keep * weight, None
-
-
-@dataclass(frozen=True)
-class Authors:
     name: ClassVar[str] = "sr-ste inside autograd"
-    fixed: ClassVar[bool] = False
-    sparse: ClassVar[bool] = True
 
-    def score(self, weight):
-        return weight.abs()
+    def state(self, weight, phase):
+        return {"itself": weight}  # in the memory of the weight, so it follows it
 
-    def forward(self, weight, keep):
-        return AuthorsBackward.apply(weight, keep)
+    def backward(self, gradient, mask, phase, state):
+        return gradient + DECAY * ~mask * state["itself"]
 
 
 @every_kind
