@@ -4,7 +4,7 @@ Every case ends within rounding of `plain_loop`, in float64. That the cases woul
 multiplied is tested as well: by detaching, by other decays, and by the published form inside autograd.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
@@ -245,12 +245,14 @@ class Authors(Method):
     """The term inside autograd, as the authors' code has it."""
 
     name: ClassVar[str] = "sr-ste inside autograd"
+    weights: dict = field(default_factory=dict, compare=False)
 
-    def state(self, weight, phase):
-        return {"itself": weight}  # in the memory of the weight, so it follows it
+    def forward(self, weight, mask, phase, state):
+        self.weights[mask.data_ptr()] = weight
+        return weight * mask
 
     def backward(self, gradient, mask, phase, state):
-        return gradient + DECAY * ~mask * state["itself"]
+        return gradient + DECAY * ~mask * self.weights[mask.data_ptr()]
 
 
 @every_kind
