@@ -13,6 +13,7 @@ from openwork.methods import ASP as ASP
 from openwork.methods import SRSTE as SRSTE
 from openwork.methods import STE as STE
 from openwork.methods import Dense as Dense
+from openwork.methods import MdGf as MdGf
 from openwork.methods import Method as Method
 from openwork.methods import TransposableSRSTE as TransposableSRSTE
 from openwork.nm.groups import Axis as Axis
