@@ -85,7 +85,7 @@ class Method:
         return foreach_mask([score], phase.pattern, [phase.axis])[0]
 
     def forward(self, weight: Tensor, mask: Tensor, phase: Phase, state: State) -> Tensor:
-        """The weight that the layer multiplies with; what is pruned is +0.0 in the end (files take -0.0 for a weight)."""
+        """The weight that the layer multiplies with. What is pruned ends as +0.0: files take -0.0 for a weight."""
         if isinstance(phase.beta, Tensor):
             return torch.where(mask, weight, weight * phase.beta)
         return apply_mask(weight, mask)
