@@ -60,7 +60,7 @@ def unzipped(path: Path) -> dict[str, torch.Tensor]:
 def written(model: nn.Module, pattern: str, folder: Path) -> tuple[Path, Path, Path]:
     files = folder / "net.safetensors", folder / "dense.safetensors", folder / "dense.zip"
     ow.save(model, files[0], pattern=pattern)
-    state = ow.load(files[0])
+    state = ow.load_state_dict(files[0])
     first = {id(each): name for name, each in reversed(state.items())}.values()  # tied tensors once, as in the file
     write_dense({name: each for name, each in state.items() if name in first}, str(files[1]))
     with zipfile.ZipFile(files[2], "w", zipfile.ZIP_DEFLATED) as file:

@@ -68,7 +68,9 @@ def card(entries: Sequence[Entry], method: str = "") -> str:
     }
     lines = [_BEGIN, "## N:M sparsity", "", "| | |", "|---|---|"]
     lines += [f"| {what} | {found} |" for what, found in rows.items()]
-    loads = f"Any library loads `{DENSE}`, dense with exact zeros; `ow.load(folder)` reads the compressed file."
+    loads = (
+        f"Any library loads `{DENSE}`, dense with exact zeros; `ow.load_state_dict(folder)` reads the compressed file."
+    )
     lines += ["", loads]
     return "\n".join([*lines, _END, ""])
 

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar, overload
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def save(
     >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.0, 0.0, 2.0]]))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(model, f"{folder}/net.safetensors", pattern="2:4")
-    ...     load(f"{folder}/net.safetensors")["weight"]
+    ...     load_state_dict(f"{folder}/net.safetensors")["weight"]
     tensor([[1., 0., 0., 2.]])
     """
     check_little_endian()
@@ -112,27 +112,26 @@ def _contents(
         raise NotSparse(broken)
 
 
-@overload
-def load(path: Path, into: None = None, *, device: torch.device | str | None = None) -> dict[str, Tensor]: ...
-@overload
-def load(path: Path, into: Model) -> Model: ...
-def load(path: Path, into: nn.Module | None = None, *, device: torch.device | str | None = None) -> object:
-    """The dense state dict in a file, on `device` (the CPU); with `into` that model, filled where it is and returned.
+def load_state_dict(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The dense state dict in a file, on a device.
 
-    `path` may also be a folder with model.openwork.safetensors in it, and, with huggingface_hub installed, an http(s)
-    address or the name of a repository of the Hugging Face Hub, "owner/name". Files and folders that compressed-tensors
+    `path` may also be a folder with model.openwork.safetensors in it, an http(s) address, and, with huggingface_hub
+    installed, the name of a repository of the Hugging Face Hub, "owner/name". Files and folders that compressed-tensors
     wrote as `sparse-24-bitmask` are read too.
+    """
+    with local(path) as here, opened(here) as contents:
+        state = {name: contents.read(name).to(device) for name in contents.tensors}
+        return state | {alias: state[name] for alias, name in contents.aliases.items()}
+
+
+def load(path: Path, into: Model) -> Model:
+    """Fill a model from a file, in place and on its own device, and return it; `path` as in `load_state_dict`.
 
     `into` is a plain model, or a sparsified one, whose masks then agree with the file. Names, shapes and dtypes must
     be equal, and the whole file is checked before anything is written: where ValueError is raised, the model is
     untouched. One tensor is decompressed at a time.
     """
     with local(path) as here, opened(here) as contents:
-        if into is None:
-            state = {name: contents.read(name).to(device or "cpu") for name in contents.tensors}
-            return state | {alias: state[name] for alias, name in contents.aliases.items()}
-        if device is not None:
-            raise ValueError(f"device={device!r} and into=: the tensors go where the model is; leave device out")
         inner = unwrap(into)
         targets, masked = tensors_by_name(inner), masked_by_name(inner)
         check_same(contents, targets, ties(targets, masked))
