@@ -1,4 +1,4 @@
-"""What a file holds, opened for reading: the compressed file, or what `legacy` knows, in one file or several."""
+"""A checkpoint opened for reading: the compressed file, what `files.foreign` knows, or any safetensors files."""
 
 from __future__ import annotations
 
@@ -53,12 +53,19 @@ class Contents:
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[Contents]:
     """Open a file, or a folder: its model.openwork.safetensors, or else the files model*.safetensors that a model was
-    cut into (which only `legacy` knows). Headers are checked, tensors are not yet. Errors name the path."""
+    cut into (of compressed-tensors alone). Headers are checked, tensors are not yet. Errors name the path."""
     check_little_endian()
+    with open_files(path, _files(Path(path))) as files:
+        yield _contents(files)
+
+
+@contextmanager
+def open_files(path: str | os.PathLike[str], files: Sequence[Path]) -> Iterator[list[BinaryIO]]:
+    """Open the files of a checkpoint for reading; a ValueError while they are read names its path."""
     with ExitStack() as stack:
-        files = [stack.enter_context(open(each, "rb")) for each in _files(Path(path))]
+        opened_files: list[BinaryIO] = [stack.enter_context(open(file, "rb")) for file in files]
         try:
-            yield _contents(files)
+            yield opened_files
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
@@ -73,14 +80,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _contents(files: Sequence[BinaryIO]) -> Contents:
-    texts: dict[str, str] = {}
-    found: dict[str, tuple[BinaryIO, Stored]] = {}
-    for file in files:
-        more, tensors = read_header(file)
-        texts |= more
-        for name in tensors.keys() & found.keys():
-            raise ValueError(f"{name!r} lies in two files of the folder: name one of them")
-        found |= {name: (file, each) for name, each in tensors.items()}
+    texts, found = joined(files)
     if KEY in texts and len(files) > 1:
         raise ValueError("several files, and ow.save writes one: name the file itself")
     stored = {name: each for name, (_, each) in found.items()}
@@ -91,6 +91,19 @@ def _contents(files: Sequence[BinaryIO]) -> Contents:
     contents = Contents(stored, sparse, aliases, lambda name: read_tensor(*found[name]))
     _check_distinct(contents)
     return contents
+
+
+def joined(files: Sequence[BinaryIO]) -> tuple[dict[str, str], dict[str, tuple[BinaryIO, Stored]]]:
+    """The metadata of several files, and each tensor with the file that it lies in."""
+    texts: dict[str, str] = {}
+    found: dict[str, tuple[BinaryIO, Stored]] = {}
+    for file in files:
+        more, tensors = read_header(file)
+        texts |= more
+        for name in tensors.keys() & found.keys():
+            raise ValueError(f"{name!r} lies in two files of the folder: name one of them")
+        found |= {name: (file, each) for name, each in tensors.items()}
+    return texts, found
 
 
 def _check_distinct(contents: Contents) -> None:
