@@ -35,7 +35,7 @@ def file(tmp_path, monkeypatch):
     return model
 
 
-GIVEN = ["--model", "made:network", "--input", "2,16"]
+GIVEN = ["--model", "made:network", "--input", "2x16"]
 
 
 def test_onnx_and_its_verification(file, capsys):
@@ -79,7 +79,7 @@ def test_a_program_and_a_folder(file, capsys):
     assert torch.equal(torch.export.load("net.pt2").module()(x), file(x))
     assert main(["export", "net.safetensors", "--out", "folder", *GIVEN]) == 0
     assert "## N:M sparsity" in capsys.readouterr().out
-    assert torch.equal(ow.load("folder")["0.weight"], file[0].weight)
+    assert torch.equal(ow.load_state_dict("folder")["0.weight"], file[0].weight)
 
 
 def test_aot_is_asked_for_by_name(file, monkeypatch, capsys):
@@ -108,15 +108,18 @@ def test_a_run_knows_its_network(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["net.safetensors", "--out", "net.tflite"], "does not say the form by its ending; add --to {onnx,torch,aot"),
-        (["net.safetensors", "--out", "net.onnx"], "holds weights and no network: add --model"),
-        (["net.safetensors", "--out", "net.onnx", "--model", "made:network"], "holds weights and no network"),
-        (["net.safetensors", "--out", "o.onnx", "--model", "made", "--input", "1"], "needed package.module:function"),
+        (["net.safetensors", "--out", "net.tflite"], "does not say the form by its suffix; add --to {onnx,torch,aot"),
+        (
+            ["net.safetensors", "--out", "net.onnx"],
+            "is weights and no model: add --model MODULE:FACTORY",
+        ),
+        (["net.safetensors", "--out", "net.onnx", "--model", "made:network"], "what its input is: add --input SHAPE"),
+        (["net.safetensors", "--out", "o.onnx", "--model", "made", "--input", "1"], "needed package.module:factory"),
         (["net.safetensors", "--out", "o.onnx", "--model", "made:nothing", "--input", "1"], "--model made:nothing: "),
         (["net.safetensors", "--out", "o.onnx", "--model", "made:number", "--input", "1"], "gives a int; needed an nn"),
         (
-            ["net.safetensors", "--out", "o.onnx", "--model", "made:network", "--input", "2x16"],
-            "needed sizes with commas",
+            ["net.safetensors", "--out", "o.onnx", "--model", "made:network", "--input", "2,16"],
+            "--input 2,16: needed sizes with 'x' between them",
         ),
         (["missing.safetensors", "--out", "dense.safetensors"], "No such file"),
     ],
