@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from openwork.nm.groups import Axis, reduction_size
-from openwork.nm.masks import kept_per_group
+from openwork.nm.masks import kept_per_group, too_dense
 from openwork.nm.pattern import Pattern
 from openwork.training.dtensor import whole
 from openwork.training.matmul_trace import Operand, watch
@@ -136,14 +136,8 @@ def tightest(weight: Tensor, axis: Axis) -> Pattern:
     return min(found, key=lambda each: (each.density, each.m), default=Pattern(1, 1))
 
 
-def _denser(weight: Tensor, pattern: Pattern, axis: Axis) -> str:
-    """What is wrong with a weight, or nothing."""
-    kept = kept_per_group(_values(weight), pattern, axis)
-    wrong = int((kept > pattern.n).sum())
-    if not wrong:
-        return ""
-    worst = int(kept.max())
-    return f"{wrong} of {kept.numel()} groups hold more than {pattern.n} of {pattern.m} (the worst {worst})"
+def _denser(weight: Any, pattern: Pattern, axis: Axis) -> str:
+    return too_dense(_values(weight), pattern, axis)
 
 
 def _values(weight: Any) -> Tensor:

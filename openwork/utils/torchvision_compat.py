@@ -96,7 +96,7 @@ def _announce_operators() -> None:
                 f"the operators of torchvision do not load beside torch {torch.__version__}, and {name} does not say "
                 "how to replace them: install the torchvision that belongs to this torch, from the same index"
             )
-        module._has_ops = _has_ops
+        setattr(module, "_has_ops", _has_ops)  # noqa: B010 - no name that type checkers know
 
 
 def _has_ops() -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor
 from openwork.nm.groups import Axis
 from openwork.nm.masks import kept_per_group
 from openwork.nm.pattern import Pattern
-from openwork.ops.masks import library
+from openwork.ops.library import library
 
 PATTERN = Pattern(2, 4)
 QUANTIZED = (torch.int8, torch.float8_e4m3fn)
