@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from openwork import export as to
 from openwork.cli.source import FORMS as FORMS_OF_SOURCE
 from openwork.cli.source import Source, add_arguments, open_model
-from openwork.export.products import IN_GEMM, Product
+from openwork.export.check import IN_GEMM, Product
 from openwork.files.checkpoint import load_state_dict
 from openwork.files.container import write
 from openwork.training.selection import Selection

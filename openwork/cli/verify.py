@@ -105,7 +105,7 @@ def _verify_model(asked: argparse.Namespace, pattern: Pattern | None) -> int:
 
 def _verify_onnx(file: str, pattern: Pattern | None, exclude: Sequence[str]) -> int:
     from openwork.cli.export import product_lines
-    from openwork.export.products import check_onnx
+    from openwork.export.check import check_onnx
 
     found = check_onnx(file, Selection(pattern, exclude=exclude))
     print("\n".join(product_lines(found)))

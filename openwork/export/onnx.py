@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from openwork.export.check import KEY, Product, as_metadata, check_onnx, products
 from openwork.export.outputs import arguments, check_equal, exportable, outputs
-from openwork.export.products import KEY, Product, as_metadata, check_onnx, products
 from openwork.files.model_state import Placed, masked_by_name, patterns
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
