@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import openwork as ow
-from openwork.cli.export import write_dense
 from openwork.files.checkpoint import describe
+from openwork.files.container import write_tensors
 from openwork.utils.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
@@ -62,7 +62,7 @@ def written(model: nn.Module, pattern: str, folder: Path) -> tuple[Path, Path, P
     ow.save(model, files[0], pattern=pattern)
     state = ow.load_state_dict(files[0])
     first = {id(each): name for name, each in reversed(state.items())}.values()  # tied tensors once, as in the file
-    write_dense({name: each for name, each in state.items() if name in first}, str(files[1]))
+    write_tensors(str(files[1]), {name: each for name, each in state.items() if name in first}, {"format": "pt"})
     with zipfile.ZipFile(files[2], "w", zipfile.ZIP_DEFLATED) as file:
         file.write(files[1], files[1].name)
     return files

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_map, tree_map_only
 from openwork import export as to
 from openwork.cli.source import FORMS as FORMS_OF_SOURCE
 from openwork.cli.source import Source, add_arguments, open_model
-from openwork.export.check import IN_GEMM, Product
+from openwork.export.check import IN_GEMM, MatMul
 from openwork.files.checkpoint import load_state_dict
-from openwork.files.container import write
+from openwork.files.container import write_tensors
 from openwork.training.selection import Selection
 from openwork.utils.table import aligned
 
@@ -38,12 +38,12 @@ def export(words: Sequence[str]) -> int:
     if not form:
         raise ValueError(f"--out {asked.out} does not say the form by its suffix; add --to {{{','.join(FORMS)}}}")
     if form == "dense" and not asked.model and not _names_a_model(asked.source):
-        print(write_dense(load_state_dict(asked.source), asked.out))
+        _write_dense(load_state_dict(asked.source), asked.out)
         return 0
     source = open_model(asked.source, model=asked.model, shapes=asked.input)
     selection = _selection(source, asked.pattern, asked.exclude)
     if form == "dense":
-        print(write_dense(source.model.state_dict(), asked.out))
+        _write_dense(source.model.state_dict(), asked.out)
     else:
         print(_written(form, source, selection, asked.out, asked.dynamic_batch))
     return 0
@@ -84,7 +84,7 @@ def _written(form: str, source: Source, selection: Selection | None, out: str, d
     example, shapes = _of_any_size(source.example) if dynamic else (source.example, None)
     if form == "onnx":
         done = to.to_onnx(source.model, example, out, pattern=selection, dynamic_shapes=shapes)
-        lines = product_lines(done.products)
+        lines = matmul_table(done.matmuls)
         return "\n".join([*lines, f"{out}: valid ONNX; {_compared('ONNX Runtime', done.difference)}"])
     write = to.to_torch_export if form == "torch" else to.to_aot_inductor
     return f"{out}: {_compared('it', write(source.model, example, out, dynamic_shapes=shapes))}"
@@ -104,24 +104,23 @@ def _compared(what: str, difference: float | None) -> str:
     return f"{what} gives the model's outputs (largest difference {difference:.1e} of the largest output)"
 
 
-def product_lines(products: Sequence[Product]) -> list[str]:
-    """A table of the products of an ONNX file. "(found)" is said of what the file does not record."""
-    rows = [_cells(each) for each in products]
-    lines = aligned(("weight", "shape", "dtype", "product", "pattern", "density"), rows)
-    other = [each.name for each in products if each.pattern and each.op not in IN_GEMM]
+def matmul_table(matmuls: Sequence[MatMul]) -> list[str]:
+    """A table of the matmuls of an ONNX file; a pattern that the file does not record is marked "(inferred)"."""
+    rows = [_cells(matmul) for matmul in matmuls]
+    lines = aligned(("weight", "shape", "dtype", "operator", "pattern", "density"), rows)
+    other = [matmul.name for matmul in matmuls if matmul.pattern and matmul.op not in IN_GEMM]
     if other:
         lines.append(f"not Gemm or Conv, so TensorRT takes no sparse tactic: {', '.join(other)}")
     return lines
 
 
-def _cells(each: Product) -> tuple[str, ...]:
-    shape = "x".join(map(str, each.shape))
-    pattern = str(each.pattern or "dense") + " (found)" * (each.pattern is not None and not each.recorded)
-    return each.name, shape, each.dtype, each.op, pattern, f"{each.density:.3f}"
+def _cells(matmul: MatMul) -> tuple[str, ...]:
+    shape = "x".join(map(str, matmul.shape))
+    pattern = str(matmul.pattern or "dense") + " (inferred)" * (matmul.pattern is not None and not matmul.recorded)
+    return matmul.name, shape, matmul.dtype, matmul.op, pattern, f"{matmul.density:.3f}"
 
 
-def write_dense(state: Mapping[str, Tensor], out: str) -> str:
-    """Write an ordinary safetensors file, tied tensors under each of their names; what to tell about it."""
-    layout = {name: (each.dtype, tuple(each.shape)) for name, each in state.items()}
-    write(out, layout, state.items(), {"format": "pt"})
-    return f"{out}: {len(state)} dense tensors, zeros and all, for any safetensors reader"
+def _write_dense(state: Mapping[str, Tensor], out: str) -> None:
+    """Write an ordinary safetensors file, tied tensors under each of their names."""
+    write_tensors(out, state, {"format": "pt"})
+    print(f"{out}: {len(state)} dense tensors, zeros and all, for any safetensors reader")

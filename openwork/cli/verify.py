@@ -104,15 +104,15 @@ def _verify_model(asked: argparse.Namespace, pattern: Pattern | None) -> int:
 
 
 def _verify_onnx(file: str, pattern: Pattern | None, exclude: Sequence[str]) -> int:
-    from openwork.cli.export import product_lines
+    from openwork.cli.export import matmul_table
     from openwork.export.check import check_onnx
 
-    found = check_onnx(file, Selection(pattern, exclude=exclude))
-    print("\n".join(product_lines(found)))
-    held = sum(each.recorded for each in found)
-    print(f"verified: {held} of {len(found)} products held to what was {'asked' if pattern else 'recorded'}")
-    if 0 < held < len(found) and not pattern:
-        print("(found): not recorded by the file (the exporter renames the weights of LSTM, GRU, RNN), only seen in it")
+    matmuls = check_onnx(file, Selection(pattern, exclude=exclude))
+    print("\n".join(matmul_table(matmuls)))
+    held = sum(matmul.recorded for matmul in matmuls)
+    print(f"verified: {held} of {len(matmuls)} matmuls held to what was {'asked' if pattern else 'recorded'}")
+    if 0 < held < len(matmuls) and not pattern:
+        print("(inferred): from the weights; the file records none (the exporter renames those of LSTM, GRU, RNN)")
     if not held:
-        print("the file records nothing, so the patterns above are only what was found: give --pattern N:M")
+        print("the file records nothing, so the patterns above are inferred from the weights: give --pattern N:M")
     return 0

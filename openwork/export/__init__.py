@@ -3,7 +3,7 @@
 Nothing here is imported by `import openwork`: `from openwork.export import to_onnx`. ONNX needs the extra `export`.
 """
 
-from openwork.export.check import Product as Product
+from openwork.export.check import MatMul as MatMul
 from openwork.export.check import check_onnx as check_onnx
 from openwork.export.huggingface import to_huggingface as to_huggingface
 from openwork.export.onnx import to_onnx as to_onnx

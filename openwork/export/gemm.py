@@ -1,4 +1,4 @@
-"""Rewrite products with a constant matrix to `Gemm`: TensorRT looks for sparse tactics there and in `Conv` only.
+"""Rewrite matmuls by a constant matrix to `Gemm`: TensorRT looks for sparse tactics there and in `Conv` only.
 
 The exporter writes a linear layer on more than two dims as `MatMul` and `Add`. Here
 
@@ -71,7 +71,7 @@ def _add_of_bias(value: ir.Value, outs: int) -> ir.Node | None:
 
 
 def _gemm(inputs: Sequence[ir.Value | None], transposed: bool, outs: int, K: int) -> list[ir.Node]:
-    """The nodes that take the place of a product; the last gives its result."""
+    """The nodes that replace a matmul; the last gives its result."""
     import onnx_ir as ir
 
     x, *rest = inputs
@@ -80,11 +80,11 @@ def _gemm(inputs: Sequence[ir.Value | None], transposed: bool, outs: int, K: int
         return [ir.node("Gemm", [x, *rest], attributes)]
     rows, columns = _ints(-1, K), _ints(outs)
     flat = ir.node("Reshape", [x, rows.outputs[0]])
-    product = ir.node("Gemm", [flat.outputs[0], *rest], attributes)
+    gemm = ir.node("Gemm", [flat.outputs[0], *rest], attributes)
     leading = ir.node("Shape", [x], {"start": 0, "end": -1})
     shape = ir.node("Concat", [leading.outputs[0], columns.outputs[0]], {"axis": 0})
-    back = ir.node("Reshape", [product.outputs[0], shape.outputs[0]])
-    return [rows, columns, flat, product, leading, shape, back]
+    back = ir.node("Reshape", [gemm.outputs[0], shape.outputs[0]])
+    return [rows, columns, flat, gemm, leading, shape, back]
 
 
 def _ints(*numbers: int) -> ir.Node:

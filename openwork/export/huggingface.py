@@ -12,7 +12,7 @@ from torch import nn
 
 from openwork.export.outputs import exportable
 from openwork.files.checkpoint import Entry, describe, save
-from openwork.files.container import write
+from openwork.files.container import write_tensors
 from openwork.files.model_state import tensors_by_name, ties
 from openwork.files.reader import FILE
 from openwork.training.parametrize import unwrap
@@ -82,8 +82,7 @@ def _write_dense(model: Any, folder: Path) -> None:
         return
     tensors = tensors_by_name(model)
     own = {name: each for name, each in tensors.items() if name not in ties(tensors, {})}
-    layout = {name: (each.dtype, tuple(each.shape)) for name, each in own.items()}
-    write(folder / DENSE, layout, own.items(), {"format": "pt"})
+    write_tensors(folder / DENSE, own, {"format": "pt"})
 
 
 def _put_into(path: Path, snippet: str) -> None:

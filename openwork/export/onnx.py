@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from openwork.export.check import KEY, Product, as_metadata, check_onnx, products
+from openwork.export.check import KEY, MatMul, as_metadata, check_onnx, constant_matmuls
 from openwork.export.outputs import arguments, check_equal, exportable, outputs
 from openwork.files.model_state import Placed, masked_by_name, patterns
 from openwork.nm.pattern import Pattern
@@ -32,10 +32,11 @@ _PROTOBUF_LIMIT = 2_000_000_000  # bytes; weights of larger models lie in a seco
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `products`: each product by a constant. `difference`: the largest difference of ONNX Runtime's
-    outputs to the model's, as a share of the largest output; None where onnxruntime is not installed."""
+    """What was written. `matmuls`: each matmul and convolution by a constant weight. `difference`: the largest
+    difference of ONNX Runtime's outputs to the model's, as a share of the largest output; None where onnxruntime is not
+    installed."""
 
-    products: tuple[Product, ...]
+    matmuls: tuple[MatMul, ...]
     difference: float | None
 
 
@@ -47,8 +48,8 @@ def to_onnx(
     pattern: Selection | PatternChoice | None = None,
     dynamic_shapes: Any = None,
 ) -> Exported:
-    """Write a model as ONNX, and check the file before it takes its place: the ONNX checker, N:M along the axis that
-    each product sums over, and ONNX Runtime's outputs for `example`.
+    """Write a model as ONNX, and check the file before the rename: the ONNX checker, N:M along the axis that
+    each matmul sums over, and ONNX Runtime's outputs for `example`.
 
     `example` is a tensor, a tuple of arguments or a mapping of keyword arguments. A model that is still sparsified is
     exported as finalized; a plain one is held to `pattern` as in `ow.save`.
@@ -93,12 +94,12 @@ def _program(model: nn.Module, example: Any, dynamic_shapes: Any) -> Any:
 
 def _kept(model: Any, recorded: Mapping[str, Placed]) -> dict[str, Pattern]:
     """What was recorded of weights that are multiplied under their name, along their axis; a warning names others."""
-    multiplied = {(product.name, product.axis) for product, _ in products(model)}
+    multiplied = {(matmul.name, matmul.axis) for matmul, _ in constant_matmuls(model)}
     kept = {name: pattern for name, (pattern, axis) in recorded.items() if (name, axis) in multiplied}
     if lost := [name for name in recorded if name not in kept]:
         warnings.warn(
             f"the exporter rewrote {', '.join(lost[:3])} ({len(lost)} in all), so the file records nothing of them; "
-            "openwork verify shows what they became, marked (found)",
+            "openwork verify shows what they became, marked (inferred)",
             stacklevel=3,
         )
     return kept

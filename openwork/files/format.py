@@ -15,12 +15,9 @@ from openwork.files.container import (
     CODES,
     DTYPES,
     Stored,
-    check_unicode,
-    is_shape,
-    is_text_mapping,
-    strict_json,
 )
 from openwork.files.packing import PACKABLE, packed_shape, unpack_weight, uses_bitmask
+from openwork.files.strict_json import check_unicode, is_shape, is_text_mapping, strict_json
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
 

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from openwork.files.container import is_text_mapping, read_header, read_tensor, strict_json
+from openwork.files.container import read_header, read_tensor
 from openwork.files.foreign.compressed_tensors import bitmasks
 from openwork.files.format import KEY, check_little_endian
 from openwork.files.reader import FILE, Contents, joined, open_files
+from openwork.files.strict_json import is_text_mapping, strict_json
 
 
 @contextmanager

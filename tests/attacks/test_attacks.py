@@ -55,7 +55,7 @@ def test_refused(path, name):
     path.write_bytes(content)
     model = Net()
     before = {key: each.clone() for key, each in model.state_dict().items()}
-    for read in (ow.load, check, lambda path: ow.load(path, into=model)):
+    for read in (ow.load_state_dict, check, lambda path: ow.load(path, into=model)):
         with pytest.raises(ValueError, match=complaint) as caught:
             read(path)
         assert str(caught.value).startswith(str(path))

@@ -9,7 +9,7 @@ from torch.ao.pruning import WeightNormSparsifier
 from torch.nn.utils import parametrizations, prune
 
 import openwork as ow
-from openwork.files.foreign.pruning_masks import dense_state_dict
+from openwork.files.foreign import dense_state_dict
 
 
 def net():

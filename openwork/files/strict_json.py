@@ -1,0 +1,52 @@
+"""JSON of files that may be forged: what Python's own reader lets pass is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from typing import Any
+
+_MOST_DIMS = 64  # numpy's limit; torch has none, and becomes slow
+
+
+def strict_json(text: str) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a name given twice, NaN, infinity, depth, and what is not an object."""
+    try:
+        found = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("JSON is nested too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"found a JSON {type(found).__name__}; needed an object")
+    return found
+
+
+def is_text_mapping(found: object) -> bool:
+    """Whether a piece of JSON maps text to text."""
+    return isinstance(found, dict) and all(isinstance(each, str) for pair in found.items() for each in pair)
+
+
+def is_shape(found: object) -> bool:
+    """Whether a piece of JSON is the shape of a tensor that torch can count."""
+    if not isinstance(found, list) or len(found) > _MOST_DIMS or any(type(each) is not int for each in found):
+        return False
+    return all(each >= 0 for each in found) and 8 * math.prod(each for each in found if each) < 2**63
+
+
+def check_unicode(name: str) -> str:
+    """The name, if UTF-8 can write it; else ValueError. (JSON can name halves of surrogate pairs.)"""
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise ValueError(f"the name {name!r} is not valid Unicode")
+    return name
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the name {name!r} is given twice")
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
