@@ -94,8 +94,8 @@ def _of_any_size(example: Any) -> tuple[Any, Any]:
     """The inputs with two samples, since torch.export takes sizes 0 and 1 for constants, and which dims vary: the
     first of each tensor."""
     inputs = example if isinstance(example, tuple | Mapping) else (example,)
-    doubled = tree_map_only(Tensor, lambda each: torch.cat([each, each]) if len(each) == 1 else each, inputs)
-    return doubled, tree_map(lambda each: {0: torch.export.Dim.DYNAMIC} if isinstance(each, Tensor) else None, inputs)
+    doubled = tree_map_only(Tensor, lambda value: torch.cat([value, value]) if len(value) == 1 else value, inputs)
+    return doubled, tree_map(lambda value: {0: torch.export.Dim.DYNAMIC} if isinstance(value, Tensor) else None, inputs)
 
 
 def _compared(what: str, difference: float | None) -> str:

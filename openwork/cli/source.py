@@ -64,19 +64,19 @@ def open_model(source: str, *, model: str = "", shapes: Sequence[str] = ()) -> S
     """The model that SOURCE names. Raises ValueError that says what was found and which forms there are."""
     path = Path(source)
     if (path / "config.yaml").exists():
-        found = _of_run(path, shapes)
+        opened = _of_run(path, shapes)
     elif (path / "config.json").exists() and not model:
-        found = _of_transformers(path, shapes)
+        opened = _of_transformers(path, shapes)
     elif ":" in source and not path.exists() and not re.match("https?://", source, re.IGNORECASE):
-        found = Source(source, make(source, "SOURCE"), _needed_example(source, shapes))
+        opened = Source(source, make(source, "SOURCE"), _needed_example(source, shapes))
     elif model:
-        found = _of_file(source, model, shapes)
+        opened = _of_file(source, model, shapes)
     elif path.exists() or "/" in source or path.suffix:
         raise _unknown(source)
     else:
-        found = _by_name(source)
-    found.model.eval()
-    return found
+        opened = _by_name(source)
+    opened.model.eval()
+    return opened
 
 
 def with_batch(example: Any, batch: int) -> Any:
@@ -110,13 +110,13 @@ def _split_name(text: str) -> tuple[str, str]:
 
 
 def _random(text: str, generator: torch.Generator) -> Tensor:
-    found = re.fullmatch(r"(\d+(?:x\d+)*)(?::(\w+))?", text)
-    if not found or (found[2] or "float32") not in _DTYPES:
+    match = re.fullmatch(r"(\d+(?:x\d+)*)(?::(\w+))?", text)
+    if not match or (match[2] or "float32") not in _DTYPES:
         raise ValueError(
             f"--input {text}: needed sizes with 'x' between them, such as 1x3x224x224, and perhaps one of "
             f"{', '.join(_DTYPES)} after ':'"
         )
-    sizes, dtype = [int(size) for size in found[1].split("x")], getattr(torch, found[2] or "float32")
+    sizes, dtype = [int(size) for size in match[1].split("x")], getattr(torch, match[2] or "float32")
     if dtype.is_floating_point:
         return torch.randn(sizes, generator=generator).to(dtype)
     if dtype == torch.bool:

@@ -64,13 +64,13 @@ def _verify_weights(path: Path, pattern: Pattern | None, include: Sequence[str],
                 status = _report(weight_patterns(contents, pattern, include, exclude), pattern)
     if plain:
         with opened_plain(path) as contents:
-            found = weight_patterns(contents, pattern, include, exclude)
-        status = max(status, _report(found, pattern))
+            weights = weight_patterns(contents, pattern, include, exclude)
+        status = max(status, _report(weights, pattern))
     return status
 
 
 def _report(weights: Sequence[WeightPattern], pattern: Pattern | None) -> int:
-    print("\n".join(aligned(("weight", "shape", "dtype", "pattern", "along"), [_cells(each) for each in weights])))
+    print("\n".join(aligned(("weight", "shape", "dtype", "pattern", "along"), [_cells(weight) for weight in weights])))
     keeping = [weight for weight in weights if weight.axes]
     counts = Counter(f"{weight.pattern} along {' and '.join(weight.axes)}" for weight in keeping)
     listed = "".join(f"; {text}: {count}" for text, count in counts.most_common())
@@ -109,10 +109,10 @@ def _verify_onnx(file: str, pattern: Pattern | None, exclude: Sequence[str]) -> 
 
     matmuls = check_onnx(file, Selection(pattern, exclude=exclude))
     print("\n".join(matmul_table(matmuls)))
-    held = sum(matmul.recorded for matmul in matmuls)
-    print(f"verified: {held} of {len(matmuls)} matmuls held to what was {'asked' if pattern else 'recorded'}")
-    if 0 < held < len(matmuls) and not pattern:
+    checked = sum(matmul.recorded for matmul in matmuls)
+    print(f"verified: {checked} of {len(matmuls)} matmuls held to what was {'asked' if pattern else 'recorded'}")
+    if 0 < checked < len(matmuls) and not pattern:
         print("(inferred): from the weights; the file records none (the exporter renames those of LSTM, GRU, RNN)")
-    if not held:
+    if not checked:
         print("the file records nothing, so the patterns above are inferred from the weights: give --pattern N:M")
     return 0

@@ -1,4 +1,4 @@
-"""A finished model in the forms that other software loads. Each form is checked before it takes its place.
+"""A finished model in the forms that other software loads. Each form is checked before the file gets its name.
 
 Nothing here is imported by `import openwork`: `from openwork.export import to_onnx`. ONNX needs the extra `export`.
 """

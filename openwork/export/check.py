@@ -47,7 +47,7 @@ def check_onnx(path: str | os.PathLike[str], pattern: Selection | PatternChoice 
     """
     selection, model = Selection.of(pattern), _loaded(path)
     recorded = _recorded(model.metadata_props.get(KEY, "{}"))
-    found: dict[object, MatMul] = {}
+    matmuls: dict[object, MatMul] = {}
     broken = dict.fromkeys(recorded, "recorded by the file, but nothing multiplies by it")
     holding = set()
     for matmul, mask in constant_matmuls(model):
@@ -59,15 +59,15 @@ def check_onnx(path: str | os.PathLike[str], pattern: Selection | PatternChoice 
             broken[matmul.name] = problem
         elif required:
             holding.add(matmul.name)
-        found[matmul.op, matmul.name, matmul.axis] = _described(matmul, mask, None if problem else required)
+        matmuls[matmul.op, matmul.name, matmul.axis] = _described(matmul, mask, None if problem else required)
     if broken := {name: problem for name, problem in broken.items() if name not in holding}:
         raise NotSparse(broken)
-    return tuple(found.values())
+    return tuple(matmuls.values())
 
 
-def _described(matmul: MatMul, mask: Tensor, held: Pattern | None) -> MatMul:
-    if held is not None:
-        return replace(matmul, pattern=held, recorded=True)
+def _described(matmul: MatMul, mask: Tensor, required: Pattern | None) -> MatMul:
+    if required is not None:
+        return replace(matmul, pattern=required, recorded=True)
     tight = tightest(mask, matmul.axis)
     return replace(matmul, pattern=tight if tight.n < tight.m else None)
 
@@ -86,10 +86,10 @@ def _loaded(path: str | os.PathLike[str]) -> Any:
 
 
 def _recorded(text: str) -> dict[str, Pattern]:
-    found = strict_json(text)
-    if not is_text_mapping(found):
+    patterns = strict_json(text)
+    if not is_text_mapping(patterns):
         raise ValueError(f"the metadata {KEY!r} of the file does not map names to patterns: it was damaged")
-    return {name: Pattern.parse(each) for name, each in found.items()}
+    return {name: Pattern.parse(pattern) for name, pattern in patterns.items()}
 
 
 def constant_matmuls(model: Any) -> Iterator[tuple[MatMul, Tensor]]:
@@ -147,4 +147,4 @@ def _constant(value: Any) -> tuple[str, Any] | None:
 
 def as_metadata(recorded: dict[str, Pattern]) -> str:
     """What `check_onnx` reads again."""
-    return json.dumps({name: str(each) for name, each in sorted(recorded.items())})
+    return json.dumps({name: str(pattern) for name, pattern in sorted(recorded.items())})

@@ -48,13 +48,13 @@ def to_onnx(
     pattern: Selection | PatternChoice | None = None,
     dynamic_shapes: Any = None,
 ) -> Exported:
-    """Write a model as ONNX, and check the file before the rename: the ONNX checker, N:M along the axis that
+    """Write a model as ONNX, and check the file before it gets its name: the ONNX checker, N:M along the axis that
     each matmul sums over, and ONNX Runtime's outputs for `example`.
 
     `example` is a tensor, a tuple of arguments or a mapping of keyword arguments. A model that is still sparsified is
     exported as finalized; a plain one is held to `pattern` as in `ow.save`.
     `dynamic_shapes` as in torch.export.export: without it the file takes inputs of the example's shape alone. Weights
-    of more than 2 GB, which one file cannot hold, go to a second one beside it, `path`.<8 hexadecimal digits>.data.
+    of more than 2 GB, which one file cannot hold, go to a second one in the folder, `path`.<8 hexadecimal digits>.data.
     Raises NotSparse, ValueError from the checker, RuntimeError for other outputs, and what torch.onnx.export raises.
     """
     inner = unwrap(model)
@@ -68,10 +68,10 @@ def to_onnx(
     data = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
     with atomic_file(target, ".part.onnx") as part, _deleted_on_error(data):
         _save(exported.model, part, data)
-        found = check_onnx(part)
+        matmuls = check_onnx(part)
         difference = _compare(part, plain, example)
     _delete_former_weights(target, data)
-    return Exported(found, difference)
+    return Exported(matmuls, difference)
 
 
 def _program(model: nn.Module, example: Any, dynamic_shapes: Any) -> Any:
@@ -118,15 +118,15 @@ def _delete_former_weights(target: Path, own: Path) -> None:
     """Delete what held the weights of former files of the name. Each has a name of its own, and goes when no file
     speaks of it any more: so at every moment the file at `target` finds its weights."""
     former = re.compile(re.escape(target.name) + r"\.[0-9a-f]{8}\.data")
-    for each in target.parent.iterdir():
-        if former.fullmatch(each.name) and each != own:
-            each.unlink(missing_ok=True)
+    for file in target.parent.iterdir():
+        if former.fullmatch(file.name) and file != own:
+            file.unlink(missing_ok=True)
 
 
 def _save(model: Any, part: Path, data: Path) -> None:
     import onnx_ir
 
-    size = sum(each.const_value.nbytes for each in model.graph.initializers.values())
+    size = sum(weight.const_value.nbytes for weight in model.graph.initializers.values())
     onnx_ir.save(model, part, external_data=data.name if size > _PROTOBUF_LIMIT else None)
     if data.exists():
         sync(data)
@@ -140,13 +140,13 @@ def _compare(path: Path, model: nn.Module, example: Any) -> float | None:
         return None
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     args, kwargs = arguments(model, example)
-    given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-    needed = [each.name for each in session.get_inputs()]
+    given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    needed = [value.name for value in session.get_inputs()]
     if len(given) != len(needed):
         raise RuntimeError(f"the example has {len(given)} tensors, the file takes {len(needed)}: {', '.join(needed)}")
-    feed = {name: _for_onnx(each) for name, each in zip(needed, given, strict=True)}
-    found = [torch.from_numpy(np.asarray(each)) for each in session.run(None, feed)]
-    return check_equal("ONNX Runtime", found, outputs(model, example))
+    feed = {name: _for_onnx(tensor) for name, tensor in zip(needed, given, strict=True)}
+    results = [torch.from_numpy(np.asarray(array)) for array in session.run(None, feed)]
+    return check_equal("ONNX Runtime", results, outputs(model, example))
 
 
 def _for_onnx(tensor: Tensor) -> Any:

@@ -65,5 +65,5 @@ def _anonymous(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
 def _difference(model: nn.Module, example: Any, loaded: Any) -> float:
     args, kwargs = arguments(model, example)
     with torch.no_grad():
-        found = [each for each in tree_leaves(loaded(*args, **kwargs)) if isinstance(each, torch.Tensor)]
-    return check_equal("the exported program", found, outputs(model, example))
+        results = [output for output in tree_leaves(loaded(*args, **kwargs)) if isinstance(output, torch.Tensor)]
+    return check_equal("the exported program", results, outputs(model, example))

@@ -68,11 +68,11 @@ def save(
     tensors, masked = tensors_by_name(model), masked_by_name(model)
     aliases = ties(tensors, masked)
     chosen = patterns(model, masked, pattern)
-    chosen = {aliases.get(name, name): each for name, each in chosen.items()}
+    chosen = {aliases.get(name, name): place for name, place in chosen.items()}
     broken = {name: "the weight is gone: its module was replaced" for name in chosen if name not in tensors}
     if broken:
         raise NotSparse(broken)
-    own = {name: each for name, each in tensors.items() if name not in aliases}
+    own = {name: tensor for name, tensor in tensors.items() if name not in aliases}
     sparse = {name: Sparse.of(name, own[name], *chosen[name]) for name in chosen}
     check_free_names([*tensors], sparse)
     write(path, _layout(own, sparse), _contents(own, masked, sparse), metadata(sparse, aliases))
@@ -80,15 +80,15 @@ def save(
 
 def _layout(tensors: Mapping[str, Tensor], sparse: Mapping[str, Sparse]) -> dict[str, Layout]:
     """Dtype and shape of each tensor of the file, by arithmetic alone."""
-    found: dict[str, Layout] = {}
+    layout: dict[str, Layout] = {}
     for name, tensor in tensors.items():
         if name in sparse:
             values_shape, index_bytes = packed_shape(tuple(tensor.shape), sparse[name].pattern, sparse[name].axis)
             layouts = ((tensor.dtype, values_shape), (torch.uint8, (index_bytes,)))
-            found |= zip(sparse[name].parts, layouts, strict=True)
+            layout |= zip(sparse[name].parts, layouts, strict=True)
         else:
-            found[name] = (tensor.dtype, tuple(tensor.shape))
-    return found
+            layout[name] = (tensor.dtype, tuple(tensor.shape))
+    return layout
 
 
 def _contents(
@@ -157,17 +157,18 @@ def check(path: Path) -> tuple[Entry, ...]:
 
 
 def _entries(contents: Contents) -> tuple[Entry, ...]:
-    found = {name: _entry(name, each, contents) for name, each in contents.tensors.items()}
+    entries = {name: _entry(name, tensor, contents) for name, tensor in contents.tensors.items()}
     aliases = [
-        Entry(alias, found[name].shape, found[name].dtype, found[name].pattern, 0, found[name].density, name)
+        Entry(alias, entries[name].shape, entries[name].dtype, entries[name].pattern, 0, entries[name].density, name)
         for alias, name in contents.aliases.items()
     ]
-    return (*found.values(), *aliases)
+    return (*entries.values(), *aliases)
 
 
-def _entry(name: str, each: Stored | Sparse | Bitmask, contents: Contents) -> Entry:
-    if isinstance(each, Stored):
-        return Entry(name, each.shape, each.dtype, None, each.stop - each.start)
-    parts = [contents.stored[part] for part in each.parts]
-    slots, weights = math.prod(parts[0].shape), math.prod(each.shape)
-    return Entry(name, each.shape, each.dtype, each.pattern, sum(p.stop - p.start for p in parts), slots / weights)
+def _entry(name: str, tensor: Stored | Sparse | Bitmask, contents: Contents) -> Entry:
+    if isinstance(tensor, Stored):
+        return Entry(name, tensor.shape, tensor.dtype, None, tensor.stop - tensor.start)
+    parts = [contents.stored[part] for part in tensor.parts]
+    slots, weights = math.prod(parts[0].shape), math.prod(tensor.shape)
+    size = sum(part.stop - part.start for part in parts)
+    return Entry(name, tensor.shape, tensor.dtype, tensor.pattern, size, slots / weights)

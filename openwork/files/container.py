@@ -119,7 +119,7 @@ def write(
     stored, header = _laid_out(layout, metadata)
     with atomic_file(path) as part, open(part, "wb") as file:
         file.write(header)
-        file.truncate(max((each.stop for each in stored.values()), default=len(header)))
+        file.truncate(max((tensor.stop for tensor in stored.values()), default=len(header)))
         missing = dict(stored)
         for name, tensor in contents:
             _put(file, tensor, missing.pop(name))
@@ -129,7 +129,8 @@ def write(
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """`write` what is in memory already, each tensor under its name."""
-    write(path, {name: (each.dtype, tuple(each.shape)) for name, each in tensors.items()}, tensors.items(), metadata)
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write(path, layout, tensors.items(), metadata)
 
 
 def _laid_out(layout: Mapping[str, Layout], metadata: Mapping[str, str]) -> tuple[dict[str, Stored], bytes]:
@@ -168,7 +169,7 @@ def _stored(name: str, entry: Any, base: int) -> Stored:
         raise ValueError(f"tensor {name!r}: unknown dtype {str(code)[:20]!r}; known are {', '.join(DTYPES)}")
     if not is_shape(shape):
         raise ValueError(f"tensor {name!r}: its shape is not a short list of lengths")
-    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(each) is not int or each < 0 for each in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(at) is not int or at < 0 for at in offsets):
         raise ValueError(f"tensor {name!r}: its data_offsets are not two positions")
     if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[code].itemsize:
         raise ValueError(f"tensor {name!r}: shape {shape} in {code} does not fill {offsets[1] - offsets[0]} bytes")
@@ -176,9 +177,9 @@ def _stored(name: str, entry: Any, base: int) -> Stored:
 
 
 def _check_no_holes(stored: dict[str, Stored], start: int, size: int) -> None:
-    for name, each in sorted(stored.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if each.start != start:
-            raise ValueError(f"tensor {name!r} begins at byte {each.start}, the one before it ends at {start}")
-        start = each.stop
+    for name, tensor in sorted(stored.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if tensor.start != start:
+            raise ValueError(f"tensor {name!r} begins at byte {tensor.start}, the one before it ends at {start}")
+        start = tensor.stop
     if start != size:
         raise ValueError(f"the tensors end at byte {start}, the file at {size}: cut short, or something was added")

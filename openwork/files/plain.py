@@ -20,9 +20,9 @@ def opened_plain(path: str | os.PathLike[str]) -> Iterator[Contents]:
     """Open them: every tensor is dense, and nothing is checked of it. Errors name the path."""
     check_little_endian()
     with open_files(path, plain_files(path)) as files:
-        _, found = joined(files)
-        stored = {name: each for name, (_, each) in found.items()}
-        yield Contents(stored, {}, {}, lambda name: read_tensor(*found[name]))
+        _, places = joined(files)
+        stored = {name: tensor for name, (_, tensor) in places.items()}
+        yield Contents(stored, {}, {}, lambda name: read_tensor(*places[name]))
 
 
 def plain_files(path: str | os.PathLike[str]) -> list[Path]:

@@ -31,8 +31,8 @@ class Contents:
     @property
     def tensors(self) -> dict[str, Stored | Sparse | Bitmask]:
         """Every tensor of the model, aliases left out."""
-        parts = {part for each in self.sparse.values() for part in each.parts}
-        return {name: each for name, each in self.stored.items() if name not in parts} | dict(self.sparse)
+        parts = {part for weight in self.sparse.values() for part in weight.parts}
+        return {name: tensor for name, tensor in self.stored.items() if name not in parts} | dict(self.sparse)
 
     def names_of(self, name: str) -> tuple[str, ...]:
         """A tensor's name and its aliases."""
@@ -43,9 +43,9 @@ class Contents:
         name = self.aliases.get(name, name)
         if name not in self.sparse:
             return self.fetch(name)
-        each = self.sparse[name]
+        weight = self.sparse[name]
         try:
-            return each.unpack(*map(self.fetch, each.parts))
+            return weight.unpack(*map(self.fetch, weight.parts))
         except ValueError as error:
             raise ValueError(f"weight {name!r}: {error}") from error
 
@@ -73,22 +73,22 @@ def open_files(path: str | os.PathLike[str], files: Sequence[Path]) -> Iterator[
 def _files(path: Path) -> list[Path]:
     if not path.is_dir() or (path / FILE).exists():
         return [path / FILE if path.is_dir() else path]
-    found = sorted(path.glob("model*.safetensors"))
-    if not found:
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
         raise FileNotFoundError(f"{path} is a folder without {FILE} or model*.safetensors: name the file itself")
-    return found
+    return files
 
 
 def _contents(files: Sequence[BinaryIO]) -> Contents:
-    texts, found = joined(files)
+    texts, places = joined(files)
     if KEY in texts and len(files) > 1:
         raise ValueError("several files, and ow.save writes one: name the file itself")
-    stored = {name: each for name, (_, each) in found.items()}
+    stored = {name: tensor for name, (_, tensor) in places.items()}
     sparse: Mapping[str, Sparse | Bitmask] = {} if KEY in texts else bitmasks(stored)
     aliases: dict[str, str] = {}
     if not sparse:
         sparse, aliases = described(texts, stored)
-    contents = Contents(stored, sparse, aliases, lambda name: read_tensor(*found[name]))
+    contents = Contents(stored, sparse, aliases, lambda name: read_tensor(*places[name]))
     _check_distinct(contents)
     return contents
 
@@ -96,14 +96,14 @@ def _contents(files: Sequence[BinaryIO]) -> Contents:
 def joined(files: Sequence[BinaryIO]) -> tuple[dict[str, str], dict[str, tuple[BinaryIO, Stored]]]:
     """The metadata of several files, and each tensor with the file that it lies in."""
     texts: dict[str, str] = {}
-    found: dict[str, tuple[BinaryIO, Stored]] = {}
+    places: dict[str, tuple[BinaryIO, Stored]] = {}
     for file in files:
         more, tensors = read_header(file)
         texts |= more
-        for name in tensors.keys() & found.keys():
+        for name in tensors.keys() & places.keys():
             raise ValueError(f"{name!r} lies in two files of the folder: name one of them")
-        found |= {name: (file, each) for name, each in tensors.items()}
-    return texts, found
+        places |= {name: (file, tensor) for name, tensor in tensors.items()}
+    return texts, places
 
 
 def _check_distinct(contents: Contents) -> None:

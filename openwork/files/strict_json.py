@@ -13,24 +13,24 @@ _MOST_DIMS = 64  # numpy's limit; torch has none, and becomes slow
 def strict_json(text: str) -> dict[str, Any]:
     """A JSON object. Raises ValueError for a name given twice, NaN, infinity, depth, and what is not an object."""
     try:
-        found = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse)
+        value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse)
     except RecursionError:
         raise ValueError("JSON is nested too deep") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"found a JSON {type(found).__name__}; needed an object")
-    return found
+    if not isinstance(value, dict):
+        raise ValueError(f"found a JSON {type(value).__name__}; needed an object")
+    return value
 
 
-def is_text_mapping(found: object) -> bool:
+def is_text_mapping(value: object) -> bool:
     """Whether a piece of JSON maps text to text."""
-    return isinstance(found, dict) and all(isinstance(each, str) for pair in found.items() for each in pair)
+    return isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
 
 
-def is_shape(found: object) -> bool:
+def is_shape(value: object) -> bool:
     """Whether a piece of JSON is the shape of a tensor that torch can count."""
-    if not isinstance(found, list) or len(found) > _MOST_DIMS or any(type(each) is not int for each in found):
+    if not isinstance(value, list) or len(value) > _MOST_DIMS or any(type(length) is not int for length in value):
         return False
-    return all(each >= 0 for each in found) and 8 * math.prod(each for each in found if each) < 2**63
+    return all(length >= 0 for length in value) and 8 * math.prod(length for length in value if length) < 2**63
 
 
 def check_unicode(name: str) -> str:
@@ -41,11 +41,11 @@ def check_unicode(name: str) -> str:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"the name {name!r} is given twice")
-    return found
+    return mapping
 
 
 def _refuse(constant: str) -> None:

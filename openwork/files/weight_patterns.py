@@ -43,11 +43,12 @@ def weight_patterns(
 
     Raises ValueError for a glob that names no weight.
     """
-    shapes = {name: each for name, each in contents.tensors.items() if len(each.shape) > 1 and each.dtype in WEIGHTS}
+    tensors = contents.tensors
+    weights = [name for name in tensors if len(tensors[name].shape) > 1 and tensors[name].dtype in WEIGHTS]
     for glob in (*include, *exclude):
-        if not any(matches(glob, name) for name in shapes):
-            raise ValueError(f"{glob!r} names none of the {len(shapes)} weights, such as {', '.join([*shapes][:3])}")
-    included = [name for name in shapes if not include or any(matches(glob, name) for glob in include)]
+        if not any(matches(glob, name) for name in weights):
+            raise ValueError(f"{glob!r} names none of the {len(weights)} weights, such as {', '.join(weights[:3])}")
+    included = [name for name in weights if not include or any(matches(glob, name) for glob in include)]
     names = [name for name in included if not any(matches(glob, name) for glob in exclude)]
     if not names:
         raise ValueError("there is no weight to check: no float or int8 tensor of two dims or more")
@@ -86,4 +87,5 @@ def _tightest(name: str, weight: Tensor) -> WeightPattern:
     best = min(by_axis.values(), key=lambda pattern: (pattern.density, pattern.m))
     if best.n == best.m:
         return WeightPattern(name, shape, weight.dtype, None, problem="no N:M pattern with N < M holds")
-    return WeightPattern(name, shape, weight.dtype, best, tuple(text for text, each in by_axis.items() if each == best))
+    axes = tuple(text for text, pattern in by_axis.items() if pattern == best)
+    return WeightPattern(name, shape, weight.dtype, best, axes)

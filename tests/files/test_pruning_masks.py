@@ -167,7 +167,7 @@ def test_masks_before_pruning_are_told():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (net().state_dict(), "it is a plain state dict; load it as it is"),
+        (net().state_dict(), "it is a plain state dict; load it unmodified"),
         ({"epoch": 3, "model": {}}, "'epoch', 'model' hold no tensors: this is a whole checkpoint"),
         (parametrizations.weight_norm(nn.Linear(4, 4)).state_dict(), "not a mask"),
         (nn.utils.spectral_norm(nn.Linear(4, 4)).state_dict(), "not a mask"),
