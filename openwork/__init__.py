@@ -4,6 +4,7 @@ This list is the API.
 """
 
 from openwork.files.checkpoint import load as load
+from openwork.files.checkpoint import load_state_dict as load_state_dict
 from openwork.files.checkpoint import save as save
 from openwork.inference.choose import Plan as Plan
 from openwork.inference.deploy import deploy as deploy

@@ -55,18 +55,9 @@ class Block(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
 
 
-def build(name: str, batch: int) -> tuple[nn.Module, torch.Tensor]:
-    """A model and an example: "resnet50" at 224 pixels (torchvision), "encoder" of 197 tokens (BERT-base, ViT-B)."""
-    torch.manual_seed(0)
-    if name == "encoder":
-        return Encoder().eval(), torch.randn(batch, 197, 768)
-    from openwork.utils.torchvision_compat import ensure_torchvision
-
-    return ensure_torchvision().models.get_model(name, weights=None).eval(), torch.randn(batch, 3, 224, 224)
-
-
 def forward_passes(
     name: str,
+    build: Callable[[int], tuple[nn.Module, torch.Tensor]],
     batches: Sequence[int],
     patterns: Sequence[Pattern],
     weight_dtypes: Sequence[torch.dtype],
@@ -75,13 +66,13 @@ def forward_passes(
     compiled: bool,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Row | Plan]:
-    """Rows of each model in `dtype` and batch, all variants taking turns: dense (eager, channels_last, compiled with
+    """Rows of a model in `dtype` and batch, all variants taking turns: dense (eager, channels_last, compiled with
     frozen weights; where there are int8 weights, linear layers in torch's int8), deployed with weights in each of
-    `weight_dtypes`, and that compiled. Yields the plans of the deployed ones as well. Dense int8 is a baseline of int8
-    alone."""
+    `weight_dtypes`, and that compiled. `build` gives the model and an example of a batch. Yields the plans of the
+    deployed ones as well. Dense int8 is a baseline of int8 alone."""
     for batch in batches:
         torch.compiler.reset()  # some compiled models of one class are too many
-        model, x = build(name, batch)
+        model, x = build(batch)
         model, x = model.to(dtype), x.to(dtype)
         dense = copy.deepcopy(model)
         fold_batch_norm(dense, x)

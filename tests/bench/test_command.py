@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -95,15 +97,16 @@ def test_without_the_library_nothing_is_timed_that_does_nothing(monkeypatch):
 
 
 def test_whole_models(monkeypatch, capsys):
-    def build(name, batch):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval(), torch.randn(batch, 8, 6, 6)
+    def net():
+        return nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
 
-    monkeypatch.setattr(models, "build", build)
+    monkeypatch.setitem(sys.modules, "made", types.SimpleNamespace(net=net))
     monkeypatch.setattr(models, "memory", lambda model, example: (1_000_000, 2_000_000))
     words = [
         "bench",
-        "net",
+        "made:net",
+        "--input",
+        "1x8x6x6",
         "--patterns",
         "2:4",
         "--batches",
@@ -117,7 +120,7 @@ def test_whole_models(monkeypatch, capsys):
     ]
     assert main([*words, "--no-compile", "--weight-dtype", "float32", "int8"]) == 0
     found = read("bench.csv")
-    assert [(row["op"], row["shape"]) for row in found] == [("net", "batch 1")] * 4 + [("net", "batch 2")] * 4
+    assert [(row["op"], row["shape"]) for row in found] == [("made:net", "batch 1")] * 4 + [("made:net", "batch 2")] * 4
     assert [row["impl"] for row in found[:4]] == [
         "dense eager",
         "dense channels_last",
@@ -133,10 +136,10 @@ def test_whole_models(monkeypatch, capsys):
 
 def test_whole_models_in_bfloat16_and_with_torchs_int8(monkeypatch):
     monkeypatch.setattr(models, "memory", lambda model, example: (1, 2))
-    monkeypatch.setattr(
-        models, "build", lambda name, batch: (nn.Sequential(nn.Linear(32, 16)), torch.randn(batch, 4, 32))
-    )
-    words = ["bench", "net", "--patterns", "2:4", "--batches", "1", "--threads", "1", "--seconds", "0", "--no-compile"]
+    made = types.SimpleNamespace(net=lambda: nn.Sequential(nn.Linear(32, 16)))
+    monkeypatch.setitem(sys.modules, "made", made)
+    words = ["bench", "made:net", "--input", "1x4x32", "--patterns", "2:4", "--batches", "1"]
+    words += ["--threads", "1", "--seconds", "0", "--no-compile"]
     assert main([*words, "--dtype", "bfloat16"]) == 0
     found = {row["impl"]: row for row in read("bench.csv")}
     assert set(found) == {"dense eager", "deployed 2:4 bfloat16"}

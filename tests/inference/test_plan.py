@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -253,10 +255,8 @@ def test_variants_take_turns(monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch):
-    """`openwork plan small`."""
-    from openwork.bench import models
-
-    monkeypatch.setattr(models, "build", lambda name, batch: (net(), torch.randn(batch, 8, 6, 6)))
+    """`openwork plan made:net --input 1x8x6x6`."""
+    monkeypatch.setitem(sys.modules, "made", types.SimpleNamespace(net=net))
     say(monkeypatch, panel=0.5, rows=0.6)
     before = torch.get_num_threads()
     yield
@@ -264,9 +264,8 @@ def small(monkeypatch):
 
 
 def test_openwork_plan(small, capsys):
-    assert (
-        main(["plan", "small", "--pattern", "1:4", "--batch", "3", "--threads", "2", "--weight-dtype", "bfloat16"]) == 0
-    )
+    words = ["plan", "made:net", "--input", "1x8x6x6", "--batch", "3", "--threads", "2", "--weight-dtype", "bfloat16"]
+    assert main([*words, "--pattern", "1:4"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("2 threads, torch ")
     assert re.search(r"conv\.weight +8x8x3x3 +1:4 +3x8x6x6 ", printed)
@@ -277,8 +276,8 @@ def test_openwork_plan_of_a_file(small, capsys, tmp_path):
     model = net()
     ow.project(model, "1:8")
     ow.save(model, tmp_path / "net.safetensors", pattern="1:8")
-    with pytest.warns(UserWarning, match="inferred from the weights"):
-        assert main(["plan", "small", "--file", str(tmp_path / "net.safetensors")]) == 0
+    words = ["plan", str(tmp_path / "net.safetensors"), "--model", "made:net", "--input", "1x8x6x6"]
+    assert main(words) == 0
     assert re.search(r"conv\.weight +8x8x3x3 +1:8 ", capsys.readouterr().out)
 
 
@@ -288,7 +287,7 @@ def test_openwork_plan_of_a_file(small, capsys, tmp_path):
         (["plan", "resnet19"], "resnet19"),
         (["plan", "encoder", "--pattern", "5:4"], "Pattern(5, 4)"),
         (["plan", "encoder", "--threads", "0"], "threads"),
-        (["plan", "encoder", "--file", "/no/such.safetensors"], "/no/such.safetensors"),
+        (["plan", "/no/such.safetensors", "--model", "torch.nn:Identity", "--input", "1"], "/no/such.safetensors"),
         (["bench", "resnet19"], "resnet19"),
         (["bench", "masks", "--patterns", "0:4"], "Pattern(0, 4)"),
     ],
