@@ -30,7 +30,7 @@ static int64_t grain(const Groups& g) { return 1 + kGrain / (int64_t(g.m) * g.in
 using namespace openwork;
 
 // The version of this interface; the loader refuses another.
-OPENWORK_API int32_t openwork_abi() { return 3; }
+OPENWORK_API int32_t openwork_abi() { return 4; }
 
 OPENWORK_API void openwork_use_threads(ParallelFor parallel_for) { parallel_for_of_torch = parallel_for; }
 
@@ -51,7 +51,7 @@ OPENWORK_API const char* openwork_isa(int32_t rank) {
 }
 
 OPENWORK_API int32_t openwork_lanes() { return kernels->lanes; }
-OPENWORK_API int32_t openwork_panel_columns() { return kernels->lanes * kernels->panel_vectors; }
+OPENWORK_API int32_t openwork_gemm_columns() { return kernels->lanes * kernels->gemm_vectors; }
 
 OPENWORK_API void openwork_keep(const Groups* g, int32_t dtype, const void* weight, uint8_t* keep) {
   parallel_for(all_groups(*g), grain(*g),

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from openwork.kernels.cpu.native import (
     DTYPES,
-    ConvCall,
-    Dots,
-    LinearCall,
-    PanelWeight,
+    GemmConv2d,
+    DotProduct,
+    GemmLinear,
+    GemmWeight,
     Pixels,
-    Rows,
+    Gemv,
     address,
     library,
 )
@@ -33,7 +33,7 @@ from openwork.ops.sparse_matmul import channels_last, conv_size, quantized_rows
 def panel_columns() -> int:
     """Columns that the panel kernel takes at once on the instruction set in use; 64 without the native library."""
     lib = library()
-    return lib.openwork_panel_columns() if lib else 64
+    return lib.openwork_gemm_columns() if lib else 64
 
 
 def lanes() -> int:
@@ -45,7 +45,7 @@ def lanes() -> int:
 def has_dots() -> bool:
     """Whether the instruction set in use multiplies pairs of bfloat16 and quads of int8 (`layouts.layout.dots`)."""
     lib = library()
-    return bool(lib and lib.openwork_has_dots())
+    return bool(lib and lib.openwork_has_dot_product())
 
 
 def panel_linear(
@@ -65,10 +65,10 @@ def panel_linear(
     flat = _rows_of(x, K)
     y = flat.new_empty(len(flat), O)
     if y.numel():
-        call = LinearCall(weight, flat.data_ptr(), y.data_ptr(), None, len(flat), flat.stride(0), O, relu)
-        scratch = flat.new_empty(lib.openwork_linear_scratch(ctypes.byref(call)), dtype=torch.uint8)
+        call = GemmLinear(weight, flat.data_ptr(), y.data_ptr(), None, len(flat), flat.stride(0), O, relu)
+        scratch = flat.new_empty(lib.openwork_gemm_linear_scratch(ctypes.byref(call)), dtype=torch.uint8)
         call.scratch = scratch.data_ptr()
-        lib.openwork_linear(ctypes.byref(call))
+        lib.openwork_gemm_linear(ctypes.byref(call))
     return y.view(*x.shape[:-1], O)
 
 
@@ -107,8 +107,8 @@ def rows_linear(
             flat.data_ptr(),
             flat.stride(0),
         )
-        call = Rows(*given, address(bias), y.data_ptr(), O, O, B, relu)
-        lib.openwork_rows(ctypes.byref(call), DTYPES[values.dtype])
+        call = Gemv(*given, address(bias), y.data_ptr(), O, O, B, relu)
+        lib.openwork_gemv(ctypes.byref(call), DTYPES[values.dtype])
     elif scales is not None and B:
         whole, input_scales = quantized_rows(flat)
         whole = torch.nn.functional.pad(whole, (0, -K % window)).int() & 0xFFFF  # the kernel multiplies pairs of int16
@@ -122,8 +122,8 @@ def rows_linear(
             whole.data_ptr(),
             whole.stride(0),
         )
-        call = Rows(*given, None, y.data_ptr(), O, O, B, False)
-        lib.openwork_rows(ctypes.byref(call), DTYPES[torch.int8])
+        call = Gemv(*given, None, y.data_ptr(), O, O, B, False)
+        lib.openwork_gemv(ctypes.byref(call), DTYPES[torch.int8])
         y = y.view(torch.int32).float().mul_(input_scales[:, None] * scales)
         y = y if bias is None else y.add_(bias)
         y = y.relu_() if relu else y
@@ -140,7 +140,7 @@ def dots_linear(
     relu: bool,
 ) -> Tensor:
     lib = library()
-    if lib is None or not lib.openwork_has_dots():
+    if lib is None or not lib.openwork_has_dot_product():
         _say_slow()
         return reference.dots_linear(x, values, positions, scales, bias, layout, relu)
     sizes = _check_dots(lib, values, positions, scales, bias, layout)
@@ -173,10 +173,10 @@ def _run_dots(
     where = ctypes.addressof(pixels) if pixels is not None else None
     inputs = (x.data_ptr(), x.stride(0), K, where, None, 0)
     outputs = (address(bias), address(scales), x_scales.data_ptr(), y.data_ptr(), O, O, y.numel() // O)
-    call, threads = Dots(*weight, *inputs, *outputs, sizes.steps, relu), torch.get_num_threads()
-    packed = torch.empty(lib.openwork_dots_scratch(ctypes.byref(call), threads), dtype=torch.uint8, device="cpu")
+    call, threads = DotProduct(*weight, *inputs, *outputs, sizes.steps, relu), torch.get_num_threads()
+    packed = torch.empty(lib.openwork_dot_product_scratch(ctypes.byref(call), threads), dtype=torch.uint8, device="cpu")
     call.packed = packed.data_ptr()
-    lib.openwork_dots(ctypes.byref(call), DTYPES[values.dtype], threads)
+    lib.openwork_dot_product(ctypes.byref(call), DTYPES[values.dtype], threads)
 
 
 @functools.cache
@@ -221,7 +221,7 @@ def dots_conv2d(
     relu: bool,
 ) -> Tensor:
     lib = library()
-    if lib is None or not lib.openwork_has_dots():
+    if lib is None or not lib.openwork_has_dot_product():
         _say_slow()
         rest = (kernel, stride, padding, dilation, relu)
         return reference.dots_conv2d(x, values, positions, scales, bias, layout, *rest)
@@ -287,16 +287,16 @@ def panel_conv2d(
             shape = (len(x), channels, 1, math.prod(size), 1, math.prod(size))  # the whole image is one row
         geometry = (groups, *stride, *padding, *dilation, kernel[1], relu)
         addresses = (x.data_ptr(), address(input_scales), y.data_ptr(), None)
-        call = ConvCall(weight, *addresses, torch.get_num_threads(), *shape, *geometry)
-        scratch = x.new_empty(lib.openwork_conv_scratch(ctypes.byref(call)), dtype=torch.uint8)
+        call = GemmConv2d(weight, *addresses, torch.get_num_threads(), *shape, *geometry)
+        scratch = x.new_empty(lib.openwork_gemm_conv2d_scratch(ctypes.byref(call)), dtype=torch.uint8)
         call.scratch = scratch.data_ptr()
-        lib.openwork_conv(ctypes.byref(call))
+        lib.openwork_gemm_conv2d(ctypes.byref(call))
     return y.contiguous(memory_format=torch.channels_last) if last else y
 
 
 def _panel_weight(
     values: Tensor, positions: Tensor, scales: Tensor | None, bias: Tensor | None, layout: list[int]
-) -> PanelWeight:
+) -> GemmWeight:
     stored = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.int16: torch.int8}
     _check(values.dtype in stored and (values.dtype == torch.int16) == (scales is not None), "values", values, layout)
     dtype, numbers = stored[values.dtype], tuple(layout)
@@ -308,7 +308,7 @@ def _panel_weight(
     _check_outputs(scales, bias, layout)
     _check_positions(positions, numbers, dtype == torch.int8)
     addresses = (values.data_ptr(), positions.data_ptr(), address(scales), address(bias))
-    return PanelWeight(*addresses, DTYPES[dtype], n, m, tile, K, O)
+    return GemmWeight(*addresses, DTYPES[dtype], n, m, tile, K, O)
 
 
 @functools.lru_cache(maxsize=4096)

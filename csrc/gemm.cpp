@@ -1,4 +1,4 @@
-// Products with a compressed weight: bring the input into the form that the kernels read, cut the work into tasks that
+// Matmuls with a compressed weight: bring the input into the form that the kernels read, cut the work into tasks that
 // threads share, bring the result into the form that the caller reads. Nothing here depends on the instruction set.
 #include <cstdlib>
 #include <cstring>
@@ -34,24 +34,24 @@ float* memory(size_t floats) {
 
 constexpr int64_t kMostColumns = 128;  // of any instruction set
 
-int64_t columns_of_panel() { return int64_t(kernels->lanes) * kernels->panel_vectors; }
-int64_t bytes_of_input(const PanelWeight& w) { return w.dtype == kInt8 ? 2 : 4; }
+int64_t gemm_columns() { return int64_t(kernels->lanes) * kernels->gemm_vectors; }
+int64_t bytes_of_input(const GemmWeight& w) { return w.dtype == kInt8 ? 2 : 4; }
 
 // Products of one output in a tile that begins at input k.
-int64_t nnz_of(const PanelWeight& w, int64_t k) {
+int64_t nnz_of(const GemmWeight& w, int64_t k) {
   const int64_t nnz = lesser(w.tile, up(w.K, w.m) - k) / w.m * w.n;
   return w.dtype == kInt8 ? up(nnz, 2) : nnz;
 }
 
 // Outputs [first, last) of some columns, all tiles. `inputs(k)` gives the columns of the tile that begins at input k.
 template <class Inputs>
-void outputs_of(const PanelWeight& w, int64_t first, int64_t last, int64_t vectors, float* sum, Activation activation,
+void outputs_of(const GemmWeight& w, int64_t first, int64_t last, int64_t vectors, float* sum, Activation activation,
                 const Inputs& inputs) {
-  const int64_t columns = columns_of_panel(), value_bytes = w.dtype == kFloat32 ? 4 : 2;
+  const int64_t columns = gemm_columns(), value_bytes = w.dtype == kFloat32 ? 4 : 2;
   int64_t before = 0;
   for (int64_t k = 0; k < w.K; k += w.tile) {
     const int64_t nnz = nnz_of(w, k), at = before + first * nnz;
-    Panel p{};
+    GemmTile p{};
     p.values = (const char*)w.values + at * value_bytes;
     p.offsets = (const uint16_t*)w.offsets + at;
     p.rows = last - first;
@@ -63,7 +63,7 @@ void outputs_of(const PanelWeight& w, int64_t first, int64_t last, int64_t vecto
     p.stride = columns;
     p.vectors = int32_t(vectors);
     p.activation = k + w.tile >= w.K ? activation : kNone;
-    kernels->panel(p, w.dtype);
+    kernels->gemm(p, w.dtype);
     before += w.O * nnz;
   }
 }
@@ -71,9 +71,9 @@ void outputs_of(const PanelWeight& w, int64_t first, int64_t last, int64_t vecto
 float activated(float value, Activation activation) { return activation == kRelu && value < 0 ? 0 : value; }
 
 // int32 sums to floats, in place: the scale of each column of the input and of each output.
-void rescale(const PanelWeight& w, int64_t first, int64_t last, float* sum, int64_t count, const float* column_scales,
+void rescale(const GemmWeight& w, int64_t first, int64_t last, float* sum, int64_t count, const float* column_scales,
              Activation activation) {
-  for (int64_t o = first; o < last; o++, sum += columns_of_panel())
+  for (int64_t o = first; o < last; o++, sum += gemm_columns())
     for (int64_t c = 0; c < count; c++) {
       int32_t whole;
       std::memcpy(&whole, sum + c, 4);
@@ -96,10 +96,10 @@ struct Scratch {
 
 // ---- linear ----
 
-Scratch scratch_of(const LinearCall& call) { return {(float*)call.scratch, (char*)call.scratch + up(call.B * 4, 64)}; }
+Scratch scratch_of(const GemmLinear& call) { return {(float*)call.scratch, (char*)call.scratch + up(call.B * 4, 64)}; }
 
-void pack_panel(const LinearCall& call, int64_t first, int64_t count, char* to, const float* scales) {
-  const int64_t columns = columns_of_panel(), K = call.weight.K, rest = up(K, call.weight.m) - K;
+void pack_panel(const GemmLinear& call, int64_t first, int64_t count, char* to, const float* scales) {
+  const int64_t columns = gemm_columns(), K = call.weight.K, rest = up(K, call.weight.m) - K;
   const int64_t used = up(count, 2 * kernels->lanes), width = lesser(used, columns);
   const float* x = call.x + first * call.x_stride;
   std::memset(to + K * columns * bytes_of_input(call.weight), 0, rest * columns * bytes_of_input(call.weight));
@@ -123,9 +123,9 @@ void pack_panel(const LinearCall& call, int64_t first, int64_t count, char* to, 
   }
 }
 
-void linear(const LinearCall& call) {
-  const PanelWeight& w = call.weight;
-  const int64_t columns = columns_of_panel(), panels = parts(call.B, columns);
+void linear(const GemmLinear& call) {
+  const GemmWeight& w = call.weight;
+  const int64_t columns = gemm_columns(), panels = parts(call.B, columns);
   const int64_t panel_bytes = up(w.K, w.m) * columns * bytes_of_input(w);
   const Scratch scratch = scratch_of(call);
   if (w.dtype == kInt8)
@@ -163,7 +163,7 @@ struct Run {
   int64_t count, image, y, x;
 };
 
-int64_t runs_of(const ConvCall& c, int64_t q, int64_t count, Run* runs) {
+int64_t runs_of(const GemmConv2d& c, int64_t q, int64_t count, Run* runs) {
   const int64_t pixels = c.outH * c.outW, size = c.groups * c.channels * c.H * c.W;
   int64_t found = 0;
   for (int64_t at = 0; at < count; at += runs[found++].count) {
@@ -176,7 +176,7 @@ int64_t runs_of(const ConvCall& c, int64_t q, int64_t count, Run* runs) {
 
 // The pixels of one run in one channel, at one kernel position, which shifts them by (y, x).
 template <class Input>
-void gather_run(const ConvCall& c, const Run& run, const Input* plane, int64_t y, int64_t x, Input* to) {
+void gather_run(const GemmConv2d& c, const Run& run, const Input* plane, int64_t y, int64_t x, Input* to) {
   y += run.y, x += run.x;
   if (y < 0 || y >= c.H) return void(std::memset(to, 0, run.count * sizeof(Input)));
   const Input* from = plane + y * c.W;
@@ -193,8 +193,8 @@ void gather_run(const ConvCall& c, const Run& run, const Input* plane, int64_t y
 
 // Inputs [k, end) of group g for the pixels of some runs, `count` in all.
 template <class Input>
-void gather(const ConvCall& c, int64_t g, int64_t k, int64_t end, const Run* runs, int64_t count, Input* to) {
-  const int64_t columns = columns_of_panel(), padded = up(c.channels, c.weight.m);
+void gather(const GemmConv2d& c, int64_t g, int64_t k, int64_t end, const Run* runs, int64_t count, Input* to) {
+  const int64_t columns = gemm_columns(), padded = up(c.channels, c.weight.m);
   const int64_t width = lesser(up(count, 2 * kernels->lanes), columns);
   int64_t channel = k % padded, column = k / padded % c.kernel_w, row = k / padded / c.kernel_w;
   for (; k < end; k++, to += columns) {
@@ -211,8 +211,8 @@ void gather(const ConvCall& c, int64_t g, int64_t k, int64_t end, const Run* run
 }
 
 // Pixels [q, q + count) of outputs [o, end) from `sum` to y.
-void scatter(const ConvCall& c, int64_t o, int64_t end, int64_t q, int64_t count, const float* sum) {
-  const int64_t columns = columns_of_panel(), pixels = c.outH * c.outW;
+void scatter(const GemmConv2d& c, int64_t o, int64_t end, int64_t q, int64_t count, const float* sum) {
+  const int64_t columns = gemm_columns(), pixels = c.outH * c.outW;
   for (int64_t at = 0; at < count;) {
     const int64_t n = (q + at) / pixels, pixel = (q + at) % pixels, some = lesser(pixels - pixel, count - at);
     float* to = c.y + (n * c.weight.O + o) * pixels + pixel;
@@ -222,9 +222,9 @@ void scatter(const ConvCall& c, int64_t o, int64_t end, int64_t q, int64_t count
 }
 
 template <class Input>
-void conv_of(const ConvCall& c) {
-  const PanelWeight& w = c.weight;
-  const int64_t columns = columns_of_panel(), pixels = c.outH * c.outW, all = c.N * pixels, panels = parts(all, columns);
+void conv_of(const GemmConv2d& c) {
+  const GemmWeight& w = c.weight;
+  const int64_t columns = gemm_columns(), pixels = c.outH * c.outW, all = c.N * pixels, panels = parts(all, columns);
   const int64_t inputs = up(w.K, w.m), outputs = w.O / c.groups, many = c.groups * panels;
   const bool together = many < 2 * c.threads;  // all gather first
   const int64_t block = together ? outputs_of_task(outputs, many) : 512, blocks = parts(outputs, block);
@@ -265,65 +265,66 @@ void conv_of(const ConvCall& c) {
 
 using namespace openwork;
 
-OPENWORK_API int64_t openwork_linear_scratch(const LinearCall* call) {
-  const int64_t columns = columns_of_panel(), K = up(call->weight.K, call->weight.m);
+OPENWORK_API int64_t openwork_gemm_linear_scratch(const GemmLinear* call) {
+  const int64_t columns = gemm_columns(), K = up(call->weight.K, call->weight.m);
   return up(call->B * 4, 64) + parts(call->B, columns) * K * columns * bytes_of_input(call->weight);
 }
 
-OPENWORK_API void openwork_linear(const LinearCall* call) { linear(*call); }
+OPENWORK_API void openwork_gemm_linear(const GemmLinear* call) { linear(*call); }
 
-OPENWORK_API int64_t openwork_conv_scratch(const ConvCall* c) {
-  const int64_t panels = c->groups * parts(c->N * c->outH * c->outW, columns_of_panel());
+OPENWORK_API int64_t openwork_gemm_conv2d_scratch(const GemmConv2d* c) {
+  const int64_t panels = c->groups * parts(c->N * c->outH * c->outW, gemm_columns());
   if (panels >= 2 * c->threads) return 0;
-  return panels * up(c->weight.K, c->weight.m) * columns_of_panel() * bytes_of_input(c->weight);
+  return panels * up(c->weight.K, c->weight.m) * gemm_columns() * bytes_of_input(c->weight);
 }
 
-OPENWORK_API void openwork_conv(const ConvCall* call) {
+OPENWORK_API void openwork_gemm_conv2d(const GemmConv2d* call) {
   if (call->weight.dtype == kInt8) conv_of<int16_t>(*call);
   else conv_of<float>(*call);
 }
 
-// Products of few rows: lanes are outputs. `batch` rows of x, which is padded to whole windows.
-OPENWORK_API void openwork_rows(const Rows* rows, int32_t dtype) {
-  const int64_t work = rows->windows * rows->slots * kernels->lanes * rows->batch;
-  parallel_for(rows->blocks, 1 + 16384 / work, [&](int64_t first, int64_t last) { kernels->rows(*rows, dtype, first, last); });
+// Matmuls of few rows: lanes are outputs. `batch` rows of x, which is padded to whole windows.
+OPENWORK_API void openwork_gemv(const Gemv* gemv, int32_t dtype) {
+  const int64_t work = gemv->windows * gemv->slots * kernels->lanes * gemv->batch;
+  parallel_for(gemv->blocks, 1 + 16384 / work, [&](int64_t first, int64_t last) { kernels->gemv(*gemv, dtype, first, last); });
 }
 
-// Whether the processor has the instructions that `dots` needs.
-OPENWORK_API int32_t openwork_has_dots() { return kernels->dots != nullptr; }
+// Whether the processor has the instructions that `dot_product` needs.
+OPENWORK_API int32_t openwork_has_dot_product() { return kernels->dot_product != nullptr; }
 
 // Some groups of rows at a time, so that they stay in the second-level cache while all outputs pass over them. Where there
 // are enough for all threads each packs its own, into memory of its own; else all pack first, into `packed`.
 constexpr int64_t kTogether = 8;
 
-static bool each_packs(const Dots& d, int64_t threads) { return dots_groups(d) >= 2 * kTogether * threads; }
+static bool each_packs(const DotProduct& d, int64_t threads) { return dot_product_groups(d) >= 2 * kTogether * threads; }
 
-OPENWORK_API int64_t openwork_dots_scratch(const Dots* d, int64_t threads) {
+OPENWORK_API int64_t openwork_dot_product_scratch(const DotProduct* d, int64_t threads) {
   return each_packs(*d, threads) ? 0 : d->batch * d->windows * kernels->lanes * 4;
 }
 
-OPENWORK_API void openwork_dots(const Dots* given, int32_t dtype, int64_t threads) {
-  const Dots& d = *given;
-  const int64_t groups = dots_groups(d), together = parts(groups, parts(groups, kTogether));  // of nearly the same size
-  const int64_t parts_of_all = parts(groups, together), rows = lesser(d.batch, together * kDotsBatch);
+OPENWORK_API void openwork_dot_product(const DotProduct* given, int32_t dtype, int64_t threads) {
+  const DotProduct& d = *given;
+  const int64_t groups = dot_product_groups(d), together = parts(groups, parts(groups, kTogether));  // of nearly the same size
+  const int64_t parts_of_all = parts(groups, together), rows = lesser(d.batch, together * kDotProductBatch);
   if (each_packs(d, threads))
     return parallel_for(parts_of_all, 1, [&](int64_t first, int64_t last) {
-      Dots mine = d;
-      mine.packed = (char*)memory<0>((kTogether * kDotsBatch) * d.windows * kernels->lanes);
+      DotProduct mine = d;
+      mine.packed = (char*)memory<0>((kTogether * kDotProductBatch) * d.windows * kernels->lanes);
       for (int64_t from = first * together; from < lesser(last * together, groups); from += together) {
         const int64_t to = lesser(from + together, groups);
         mine.packed_from = from * d.batch / groups;
         kernels->pack(mine, dtype, from, to);
-        kernels->dots(mine, dtype, 0, d.blocks, from, to);
+        kernels->dot_product(mine, dtype, 0, d.blocks, from, to);
       }
     });
-  parallel_for(groups, 1 + 16384 / (d.K * kDotsBatch), [&](int64_t first, int64_t last) { kernels->pack(d, dtype, first, last); });
+  parallel_for(groups, 1 + 16384 / (d.K * kDotProductBatch),
+               [&](int64_t first, int64_t last) { kernels->pack(d, dtype, first, last); });
   const int64_t work = d.windows * d.steps * kernels->lanes * rows;
   parallel_for(parts_of_all * d.blocks, 1 + 16384 / work, [&](int64_t first, int64_t last) {
     while (first < last) {
       const int64_t part = first / d.blocks, end = lesser(last, (part + 1) * d.blocks), from = part * together;
       const int64_t block = first - part * d.blocks;
-      kernels->dots(d, dtype, block, block + end - first, from, lesser(from + together, groups));
+      kernels->dot_product(d, dtype, block, block + end - first, from, lesser(from + together, groups));
       first = end;
     }
   });
@@ -354,7 +355,7 @@ OPENWORK_API void openwork_quantize(const float* x, int64_t N, int64_t count, ui
 
 // The sizes of the structs, by number, for a test of the mirror in Python; 0 past the last.
 OPENWORK_API int64_t openwork_size_of(int32_t which) {
-  const int64_t sizes[] = {sizeof(Groups), sizeof(PanelWeight), sizeof(LinearCall), sizeof(ConvCall), sizeof(Rows),
-                           sizeof(Dots),   sizeof(Pixels)};
+  const int64_t sizes[] = {sizeof(Groups), sizeof(GemmWeight), sizeof(GemmLinear), sizeof(GemmConv2d), sizeof(Gemv),
+                           sizeof(DotProduct),   sizeof(Pixels)};
   return which < 7 ? sizes[which] : 0;
 }
