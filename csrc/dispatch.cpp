@@ -71,3 +71,10 @@ OPENWORK_API void openwork_decay(const Groups* g, int32_t dtype, const void* wei
 
 // Float operations done by `rounds` rounds of the fastest loop there is, on the calling thread. result: one vector.
 OPENWORK_API int64_t openwork_peak(int64_t rounds, float* result) { return kernels->peak(rounds, result); }
+
+// The sizes of the structs, by number, for a test of the mirror in Python; 0 past the last.
+OPENWORK_API int64_t openwork_size_of(int32_t which) {
+  const int64_t sizes[] = {sizeof(Groups), sizeof(GemmWeight), sizeof(GemmLinear), sizeof(GemmConv2d),
+                           sizeof(Gemv),   sizeof(DotProduct), sizeof(Pixels)};
+  return which < 7 ? sizes[which] : 0;
+}
