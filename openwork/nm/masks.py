@@ -135,6 +135,19 @@ def kept_per_group(weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
     return torch.nn.functional.pad(rows, (0, short)).unflatten(-1, (-1, pattern.m)).sum(-1)
 
 
+def too_dense(weight: Tensor, pattern: Pattern, axis: Axis) -> str:
+    """Why a weight is not N:M along an axis; empty where it is.
+
+    >>> too_dense(torch.tensor([[1.0, 2.0, 3.0, 0.0]]), Pattern(2, 4), Axis(1))
+    '1 of 1 groups hold more than 2 of 4 (the worst 3)'
+    """
+    kept = kept_per_group(weight, pattern, axis)
+    wrong = int((kept > pattern.n).sum())
+    if not wrong:
+        return ""
+    return f"{wrong} of {kept.numel()} groups hold more than {pattern.n} of {pattern.m} (the worst {int(kept.max())})"
+
+
 def _differentiated(weight: Tensor) -> bool:
     """Whether a derivative is asked for, backward or forward."""
     backward = weight.requires_grad and torch.is_grad_enabled()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor, init_device_mesh
 
 from openwork.nm.groups import Axis, from_rows, to_rows
-from openwork.nm.masks import keep_largest, kept_per_group, prune, sortable, topn, topn_by_count
+from openwork.nm.masks import keep_largest, kept_per_group, prune, sortable, too_dense, topn, topn_by_count
 from openwork.nm.pattern import Pattern
 
 torch.set_num_threads(1)
@@ -423,3 +423,11 @@ def test_prune_does_without_autograd_where_none_is_asked_for() -> None:
     with torch.no_grad():
         assert not prune(weight, keep).requires_grad
     assert not prune(weight.detach(), keep).requires_grad
+
+
+def test_too_dense_counts_the_groups_that_hold_more_than_n() -> None:
+    weight = torch.tensor([[1.0, 2.0, 0.0, 0.0, 5.0], [1.0, 2.0, 3.0, 4.0, 0.0], [1.0, 2.0, -3.0, 0.0, 0.0]])
+    assert too_dense(weight, Pattern(2, 4), Axis(1)) == "2 of 6 groups hold more than 2 of 4 (the worst 4)"
+    assert too_dense(weight, Pattern(4, 4), Axis(1)) == ""
+    assert too_dense(weight, Pattern(2, 3), Axis(0)) == "2 of 5 groups hold more than 2 of 3 (the worst 3)"
+    assert too_dense(weight[:0], Pattern(2, 4), Axis(1)) == ""
