@@ -47,11 +47,11 @@ import openwork as ow
 from openwork import kernels
 from openwork.bench.measure import quantile, today, write_csv
 from openwork.bench.models import Encoder
-from openwork.inference.gpu_layers import quantized_input, quantized_weight
 from openwork.inference.layers import PackedLayer
 from openwork.kernels.cuda import cusparselt
 from openwork.nm.groups import Axis
 from openwork.nm.masks import keep_largest as defined_mask
+from openwork.nm.quantize import quantize
 from openwork.ops import add_decayed, add_decayed_list, keep_largest, prune, prune_list
 from openwork.utils.timing import ABOUT_A_MILLISECOND, as_graph
 
@@ -355,8 +355,8 @@ def dense_fp8(x: Tensor, layer: nn.Linear) -> dict[str, Callable[[], object]]:
     """The same for float8, with a scale for each row and each output, with its fast accumulation."""
     if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0):
         return {}
-    left, left_scales = quantized_input(x, torch.float8_e4m3fn)
-    right, right_scales = quantized_weight(layer.weight, torch.float8_e4m3fn)
+    left, left_scales = quantize(x, torch.float8_e4m3fn)
+    right, right_scales = quantize(layer.weight, torch.float8_e4m3fn)
     known = (left, right.t(), left_scales[:, None].contiguous(), right_scales[None].contiguous())
     call = partial(torch._scaled_mm, *known, out_dtype=torch.bfloat16, use_fast_accum=True)
     return {"dense float8, product alone": call}

@@ -23,10 +23,10 @@ from openwork.inference import gpu_layers
 from openwork.inference.gpu_layers import GpuLayer, gpu_module
 from openwork.inference.layers import GpuKind
 from openwork.kernels.cuda import cusparselt
-from openwork.kernels.cuda.cusparselt import QUANTIZED
 from openwork.nm.groups import Axis
 from openwork.nm.mask_stats import pack, sad
 from openwork.nm.masks import keep_largest as defined_mask
+from openwork.nm.quantize import QUANTIZED
 from openwork.nm.transposable import keep_transposable as defined_transposable
 from openwork.ops import (
     add_decayed,

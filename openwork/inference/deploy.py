@@ -23,9 +23,9 @@ from openwork.inference.choose import (
 )
 from openwork.inference.fold import fold_batch_norm, following_relu, replace
 from openwork.inference.layers import PackedLayer, SparseConv2d
-from openwork.kernels.cuda.cusparselt import QUANTIZED
 from openwork.kernels.cuda.stream import on_device
 from openwork.nm.pattern import Pattern
+from openwork.nm.quantize import QUANTIZED
 from openwork.training.parametrize import unwrap
 from openwork.training.record import sparsity_records
 from openwork.training.select import AxisChoice, PatternChoice

@@ -16,12 +16,11 @@ from torch.nn import functional as F
 
 from openwork.inference.layers import GpuKind, PackedLayer, symmetric_padding
 from openwork.kernels.cuda import cusparselt
-from openwork.kernels.cuda.cusparselt import QUANTIZED, Algorithm
-from openwork.layouts.layout import conv_rows, from_conv_rows, quantized, scale_of
+from openwork.kernels.cuda.cusparselt import Algorithm
+from openwork.layouts.layout import conv_rows, from_conv_rows
 from openwork.nm.pattern import Pattern
+from openwork.nm.quantize import QUANTIZED, quantize, quantize_weight
 from openwork.ops.skinny import ROWS, Thin, from_thin, thin
-
-_FLOAT8_MOST = 448.0  # the largest number of float8_e4m3fn
 
 
 def gpu_module(
@@ -79,10 +78,7 @@ class GpuLayer(PackedLayer):
 
     def _pack(self, weight: Tensor) -> None:
         here = self.values.device if "values" in self._buffers else weight.device  # a state may come from elsewhere
-        rows, scales = self._to_rows(weight.detach().to(here)).contiguous(), None
-        if self.weight_dtype in QUANTIZED:
-            rows, scales = quantized_weight(rows, self.weight_dtype)
-        rows = rows.to(self.weight_dtype)
+        rows, scales = quantize_weight(self._to_rows(weight.detach().to(here)).contiguous(), self.weight_dtype)
         self.shape = (rows.shape[0], rows.shape[1])
         self.algorithms: dict[int, Algorithm] = {}
         if self.kind in cusparselt.BACKENDS:
@@ -135,7 +131,7 @@ class GpuLayer(PackedLayer):
             return operator(x, self.values, self.positions, self.packed_bias, numbers, expand, self.relu)
         scales = None
         if self.weight_dtype in QUANTIZED:
-            x, scales = quantized_input(x, self.weight_dtype)
+            x, scales = quantize(x, self.weight_dtype)
         known = (self.packed_bias, self.algorithm_for(len(x)), self._out())
         y = cusparselt.multiply(x, self._semi_structured(), *known)
         y = y[:, : self.shape[0]]
@@ -272,20 +268,3 @@ class GpuConv2d(GpuLayer):
 def _pack_bias(layer: GpuLayer, *_: object) -> None:
     """After a state was loaded too: the bias comes after the weight then."""
     layer._keep("packed_bias", layer.bias_for_kernel())
-
-
-def quantized_weight(rows: Tensor, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A weight (O, K) as int8 or float8 and one scale an output. weight ~ quantized * scale."""
-    if weight_dtype == torch.int8:
-        return quantized(rows)
-    scales = scale_of(rows.float().abs().amax(1)) * (127 / _FLOAT8_MOST)
-    return (rows.float() / scales[:, None]).to(weight_dtype), scales
-
-
-def quantized_input(x: Tensor, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows of input quantized with one scale each: (B, K) in `weight_dtype`, float32 (B,)."""
-    if weight_dtype == torch.int8:
-        scales = scale_of(x.float().abs().amax(1))
-        return (x.float() / scales[:, None]).round().to(torch.int8), scales
-    scales = scale_of(x.float().abs().amax(1)) * (127 / _FLOAT8_MOST)
-    return (x.float() / scales[:, None]).to(weight_dtype), scales

@@ -25,10 +25,10 @@ from openwork.layouts.layout import (
     from_rows,
     has_dots_layout,
     panel,
-    quantized,
     rows,
 )
 from openwork.nm.pattern import Pattern
+from openwork.nm.quantize import quantize_weight
 from openwork.ops.sparse_matmul import panel_numbers, rows_numbers
 
 Kind = Literal["panel", "rows", "dots"]
@@ -48,9 +48,7 @@ _PRODUCTS = {
 
 def packed(weight: Tensor, pattern: Pattern, kind: Kind, weight_dtype: torch.dtype) -> Panel | Rows | Dots:
     """A weight (O, K) as the kernel of this machine reads it, its values in the dtype `weight_dtype`."""
-    numbers, scales = (
-        quantized(weight.detach()) if weight_dtype == torch.int8 else (weight.detach().to(weight_dtype), None)
-    )
+    numbers, scales = quantize_weight(weight.detach(), weight_dtype)
     return _laid_out(numbers, scales, pattern, kind)
 
 

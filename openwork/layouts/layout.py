@@ -77,33 +77,6 @@ class Dots:
     lanes: int
 
 
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight as int8 and one scale an output: (O, ...) -> int8 (O, ...), float32 (O,). weight ~ int8 * scale.
-
-    Raises ValueError where the weight is not finite: int8 has no such numbers.
-
-    >>> quantized(torch.tensor([[1.27, -0.5]]))
-    (tensor([[127, -50]], dtype=torch.int8), tensor([0.0100]))
-    """
-    scales = scale_of(weight.float().flatten(1).abs().amax(1))
-    if not scales.isfinite().all():
-        raise ValueError(
-            f"the weight {tuple(weight.shape)} holds numbers that are not finite, which int8 cannot: store float32"
-        )
-    return (weight.float() / scales.view(-1, *[1] * (weight.ndim - 1))).round().to(torch.int8), scales
-
-
-def scale_of(largest: Tensor) -> Tensor:
-    """What whole numbers from -127 to 127 are multiplied with, from the largest magnitude: NaN and infinity stay, zeros
-    and what is next to them (below 2**-126 floats lose digits) give 1.
-
-    >>> scale_of(torch.tensor([254.0, 0.0, torch.nan]))
-    tensor([2., 1., nan])
-    """
-    scale = largest / 127
-    return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
-
-
 def panel(weight: Tensor, pattern: Pattern, *, columns: int, scales: Tensor | None = None) -> Panel:
     """The panel layout of a weight (O, K) in float32, bfloat16, or int8 with its `scales`.
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openwork.layouts.layout import Dots, Panel, Rows, from_conv_rows, from_dots, from_panel, from_rows, scale_of
+from openwork.layouts.layout import Dots, Panel, Rows, from_conv_rows, from_dots, from_panel, from_rows
 from openwork.nm.pattern import Pattern
+from openwork.nm.quantize import quantize_to_whole
 from openwork.ops.masks import library
 
 _LAYOUT = "Tensor values, Tensor positions, Tensor? scales, Tensor? bias, int[] layout"
@@ -51,16 +52,6 @@ def rows_of(values: Tensor, words: Tensor, scales: Tensor | None, numbers: list[
 def dots_of(values: Tensor, positions: Tensor, scales: Tensor | None, numbers: list[int]) -> Dots:
     n, m, lanes, O, K = numbers
     return Dots(values, positions, scales, Pattern(n, m), (O, K), lanes)
-
-
-def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Dynamic quantization of the input, one scale for all but the first dim: (B, ...) -> whole floats, scales (B,).
-
-    >>> quantized_rows(torch.tensor([[1.0, -0.5]]))
-    (tensor([[127., -64.]]), tensor([0.0079]))
-    """
-    scales = scale_of(x.flatten(1).abs().amax(1))
-    return (x / scales.view(-1, *[1] * (x.ndim - 1))).round(), scales
 
 
 @torch.library.impl(library, "panel_linear", "CompositeExplicitAutograd")
@@ -107,7 +98,7 @@ def _linear(x: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | Non
     if scales is None:
         y = F.linear(flat, weight.float(), bias)
     else:
-        whole, input_scales = quantized_rows(flat) if len(flat) else (flat, flat.new_empty(0))
+        whole, input_scales = quantize_to_whole(flat) if len(flat) else (flat, flat.new_empty(0))
         sums = F.linear(whole.double(), weight.double()).float()  # whole numbers below 2**53: exact
         y = sums * (input_scales[:, None] * scales) + (0 if bias is None else bias)
     return (y.relu() if relu else y).reshape(*x.shape[:-1], len(weight))
@@ -166,7 +157,7 @@ def _conv2d(
     if scales is None:
         y = F.conv2d(x, weight.float(), bias, stride, padding, dilation, groups)
     else:
-        whole, input_scales = quantized_rows(x) if len(x) else (x, x.new_empty(0))
+        whole, input_scales = quantize_to_whole(x) if len(x) else (x, x.new_empty(0))
         sums = F.conv2d(whole.double(), weight.double(), None, stride, padding, dilation, groups).float()
         y = sums * (input_scales[:, None] * scales)[..., None, None] + (0 if bias is None else bias[:, None, None])
     y = y.relu() if relu else y

@@ -24,12 +24,13 @@ from torch.nn import functional as F
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
 import openwork as ow
-from openwork.inference import choose, gpu_layers
+from openwork.inference import choose
 from openwork.inference.gpu_layers import GpuConv2d, GpuLayer, GpuLinear
 from openwork.kernels.cuda import cusparselt
 from openwork.kernels.cuda.cusparselt import BACKENDS, Backend
 from openwork.nm.groups import Axis
 from openwork.nm.masks import keep_largest, prune
+from openwork.nm.quantize import quantize
 
 deploy = sys.modules["openwork.inference.deploy"]  # the name `openwork.inference.deploy` is the function
 SEARCHES: list[tuple[int, int]] = []
@@ -517,6 +518,6 @@ def test_a_folder_that_cannot_be_written_is_said(monkeypatch: Any, tmp_path: Pat
 
 
 def test_the_fp8_scale_reaches_the_largest_number() -> None:
-    made, scales = gpu_layers.quantized_input(torch.tensor([[1.0, -0.5], [0.0, 0.0]]), torch.float8_e4m3fn)
+    made, scales = quantize(torch.tensor([[1.0, -0.5], [0.0, 0.0]]), torch.float8_e4m3fn)
     assert made.float().tolist() == [[448.0, -224.0], [0.0, 0.0]]
     assert torch.allclose(scales[0], torch.tensor(1 / 448))

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import openwork.kernels as kernels
-from openwork.layouts.layout import panel, quantized, rows
+from openwork.layouts.layout import panel, rows
 from openwork.nm.pattern import Pattern
+from openwork.nm.quantize import quantize_weight
 from openwork.ops.sparse_matmul import panel_numbers, rows_numbers
 
 ops = torch.ops.openwork
@@ -26,7 +27,7 @@ OPERATORS = ["panel_linear", "rows_linear", "panel_conv2d"]
 def good(operator: str, weight_dtype: torch.dtype = torch.float32) -> Given:
     """Arguments that fit: 10 outputs of 24 inputs at 2:4; a convolution's are 6 channels, rounded up to 8, at 3 x 1."""
     weight = torch.randn(10, 24, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 0, 0, 1] * 6)
-    numbers, scales = quantized(weight) if weight_dtype == torch.int8 else (weight.to(weight_dtype), None)
+    numbers, scales = quantize_weight(weight, weight_dtype)
     given: Given = {"scales": scales, "bias": torch.ones(10), "relu": False}
     if operator == "rows_linear":
         layout = rows(numbers, Pattern(2, 4), lanes=kernels.lanes(), scales=scales)

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 import openwork.kernels as kernels
 from openwork.inference.layers import kinds_for
-from openwork.layouts.layout import Dots, conv_rows, dots, dots_sizes, from_dots, has_dots_layout, quantized
+from openwork.layouts.layout import Dots, conv_rows, dots, dots_sizes, from_dots, has_dots_layout
 from openwork.nm.groups import Axis
 from openwork.nm.masks import keep_largest, prune
 from openwork.nm.pattern import Pattern
+from openwork.nm.quantize import quantize_weight
 from openwork.ops import sparse_matmul as reference
 from openwork.ops.sparse_matmul import rows_numbers
 
@@ -36,7 +37,7 @@ def sparse(shape: tuple[int, ...], pattern: Pattern, generator: torch.Generator)
 
 
 def packed(rows: Tensor, pattern: Pattern, weight_dtype: torch.dtype) -> Dots:
-    numbers, scales = quantized(rows) if weight_dtype == torch.int8 else (rows.to(weight_dtype), None)
+    numbers, scales = quantize_weight(rows, weight_dtype)
     return dots(numbers, pattern, lanes=kernels.lanes() if kernels.has_dots() else 16, scales=scales)
 
 
@@ -57,7 +58,7 @@ def test_a_layout_holds_its_weight(lanes: int, weight_dtype: torch.dtype) -> Non
             continue
         for O, K in ((1, 1), (5, 37), (lanes, 64), (3 * lanes + 1, 130)):
             weight = sparse((O, K), pattern, generator)
-            numbers, scales = quantized(weight) if weight_dtype == torch.int8 else (weight.to(weight_dtype), None)
+            numbers, scales = quantize_weight(weight, weight_dtype)
             layout = dots(numbers, pattern, lanes=lanes, scales=scales)
             assert torch.equal(from_dots(layout), numbers)
             sizes = dots_sizes(weight_dtype, pattern, lanes)

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import openwork.kernels as kernels
-from openwork.layouts.layout import WINDOWS, Dots, Panel, Rows, conv_rows, dots, panel, quantized, rows
+from openwork.layouts.layout import WINDOWS, Dots, Panel, Rows, conv_rows, dots, panel, rows
 from openwork.nm.pattern import Pattern
+from openwork.nm.quantize import quantize_weight
 from openwork.ops import sparse_matmul as reference
 from openwork.ops.sparse_matmul import panel_numbers, rows_numbers
 
@@ -44,7 +45,7 @@ def sparse(shape: tuple[int, ...], pattern: Pattern, generator: torch.Generator)
 
 def weight_dtype(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """A weight as kernels keep it, and the scales of its outputs where it is int8."""
-    return quantized(weight) if dtype == torch.int8 else (weight.to(dtype), None)
+    return quantize_weight(weight, dtype)
 
 
 def linear(x: Tensor, layout: Panel | Rows | Dots, bias: Tensor | None, relu: bool) -> Tensor:

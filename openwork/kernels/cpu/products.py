@@ -15,19 +15,20 @@ from torch import Tensor
 
 from openwork.kernels.cpu.native import (
     DTYPES,
-    GemmConv2d,
     DotProduct,
+    GemmConv2d,
     GemmLinear,
     GemmWeight,
-    Pixels,
     Gemv,
+    Pixels,
     address,
     library,
 )
 from openwork.layouts.layout import WINDOWS, dots_sizes, index_bits, slots_of
 from openwork.nm.pattern import Pattern
+from openwork.nm.quantize import quantize_to_whole
 from openwork.ops import sparse_matmul as reference
-from openwork.ops.sparse_matmul import channels_last, conv_size, quantized_rows
+from openwork.ops.sparse_matmul import channels_last, conv_size
 
 
 def panel_columns() -> int:
@@ -110,7 +111,7 @@ def rows_linear(
         call = Gemv(*given, address(bias), y.data_ptr(), O, O, B, relu)
         lib.openwork_gemv(ctypes.byref(call), DTYPES[values.dtype])
     elif scales is not None and B:
-        whole, input_scales = quantized_rows(flat)
+        whole, input_scales = quantize_to_whole(flat)
         whole = torch.nn.functional.pad(whole, (0, -K % window)).int() & 0xFFFF  # the kernel multiplies pairs of int16
         given = (
             values.data_ptr(),
@@ -278,7 +279,7 @@ def panel_conv2d(
     size = _output_size(x, kernel, stride, padding, dilation)
     last, input_scales = channels_last(x), None
     if scales is not None and x.numel():
-        whole, input_scales = quantized_rows(x)
+        whole, input_scales = quantize_to_whole(x)
         x = whole.to(torch.int16)
     x, y = x.contiguous(), x.new_empty(len(x), O, *size, dtype=torch.float32)
     if y.numel():

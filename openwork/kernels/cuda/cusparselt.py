@@ -28,10 +28,10 @@ from torch import Tensor
 from openwork.nm.groups import Axis
 from openwork.nm.masks import kept_per_group
 from openwork.nm.pattern import Pattern
+from openwork.nm.quantize import QUANTIZED
 from openwork.ops.masks import library
 
 PATTERN = Pattern(2, 4)
-QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 Algorithm = tuple[int, int, int]
 """Of cuSPARSELt: its number, into how many parts sums are split, and how the parts are added."""
 DEFAULT: Algorithm = (0, 1, -1)
