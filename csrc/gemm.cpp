@@ -10,6 +10,9 @@ namespace openwork {
 namespace {
 
 constexpr int64_t kMostColumns = 128;  // of any instruction set
+// Bytes behind the last tile of inputs: what an offset, of 16 bits, can reach at most. So a damaged weight gives wrong numbers
+// and reads nobody else's memory.
+constexpr int64_t kReach = (1 << 16) + kMostColumns * 4;
 
 int64_t gemm_columns() { return int64_t(kernels->lanes) * kernels->gemm_vectors; }
 int64_t bytes_of_input(const GemmWeight& w) { return w.dtype == kInt8 ? 2 : 4; }
@@ -218,7 +221,7 @@ void conv_of(const GemmConv2d& c) {
       }
     });
   parallel_for(many * blocks, 1, [&](int64_t first, int64_t last) {
-    float *sum = memory<0>(block * columns), *tile = memory<1>(w.tile * columns), *scales = memory<2>(columns);
+    float *sum = memory<0>(block * columns), *tile = memory<1>(w.tile * columns + kReach / 4), *scales = memory<2>(columns);
     Run runs[kMostColumns];
     for (int64_t task = first; task < last; task++) {
       const int64_t panel = task / blocks, q = panel % panels * columns, count = lesser(columns, all - q), g = panel / panels;
@@ -244,7 +247,7 @@ using namespace openwork;
 
 OPENWORK_API int64_t openwork_gemm_linear_scratch(const GemmLinear* call) {
   const int64_t columns = gemm_columns(), K = up(call->weight.K, call->weight.m);
-  return up(call->B * 4, 64) + parts(call->B, columns) * K * columns * bytes_of_input(call->weight);
+  return up(call->B * 4, 64) + parts(call->B, columns) * K * columns * bytes_of_input(call->weight) + kReach;
 }
 
 OPENWORK_API void openwork_gemm_linear(const GemmLinear* call) { linear(*call); }
@@ -252,7 +255,7 @@ OPENWORK_API void openwork_gemm_linear(const GemmLinear* call) { linear(*call); 
 OPENWORK_API int64_t openwork_gemm_conv2d_scratch(const GemmConv2d* c) {
   const int64_t panels = c->groups * parts(c->N * c->outH * c->outW, gemm_columns());
   if (panels >= 2 * c->threads) return 0;
-  return panels * up(c->weight.K, c->weight.m) * gemm_columns() * bytes_of_input(c->weight);
+  return panels * up(c->weight.K, c->weight.m) * gemm_columns() * bytes_of_input(c->weight) + kReach;
 }
 
 OPENWORK_API void openwork_gemm_conv2d(const GemmConv2d* call) {
