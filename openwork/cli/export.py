@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from openwork import export as to
 from openwork.export.products import IN_GEMM, Product
 from openwork.files.checkpoint import describe, load
 from openwork.files.container import write
+from openwork.training.select import Selection
 from openwork.utils.table import aligned
 
 FORMS = ("onnx", "torch", "aot", "huggingface", "dense")
@@ -39,8 +40,7 @@ class Finished:
 
     model: nn.Module
     example: Any
-    pattern: Any = None
-    exclude: Sequence[str] = field(default_factory=tuple)
+    selection: Selection | None = None
     method: str = ""
 
 
@@ -78,8 +78,8 @@ def _of_run(folder: Path) -> Finished:
     from openwork.recipes.recipe import finished
 
     net, example, config = finished(folder)
-    pattern = None if config.method == "dense" else config.pattern
-    return Finished(net, example, pattern, tuple(config.exclude), config.method)
+    selection = None if config.method == "dense" else Selection(config.pattern, exclude=config.exclude)
+    return Finished(net, example, selection, config.method)
 
 
 def _of_file(asked: argparse.Namespace) -> Finished:
@@ -92,7 +92,7 @@ def _of_file(asked: argparse.Namespace) -> Finished:
     model = load(asked.source, into=_made(asked.model)).eval()
     example = torch.randn(_sizes(asked.input), generator=torch.Generator().manual_seed(0))
     patterns = {each.name: each.pattern for each in describe(asked.source) if each.pattern and not each.alias_of}
-    return Finished(model, example, patterns or None)
+    return Finished(model, example, Selection(patterns) if patterns else None)
 
 
 def _made(name: str) -> nn.Module:
@@ -121,12 +121,10 @@ def _sizes(text: str) -> list[int]:
 def _written(form: str, found: Finished, out: str, dynamic: bool) -> str:
     """Write the form; what to tell about it."""
     if form == "huggingface":
-        return to.to_huggingface(found.model, out, pattern=found.pattern, exclude=found.exclude, method=found.method)
+        return to.to_huggingface(found.model, out, pattern=found.selection, method=found.method)
     example, shapes = _of_any_size(found.example) if dynamic else (found.example, None)
     if form == "onnx":
-        done = to.to_onnx(
-            found.model, example, out, pattern=found.pattern, exclude=found.exclude, dynamic_shapes=shapes
-        )
+        done = to.to_onnx(found.model, example, out, pattern=found.selection, dynamic_shapes=shapes)
         lines = product_lines(done.products)
         return "\n".join([*lines, f"{out}: valid ONNX; {_compared('ONNX Runtime', done.difference)}"])
     write = to.to_torch_export if form == "torch" else to.to_aot_inductor

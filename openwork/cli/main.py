@@ -208,8 +208,9 @@ def _verify_onnx(words: list[str]) -> int:
     asked = parser.parse_args(words)
     from openwork.cli.export import product_lines
     from openwork.export.products import check_onnx
+    from openwork.training.select import Selection
 
-    found = check_onnx(asked.file, asked.pattern, asked.exclude)
+    found = check_onnx(asked.file, Selection(asked.pattern, exclude=asked.exclude))
     print("\n".join(product_lines(found)))
     held = sum(each.recorded for each in found)
     print(f"verified: {held} of {len(found)} products held to what was {'asked' if asked.pattern else 'recorded'}")

@@ -17,7 +17,7 @@ from openwork.files.model_state import tensors_by_name, ties
 from openwork.files.reader import FILE
 from openwork.training.parametrize import unwrap
 from openwork.training.record import sparsity_records
-from openwork.training.select import AxisChoice, PatternChoice, Remainder
+from openwork.training.select import PatternChoice, Selection
 
 DENSE, CARD = "model.safetensors", "README.md"
 _BEGIN, _END = "<!-- openwork: begin -->", "<!-- openwork: end -->"
@@ -27,10 +27,7 @@ def to_huggingface(
     model: nn.Module,
     folder: str | os.PathLike[str],
     *,
-    pattern: PatternChoice | None = None,
-    exclude: Sequence[str] = (),
-    axis: AxisChoice = "input",
-    remainder: Remainder = "skip",
+    pattern: Selection | PatternChoice | None = None,
     method: str = "",
 ) -> str:
     """Write a folder that `from_pretrained` and any safetensors reader load, with the compressed file beside; returns
@@ -38,14 +35,14 @@ def to_huggingface(
 
     A model with `save_pretrained` (transformers and others) writes its own files, with the zeros in them; of any other
     the weights are written as model.safetensors. README.md is made, or gets the part about
-    sparsity, which is replaced when it is written again. `pattern` to `remainder` as in `ow.save`; `method` is
+    sparsity, which is replaced when it is written again. `pattern` as in `ow.save`; `method` is
     named in the card, and known for a model that is still sparsified.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     held = sparsity_records(unwrap(model))
     method = method or ", ".join(sorted({record.method.name for _, _, record in held}))
-    save(model, folder / FILE, pattern=pattern, exclude=exclude, axis=axis, remainder=remainder)
+    save(model, folder / FILE, pattern=pattern)
     _write_dense(exportable(model), folder)
     snippet = card(describe(folder / FILE), method)
     _put_into(folder / CARD, snippet)

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from openwork.files.container import replacing, sync
 from openwork.files.model_state import Placed, masked_by_name, patterns
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
-from openwork.training.select import AxisChoice, PatternChoice, Remainder
+from openwork.training.select import PatternChoice, Selection
 from openwork.utils.deployed import check_not_deployed
 from openwork.utils.example import quiet
 
@@ -44,24 +44,21 @@ def to_onnx(
     example: Any,
     path: str | os.PathLike[str],
     *,
-    pattern: PatternChoice | None = None,
-    exclude: Sequence[str] = (),
-    axis: AxisChoice = "input",
-    remainder: Remainder = "skip",
+    pattern: Selection | PatternChoice | None = None,
     dynamic_shapes: Any = None,
 ) -> Exported:
     """Write a model as ONNX, and check the file before it takes its place: the ONNX checker, N:M along the axis that
     each product sums over, and ONNX Runtime's outputs for `example`.
 
     `example` is a tensor, a tuple of arguments or a mapping of keyword arguments. A model that is still sparsified is
-    exported as finalized; a plain one is held to `pattern` (`exclude`, `axis` and `remainder` as in `ow.save`).
+    exported as finalized; a plain one is held to `pattern` as in `ow.save`.
     `dynamic_shapes` as in torch.export.export: without it the file takes inputs of the example's shape alone. Weights
     of more than 2 GB, which one file cannot hold, go to a second one beside it, `path`.<8 hexadecimal digits>.data.
     Raises NotSparse, ValueError from the checker, RuntimeError for other outputs, and what torch.onnx.export raises.
     """
     inner = unwrap(model)
     check_not_deployed(inner, "exporting to ONNX")
-    recorded = patterns(inner, masked_by_name(inner), pattern, exclude, axis, remainder)
+    recorded = patterns(inner, masked_by_name(inner), pattern)
     plain = exportable(model)
     with quiet(plain):
         exported = _program(plain, example, dynamic_shapes)

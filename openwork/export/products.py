@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from openwork.files.container import is_text_mapping, strict_json
 from openwork.nm.groups import Axis, reduction_size
 from openwork.nm.masks import kept_per_group
 from openwork.nm.pattern import Pattern
-from openwork.training.select import matches
+from openwork.training.select import PatternChoice, Selection
 from openwork.training.verify import NotSparse, tightest
 
 KEY = "openwork"  # in the metadata of the file: {"fc.weight": "2:4"}, what was recorded of each constant
@@ -37,25 +37,22 @@ class Product:
     recorded: bool = False
 
 
-def check_onnx(
-    path: str | os.PathLike[str], pattern: str | Pattern | None = None, exclude: Sequence[str] = ()
-) -> tuple[Product, ...]:
+def check_onnx(path: str | os.PathLike[str], pattern: Selection | PatternChoice | None = None) -> tuple[Product, ...]:
     """Every product by a constant in an ONNX file; raises NotSparse with those that are denser than they should be.
 
-    Held to what `to_onnx` wrote into the file, or to `pattern` (but where M does not divide the axis, and but what the
-    globs in `exclude` name); without either nothing is held, and the tightest pattern of each is found. A constant that
-    is summed over along two axes is held along one of them. Raises ValueError for a file that is not valid ONNX.
+    Held to what `to_onnx` wrote into the file, or to `pattern`, but where M does not divide the axis; without either
+    nothing is held, and the tightest pattern of each is found. A constant that is summed over along two axes is held
+    along one of them. Raises ValueError for a file that is not valid ONNX.
     """
-    model = _loaded(path)
+    selection, model = Selection.of(pattern), _loaded(path)
     recorded = _recorded(model.metadata_props.get(KEY, "{}"))
     found: dict[object, Product] = {}
     broken = dict.fromkeys(recorded, "recorded by the file, but no product multiplies by it")
     kept_by = set()
     for product, mask in products(model):
         asked = recorded.get(product.name)
-        if pattern is not None and not any(matches(glob, product.name) for glob in exclude):
-            asked = Pattern.parse(pattern)
-            asked = asked if reduction_size(product.shape, product.axis) % asked.m == 0 else None
+        if (given := selection.pattern_of(product.name)) is not None:
+            asked = given if reduction_size(product.shape, product.axis) % given.m == 0 else None
         problem = _denser(mask, product.axis, asked) if asked else ""
         if problem:
             broken[product.name] = problem

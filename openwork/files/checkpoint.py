@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar, overload
 
@@ -20,7 +20,7 @@ from openwork.files.packing import pack_weight, packed_shape
 from openwork.files.reader import Contents, opened
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import Masked, unwrap
-from openwork.training.select import AxisChoice, PatternChoice, Remainder
+from openwork.training.select import PatternChoice, Selection
 from openwork.training.verify import NotSparse
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,18 +45,15 @@ def save(
     model: nn.Module,
     path: Path,
     *,
-    pattern: PatternChoice | None = None,
-    exclude: Sequence[str] = (),
-    axis: AxisChoice = "input",
-    remainder: Remainder = "skip",
+    pattern: Selection | PatternChoice | None = None,
 ) -> None:
     """Write every parameter and persistent buffer of a model, its N:M weights as values and indices. Atomic: the file
     at `path` is the old one or the new one at every moment.
 
     A sparsified model is saved as finalized, without being changed: the weights that its forward uses, at the patterns
-    that were recorded, under dense names. A plain model is held to `pattern` (`exclude`, `axis` and `remainder` as in
-    `sparsify`); without it the tightest N:M of each weight is found, and a warning says that it was inferred. Raises
-    NotSparse with the weights that are denser, ValueError for a state that is not all tensors.
+    that were recorded, under dense names. A plain model is held to `pattern`, "2:4" or a
+    `Selection`; without a pattern the tightest N:M of each weight is found, and a warning says that it was inferred.
+    Raises NotSparse with the weights that are denser, ValueError for a state that is not all tensors.
 
     >>> import tempfile
     >>> model = nn.Linear(4, 1)
@@ -70,7 +67,7 @@ def save(
     model = unwrap(model)
     tensors, masked = tensors_by_name(model), masked_by_name(model)
     aliases = ties(tensors, masked)
-    chosen = patterns(model, masked, pattern, exclude, axis, remainder)
+    chosen = patterns(model, masked, pattern)
     chosen = {aliases.get(name, name): each for name, each in chosen.items()}
     broken = {name: "the weight is gone: its module was replaced" for name in chosen if name not in tensors}
     if broken:

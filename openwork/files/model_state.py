@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -15,9 +16,9 @@ from openwork.files.reader import Contents
 from openwork.nm.groups import Axis
 from openwork.nm.masks import kept_per_group, prune
 from openwork.nm.pattern import Pattern
-from openwork.training.parametrize import Masked, masked_modules, masked_weights, plain_name, weight_name
-from openwork.training.record import sparsity_records
-from openwork.training.select import HELD, AxisChoice, PatternChoice, Remainder, decide
+from openwork.training.parametrize import Masked, plain_name, sparse_weights, weight_name
+from openwork.training.record import recorded_weights, sparsity_records
+from openwork.training.select import HELD, PatternChoice, Selection, decide
 from openwork.training.shared_class import AGE
 from openwork.training.verify import tightest
 from openwork.utils.deployed import check_not_deployed
@@ -49,11 +50,7 @@ def tensors_by_name(model: nn.Module, *, empty: bool = False) -> dict[str, Tenso
 
 def masked_by_name(model: nn.Module) -> dict[str, Masked]:
     """What masks each weight of a sparsified model, by the weight's dense name."""
-    return {
-        f"{name}.{tensor}".lstrip("."): each
-        for name, module in masked_modules(model)
-        for tensor, each, _ in masked_weights(module)
-    }
+    return {sparse.name: sparse.masked for sparse in sparse_weights(model)}
 
 
 def ties(tensors: Mapping[str, Tensor], masked: Mapping[str, Masked]) -> dict[str, str]:
@@ -69,35 +66,26 @@ def ties(tensors: Mapping[str, Tensor], masked: Mapping[str, Masked]) -> dict[st
 
 
 def patterns(
-    model: nn.Module,
-    masked: Mapping[str, Masked],
-    pattern: PatternChoice | None,
-    exclude: Sequence[str],
-    axis: AxisChoice,
-    remainder: Remainder,
+    model: nn.Module, masked: Mapping[str, Masked], choice: Selection | PatternChoice | None
 ) -> dict[str, Placed]:
     """The pattern and axis at which each weight is to be compressed: recorded, asked for, or inferred."""
-    found = sparsity_records(model)
-    if (found or masked) and pattern is not None:
+    sparsified = bool(masked) or bool(sparsity_records(model))
+    if sparsified and choice is not None:
         raise ValueError(
             "the model is sparsified and saved in the patterns that sparsify recorded; pattern= is for plain models"
         )
-    if found or masked:
-        recorded = {
-            f"{plain_name(prefix)}.{name}".lstrip("."): each
-            for prefix, _, record in found
-            if record.method.sparse
-            for name, each in record.weights.items()
-        }
-        return recorded | {name: (each.pattern, each.axis) for name, each in masked.items() if each.method.sparse}
-    if pattern is None:
-        return _inferred(model, exclude, axis)
-    decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder, dtypes=HELD)
+    if sparsified:
+        own = {name: (each.pattern, each.axis) for name, each in masked.items() if each.method.sparse}
+        return recorded_weights(model) | own
+    selection = Selection.of(choice)
+    if selection.pattern is None:
+        return _inferred(model, selection)
+    decided = decide(model, selection, dtypes=HELD)
     return {each.name: (each.pattern, each.axis) for each in decided if each.pattern and each.axis}
 
 
-def _inferred(model: nn.Module, exclude: Sequence[str], axis: AxisChoice) -> dict[str, Placed]:
-    decided = decide(model, Pattern(1, 1), exclude=exclude, axis=axis, dtypes=HELD)
+def _inferred(model: nn.Module, selection: Selection) -> dict[str, Placed]:
+    decided = decide(model, replace(selection, pattern=Pattern(1, 1)), dtypes=HELD)
     found = {}
     for each in decided:
         if each.pattern and each.axis:

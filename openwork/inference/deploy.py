@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from openwork.nm.pattern import Pattern
 from openwork.nm.quantize import QUANTIZED
 from openwork.training.parametrize import unwrap
 from openwork.training.record import sparsity_records
-from openwork.training.select import AxisChoice, PatternChoice
+from openwork.training.select import PatternChoice, Selection
 from openwork.training.sparsify import finalize
 from openwork.training.verify import verify
 from openwork.utils.example import run
@@ -42,21 +42,19 @@ def plan(
     model: nn.Module,
     example: Any,
     *,
-    pattern: PatternChoice | None = None,
-    exclude: Sequence[str] = (),
-    axis: AxisChoice = "input",
+    pattern: Selection | PatternChoice | None = None,
     weight_dtype: torch.dtype | None = None,
 ) -> Plan:
     """Time every sparse layer on the shapes that `example` brings it, dense (the best of torch's default, oneDNN
     prepacked, channels_last) and sparse, and say what `deploy` would choose. The model is not changed.
 
-    `example` is a tensor, a tuple of arguments or a mapping of keyword arguments. `pattern`, `exclude` and `axis` as in
-    `verify`. `weight_dtype` is the dtype that sparse kernels keep weights in, by default the model's own. On a CPU
-    float32, or bfloat16 or int8, which are smaller, and round. On a GPU the model's own dtype, or float16,
-    bfloat16, int8, float8_e4m3fn.
+    `example` is a tensor, a tuple of arguments or a mapping of keyword arguments. `pattern` as in `verify`.
+    `weight_dtype` is the dtype that sparse kernels keep weights in, by default the model's own. On a CPU float32, or
+    bfloat16 or int8, which are smaller, and round. On a GPU the model's own dtype, or float16, bfloat16, int8,
+    float8_e4m3fn.
     """
     with torch.inference_mode(False), on_device(_device(unwrap(model))):
-        ready, patterns, weight_dtype = _ready(model, pattern, exclude, axis, weight_dtype)
+        ready, patterns, weight_dtype = _ready(model, pattern, weight_dtype)
         fold_batch_norm(ready, example)
         return _plan(ready, example, patterns, weight_dtype)
 
@@ -65,9 +63,7 @@ def deploy(
     model: nn.Module,
     example: Any,
     *,
-    pattern: PatternChoice | None = None,
-    exclude: Sequence[str] = (),
-    axis: AxisChoice = "input",
+    pattern: Selection | PatternChoice | None = None,
     weight_dtype: torch.dtype | None = None,
     cuda_graph: bool = False,
     compiled: bool = False,
@@ -86,7 +82,7 @@ def deploy(
     """
     # Not in inference mode, also where the caller is in it: what is made here can be loaded into later.
     with torch.inference_mode(False), on_device(_device(unwrap(model))):
-        dense, patterns, weight_dtype = _ready(model, pattern, exclude, axis, weight_dtype)
+        dense, patterns, weight_dtype = _ready(model, pattern, weight_dtype)
         expected = _outputs(dense, example)
         fold_batch_norm(dense, example)
         found = _plan(dense, example, patterns, weight_dtype)
@@ -113,9 +109,7 @@ def deploy(
 
 def _ready(
     model: nn.Module,
-    pattern: PatternChoice | None,
-    exclude: Sequence[str],
-    axis: AxisChoice,
+    pattern: Selection | PatternChoice | None,
     weight_dtype: torch.dtype | None,
 ) -> tuple[nn.Module, dict[str, Pattern | str], torch.dtype]:
     """A plain copy in eval mode; for each weight its pattern or why it has none; the dtype to store weights in."""
@@ -130,7 +124,7 @@ def _ready(
     if weight_dtype is not None and weight_dtype not in allowed:
         raise ValueError(f"weight_dtype={weight_dtype}; needed one of {', '.join(map(str, allowed))}")
     weight_dtype = weight_dtype or own_dtype(inner)
-    report = verify(inner, pattern=pattern, exclude=exclude, axis=axis)
+    report = verify(inner, pattern=pattern)
     ready = copy.deepcopy(inner)
     ready = (finalize(ready) if sparsity_records(ready) else ready).eval().requires_grad_(False)
     return ready, {row.name: row.pattern or row.reason for row in report.rows}, weight_dtype

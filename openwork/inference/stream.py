@@ -33,9 +33,9 @@ from openwork.inference.fold import replace as replace_module
 from openwork.inference.layers import SparseConv2d, SparseLinear, kind_here, kinds_for
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
+from openwork.training.known_layers import known_axis
 from openwork.training.parametrize import masked_modules, unwrap
 from openwork.training.record import sparsity_records
-from openwork.training.select import known_axis
 from openwork.utils.example import run
 
 Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]

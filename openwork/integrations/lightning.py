@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 
 import openwork as ow
 from openwork.integrations.shared import Scalars, save_beside, verify
-from openwork.training.parametrize import held_weights
+from openwork.training.parametrize import trained_weights
 
 
 class SparseCallback(pl.Callback):
@@ -40,7 +40,7 @@ class SparseCallback(pl.Callback):
         self._restored = state_dict["handles"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        holding = [each for each in trainer.optimizers if held_weights(each, pl_module)] or trainer.optimizers[:1]
+        holding = [each for each in trainer.optimizers if trained_weights(each, pl_module)] or trainer.optimizers[:1]
         recorders = [self.topology] + [None] * len(holding)
         self.handles = [
             ow.attach(each, pl_module, topology=recorder) for each, recorder in zip(holding, recorders, strict=False)

@@ -9,18 +9,19 @@ from torch import Tensor, nn
 
 from openwork import kernels
 from openwork.ops import keep_largest_list
-from openwork.training.parametrize import Masked, masked_weights
+from openwork.training.parametrize import Masked, SparseWeight, sparse_weights
 
 
-def keep_all(held: Iterable[tuple[Masked, nn.Parameter]]) -> list[Tensor]:
+def keep_all(sparse: Iterable[SparseWeight]) -> list[Tensor]:
     """`Masked.keep` of many weights. Those on a GPU that are ranked afresh take one launch for each pattern."""
-    held = list(held)
-    found: dict[int, Tensor] = {}
-    ranked = {i: each for i, each in enumerate(held) if each[0].ranks_in_one_pass(each[1])}
+    sparse = list(sparse)
+    masks: dict[int, Tensor] = {}
+    ranked = {i: each for i, each in enumerate(sparse) if each.masked.ranks_in_one_pass(each.weight)}
     for pattern, indices in _in_lists(ranked, lambda masked: masked.pattern):
-        scores = [held[i][0].method.score(held[i][1].detach()) for i in indices]
-        found |= zip(indices, keep_largest_list(scores, pattern, [held[i][0].axis for i in indices]), strict=True)
-    return [found[i] if i in found else masked.keep(weight) for i, (masked, weight) in enumerate(held)]
+        scores = [sparse[i].masked.method.score(sparse[i].weight.detach()) for i in indices]
+        axes = [sparse[i].masked.axis for i in indices]
+        masks |= zip(indices, keep_largest_list(scores, pattern, axes), strict=True)
+    return [masks[i] if i in masks else each.masked.keep(each.weight) for i, each in enumerate(sparse)]
 
 
 def prune_ahead(root: nn.Module) -> None:
@@ -30,41 +31,40 @@ def prune_ahead(root: nn.Module) -> None:
     later.
     """
     wanted = (
-        (masked, weight)
-        for module in root.modules()
-        for _, masked, weight in masked_weights(module)
-        if masked.cache.wants(masked) and type(weight) is nn.Parameter and masked.ranks_in_one_pass(weight)
+        each
+        for each in sparse_weights(root)
+        if each.masked.cache.wants(each.masked)
+        and type(each.weight) is nn.Parameter
+        and each.masked.ranks_in_one_pass(each.weight)
     )
-    held = dict(enumerate(each for each in wanted if hasattr(each[0].method, "forwards_in_one_pass")))
-    for (method, pattern), indices in _in_lists(held, lambda masked: (masked.method, masked.pattern)):
-        axes, weights = [held[i][0].axis for i in indices], [held[i][1] for i in indices]
+    ahead = dict(enumerate(each for each in wanted if hasattr(each.masked.method, "forwards_in_one_pass")))
+    for (method, pattern), indices in _in_lists(ahead, lambda masked: (masked.method, masked.pattern)):
+        axes, weights = [ahead[i].masked.axis for i in indices], [ahead[i].weight for i in indices]
         pruned = method.forwards_in_one_pass(weights, pattern, axes)
-        for i, each in zip(indices, pruned, strict=True):
-            held[i][0].cache.give(*held[i], each)
+        for i, result in zip(indices, pruned, strict=True):
+            ahead[i].masked.cache.give(ahead[i].masked, ahead[i].weight, result)
 
 
-def add_gradient_terms(held: Iterable[tuple[Masked, nn.Parameter]], scale: Tensor | None) -> None:
+def add_gradient_terms(sparse: Iterable[SparseWeight], scale: Tensor | None) -> None:
     """`Masked.add_gradient_term` of many weights. On a GPU one launch adds those of one method and pattern."""
-    held = [each for each in held if each[1].grad is not None and hasattr(each[0].method, "gradient_term")]
-    simple = {i: each for i, each in enumerate(held) if scale is None and each[0].adds_in_one_pass(each[1])}
-    simple = {i: each for i, each in simple.items() if hasattr(each[0].method, "add_terms_in_one_pass")}
+    sparse = [each for each in sparse if each.weight.grad is not None and hasattr(each.masked.method, "gradient_term")]
+    simple = {i: each for i, each in enumerate(sparse) if scale is None and each.masked.adds_in_one_pass(each.weight)}
+    simple = {i: each for i, each in simple.items() if hasattr(each.masked.method, "add_terms_in_one_pass")}
     done: set[int] = set()
     for (method, pattern), indices in _in_lists(simple, lambda masked: (masked.method, masked.pattern)):
-        weights = [held[i][1] for i in indices]
+        weights = [sparse[i].weight for i in indices]
         gradients: Any = [weight.grad for weight in weights]
-        method.add_terms_in_one_pass(gradients, weights, pattern, [held[i][0].axis for i in indices])
+        method.add_terms_in_one_pass(gradients, weights, pattern, [sparse[i].masked.axis for i in indices])
         done |= set(indices)
-    for i, (masked, weight) in enumerate(held):
+    for i, each in enumerate(sparse):
         if i not in done:
-            masked.add_gradient_term(weight, scale)
+            each.masked.add_gradient_term(each.weight, scale)
 
 
-def _in_lists(
-    held: Mapping[int, tuple[Masked, nn.Parameter]], alike: Callable[[Masked], Any]
-) -> list[tuple[Any, list[int]]]:
+def _in_lists(sparse: Mapping[int, SparseWeight], alike: Callable[[Masked], Any]) -> list[tuple[Any, list[int]]]:
     """Which of the weights one launch can take together, and what they have alike."""
     lists: dict[Any, list[int]] = {}
-    for i, (masked, weight) in held.items():
-        if kernels.takes_lists(weight):
-            lists.setdefault((weight.device, alike(masked)), []).append(i)
+    for i, each in sparse.items():
+        if kernels.takes_lists(each.weight):
+            lists.setdefault((each.weight.device, alike(each.masked)), []).append(i)
     return [(what, indices) for (_, what), indices in lists.items()]

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdRef
 
-from openwork.training.parametrize import Masked, masked_modules, masked_weights, plain_name, weight_name
+from openwork.training.parametrize import plain_name, sparse_weights, weight_name
 from openwork.utils.example import quiet, run
 
 
@@ -160,7 +160,7 @@ class _Watcher(TorchDispatchMode):
         The hooks are global ones: hooks on its modules keep an encoder layer from its fast path.
         """
         names = {module: plain_name(name) for name, module in model.named_modules()}
-        masked = {each: f"{owner}.{name}".lstrip(".") for owner, name, each in _all_masked(model)}
+        masked: dict[nn.Module, str] = {sparse.masked: sparse.name for sparse in sparse_weights(model)}
 
         def before(module: nn.Module, _: Any) -> None:
             self.stack.append(names.get(module, self.stack[-1]))
@@ -172,12 +172,6 @@ class _Watcher(TorchDispatchMode):
 
         with register_module_forward_pre_hook(before), register_module_forward_hook(after, always_call=True):
             yield
-
-
-def _all_masked(model: nn.Module) -> Iterator[tuple[str, str, Masked]]:
-    """The (module name, tensor name, Masked) of every masked weight."""
-    for name, module in masked_modules(model):
-        yield from ((name, tensor, each) for tensor, each, _ in masked_weights(module))
 
 
 def _names_after(name: str, operands: list[tuple[Tensor, _Trace]], out: Tensor, from_example: bool) -> frozenset[str]:

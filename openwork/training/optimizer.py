@@ -24,7 +24,7 @@ from torch.optim import LBFGS, Optimizer
 from openwork.methods import steps_of_a_mask
 from openwork.training.dtensor import is_sharded, whole
 from openwork.training.foreach import add_gradient_terms
-from openwork.training.parametrize import held_weights, masked_modules, unwrap
+from openwork.training.parametrize import masked_modules, trained_weights, unwrap
 from openwork.training.record import sparsity_records
 from openwork.training.sparsify import masks
 from openwork.training.topology import Topology
@@ -97,14 +97,14 @@ class Handle:
         if creates_state_only(optimizer):
             return
         scale = getattr(optimizer, "grad_scale", None)
-        held = held_weights(optimizer, self._model)
-        if not held and any(masked_modules(self._model)):
+        trained = trained_weights(optimizer, self._model)
+        if not trained and any(masked_modules(self._model)):
             raise RuntimeError(
                 f"this {type(optimizer).__name__} held sparse weights of {type(self._model).__name__} when it was "
                 "attached and holds none now: something replaced them in the model (fully_shard, which must come "
                 "before the optimizer is built) or in the optimizer (DeepSpeed ZeRO, which is not supported)"
             )
-        add_gradient_terms(held, scale)
+        add_gradient_terms(trained, scale)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if creates_state_only(optimizer):
@@ -118,8 +118,8 @@ class Handle:
             self._skipped = skipped if self._skipped is None else self._skipped + skipped
         self._steps += 1
         if self._refreshes:
-            for masked, weight in held_weights(optimizer, self._model):
-                masked.count_step(weight)
+            for sparse in trained_weights(optimizer, self._model):
+                sparse.masked.count_step(sparse.weight)
         if self._before and self.topology:
             self.topology.record(self.steps, self._before, _whole_masks(self._model))
 
@@ -154,8 +154,8 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
         )
     if any(record.optimizers.get(optimizer) for _, _, record in found):
         raise ValueError(f"this {type(optimizer).__name__} is attached already: the term would be added twice")
-    held = held_weights(optimizer, model)
-    if not held:
+    trained = trained_weights(optimizer, model)
+    if not trained:
         raise ValueError(
             f"this {type(optimizer).__name__} holds none of the sparse weights of {type(model).__name__}; "
             "build it from model.parameters() of this very model"
@@ -169,8 +169,8 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
         raise ValueError(
             "LBFGS with a line search evaluates losses that lack the method's term; use line_search_fn=None"
         )
-    for masked, weight in held:
-        masked.reuses_mask = masked.reuses_mask and not is_sharded(weight)
+    for sparse in trained:
+        sparse.masked.reuses_mask = sparse.masked.reuses_mask and not is_sharded(sparse.weight)
     for _, _, record in found:
         record.optimizers[optimizer] = True
     return Handle(optimizer, model, topology)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from openwork.ops import keep_largest, keep_transposable
 from openwork.training.dtensor import by_groups, elementwise, is_sharded, placed_like, whole
 from openwork.training.forward_cache import ForwardCache
 from openwork.training.shared_class import AGE, plain_class, shared_class
+from openwork.utils.names import join
 
 _WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
 _ORIGINAL = re.compile(r"\bparametrizations\.([^.]+)\.original$")
@@ -204,15 +205,27 @@ def masked_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield plain_name(name), module
 
 
-def held_weights(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[Masked, nn.Parameter]]:
+class SparseWeight(NamedTuple):
+    """One masked weight of a model: its name in the plain model, where it is, what masks it, the dense weight."""
+
+    name: str
+    module: nn.Module
+    tensor_name: str
+    masked: Masked
+    weight: nn.Parameter
+
+
+def sparse_weights(model: nn.Module) -> Iterator[SparseWeight]:
+    """Every masked weight in `model`, in the order of its modules."""
+    for name, module in masked_modules(model):
+        for tensor_name, masked, weight in masked_weights(module):
+            yield SparseWeight(join(name, tensor_name), module, tensor_name, masked, weight)
+
+
+def trained_weights(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[SparseWeight]:
     """The masked weights that `optimizer` updates. Looked up anew each time: wrappers replace parameters."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [
-        (masked, weight)
-        for _, module in masked_modules(model)
-        for _, masked, weight in masked_weights(module)
-        if id(weight) in held
-    ]
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [sparse for sparse in sparse_weights(model) if id(sparse.weight) in trained]
 
 
 def plain_name(name: str) -> str:

@@ -17,7 +17,8 @@ from openwork.methods import Method
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
 from openwork.training.forward_cache import ForwardCache
-from openwork.training.parametrize import held_weights, masked_modules
+from openwork.training.parametrize import masked_modules, plain_name, trained_weights
+from openwork.utils.names import join
 
 
 @dataclass
@@ -59,6 +60,26 @@ def sparsity_records(model: nn.Module) -> list[tuple[str, nn.Module, SparsityRec
     return [(name, each, each.__dict__["_openwork_record"]) for name, each in found]
 
 
+def recorded_weights(model: nn.Module) -> dict[str, tuple[Pattern, Axis]]:
+    """The (pattern, axis) that was recorded of each weight by its name in the plain model; none of methods that only
+    watch."""
+    return {
+        join(plain_name(prefix), name): placed
+        for prefix, _, record in sparsity_records(model)
+        if record.method.sparse
+        for name, placed in record.weights.items()
+    }
+
+
+def recorded_output_axes(model: nn.Module) -> dict[str, Axis]:
+    """The output axes of the weights that are N:M along them as well, by name."""
+    return {
+        join(plain_name(prefix), name): axis
+        for prefix, _, record in sparsity_records(model)
+        for name, axis in record.output_axes.items()
+    }
+
+
 def watch_optimizers(model: nn.Module) -> finalize_with:
     """Warn at the first step of an optimizer that trains the model but was never attached.
 
@@ -81,7 +102,7 @@ def watch_optimizers(model: nn.Module) -> finalize_with:
                 "weight that it is added to is computed anew; call ow.finalize(model) before adding adapters",
                 stacklevel=3,
             )
-        if held_weights(optimizer, model) and not any(_same(optimizer, known) for known in record.optimizers):
+        if trained_weights(optimizer, model) and not any(_same(optimizer, known) for known in record.optimizers):
             groups_seen[optimizer] = math.inf
             warnings.warn(
                 f"{type(optimizer).__name__} steps a model sparsified with {record.method}, but nobody attached it: "

@@ -24,7 +24,7 @@ from openwork.kernels.cuda.stream import capturing, on_device
 from openwork.methods import is_transposable
 from openwork.nm.pattern import Pattern
 from openwork.training.forward_cache import change_of
-from openwork.training.parametrize import Masked, masked_modules, masked_weights, unwrap
+from openwork.training.parametrize import Masked, masked_weights, sparse_weights, unwrap
 from openwork.training.shared_class import plain_class, shared_class
 from openwork.utils.example import quiet, run
 from openwork.utils.table import aligned
@@ -134,9 +134,8 @@ class Layer:
 
 def _layers(model: nn.Module) -> dict[str, Layer]:
     found = {
-        f"{name}.{tensor}".lstrip("."): Layer(module, masked, weight, _unfit(module, tensor, masked, weight))
-        for name, module in masked_modules(model)
-        for tensor, masked, weight in masked_weights(module)
+        sparse.name: Layer(sparse.module, sparse.masked, sparse.weight, _unfit(*sparse[1:]))
+        for sparse in sparse_weights(model)
     }
     if not found:
         raise ValueError(f"{type(model).__name__} is not sparsified: call ow.sparsify(model, '2:4', method) first")
@@ -152,8 +151,8 @@ def _layers(model: nn.Module) -> dict[str, Layer]:
     return found
 
 
-def _unfit(module: nn.Module, tensor: str, masked: Masked, weight: Tensor) -> str:
-    if tensor != "weight" or plain_class(module) is not nn.Linear:
+def _unfit(module: nn.Module, tensor_name: str, masked: Masked, weight: Tensor) -> str:
+    if tensor_name != "weight" or plain_class(module) is not nn.Linear:
         return f"{plain_class(module).__name__}: only nn.Linear is accelerated"
     if not is_transposable(masked.method) or not within_2_4(masked.pattern):
         return f"{masked.pattern} is not within 2:4"

@@ -23,14 +23,14 @@ from openwork.training.parametrize import (
     Masked,
     mask_weights,
     masked_modules,
-    masked_weights,
+    sparse_weights,
     unmask_weights,
     unwrap,
     weight_name,
 )
 from openwork.training.record import SparsityRecord, sparsity_records, watch_optimizers
 from openwork.training.report import Report, Row
-from openwork.training.select import AxisChoice, Candidate, PatternChoice, Remainder, decide
+from openwork.training.select import AxisChoice, Candidate, PatternChoice, Remainder, Selection, decide
 from openwork.training.shared_class import plain_class
 
 _ONLY_WATCHED = "ow.Dense masks nothing: the table says what its mask would keep"
@@ -38,7 +38,7 @@ _ONLY_WATCHED = "ow.Dense masks nothing: the table says what its mask would keep
 
 def sparsify(
     model: nn.Module,
-    pattern: PatternChoice,
+    pattern: Selection | PatternChoice,
     method: Method = SRSTE(),
     *,
     exclude: Sequence[str] = (),
@@ -48,12 +48,9 @@ def sparsify(
 ) -> Report:
     """Make every weight that can be N:M sparse so, in place. Returns what became sparse, what did not, and why.
 
-    `pattern`: "2:4" for all, or a mapping from globs to patterns, the first match deciding; weights that none
-    matches stay dense. `exclude`: globs of weights or modules. `axis`: "input" groups along the reduction axis;
-    "kernel" is the flat grouping of the published results; a mapping from globs to dims names the axis of weights
-    that are not known. `remainder`: what to do where M does not divide the axis: "skip" the weight, "pad" the last
-    group, or "error". `example`: one input (a tensor, a tuple of arguments or a dict of keyword arguments), to count
-    multiply-adds with.
+    `pattern`: "2:4" for all, or a mapping from globs to patterns; `exclude`, `axis` and `remainder` are those of
+    `Selection`, which may stand in place of all four. `example`: one input (a tensor, a tuple of arguments or a dict of
+    keyword arguments), to count multiply-adds with.
 
     Nothing is excluded by default but what cannot be sparse. Call it after initialization and before `fully_shard`.
     Raises ValueError when nothing can be sparse, a glob matches nothing, or the model is sparse already.
@@ -68,8 +65,8 @@ def sparsify(
         raise TypeError(f"method={method!r}; needed a method object such as ow.SRSTE(), ow.STE() or ow.ASP()")
     model = unwrap(model)
     _check_plain(model)
-    both = is_transposable(method)
-    decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder, transposable=both)
+    selection = _selection(pattern, exclude, axis, remainder)
+    decided = decide(model, dataclasses.replace(selection, transposable=is_transposable(method)))
     macs = count_macs(model, example, {c.name: c.weight for c in decided}) if example is not None else None
     report = _report(model, decided, macs, f"{type(model).__name__}, {method.name}", method.score)
     cache = ForwardCache(prune_ahead)
@@ -113,7 +110,7 @@ def finalize(model: nn.Module) -> nn.Module:
 
 def project(
     model: nn.Module,
-    pattern: PatternChoice,
+    pattern: Selection | PatternChoice,
     *,
     exclude: Sequence[str] = (),
     axis: AxisChoice = "input",
@@ -125,7 +122,7 @@ def project(
     """
     model = unwrap(model)
     _check_plain(model)
-    decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder)
+    decided = decide(model, _selection(pattern, exclude, axis, remainder))
     report = _report(model, decided, None, f"{type(model).__name__}, projected", torch.abs)
     with torch.no_grad():
         for each in decided:
@@ -137,13 +134,23 @@ def project(
 def masks(model: nn.Module) -> dict[str, Tensor]:
     """The masks that a sparsified model has now, by weight: bool, the weight's shape, True means kept. A method that
     refreshes its masks writes into the stored ones, so they are copied."""
-    found = {
-        f"{name}.{tensor}".lstrip("."): (masked, weight)
-        for name, module in masked_modules(unwrap(model))
-        for tensor, masked, weight in masked_weights(module)
+    sparse = list(sparse_weights(unwrap(model)))
+    return {
+        each.name: mask.clone() if each.masked.refreshed else mask
+        for each, mask in zip(sparse, keep_all(sparse), strict=True)
     }
-    kept = zip(found.items(), keep_all(found.values()), strict=True)
-    return {name: keep.clone() if masked.refreshed else keep for (name, (masked, _)), keep in kept}
+
+
+def _selection(
+    pattern: Selection | PatternChoice, exclude: Sequence[str], axis: AxisChoice, remainder: Remainder
+) -> Selection:
+    if not isinstance(pattern, Selection):
+        return Selection(pattern, exclude=exclude, axis=axis, remainder=remainder)
+    if exclude or axis != "input" or remainder != "skip":
+        raise ValueError("exclude=, axis= and remainder= beside a Selection: put them into it")
+    if pattern.pattern is None:
+        raise ValueError(f"{pattern} has no pattern; needed the one to make weights sparse at, such as '2:4'")
+    return pattern
 
 
 def _mask(decided: list[Candidate], method: Method, cache: ForwardCache) -> None:

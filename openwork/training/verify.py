@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,9 +16,9 @@ from openwork.nm.pattern import Pattern
 from openwork.training.dtensor import whole
 from openwork.training.matmul_trace import Use, watch
 from openwork.training.parametrize import plain_name, unwrap
-from openwork.training.record import SparsityRecord, sparsity_records
+from openwork.training.record import recorded_output_axes, recorded_weights, sparsity_records
 from openwork.training.report import Report, Row
-from openwork.training.select import HELD, AxisChoice, Candidate, PatternChoice, decide
+from openwork.training.select import HELD, Candidate, PatternChoice, Selection, decide
 from openwork.training.shared_class import plain_class
 
 _GUESSES = tuple(2**i for i in range(1, 7))  # group sizes tried when no pattern is given
@@ -38,19 +38,16 @@ def verify(
     model: nn.Module,
     example: Any = None,
     *,
-    pattern: PatternChoice | None = None,
-    exclude: Sequence[str] = (),
-    axis: AxisChoice = "input",
-    transposable: bool = False,
+    pattern: Selection | PatternChoice | None = None,
 ) -> Report:
     """Check that at most N of every M weights are non-zero, and return a report; raise `NotSparse` with the layers
     that are denser.
 
     A sparsified model is held to what `sparsify` recorded, transposable masks along both axes. A plain one is held to
-    `pattern`, on every candidate weight that `exclude` does not name; without `pattern` the tightest N:M of each weight
-    is found, and a warning says that it was inferred. `example` (a tensor, a tuple of arguments or a mapping of keyword
-    arguments) is run as well, in eval mode, watching every weight that reaches a matrix product or convolution.
-    `transposable` holds a plain model to the pattern along the output axes as well.
+    `pattern`, "2:4" or a `Selection`, on every candidate weight that is not excluded; without a pattern the tightest
+    N:M of each weight is found, and a warning says that it was inferred. `example` (a tensor, a tuple of arguments or a
+    mapping of keyword arguments) is run as well, in eval mode, watching every weight that reaches a matrix product or
+    convolution.
 
     >>> import torch
     >>> model = nn.Linear(4, 1)
@@ -59,17 +56,14 @@ def verify(
     {'weight': Pattern(n=2, m=4)}
     """
     model = unwrap(model)
-    sparsified = sparsity_records(model)
-    if sparsified and (pattern is not None or exclude or axis != "input" or transposable):
-        raise ValueError(
-            "the model is held to what sparsify recorded; pattern=, exclude= and axis= are for plain models, and so "
-            "is transposable="
-        )
+    sparsified = bool(sparsity_records(model))
+    if sparsified and pattern is not None:
+        raise ValueError("the model is held to what sparsify recorded; pattern= is for plain models")
     skipped: tuple[Row, ...] = ()
     if sparsified:
-        recorded, output_axes = _recorded(sparsified), _recorded_output_axes(sparsified)
+        recorded, output_axes = _recorded(model), recorded_output_axes(model)
     else:
-        recorded, output_axes, skipped = _asked(model, pattern, exclude, axis, transposable)
+        recorded, output_axes, skipped = _asked(model, Selection.of(pattern))
     weights = _readable(model, recorded)
     broken = {name: "the weight is gone: its module was replaced" for name in recorded if name not in weights}
     broken |= {name: problem for name, each in weights.items() if (problem := _denser(each, *recorded[name]))}
@@ -92,37 +86,21 @@ def verify(
     return Report(rows, title, others, notes=notes + (products.notes() if example is not None else ()))
 
 
-def _recorded(sparsified: list[tuple[str, nn.Module, SparsityRecord]]) -> _Recorded:
-    held = {
-        f"{plain_name(prefix)}.{name}".lstrip("."): each
-        for prefix, _, record in sparsified
-        if record.method.sparse
-        for name, each in record.weights.items()
-    }
-    if not held:
+def _recorded(model: nn.Module) -> _Recorded:
+    recorded = recorded_weights(model)
+    if not recorded:
         raise ValueError("the model trains with ow.Dense, which keeps every weight: there is nothing to verify")
-    return held
+    return recorded
 
 
-def _recorded_output_axes(sparsified: list[tuple[str, nn.Module, SparsityRecord]]) -> dict[str, Axis]:
-    return {
-        f"{plain_name(prefix)}.{name}".lstrip("."): axis
-        for prefix, _, record in sparsified
-        for name, axis in record.output_axes.items()
-    }
-
-
-def _asked(
-    model: nn.Module, pattern: PatternChoice | None, exclude: Sequence[str], axis: AxisChoice, transposable: bool
-) -> tuple[_Recorded, dict[str, Axis], tuple[Row, ...]]:
+def _asked(model: nn.Module, selection: Selection) -> tuple[_Recorded, dict[str, Axis], tuple[Row, ...]]:
     """What a plain model is held to, the output axes that belong to it, and what is not held to anything, and why."""
-    if transposable and pattern is None:
-        raise ValueError("transposable=True needs pattern=: what a weight is along two axes is not inferred")
-    held = pattern or Pattern(1, 1)
-    decided = decide(model, held, exclude=exclude, axis=axis, dtypes=HELD, transposable=transposable)
-    if pattern is None:
-        decided = [_inferred(each) if each.pattern else each for each in decided]
+    if selection.pattern is None:
+        everywhere = dataclasses.replace(selection, pattern=Pattern(1, 1))
+        decided = [_inferred(each) if each.pattern else each for each in decide(model, everywhere, dtypes=HELD)]
         _warn_of_inferred(decided)
+    else:
+        decided = decide(model, selection, dtypes=HELD)
     skipped = tuple(_skipped(each) for each in decided if not each.pattern)
     output_axes = {each.name: each.output_axis for each in decided if each.output_axis}
     return {each.name: (each.pattern, each.axis) for each in decided if each.pattern}, output_axes, skipped
@@ -177,8 +155,8 @@ def _readable(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     modules = {plain_name(name): module for name, module in model.named_modules()}
     found = {}
     for name in names:
-        owner, _, tensor = name.rpartition(".")
-        weight = getattr(modules.get(owner), tensor, None)
+        owner, _, tensor_name = name.rpartition(".")
+        weight = getattr(modules.get(owner), tensor_name, None)
         if isinstance(weight, Tensor):
             found[name] = weight.detach()
     return found

@@ -367,7 +367,7 @@ def test_a_model_is_named_by_what_deploy_returned(wins: bool, monkeypatch: Any) 
     def deploy(model: nn.Module, x: Tensor, **_: Any) -> Any:
         made = copy.deepcopy(model)
         for each in made.blocks if wins else ():
-            each.up = ow.deployed.SparseLinear(each.up, ow.Pattern(2, 4), "panel", torch.bfloat16)
+            each.up = ow.inference.layers.SparseLinear(each.up, ow.Pattern(2, 4), "panel", torch.bfloat16)
         made.deployment = SimpleNamespace(chosen=dict.fromkeys(range(8), "cusparselt"))
         return made
 

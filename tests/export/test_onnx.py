@@ -145,7 +145,7 @@ def test_every_form_of_a_product(path):
     where = {"w": 0, "experts": 1}
     ow.project(model, "2:4", axis=where, exclude=["wide"])
     x = torch.randn(3, 4, 8)
-    done = to_onnx(model, x, path, pattern={"w": "2:4", "experts": "2:4"}, axis=where)
+    done = to_onnx(model, x, path, pattern=ow.Selection({"w": "2:4", "experts": "2:4"}, axis=where))
     assert {each.name for each in done.products if each.recorded} == {"w", "experts"}
     nodes = [node.op_type for node in onnx.load(path).graph.node]
     assert nodes.count("MatMul") == 1  # the batched one
@@ -370,7 +370,7 @@ def test_without_a_promise_the_tightest_is_found_and_a_pattern_can_be_asked_for(
     with pytest.raises(ow.NotSparse, match="d: 4 of 4 groups") as caught:
         check_onnx(path, "2:4")
     assert list(caught.value.layers) == ["d"]
-    assert [each.recorded for each in check_onnx(path, "2:4", exclude=["d"])] == [True, False]
+    assert [each.recorded for each in check_onnx(path, ow.Selection("2:4", exclude=["d"]))] == [True, False]
     with pytest.raises(ow.NotSparse, match=r"1 weights.*\n  w: "):
         check_onnx(path, "1:8")  # 8 does not divide d's 4
 

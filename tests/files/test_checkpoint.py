@@ -61,7 +61,7 @@ def path(tmp_path):
 def test_a_plain_model_comes_back_bit_for_bit(path, text, dtype):
     model = small_net().to(dtype)
     ow.project(model, text, remainder="pad")
-    ow.save(model, path, pattern=text, remainder="pad")
+    ow.save(model, path, pattern=ow.Selection(text, remainder="pad"))
     assert same_state(ow.load(path), model.state_dict())
     twin = small_net().to(dtype)
     assert ow.load(path, into=twin) is twin
@@ -78,7 +78,7 @@ def test_weights_of_int8_are_compressed_too(path, text):
     model = nn.Sequential(*(each for each in floats if isinstance(each, nn.Linear)))
     for each in model:
         each.weight = nn.Parameter((each.weight * 1000).round().clamp(-128, 127).to(torch.int8), requires_grad=False)
-    ow.save(model, path, pattern=text, remainder="pad")
+    ow.save(model, path, pattern=ow.Selection(text, remainder="pad"))
     assert {each.name: (each.dtype, str(each.pattern)) for each in check(path) if each.pattern} == dict.fromkeys(
         ("0.weight", "1.weight"), (torch.int8, text)
     )
@@ -157,7 +157,7 @@ def test_every_axis_comes_back(path):
     )
     where = {"experts.w": 1}
     report = ow.project(model, "2:4", axis=where)
-    ow.save(model, path, pattern="2:4", axis=where)
+    ow.save(model, path, pattern=ow.Selection("2:4", axis=where))
     assert {each.name for each in describe(path) if each.pattern} == set(report.sparse)
     assert same_state(ow.load(path), model.state_dict())
     with opened(path) as found:
@@ -167,7 +167,7 @@ def test_every_axis_comes_back(path):
 def test_the_flat_axis_comes_back(path):
     model = nn.Conv2d(3, 8, 3)
     ow.project(model, "2:4", axis="kernel")
-    ow.save(model, path, pattern="2:4", axis="kernel")
+    ow.save(model, path, pattern=ow.Selection("2:4", axis="kernel"))
     assert same_state(ow.load(path), model.state_dict())
 
 
@@ -554,7 +554,7 @@ def test_files_of_more_than_4_gb(path, monkeypatch):
 def test_entries(path):
     model = nn.Sequential(nn.Linear(10, 4), nn.Linear(4, 4))
     ow.project(model, {"0": "1:8"}, remainder="pad")
-    ow.save(model, path, pattern={"0": "1:8"}, remainder="pad")
+    ow.save(model, path, pattern=ow.Selection({"0": "1:8"}, remainder="pad"))
     found = {each.name: each for each in check(path)}
     assert describe(path) == check(path)
     assert (found["0.weight"].shape, found["0.weight"].dtype) == ((4, 10), torch.float32)

@@ -70,7 +70,7 @@ def deploy(model, x=X, **options):
 def test_the_same_outputs(weight_dtype, pattern, sparse_wins):
     model = net(pattern)
     before = copy.deepcopy(model.state_dict())
-    fast = deploy(model, pattern=pattern, exclude=["down"], weight_dtype=weight_dtype)
+    fast = deploy(model, pattern=ow.Selection(pattern, exclude=["down"]), weight_dtype=weight_dtype)
     kinds = {name: type(each) for name, each in fast.named_modules() if isinstance(each, SparseConv2d | SparseLinear)}
     assert kinds == {"stem.0": SparseConv2d, "grouped": SparseConv2d, "line": SparseConv2d, "up": SparseLinear}
     assert not any(isinstance(each, nn.BatchNorm2d | nn.ReLU) for each in fast.modules())
@@ -81,12 +81,12 @@ def test_the_same_outputs(weight_dtype, pattern, sparse_wins):
     assert apart < {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.int8: 3e-2}[weight_dtype]
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
     assert not any(each.requires_grad for each in fast.parameters())
-    ow.verify(model, pattern=pattern, exclude=["down"])  # the model that was given is as it was
+    ow.verify(model, pattern=ow.Selection(pattern, exclude=["down"]))  # the model that was given is as it was
 
 
 def test_other_batches_and_memory_formats(sparse_wins):
     model = net()
-    fast = deploy(model, pattern="2:4", exclude=["down"])
+    fast = deploy(model, pattern=ow.Selection("2:4", exclude=["down"]))
     for x in (torch.randn(1, 8, 9, 9), torch.randn(7, 8, 9, 9).to(memory_format=torch.channels_last), X[:0]):
         torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-5)
 
@@ -94,7 +94,7 @@ def test_other_batches_and_memory_formats(sparse_wins):
 def test_it_compiles_whole(sparse_wins):
     model = net()
     for weight_dtype in (torch.float32, torch.int8):
-        fast = ow.deploy(model, X, pattern="2:4", exclude=["down"], weight_dtype=weight_dtype)
+        fast = ow.deploy(model, X, pattern=ow.Selection("2:4", exclude=["down"]), weight_dtype=weight_dtype)
         assert any(isinstance(each, SparseConv2d) for each in fast.modules())
         compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
@@ -107,7 +107,7 @@ def test_a_model_in_bfloat16(monkeypatch):
     say(monkeypatch, panel=0.8, rows=0.8, dots=0.5, sparse=0.5)
     model = net().bfloat16()
     x = X.bfloat16()
-    fast = ow.deploy(model, x, pattern="2:4", exclude=["down"])
+    fast = ow.deploy(model, x, pattern=ow.Selection("2:4", exclude=["down"]))
     kinds = {name: each.kind for name, each in fast.named_modules() if isinstance(each, SparseConv2d | SparseLinear)}
     assert kinds == {"stem.0": "dots", "grouped": "panel", "line": "dots", "up": "dots"}
     exact = copy.deepcopy(model).double()(x.double())
@@ -139,7 +139,7 @@ def test_dense_is_kept_where_sparse_loses(monkeypatch):
     say(monkeypatch, panel=2.0, rows=2.0)
     model = net()
     with pytest.warns(UserWarning, match=r"(?s)^sparse is not faster than dense here: the dense model is .*\n0 of 5 "):
-        fast = ow.deploy(model, X, pattern="2:4", exclude=["down"])
+        fast = ow.deploy(model, X, pattern=ow.Selection("2:4", exclude=["down"]))
     assert fast.deployment.chosen == {}
     assert set(fast.deployment.whole) == {"dense", "dense, channels_last"}
     assert not any(isinstance(each, SparseConv2d | SparseLinear | nn.BatchNorm2d) for each in fast.modules())
@@ -148,7 +148,7 @@ def test_dense_is_kept_where_sparse_loses(monkeypatch):
 
 def test_only_winners_are_converted(monkeypatch):
     say(monkeypatch, panel=0.5, rows=2.0, oneDNN=0.4, sparse=0.5)
-    fast = deploy(net(), pattern="2:4", exclude=["down"])
+    fast = deploy(net(), pattern=ow.Selection("2:4", exclude=["down"]))
     assert {name for name, each in fast.named_modules() if isinstance(each, SparseConv2d | SparseLinear)} == {
         "stem.0",
         "grouped",
@@ -162,7 +162,7 @@ def test_the_whole_model_is_measured_too(monkeypatch, sparse, wins):
     say(monkeypatch, panel=0.5, rows=0.5, sparse=sparse)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fast = ow.deploy(net(), X, pattern="2:4", exclude=["down"])
+        fast = ow.deploy(net(), X, pattern=ow.Selection("2:4", exclude=["down"]))
     assert any(isinstance(each, SparseConv2d) for each in fast.modules()) == wins
     assert [str(each.message)[:37] for each in caught] == ["sparse is not faster than dense here:"] * (not wins)
     assert "whole model, dense, channels_last: 1000.00 ms" in str(fast.deployment)
@@ -176,7 +176,7 @@ def test_the_memory_format_that_was_fastest(monkeypatch, best):
     ow.project(model, "2:4", exclude=["1"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fast = ow.deploy(model, X, pattern="2:4", exclude=["1"])
+        fast = ow.deploy(model, X, pattern=ow.Selection("2:4", exclude=["1"]))
     assert type(fast[0]) is (SparseConv2d if "sparse" in best else nn.Conv2d)
     assert fast[1].weight.is_contiguous(memory_format=torch.channels_last) == ("last" in best)
     assert fast(X).is_contiguous(memory_format=torch.channels_last) == ("last" in best)
@@ -196,7 +196,7 @@ def test_a_sparsified_model_is_finalized_in_a_copy(sparse_wins):
 
 def test_a_model_in_training_mode_is_deployed_for_inference(sparse_wins):
     model = net().train()
-    fast = deploy(model, pattern="2:4", exclude=["down"])
+    fast = deploy(model, pattern=ow.Selection("2:4", exclude=["down"]))
     assert model.training
     torch.testing.assert_close(fast(X), model.eval()(X), atol=1e-5, rtol=1e-5)
 
@@ -262,7 +262,7 @@ def test_a_model_of_transformers(sparse_wins):
     model = transformers.GPT2LMHeadModel(config).eval()
     ow.project(model, "2:4", exclude=["*wte*", "*wpe*", "lm_head*"])
     ids = {"input_ids": torch.arange(6)[None]}
-    fast = deploy(model, ids, pattern="2:4", exclude=["*wte*", "*wpe*", "lm_head*"])
+    fast = deploy(model, ids, pattern=ow.Selection("2:4", exclude=["*wte*", "*wpe*", "lm_head*"]))
     assert isinstance(fast.transformer.h[1].mlp.c_fc, SparseLinear)
     assert len(fast.deployment.chosen) == 8
     with torch.no_grad():
@@ -287,14 +287,14 @@ def folded(model):
 def test_saved_loaded_and_copied(sparse_wins, mode):
     model = net()
     with mode():  # whichever the caller is in, what is made can be loaded into
-        fast = deploy(model, pattern="2:4", exclude=["down"])
+        fast = deploy(model, pattern=ow.Selection("2:4", exclude=["down"]))
     y = fast(X)
     state = fast.state_dict()
     plain = folded(net())
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in plain.state_dict().items()}
     plain.load_state_dict(state)
     torch.testing.assert_close(plain(X), y, atol=1e-5, rtol=1e-5)
-    other = deploy(folded(net()), pattern="2:4", exclude=["down"])
+    other = deploy(folded(net()), pattern=ow.Selection("2:4", exclude=["down"]))
     assert not torch.equal(other(X), y)
     other.load_state_dict(state)
     assert torch.equal(other(X), y)
@@ -320,8 +320,8 @@ def test_mistakes(verb):
          r"weight_dtype=torch\.float16; needed one of torch\.float32, torch\.bfloat16, torch\.int8"),
         (lambda: verb(Net().to("meta"), X), ValueError,
          r"the model is on meta; needed one CPU or one GPU: model"),
-        (lambda: verb(net(), X, pattern="2:4", exclude=["nothing"]), ValueError, "nothing"),
-        (lambda: verb(net(), X[:, :7], pattern="2:4", exclude=["down"]), RuntimeError, "channels"),
+        (lambda: verb(net(), X, pattern=ow.Selection("2:4", exclude=["nothing"])), ValueError, "nothing"),
+        (lambda: verb(net(), X[:, :7], pattern=ow.Selection("2:4", exclude=["down"])), RuntimeError, "channels"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             action()
@@ -338,7 +338,7 @@ def test_other_outputs_are_warned_of(sparse_wins, monkeypatch):
 
     monkeypatch.setattr(module, "fold_batch_norm", wrong)
     with pytest.warns(UserWarning, match=r"^outputs differ from the given model's by [\d.e-]+ of the largest, more th"):
-        ow.deploy(model, X, pattern="2:4", exclude=["down"])
+        ow.deploy(model, X, pattern=ow.Selection("2:4", exclude=["down"]))
 
 
 class Random(nn.Sequential):

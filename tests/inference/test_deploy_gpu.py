@@ -311,7 +311,7 @@ def test_dense_stays_where_it_wins(monkeypatch: Any) -> None:
 
 def test_other_patterns_have_the_kernels_for_few_rows(monkeypatch: Any) -> None:
     clock(monkeypatch, expand=0.5)
-    plan = ow.plan(net("4:8"), torch.randn(2, 4, 8, 8).bfloat16(), pattern="4:8", exclude=["stem"])
+    plan = ow.plan(net("4:8"), torch.randn(2, 4, 8, 8).bfloat16(), pattern=ow.Selection("4:8", exclude=["stem"]))
     assert plan.chosen == {"first.weight": "expand", "last.weight": "expand"}
     (mix,) = [each for each in plan.layers if each.name == "mix.weight"]
     assert mix.reason.startswith("4 non-zeros in four neighbours")

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.multiprocessing import get_context
 
 import openwork as ow
-from openwork.inference.layers import SparseConv2d, SparseLinear, check_not_deployed, symmetric_padding
+from openwork.inference.layers import SparseConv2d, SparseLinear, symmetric_padding
 from openwork.kernels.cpu import native
 from openwork.layouts.layout import has_dots_layout
+from openwork.utils.deployed import check_not_deployed
 
 STATUS = ow.kernels.status()
 WEIGHT_DTYPES = [torch.float32, torch.bfloat16, torch.int8]

@@ -44,7 +44,7 @@ def test_layers_are_chosen_by_their_times(monkeypatch):
     say(monkeypatch, torch=1.0, oneDNN=0.5, channels_last=0.7, panel=0.4, rows=0.3)
     model = net()
     before = copy.deepcopy(model.state_dict())
-    found = ow.plan(model, X, pattern="2:4", exclude=["b"])
+    found = ow.plan(model, X, pattern=ow.Selection("2:4", exclude=["b"]))
     conv, a, unused, b = found.layers
     assert (conv.name, conv.dense, conv.dense_by, conv.sparse, conv.kind) == (
         "conv.weight", 0.7, "channels_last", 0.4, "panel")  # fmt: skip
@@ -195,7 +195,7 @@ def test_groups_along_another_axis_stay_dense(monkeypatch):
     say(monkeypatch, panel=0.5)
     model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1))
     ow.project(model, "2:4", axis="kernel")
-    found = ow.plan(model, X, pattern="2:4", axis="kernel").layers
+    found = ow.plan(model, X, pattern=ow.Selection("2:4", axis="kernel")).layers
     assert [each.reason for each in found] == ["its groups run along another axis than products sum over", ""]
     assert [each.kind for each in found] == [None, "panel"]  # of a 1x1 kernel they are the same
 
@@ -214,7 +214,7 @@ def test_int8_has_no_infinity(monkeypatch):
 
 def test_the_table(monkeypatch):
     say(monkeypatch, torch=1e-3, oneDNN=2e-3, channels_last=1.5e-3, panel=0.5e-3, rows=0.7e-3)
-    text = str(ow.plan(net(), X, pattern="2:4", exclude=["b"]))
+    text = str(ow.plan(net(), X, pattern=ow.Selection("2:4", exclude=["b"])))
     first, header, *lines, summary = text.splitlines()
     assert re.fullmatch(rf"1 threads, torch {re.escape(torch.__version__)}, .*native kernels.*", first)
     assert header.split() == [

@@ -116,7 +116,7 @@ def sparse_wins(monkeypatch, kind: str = "panel") -> dict[str, float]:
 def test_it_is_what_deploy_makes(path, saved, monkeypatch):
     sparse_wins(monkeypatch)
     monkeypatch.setattr(sys.modules["openwork.inference.deploy"], "_whole", lambda *_: {"dense": 2.0, "sparse": 1.0})
-    by_model = ow.deploy(saved, EXAMPLE, pattern="2:4", exclude=["stem"])
+    by_model = ow.deploy(saved, EXAMPLE, pattern=ow.Selection("2:4", exclude=["stem"]))
     by_file = ow.load_deployed(path, Net(), EXAMPLE)
     assert by_file.deployment.chosen == by_model.deployment.chosen == dict.fromkeys(NAMES, "panel")
     theirs, ours = by_model.state_dict(), by_file.state_dict()
@@ -224,8 +224,8 @@ class Odd(nn.Module):
 
 def test_what_no_kernel_takes_is_dense_for_a_reason(path):
     model = trained(Odd(), exclude=["embed", "head"])
-    names = set(ow.verify(model, exclude=["embed", "head"], pattern="2:4").sparse)
-    ow.save(model, path, pattern="2:4", exclude=["embed", "head"])
+    names = set(ow.verify(model, pattern=ow.Selection("2:4", exclude=["embed", "head"])).sparse)
+    ow.save(model, path, pattern=ow.Selection("2:4", exclude=["embed", "head"]))
     x = torch.arange(6).view(1, 6)
     with pytest.raises(ValueError, match="kernels pad with zeros"):
         ow.load_deployed(path, without_values(Odd), x, chosen={"mirror.weight": "panel"})
@@ -280,7 +280,7 @@ def test_layers_of_transformers_that_keep_their_weights_transposed(path):
 def test_groups_that_do_not_run_along_the_inputs_stay_dense(path):
     model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1))
     ow.project(model, "2:4", axis="kernel")
-    ow.save(model, path, pattern="2:4", axis="kernel")
+    ow.save(model, path, pattern=ow.Selection("2:4", axis="kernel"))
     with pytest.warns(UserWarning, match="no layer is faster"):
         fast = ow.load_deployed(path, nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1)), torch.randn(1, 8, 5, 5))
     assert {each.reason for each in fast.deployment.layers} == {"its groups do not run along the inputs"}

@@ -92,7 +92,7 @@ def test_what_leaves_training_is_sparse(tmp_path):
     used = model.eval()(x)
     accelerate.save_state(str(tmp_path / "state"))
     plain = sparse.finish(tmp_path / "out")
-    assert ow.verify(plain, pattern="2:4", exclude=["head"]).sparse.keys() == KIND.dims.keys()
+    assert ow.verify(plain, pattern=ow.Selection("2:4", exclude=["head"])).sparse.keys() == KIND.dims.keys()
     assert type(plain.layers[0].linear1) is torch.nn.Linear
     for folder in ("state", "out"):
         assert torch.equal(ow.load(tmp_path / folder / FILE, into=nets.made(KIND).eval())(x), used)

@@ -11,11 +11,11 @@ import sys
 
 import torch
 import triton.language as tl
-from openwork.kernels.cuda.stream.triton import bits, masks, skinny, transposable
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
+from openwork.kernels.cuda.triton import bits, masks, skinny, transposable
 from openwork.kernels.cuda.triton.floats import KINDS, WORDS
 from openwork.nm.pattern import Pattern
 from openwork.ops.skinny import index_bits

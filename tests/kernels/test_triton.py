@@ -68,9 +68,9 @@ def test_compiled_for_gpus_that_are_not_here(tmp_path: Path) -> None:
         ("masks", "_many", {"tensors"}),
         ("bits", "_pack", {"tensors"}),
         ("bits", "_differ", {"tensors"}),
-        ("thin", "_gather", {"B", "groups", "share"}),
-        ("thin", "_expand", {"B", "groups", "share"}),
-        ("thin", "_finish", {"B", "count"}),
+        ("skinny", "_gather", {"B", "groups", "share"}),
+        ("skinny", "_expand", {"B", "groups", "share"}),
+        ("skinny", "_finish", {"B", "count"}),
     ],
 )
 def test_a_kernel_is_compiled_once_for_all_sizes(file: str, kernel: str, sizes: set[str]) -> None:

@@ -143,14 +143,14 @@ def test_masks_are_exact_along_both_axes_and_verify_holds_them_so():
 
 def test_a_plain_model_is_verified_along_both_axes_where_asked():
     model = ow.finalize(net())
-    ow.verify(model, pattern="2:4", transposable=True)
+    ow.verify(model, pattern=ow.Selection("2:4", transposable=True))
     with torch.no_grad():
         model.fc.weight.zero_()[:, 0] = 1
     ow.verify(model, pattern="2:4")
     with pytest.raises(ow.NotSparse, match="along the output axis"):
-        ow.verify(model, pattern="2:4", transposable=True)
+        ow.verify(model, pattern=ow.Selection("2:4", transposable=True))
     with pytest.raises(ValueError, match="transposable=True needs pattern="):
-        ow.verify(model, transposable=True)
+        ow.verify(model, pattern=ow.Selection(transposable=True))
 
 
 # --- what survives -------------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from openwork.kernels.cuda.stream.triton import bits, launch, masks
 from torch import Tensor
 
 from openwork.kernels.cuda import stream
+from openwork.kernels.cuda.triton import bits, launch, masks
 from openwork.nm.groups import Axis
 from openwork.nm.mask_stats import pack, packed_sad
 from openwork.nm.masks import keep_largest

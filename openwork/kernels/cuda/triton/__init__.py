@@ -58,7 +58,7 @@ def status() -> str:
 def _failure() -> str:
     """What happens when the smallest kernel runs; empty where all is well. Raises `_ForNow` where that may change."""
     try:
-        from openwork.kernels.cuda.stream.triton import masks
+        from openwork.kernels.cuda.triton import masks
 
         with _disable_current_modes():  # it may be asked first while a compiler traces with tensors that hold nothing
             probe = torch.tensor([[1.0, 2.0, 3.0, 4.0]], device="cuda")

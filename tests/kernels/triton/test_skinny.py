@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from openwork.kernels.cuda.stream.triton import skinny as kernels
 
+from openwork.kernels.cuda.triton import skinny as kernels
 from openwork.nm.groups import Axis
 from openwork.nm.masks import keep_largest, prune
 from openwork.nm.pattern import Pattern
