@@ -50,9 +50,9 @@ from openwork.bench.models import Encoder
 from openwork.inference.layers import PackedLayer
 from openwork.kernels.cuda import cusparselt
 from openwork.nm.groups import Axis
-from openwork.nm.masks import keep_largest as defined_mask
+from openwork.nm.masks import magnitude_mask as defined_mask
 from openwork.nm.quantize import quantize
-from openwork.ops import add_decayed, add_decayed_list, keep_largest, prune, prune_list
+from openwork.ops import foreach_decay, foreach_mask, foreach_prune
 from openwork.utils.timing import ABOUT_A_MILLISECOND, as_graph
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -223,9 +223,9 @@ def of_masks(bench: Bench, dtype: torch.dtype, text: str) -> list[Row]:
     gradient, target = torch.randn_like(weight), torch.empty_like(weight)
     variants: dict[str, Callable[[], object]] = {
         "copy": partial(target.copy_, weight),
-        "prune": partial(prune, weight, pattern, Axis(1)),
-        "mask": partial(keep_largest, weight, pattern, Axis(1)),
-        "SR-STE term": partial(add_decayed, gradient, weight, 2e-4, pattern, Axis(1)),
+        "prune": partial(foreach_prune, [weight], pattern, [Axis(1)]),
+        "mask": partial(foreach_mask, [weight], pattern, [Axis(1)]),
+        "SR-STE term": partial(foreach_decay, [gradient], [weight], 2e-4, pattern, [Axis(1)]),
         "reference": lambda: defined_mask(weight.abs(), pattern, Axis(1)),
     }
     once = weight.nbytes
@@ -255,16 +255,16 @@ def of_a_list(bench: Bench, what: str) -> list[Row]:
 
     def prunes() -> None:
         for weight in weights:
-            prune(weight, pattern, Axis(1))
+            foreach_prune([weight], pattern, [Axis(1)])
 
     def terms() -> None:
         for gradient, weight in zip(gradients, weights, strict=True):
-            add_decayed(gradient, weight, 2e-4, pattern, Axis(1))
+            foreach_decay([gradient], [weight], 2e-4, pattern, [Axis(1)])
 
     variants: dict[str, Callable[[], object]] = (
-        {"one by one": prunes, "list": partial(prune_list, weights, pattern, axes)}
+        {"one by one": prunes, "list": partial(foreach_prune, weights, pattern, axes)}
         if what == "prune"
-        else {"one by one": terms, "list": partial(add_decayed_list, gradients, weights, 2e-4, pattern, axes)}
+        else {"one by one": terms, "list": partial(foreach_decay, gradients, weights, 2e-4, pattern, axes)}
     )
     times = bench.times(variants, flush=False, launched=False)
     shape = f"{what}, {len(weights)} weights"
@@ -593,7 +593,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     device = torch.device("cpu" if asked.rehearse else "cuda")
     bench = Bench(device, 1 if asked.rehearse else asked.rounds, asked.rehearse)
-    print(f"{gpu_name(device)}; {versions()}; {kernels.gpu_status()}")
+    print(f"{gpu_name(device)}; {versions()}; {kernels.status('cuda')}")
     if not asked.rehearse and (warned := cusparselt.version_warning(device)):
         print(f"warning: {warned}")
     run = Run(bench, asked.out, time.monotonic() + 60 * asked.minutes)

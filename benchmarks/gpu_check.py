@@ -25,19 +25,16 @@ from openwork.inference.layers import GpuKind
 from openwork.kernels.cuda import cusparselt
 from openwork.nm.groups import Axis
 from openwork.nm.mask_stats import pack, sad
-from openwork.nm.masks import keep_largest as defined_mask
+from openwork.nm.masks import magnitude_mask as defined_mask
 from openwork.nm.quantize import QUANTIZED
-from openwork.nm.transposable import keep_transposable as defined_transposable
+from openwork.nm.transposable import transposable_mask as defined_transposable
 from openwork.ops import (
-    add_decayed,
-    add_decayed_list,
-    keep_largest,
-    keep_largest_list,
-    keep_transposable,
-    pack_list,
-    packed_sad_list,
-    prune,
-    prune_list,
+    foreach_decay,
+    foreach_mask,
+    foreach_pack,
+    foreach_packed_sad,
+    foreach_prune,
+    foreach_transposable_mask,
 )
 from openwork.utils.timing import as_graph
 
@@ -131,11 +128,11 @@ def masks(tally: Tally) -> None:
             where = f"{pattern} {tuple(weight.shape)} {short(dtype)}"
             keep, pruned, gradient, added = defined(weight, pattern, axis)
             with tally.check(f"mask {where}"):
-                same(keep_largest(weight.abs(), pattern, axis), keep)
+                same(foreach_mask([weight.abs()], pattern, [axis])[0], keep)
             with tally.check(f"prune {where}"):
-                same_bits(prune(weight, pattern, axis), pruned)
+                same_bits(foreach_prune([weight], pattern, [axis])[0], pruned)
             with tally.check(f"SR-STE term {where}"):
-                add_decayed(gradient, weight, RATE, pattern, axis)
+                foreach_decay([gradient], [weight], RATE, pattern, [axis])
                 same(gradient, added)
 
 
@@ -149,11 +146,11 @@ def lists(tally: Tally) -> None:
         keeps, pruned, gradients, added = zip(*of_each, strict=True)
         where = f"{pattern} of {len(cases)} weights in {short(dtype)}"
         with tally.check(f"masks in a list {where}"):
-            each_one(same, keep_largest_list([w.abs() for w in weights], pattern, axes), keeps)
+            each_one(same, foreach_mask([w.abs() for w in weights], pattern, axes), keeps)
         with tally.check(f"prune in a list {where}"):
-            each_one(same_bits, prune_list(weights, pattern, axes), pruned)
+            each_one(same_bits, foreach_prune(weights, pattern, axes), pruned)
         with tally.check(f"SR-STE terms in a list {where}"):
-            add_decayed_list(gradients, weights, RATE, pattern, axes)
+            foreach_decay(gradients, weights, RATE, pattern, axes)
             each_one(same, gradients, added)
 
 
@@ -164,18 +161,19 @@ def transposable(tally: Tally) -> None:
         some = {"ties": ties(shape, dtype, tally.device), "normal": torch.randn(shape, device=tally.device).to(dtype)}
         for name, weight in some.items():
             with tally.check(f"transposable {text} {shape} {short(dtype)}, {name}"):
-                where = (ow.Pattern.parse(text), Axis(1), Axis(0))
-                same(keep_transposable(weight.abs(), *where), defined_transposable(weight.abs().cpu(), *where))
+                pattern = ow.Pattern.parse(text)
+                (mask,) = foreach_transposable_mask([weight.abs()], pattern, [Axis(1)], [Axis(0)])
+                same(mask, defined_transposable(weight.abs().cpu(), pattern, Axis(1), Axis(0)))
 
 
 def bits(tally: Tally) -> None:
     """Packed masks and how far they are from one another."""
     shapes = ((7, 9), (100, 100), (1,), (33, 3, 3, 3), (1024, 1025))
     first, second = ([torch.rand(shape, device=tally.device) < 0.5 for shape in shapes] for _ in range(2))
-    with tally.check("pack_list"):
-        each_one(same, pack_list(first), [pack(each) for each in first])
-    with tally.check("packed_sad_list"):
-        found = packed_sad_list(pack_list(first), pack_list(second))
+    with tally.check("foreach_pack"):
+        each_one(same, foreach_pack(first), [pack(each) for each in first])
+    with tally.check("foreach_packed_sad"):
+        found = foreach_packed_sad(foreach_pack(first), foreach_pack(second))
         expected = [sad(a, b) for a, b in zip(first, second, strict=True)]
         assert found == expected, f"{found}; expected {expected}"
 
@@ -224,7 +222,7 @@ def short(dtype: torch.dtype) -> str:
 def sparse(layer: Any, text: str, dtype: torch.dtype, device: torch.device) -> Any:
     """The layer pruned, ready for inference, with biases that no other layer has."""
     layer = layer.to(device, dtype).eval().requires_grad_(False)
-    layer.weight.copy_(prune(layer.weight, ow.Pattern.parse(text), Axis(1)))
+    layer.weight.copy_(foreach_prune([layer.weight], ow.Pattern.parse(text), [Axis(1)])[0])
     layer.bias.normal_()
     return layer
 
@@ -361,7 +359,7 @@ def compiled(tally: Tally) -> None:
             close(compiled_(packed(layer, "2:4", kind, weight_dtype, x))(x), exact(layer, x), weight_dtype)
     with tally.check("compiled prune"):
         weight = ties((96, 640), torch.bfloat16, tally.device)
-        doubled = compiled_(lambda w: prune(w, ow.Pattern(2, 4), Axis(1)) * 2)(weight)
+        doubled = compiled_(lambda w: foreach_prune([w], ow.Pattern(2, 4), [Axis(1)])[0] * 2)(weight)
         same(doubled, defined(weight, ow.Pattern(2, 4), Axis(1))[1] * 2)
 
 

@@ -12,14 +12,13 @@ from torch.nn import functional as F
 
 from openwork.bench.measure import Machine, Row, alternating, rows
 from openwork.inference.layers import Kind, SparseLinear, kinds_for
-from openwork.kernels import has_dots
-from openwork.kernels.cpu.masks import in_one_pass, prune_into
+from openwork.kernels import fuses, has_dots
+from openwork.kernels.cpu.masks import prune_into
 from openwork.kernels.cpu.onednn import prepacked_linear
 from openwork.nm.groups import Axis
-from openwork.nm.masks import keep_largest, prune
+from openwork.nm.masks import apply_mask, magnitude_mask
 from openwork.nm.pattern import Pattern
-from openwork.ops import add_decayed
-from openwork.ops import prune as prune_in_one_pass
+from openwork.ops import foreach_decay, foreach_prune
 
 WEIGHT = (2048, 4096)
 """The weight that masks are made for."""
@@ -36,12 +35,12 @@ def masks(machine: Machine, patterns: Sequence[Pattern], seconds: float) -> Iter
         variants: dict[str, Callable[[], object]] = {
             "copy": lambda: target.copy_(weight),
             "clone": weight.clone,
-            "prune": partial(prune_into, target, weight, pattern.n, pattern.m, 1, 1, False),  # with a kernel
-            "prune to new memory": partial(prune_in_one_pass, weight, pattern, Axis(1)),
-            "SR-STE term": partial(add_decayed, gradient, weight, 2e-4, pattern, Axis(1)),
+            "prune": partial(prune_into, target, weight, pattern, Axis(1)),  # with a kernel
+            "prune to new memory": partial(foreach_prune, [weight], pattern, [Axis(1)]),
+            "SR-STE term": partial(foreach_decay, [gradient], [weight], 2e-4, pattern, [Axis(1)]),
             "argsort": partial(_published, weight, pattern),
         }
-        if not in_one_pass(weight):
+        if not fuses(weight):
             del variants["prune"]
         times = alternating(variants, seconds=seconds, flush=False)
         about = {name: (str(pattern), "float32") for name in variants}
@@ -143,7 +142,7 @@ def _product(
     x: Tensor, weight: Tensor, pattern: Pattern, kind: Kind, weight_dtype: torch.dtype
 ) -> tuple[Callable[[], Tensor], int]:
     """A product with the packed weight, and the bytes of what is packed."""
-    sparse = prune(weight, keep_largest(weight.abs(), pattern, Axis(1)))
+    sparse = apply_mask(weight, magnitude_mask(weight.abs(), pattern, Axis(1)))
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(sparse, requires_grad=False)
     made = SparseLinear(layer, pattern, kind, weight_dtype)

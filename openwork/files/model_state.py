@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from openwork.files.container import CODES
 from openwork.files.reader import Contents
 from openwork.nm.groups import Axis
-from openwork.nm.masks import kept_per_group, prune
+from openwork.nm.masks import apply_mask, kept_per_group
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import Masked, plain_name, sparse_weights, weight_name
 from openwork.training.record import recorded_weights, sparsity_records
@@ -135,7 +135,7 @@ def check_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Masked
                 f"{name} has {most} non-zeros in a group, the model was sparsified at {each.pattern}: "
                 "load into a plain model, or sparsify at the pattern of the file"
             )
-        if each.output_axis and not torch.equal(prune(weight, each.ranked(weight)), weight):
+        if each.output_axis and not torch.equal(apply_mask(weight, each.ranked(weight)), weight):
             raise ValueError(
                 f"{name} is {each.pattern} along its reduction axis but not along its output axis, and the model was "
                 "sparsified with transposable masks: load into a plain model, or sparsify with ow.SRSTE()"

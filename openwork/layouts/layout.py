@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from openwork.nm.groups import Axis
-from openwork.nm.masks import keep_largest, kept_per_group
+from openwork.nm.masks import kept_per_group, magnitude_mask
 from openwork.nm.pattern import Pattern
 
 _CACHE = 20 * 1024  # bytes of input that a tile may take of the first-level cache, of which 32 KiB are the smallest
@@ -311,7 +311,7 @@ def _parts(weight: Tensor, pattern: Pattern, more: int, lanes: int = 1) -> Itera
         if most > pattern.n:
             raise ValueError(f"a group of the weight {tuple(weight.shape)} holds {most} non-zeros; needed {pattern}")
         magnitude = padded.float().abs() if weight.dtype == torch.int8 else padded.abs()
-        yield first * together, padded, keep_largest(magnitude, pattern, Axis(1))
+        yield first * together, padded, magnitude_mask(magnitude, pattern, Axis(1))
 
 
 def _input_bytes(dtype: torch.dtype) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from openwork import ops
 from openwork.nm.groups import Axis
-from openwork.nm.masks import prune
+from openwork.nm.masks import apply_mask
 from openwork.nm.pattern import Pattern
 
 
@@ -27,7 +27,7 @@ def straight_through_largest(weight: Tensor, pattern: Pattern, axis: Axis) -> Te
 
 def straight_through_largest_list(weights: Sequence[Tensor], pattern: Pattern, axes: Sequence[Axis]) -> list[Tensor]:
     """`straight_through_largest` of many weights, on a GPU in one launch. Gradients flow to each by itself."""
-    pruned = ops.prune_list([weight.detach() for weight in weights], pattern, axes)
+    pruned = ops.foreach_prune([weight.detach() for weight in weights], pattern, axes)
     return [_StraightThroughTo.apply(weight, each) for weight, each in zip(weights, pruned, strict=True)]
 
 
@@ -53,7 +53,7 @@ class _StraightThrough(_Straight):
 
     @staticmethod
     def forward(weight: Tensor, keep: Tensor) -> Tensor:
-        return prune(weight, keep)
+        return apply_mask(weight, keep)
 
 
 class _StraightThroughLargest(_Straight):
@@ -61,7 +61,7 @@ class _StraightThroughLargest(_Straight):
 
     @staticmethod
     def forward(weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
-        return ops.prune(weight, pattern, axis)
+        return ops.foreach_prune([weight], pattern, [axis])[0]
 
 
 class _StraightThroughTo(_Straight):
@@ -75,7 +75,7 @@ class _MaskedGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, keep: Tensor) -> Tensor:
-        return prune(weight, keep)
+        return apply_mask(weight, keep)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -83,4 +83,4 @@ class _MaskedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return prune(grad, ctx.keep), None
+        return apply_mask(grad, ctx.keep), None

@@ -18,7 +18,7 @@ from torch import Tensor
 from openwork import ops
 from openwork.methods.autograd import straight_through, straight_through_largest, straight_through_largest_list
 from openwork.nm.groups import Axis
-from openwork.nm.masks import prune
+from openwork.nm.masks import apply_mask
 from openwork.nm.pattern import Pattern
 
 
@@ -49,12 +49,12 @@ class SRSTE:
         return straight_through_largest_list(weights, pattern, axes)
 
     def gradient_term(self, weight: Tensor, keep: Tensor) -> Tensor:
-        return prune(weight, ~keep).mul_(self.decay)
+        return apply_mask(weight, ~keep).mul_(self.decay)
 
     def add_term_in_one_pass(self, gradient: Tensor, weight: Tensor, pattern: Pattern, axis: Axis) -> None:
-        ops.add_decayed(gradient, weight, self.decay, pattern, axis)
+        ops.foreach_decay([gradient], [weight], self.decay, pattern, [axis])
 
     def add_terms_in_one_pass(
         self, gradients: Sequence[Tensor], weights: Sequence[Tensor], pattern: Pattern, axes: Sequence[Axis]
     ) -> None:
-        ops.add_decayed_list(gradients, weights, self.decay, pattern, axes)
+        ops.foreach_decay(gradients, weights, self.decay, pattern, axes)

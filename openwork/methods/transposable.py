@@ -18,7 +18,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from openwork.methods.autograd import straight_through
-from openwork.nm.masks import prune
+from openwork.nm.masks import apply_mask
 
 
 @dataclass(frozen=True)
@@ -50,4 +50,4 @@ class TransposableSRSTE:
         return straight_through(weight, keep)
 
     def gradient_term(self, weight: Tensor, keep: Tensor) -> Tensor:
-        return prune(weight, ~keep).mul_(self.decay)
+        return apply_mask(weight, ~keep).mul_(self.decay)

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openwork.nm.groups import Axis
-from openwork.nm.masks import keep_largest, kept_per_group
+from openwork.nm.masks import kept_per_group, magnitude_mask
 from openwork.nm.pattern import Pattern
-from openwork.ops.masks import library
+from openwork.ops.library import library, reference
 
 ROWS = 16
 """The most rows of input that the kernels take."""
@@ -61,7 +61,7 @@ def thin(weight: Tensor, pattern: Pattern) -> Thin:
         raise ValueError(f"a group of the weight {tuple(weight.shape)} holds {most} non-zeros; needed {pattern}")
     O, K = weight.shape
     padded = F.pad(weight, (0, -K % pattern.m, 0, -O % 16))
-    keep = keep_largest(padded.abs(), pattern, Axis(1))
+    keep = magnitude_mask(padded.abs(), pattern, Axis(1))
     position = torch.arange(padded.shape[1], device=weight.device) % pattern.m
     shape = (len(padded), -1, pattern.n)
     values = padded[keep].view(shape).permute(2, 1, 0).contiguous()
@@ -104,7 +104,7 @@ def check_layout(x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, 
         raise ValueError(f"bias {tuple(bias.shape)} of {bias.dtype}; needed ({O},) of {values.dtype}")
 
 
-@torch.library.impl(library, "thin_linear", "CompositeExplicitAutograd")
+@reference("thin_linear")
 def thin_linear(
     x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, layout: list[int], expand: bool, relu: bool
 ) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from openwork.layouts.layout import Dots, Panel, Rows, from_conv_rows, from_dots, from_panel, from_rows
 from openwork.nm.pattern import Pattern
 from openwork.nm.quantize import quantize_to_whole
-from openwork.ops.masks import library
+from openwork.ops.library import library
 
 _LAYOUT = "Tensor values, Tensor positions, Tensor? scales, Tensor? bias, int[] layout"
 library.define(f"panel_linear(Tensor x, {_LAYOUT}, bool relu) -> Tensor")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from openwork import kernels
-from openwork.ops import keep_largest_list
+from openwork.ops import foreach_mask
 from openwork.training.parametrize import Masked, SparseWeight, sparse_weights
 
 
@@ -20,7 +20,7 @@ def keep_all(sparse: Iterable[SparseWeight]) -> list[Tensor]:
     for pattern, indices in _in_lists(ranked, lambda masked: masked.pattern):
         scores = [sparse[i].masked.method.score(sparse[i].weight.detach()) for i in indices]
         axes = [sparse[i].masked.axis for i in indices]
-        masks |= zip(indices, keep_largest_list(scores, pattern, axes), strict=True)
+        masks |= zip(indices, foreach_mask(scores, pattern, axes), strict=True)
     return [masks[i] if i in masks else each.masked.keep(each.weight) for i, each in enumerate(sparse)]
 
 
@@ -65,6 +65,6 @@ def _in_lists(sparse: Mapping[int, SparseWeight], alike: Callable[[Masked], Any]
     """Which of the weights one launch can take together, and what they have alike."""
     lists: dict[Any, list[int]] = {}
     for i, each in sparse.items():
-        if kernels.takes_lists(each.weight):
+        if kernels.batches(each.weight):
             lists.setdefault((each.weight.device, alike(each.masked)), []).append(i)
     return [(what, indices) for (_, what), indices in lists.items()]

@@ -71,7 +71,7 @@ class ForwardCache:
         if not torch.compiler.is_compiling():
             self._here.depth = max(0, getattr(self._here, "depth", 0) - 1)
             if self._here.depth == 0:
-                self._here.used = {key for key, (weight, *_) in self._here.seen.items() if kernels.takes_lists(weight)}
+                self._here.used = {key for key, (weight, *_) in self._here.seen.items() if kernels.batches(weight)}
                 self._here.seen = {}
 
     def once(self, owner: object, weight: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:

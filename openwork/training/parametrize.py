@@ -24,7 +24,7 @@ from openwork import kernels
 from openwork.methods import Method, steps_of_a_mask, stores_mask
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
-from openwork.ops import keep_largest, keep_transposable
+from openwork.ops import foreach_mask, foreach_transposable_mask
 from openwork.training.dtensor import by_groups, elementwise, is_sharded, placed_like, whole
 from openwork.training.forward_cache import ForwardCache
 from openwork.training.shared_class import AGE, plain_class, shared_class
@@ -116,12 +116,12 @@ class Masked(nn.Module):
         """Whether a kernel adds the term to the weight's gradient without making the mask."""
         gradient: Any = weight.grad
         simple = gradient.dtype == weight.dtype and hasattr(self.method, "add_term_in_one_pass")
-        return simple and self.ranks_in_one_pass(weight) and kernels.in_one_pass(gradient)
+        return simple and self.ranks_in_one_pass(weight) and kernels.fuses(gradient)
 
     def ranks_in_one_pass(self, weight: Tensor) -> bool:
         """Whether a kernel finds the mask of the forward on the way: it is not stored, and seen in the weight's
         dtype."""
-        return self.mask is None and self.seen_dtype == weight.dtype and kernels.in_one_pass(weight)
+        return self.mask is None and self.seen_dtype == weight.dtype and kernels.fuses(weight)
 
     def gradient_term(self, weight: Tensor) -> Tensor:
         """What the method adds to the gradient, for the mask that the forward pass used."""
@@ -148,8 +148,8 @@ class Masked(nn.Module):
     def _rank(self, weight: Tensor) -> Tensor:
         score = self.method.score(weight)
         if self.output_axis:
-            return keep_transposable(score, self.pattern, self.axis, self.output_axis)
-        return keep_largest(score, self.pattern, self.axis)
+            return foreach_transposable_mask([score], self.pattern, [self.axis], [self.output_axis])[0]
+        return foreach_mask([score], self.pattern, [self.axis])[0]
 
 
 def mask_weights(module: nn.Module, masked: dict[str, Masked]) -> None:

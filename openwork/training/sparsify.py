@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from openwork.methods import SRSTE, Method, is_transposable
 from openwork.nm.groups import to_rows
-from openwork.nm.masks import keep_largest, prune
-from openwork.nm.transposable import keep_transposable
+from openwork.nm.masks import apply_mask, magnitude_mask
+from openwork.nm.transposable import transposable_mask
 from openwork.training.dtensor import is_sharded
 from openwork.training.foreach import keep_all, prune_ahead
 from openwork.training.forward_cache import ForwardCache
@@ -127,7 +127,7 @@ def project(
     with torch.no_grad():
         for each in decided:
             if each.pattern:
-                each.weight.copy_(prune(each.weight, keep_largest(each.weight.abs(), each.pattern, each.axis)))
+                each.weight.copy_(apply_mask(each.weight, magnitude_mask(each.weight.abs(), each.pattern, each.axis)))
     return report
 
 
@@ -201,10 +201,10 @@ def _row(each: Candidate, macs: int | None, score: Callable[[Tensor], Tensor]) -
     K, lines = rows.shape[-1], rows[..., 0].numel()
     kept = lines * (K // pattern.m * pattern.n + min(K % pattern.m, pattern.n))
     if each.output_axis:
-        keep = keep_transposable(score(weight), pattern, each.axis, each.output_axis)
+        keep = transposable_mask(score(weight), pattern, each.axis, each.output_axis)
         kept = kept if keep.is_meta else int(keep.sum())  # tiles that stick out keep fewer
     else:
-        keep = keep_largest(score(weight), pattern, each.axis)
+        keep = magnitude_mask(score(weight), pattern, each.axis)
     energy = _retained(weight, keep)
     return Row(each.name, shape, pattern, "", kept, energy, lines * math.ceil(K / pattern.m), bits, macs)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from openwork.ops import pack_list, packed_sad_list
+from openwork.ops import foreach_pack, foreach_packed_sad
 
 _SPANS = ("start", "last", "step")
 
@@ -103,12 +103,12 @@ class Topology:
 
 def _packed(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The bits of each mask, where the mask is."""
-    return dict(_by_device(masks, masks, lambda kept, _: pack_list(kept)))
+    return dict(_by_device(masks, masks, lambda kept, _: foreach_pack(kept)))
 
 
 def _sads(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, int]:
     """SAD of each mask of `b` from that of `a`, which may come from a checkpoint and lie elsewhere."""
-    return dict(_by_device(a, b, packed_sad_list))
+    return dict(_by_device(a, b, foreach_packed_sad))
 
 
 def _by_device(

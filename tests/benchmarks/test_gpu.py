@@ -286,8 +286,8 @@ def test_gradients_that_are_wrong_are_found(stand_in: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "wrong"),
     [
-        ("masks", "prune", lambda weight, *_: weight),
-        ("lists", "prune_list", lambda weights, *_: [*weights]),
+        ("masks", "foreach_prune", lambda weights, *_: [*weights]),
+        ("lists", "foreach_prune", lambda weights, *_: [*weights]),
         ("transposable", "keep_transposable", lambda score, *_: score > 0),
         ("bits", "packed_sad_list", lambda a, b: [0] * len(a)),
     ],
@@ -301,7 +301,7 @@ def test_a_wrong_kernel_of_masks_is_found(kind: str, name: str, wrong: Any, monk
 
 
 def test_all_failed_checks_are_reported_and_the_others_run(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(gpu_check, "prune", lambda weight, *_: weight)
+    monkeypatch.setattr(gpu_check, "foreach_prune", lambda weights, *_: [*weights])
     monkeypatch.setattr(gpu_check, "CHECKS", {kind: gpu_check.CHECKS[kind] for kind in ("masks", "bits")})
     assert gpu.main(["check", "lists", "--rehearse", "--out", str(tmp_path / "gpu")]) == 1
     lines = capsys.readouterr().out.splitlines()

@@ -29,7 +29,7 @@ from openwork.inference.gpu_layers import GpuConv2d, GpuLayer, GpuLinear
 from openwork.kernels.cuda import cusparselt
 from openwork.kernels.cuda.cusparselt import BACKENDS, Backend
 from openwork.nm.groups import Axis
-from openwork.nm.masks import keep_largest, prune
+from openwork.nm.masks import apply_mask, magnitude_mask
 from openwork.nm.quantize import quantize
 
 deploy = sys.modules["openwork.inference.deploy"]  # the name `openwork.inference.deploy` is the function
@@ -39,7 +39,7 @@ SEARCHES: list[tuple[int, int]] = []
 def plain_pack(weight: Tensor) -> tuple[Tensor, None]:
     """Values and positions of two of each four, in one tensor of the weight's dtype."""
     assert all(size % unit == 0 for size, unit in zip(weight.shape, PLAIN.units[weight.dtype][:2], strict=True))
-    keep = keep_largest(weight.float().abs(), ow.Pattern(2, 4), Axis(1))
+    keep = magnitude_mask(weight.float().abs(), ow.Pattern(2, 4), Axis(1))
     index = (torch.arange(weight.shape[1]) % 4).expand_as(keep)[keep]
     return torch.cat([weight.float()[keep], index.float()]).to(weight.dtype), None
 
@@ -90,8 +90,8 @@ def stand_in(monkeypatch: Any, tmp_path: Path) -> None:
 def sparse(layer: Any, pattern: str = "2:4", dtype: torch.dtype = torch.bfloat16) -> Any:
     layer = layer.to(dtype).eval().requires_grad_(False)
     axis = Axis(1)
-    keep = keep_largest(layer.weight.abs(), ow.Pattern.parse(pattern), axis)
-    layer.weight.data = prune(layer.weight.data, keep)
+    keep = magnitude_mask(layer.weight.abs(), ow.Pattern.parse(pattern), axis)
+    layer.weight.data = apply_mask(layer.weight.data, keep)
     return layer
 
 

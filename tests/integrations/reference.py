@@ -84,12 +84,12 @@ class Gemms(TorchDispatchMode):
 
     def __enter__(self):
         """Masks are made unwatched: they hold no product, and watching each of their operations takes long."""
-        self._made = parametrize.keep_largest
-        parametrize.keep_largest = self._unwatched
+        self._made = parametrize.foreach_mask
+        parametrize.foreach_mask = self._unwatched
         return super().__enter__()
 
     def __exit__(self, *raised):
-        parametrize.keep_largest = self._made
+        parametrize.foreach_mask = self._made
         return super().__exit__(*raised)
 
     def _unwatched(self, *args):

@@ -28,7 +28,7 @@ def mask_kernel(task: int, dtype: torch.dtype, n: int, m: int, how: int) -> tupl
     word = "*i32" if dtype == torch.float32 else "*i16"
     out = "*u8" if task == masks.KEEP else word
     padded, at_once = masks._sizes(m, how)
-    fixed = {"N": n, "M": m, "MP": padded, "P": at_once, "LIE": how, "UNROLLED": masks._UNROLLED, "TASK": task}
+    fixed = {"N": n, "M": m, "MP": padded, "P": at_once, "HOW": how, "UNROLLED": masks._UNROLLED, "TASK": task}
     fixed |= {"INFINITY": masks._INFINITY[dtype], "KIND": KINDS[dtype]}
     types = {"weight": word, "out": out, "lanes": "i32", "length": "i32", "inner": "i32", "rate": "fp32"}
     return masks._one, types, fixed, ("weight", "out"), UNFUSED

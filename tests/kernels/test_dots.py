@@ -15,7 +15,7 @@ import openwork.kernels as kernels
 from openwork.inference.layers import kinds_for
 from openwork.layouts.layout import Dots, conv_rows, dots, dots_sizes, from_dots, has_dots_layout
 from openwork.nm.groups import Axis
-from openwork.nm.masks import keep_largest, prune
+from openwork.nm.masks import apply_mask, magnitude_mask
 from openwork.nm.pattern import Pattern
 from openwork.nm.quantize import quantize_weight
 from openwork.ops import sparse_matmul as reference
@@ -32,7 +32,7 @@ needs_dots = pytest.mark.skipif(not kernels.has_dots(), reason="needs AVX-512 wi
 def sparse(shape: tuple[int, ...], pattern: Pattern, generator: torch.Generator) -> Tensor:
     weight = torch.randn(shape, generator=generator)
     rows = conv_rows(weight, pattern) if len(shape) == 4 else F.pad(weight, (0, -shape[1] % pattern.m))
-    rows = prune(rows, keep_largest(rows.abs(), pattern, Axis(1)))
+    rows = apply_mask(rows, magnitude_mask(rows.abs(), pattern, Axis(1)))
     return rows if len(shape) == 4 else rows[:, : shape[1]]
 
 

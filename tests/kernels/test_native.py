@@ -103,8 +103,8 @@ def test_the_variable_chooses(name: str) -> None:
 
 
 def test_the_variable_switches_off() -> None:
-    work = "import torch; w = torch.ops.openwork.prune(torch.tensor([[1., 2.]]), 1, 2, 1, 1, False); print(w.tolist())"
-    done = python(f"{SAYS}; {work}", OPENWORK_ISA="none")
+    work = "import torch; w = torch.ops.openwork.foreach_prune([torch.tensor([[1., 2.]])], 1, 2, [1, 1, 0])"
+    done = python(f"{SAYS}; {work}; print(w[0].tolist())", OPENWORK_ISA="none")
     assert done.stdout.splitlines() == ["no native kernels: OPENWORK_ISA=none", "[[0.0, 2.0]]"], done.stderr
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from openwork.methods.autograd import masked_gradient, straight_through
-from openwork.nm.masks import prune
+from openwork.nm.masks import apply_mask
 
 torch.set_num_threads(1)
 
@@ -35,7 +35,7 @@ def test_forward_prunes_and_backward_passes(through: Pass, dtype: torch.dtype) -
     weight, gradient = weights(dtype).requires_grad_(), weights(dtype, seed=1)
     output = through(weight, KEEP)
     output.backward(gradient)
-    assert torch.equal(output, prune(weight.detach(), KEEP))
+    assert torch.equal(output, apply_mask(weight.detach(), KEEP))
     assert torch.equal(weight.grad, passed(through, gradient))
 
 
@@ -43,7 +43,7 @@ def test_forward_prunes_and_backward_passes(through: Pass, dtype: torch.dtype) -
 def test_pruned_infinities_reach_neither_output_nor_gradient(through: Pass) -> None:
     weight = torch.where(KEEP, weights(), torch.inf).requires_grad_()
     (through(weight, KEEP) ** 2).sum().backward()
-    assert torch.equal(weight.grad, passed(through, 2 * prune(weight.detach(), KEEP)))
+    assert torch.equal(weight.grad, passed(through, 2 * apply_mask(weight.detach(), KEEP)))
 
 
 def test_masked_gradient_is_the_derivative_of_prune() -> None:
@@ -111,7 +111,7 @@ def test_second_derivatives(through: Pass) -> None:
     weight = weights().requires_grad_()
     (first,) = torch.autograd.grad((through(weight, KEEP) ** 3).sum(), weight, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), weight)
-    assert torch.equal(second, 6 * prune(weight.detach(), KEEP))  # the first is 3 w~**2, zero at pruned weights
+    assert torch.equal(second, 6 * apply_mask(weight.detach(), KEEP))  # the first is 3 w~**2, zero at pruned weights
 
 
 @BOTH
@@ -144,9 +144,9 @@ def test_functional_gradient(through: Pass) -> None:
 
 @BOTH
 def test_vmap_masks_each_row_as_alone(through: Pass) -> None:
-    assert torch.equal(torch.vmap(through)(weights(), KEEP), prune(weights(), KEEP))
+    assert torch.equal(torch.vmap(through)(weights(), KEEP), apply_mask(weights(), KEEP))
     shared = torch.vmap(through, in_dims=(0, None))(weights(), KEEP[0])
-    assert torch.equal(shared, prune(weights(), KEEP[0].expand(3, 4)))
+    assert torch.equal(shared, apply_mask(weights(), KEEP[0].expand(3, 4)))
 
 
 @BOTH

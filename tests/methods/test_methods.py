@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openwork.methods import ASP, SRSTE, STE, Dense, Method, TransposableSRSTE
 from openwork.nm.groups import Axis
-from openwork.nm.masks import keep_largest, kept_per_group
+from openwork.nm.masks import kept_per_group, magnitude_mask
 from openwork.nm.pattern import Pattern
 
 torch.set_num_threads(1)
@@ -67,7 +67,7 @@ def test_settings_tell_methods_apart() -> None:
 @EACH
 def test_weights_rank_by_magnitude(method: Method) -> None:
     assert torch.equal(method.score(WEIGHT), WEIGHT.abs())
-    assert torch.equal(keep_largest(method.score(WEIGHT), Pattern(2, 4), Axis(1)), KEEP)
+    assert torch.equal(magnitude_mask(method.score(WEIGHT), Pattern(2, 4), Axis(1)), KEEP)
 
 
 @EACH
@@ -105,7 +105,7 @@ def test_forward_and_gradient(method: Method, output: Tensor, gradient: Tensor) 
 def test_exactly_n_of_m_survive(method: Method, n: int, m: int, groups: int, seed: int) -> None:
     pattern = Pattern(min(n, m), m)
     weight = torch.randint(1, 4, (3, groups * m), generator=torch.Generator().manual_seed(seed)).float()  # many ties
-    keep = keep_largest(method.score(weight), pattern, Axis(1))
+    keep = magnitude_mask(method.score(weight), pattern, Axis(1))
     assert (kept_per_group(method.forward(weight, keep), pattern, Axis(1)) == pattern.n).all()
 
 
@@ -147,7 +147,7 @@ def trained(method: Method) -> list[Tensor]:
     weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
     path = []
     for x, y in batches():
-        keep = keep_largest(method.score(weight.detach()), Pattern(2, 4), Axis(1))
+        keep = magnitude_mask(method.score(weight.detach()), Pattern(2, 4), Axis(1))
         (gradient,) = torch.autograd.grad(((x @ method.forward(weight, keep).t() - y) ** 2).mean(), weight)
         with torch.no_grad():
             if hasattr(method, "gradient_term"):

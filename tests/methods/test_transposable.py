@@ -364,3 +364,21 @@ def test_refresh_every_is_a_number_of_steps():
     for wrong in (0, -1, 2.5):
         with pytest.raises(ValueError, match="refresh_every="):
             ow.TransposableSRSTE(refresh_every=wrong)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(16, 12, 3, groups=2),
+        nn.Conv1d(20, 10, 3, groups=2),
+        nn.ConvTranspose2d(12, 16, 3, groups=2),
+        nn.ConvTranspose1d(10, 20, 3, groups=2),
+    ],
+    ids=repr,
+)
+def test_padded_groups_of_a_convolution_are_sparse_along_both_axes(conv):
+    model = nn.Sequential(copy.deepcopy(conv))
+    report = ow.sparsify(model, "2:4", METHOD, remainder="pad")
+    assert report.rows[0].kept == int(ow.masks(model)["0.weight"].sum())
+    assert ow.verify(model).sparse == {"0.weight": PATTERN}
+    ow.verify(ow.finalize(model), pattern=PATTERN, transposable=True)

@@ -19,9 +19,8 @@ from openwork.nm.transposable import (
     best_2_4,
     best_tiles,
     classes_of_pairs,
-    cuts_into_tiles,
     finite,
-    keep_transposable,
+    transposable_mask,
 )
 
 torch.set_num_threads(1)
@@ -135,7 +134,7 @@ def test_nan_is_kept_and_infinity_before_numbers(pattern):
 )
 def test_each_tile_of_a_weight_is_solved_alone(shape, axis, output_axis):
     score = draw(*shape).abs()
-    keep = keep_transposable(score, TWO_OF_FOUR, axis, output_axis)
+    keep = transposable_mask(score, TWO_OF_FOUR, axis, output_axis)
     check_exact(keep, TWO_OF_FOUR, axis, output_axis)
     flat = score.movedim((output_axis.dim, axis.dim), (-2, -1)).flatten(0, -3) if len(shape) > 2 else score[None]
     flat = flat if len(shape) > 2 or axis.dim == 1 else score.t()[None]
@@ -148,18 +147,42 @@ def test_each_tile_of_a_weight_is_solved_alone(shape, axis, output_axis):
 def test_strides_stay_and_do_not_matter():
     score = draw(8, 8, 3, 3).abs()
     last = score.contiguous(memory_format=torch.channels_last)
-    found = keep_transposable(last, TWO_OF_FOUR, Axis(1), Axis(0))
+    found = transposable_mask(last, TWO_OF_FOUR, Axis(1), Axis(0))
     assert found.stride() == last.stride()
-    assert torch.equal(found, keep_transposable(score, TWO_OF_FOUR, Axis(1), Axis(0)))
+    assert torch.equal(found, transposable_mask(score, TWO_OF_FOUR, Axis(1), Axis(0)))
 
 
 def test_tiles_that_stick_out_keep_n_or_fewer():
     score = draw(6, 10).abs()
-    keep = keep_transposable(score, TWO_OF_FOUR, Axis(1), Axis(0))
+    keep = transposable_mask(score, TWO_OF_FOUR, Axis(1), Axis(0))
     padded = torch.nn.functional.pad(score, (0, 2, 0, 2))
-    assert torch.equal(keep, keep_transposable(padded, TWO_OF_FOUR, Axis(1), Axis(0))[:6, :10])
+    assert torch.equal(keep, transposable_mask(padded, TWO_OF_FOUR, Axis(1), Axis(0))[:6, :10])
     assert int(kept_per_group(keep, TWO_OF_FOUR, Axis(0)).max()) == 2
-    assert "output axis has 6 weights" in cuts_into_tiles((6, 8), 4, Axis(1), Axis(0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "output_axis"),
+    [
+        ((12, 8, 3), Axis(1), Axis(0, blocks=2)),  # a convolution of two groups
+        ((12, 8, 3), Axis(0, blocks=2), Axis(1)),  # a transposed one
+        ((10, 12), Axis(0, blocks=2), Axis(1, blocks=3)),
+    ],
+)
+def test_tiles_end_where_a_convolution_s_groups_end(shape, axis, output_axis):
+    score = draw(*shape).abs()
+    keep = transposable_mask(score, TWO_OF_FOUR, axis, output_axis)
+    for scores, kept in zip(blocks(score, axis, output_axis), blocks(keep, axis, output_axis), strict=True):
+        assert torch.equal(kept, transposable_mask(scores, TWO_OF_FOUR, Axis(axis.dim), Axis(output_axis.dim)))
+    for each in (axis, output_axis):
+        assert int(kept_per_group(keep, TWO_OF_FOUR, each).max()) == 2
+
+
+def blocks(weight, *axes):
+    """The parts of a weight that are no groups of one another."""
+    parts = [weight]
+    for axis in axes:
+        parts = [piece for part in parts for piece in part.chunk(axis.blocks, axis.dim)]
+    return parts
 
 
 def test_the_public_function_takes_batches_and_refuses_what_does_not_divide():
@@ -170,8 +193,9 @@ def test_the_public_function_takes_batches_and_refuses_what_does_not_divide():
 
 
 def test_the_operator_is_registered_rightly():
-    torch.library.opcheck(torch.ops.openwork.keep_transposable.default, (draw(8, 8).abs(), 2, 4, 1, 0))
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("openwork::keep_transposable", "CUDA")
+    arguments = ([draw(8, 8).abs(), draw(6, 8, 3).abs()], 2, 4, [1, 1, 0, 1, 1, 0], [0, 1, 0, 0, 2, 0])
+    torch.library.opcheck(torch.ops.openwork.foreach_transposable_mask.default, arguments)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("openwork::foreach_transposable_mask", "CUDA")
 
 
 # --- the entropic solver -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from openwork.nm.masks import prune
+from openwork.nm.masks import apply_mask
 from openwork.training.parametrize import plain_name
 
 # A key's own part (after its module's name) -> what stands at the weight's name, as a template for the tensor's name.
@@ -130,4 +130,4 @@ def _masked(name: str, weight: Tensor | None, mask: Tensor) -> Tensor:
         raise ValueError(
             f"{name}: found {found} for a mask of shape {tuple(mask.shape)}; is it the mask of this model?"
         )
-    return prune(weight, mask.to(weight.device))
+    return apply_mask(weight, mask.to(weight.device))

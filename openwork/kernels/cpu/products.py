@@ -466,9 +466,3 @@ def _check(holds: bool, what: str, found: Tensor | None, layout: list[int]) -> N
     if not holds:
         shape = None if found is None else f"{tuple(found.shape)} of {found.dtype}"
         raise ValueError(f"{what} {shape} do not fit the layout {layout}: make them with openwork.layouts.layout")
-
-
-def register(operators: Any) -> None:
-    """Register them for the CPU on the library that `openwork.ops` opened."""
-    for function in (panel_linear, rows_linear, dots_linear, panel_conv2d, dots_conv2d):
-        operators.impl(function.__name__, function, "CPU")

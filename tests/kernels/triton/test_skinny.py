@@ -9,7 +9,7 @@ import torch
 
 from openwork.kernels.cuda.triton import skinny as kernels
 from openwork.nm.groups import Axis
-from openwork.nm.masks import keep_largest, prune
+from openwork.nm.masks import apply_mask, magnitude_mask
 from openwork.nm.pattern import Pattern
 from openwork.ops.skinny import from_thin, thin
 
@@ -28,7 +28,7 @@ CASES = [
 
 def made(pattern: tuple[int, int], shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     weight = torch.randn(shape).to(dtype)
-    return prune(weight, keep_largest(weight.abs(), Pattern(*pattern), Axis(1)))
+    return apply_mask(weight, magnitude_mask(weight.abs(), Pattern(*pattern), Axis(1)))
 
 
 # Not expanded in bfloat16: Triton's interpreter has no product of that.

@@ -11,6 +11,7 @@ can be fused.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -18,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from openwork.kernels.cuda.stream import on_device
-from openwork.nm.transposable import PAIRS, classes_of_pairs, columns_of
-from openwork.ops.transposable import _keep_transposable
+from openwork.nm.groups import Axis
+from openwork.nm.transposable import PAIRS, classes_of_pairs, columns_of, transposable_mask
+from openwork.ops.library import parsed, parsed_axes
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 _TILES = 128
@@ -97,26 +99,31 @@ def _keep(
             tl.store(keep + start + r * out_step + c * in_step, ((bits >> c) & 1).to(tl.uint8), mask=known)
 
 
-def keep_transposable(score: Tensor, n: int, m: int, dim: int, output_axis: int) -> Tensor:
-    found = keep_2_4(score, dim, output_axis) if (n, m) == (2, 4) else None
-    return _keep_transposable(score, n, m, dim, output_axis) if found is None else found
+def foreach_transposable_mask(
+    scores: Sequence[Tensor], n: int, m: int, axes: Sequence[int], output_axes: Sequence[int]
+) -> list[Tensor]:
+    pattern, reduced = parsed(scores, n, m, axes)
+    masks = []
+    for score, axis, output_axis in zip(scores, reduced, parsed_axes(scores, output_axes), strict=True):
+        mask = mask_2_4(score, axis, output_axis) if (n, m) == (2, 4) else None
+        masks.append(transposable_mask(score, pattern, axis, output_axis) if mask is None else mask)
+    return masks
 
 
-def keep_2_4(score: Tensor, dim: int, output_axis: int) -> Tensor | None:
-    """The mask of a weight whose axes `dim` (reduction) and `output_axis` (output) are multiples of 4: bool, its
-    strides. None where the kernel cannot read the weight as it lies."""
-    if score.dtype not in KINDS or not score.numel() or score.shape[dim] % 4 or score.shape[output_axis] % 4:
+def mask_2_4(score: Tensor, axis: Axis, output_axis: Axis) -> Tensor | None:
+    """The mask of a weight that consists of whole tiles: bool, its strides. None where it does not, or where the kernel
+    cannot read it as it lies."""
+    whole = all(score.shape[each.dim] // each.blocks % 4 == 0 for each in (axis, output_axis))
+    layout = _layout(score, axis.dim, output_axis.dim) if whole else None
+    if score.dtype not in KINDS or not score.numel() or layout is None:
         return None
-    layout = _layout(score, dim, output_axis)
-    if layout is None:
-        return None
-    keep = torch.empty_like(score, dtype=torch.bool)
-    if keep.stride() != score.stride():
+    mask = torch.empty_like(score, dtype=torch.bool)
+    if mask.stride() != score.stride():
         return None
     tiles = score.numel() // 16
     with on_device(score.device):
-        _keep[(triton.cdiv(tiles, _TILES),)](score, keep.view(torch.uint8), tiles, *layout, _TILES)
-    return keep
+        _keep[(triton.cdiv(tiles, _TILES),)](score, mask.view(torch.uint8), tiles, *layout, _TILES)
+    return mask
 
 
 def _layout(score: Tensor, dim: int, output_axis: int) -> tuple[int, ...] | None:
