@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from openwork.layouts.layout import Vectors
+
 _ABI = 4
 _FILE = Path(__file__).with_name("libopenwork.so")
 
@@ -153,6 +155,14 @@ def status() -> Status:
 def library() -> Any:
     """The native library, or None."""
     return _open()[0]
+
+
+def vectors() -> Vectors:
+    """What weights are packed for: the vectors of the instruction set in use."""
+    lib = library()
+    if lib is None:
+        return Vectors()
+    return Vectors(lib.openwork_lanes(), lib.openwork_gemm_columns(), bool(lib.openwork_has_dot_product()))
 
 
 def use_isa(name: str | None) -> str:
