@@ -24,7 +24,7 @@ from openwork.nm.transposable import topn_transposable as topn_transposable
 from openwork.training.optimizer import Handle as Handle
 from openwork.training.optimizer import attach as attach
 from openwork.training.report import Report as Report
-from openwork.training.select import Selection as Selection
+from openwork.training.selection import Selection as Selection
 from openwork.training.sparse_tensor_cores import Acceleration as Acceleration
 from openwork.training.sparse_tensor_cores import accelerate as accelerate
 from openwork.training.sparsify import finalize as finalize

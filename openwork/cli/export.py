@@ -19,7 +19,7 @@ from openwork import export as to
 from openwork.export.products import IN_GEMM, Product
 from openwork.files.checkpoint import describe, load
 from openwork.files.container import write
-from openwork.training.select import Selection
+from openwork.training.selection import Selection
 from openwork.utils.table import aligned
 
 FORMS = ("onnx", "torch", "aot", "huggingface", "dense")

@@ -208,7 +208,7 @@ def _verify_onnx(words: list[str]) -> int:
     asked = parser.parse_args(words)
     from openwork.cli.export import product_lines
     from openwork.export.products import check_onnx
-    from openwork.training.select import Selection
+    from openwork.training.selection import Selection
 
     found = check_onnx(asked.file, Selection(asked.pattern, exclude=asked.exclude))
     print("\n".join(product_lines(found)))

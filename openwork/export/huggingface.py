@@ -17,7 +17,8 @@ from openwork.files.model_state import tensors_by_name, ties
 from openwork.files.reader import FILE
 from openwork.training.parametrize import unwrap
 from openwork.training.record import sparsity_records
-from openwork.training.select import PatternChoice, Selection
+from openwork.training.selection import PatternChoice, Selection
+from openwork.utils.atomic import give_usual_mode, write_text
 
 DENSE, CARD = "model.safetensors", "README.md"
 _BEGIN, _END = "<!-- openwork: begin -->", "<!-- openwork: end -->"
@@ -75,6 +76,7 @@ def card(entries: Sequence[Entry], method: str = "") -> str:
 def _write_dense(model: Any, folder: Path) -> None:
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder)
+        give_usual_mode(folder, "*.safetensors")
         return
     tensors = tensors_by_name(model)
     own = {name: each for name, each in tensors.items() if name not in ties(tensors, {})}
@@ -87,7 +89,7 @@ def _put_into(path: Path, snippet: str) -> None:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     before, begin, rest = text.partition(_BEGIN)
     after = rest.partition(_END)[2].lstrip("\n") if begin else ""
-    path.write_text((before.rstrip("\n") + "\n\n" + snippet + after).lstrip("\n"), encoding="utf-8")
+    write_text(path, (before.rstrip("\n") + "\n\n" + snippet + after).lstrip("\n"))
 
 
 def _size(entry: Entry) -> int:

@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from openwork.export.outputs import arguments, check_equal, exportable, outputs
 from openwork.export.products import KEY, Product, as_metadata, check_onnx, products
-from openwork.files.container import replacing, sync
 from openwork.files.model_state import Placed, masked_by_name, patterns
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
-from openwork.training.select import PatternChoice, Selection
+from openwork.training.selection import PatternChoice, Selection
+from openwork.utils.atomic import atomic_file, sync
 from openwork.utils.deployed import check_not_deployed
 from openwork.utils.example import quiet
 
@@ -65,7 +65,7 @@ def to_onnx(
     exported.model.metadata_props[KEY] = as_metadata(_kept(exported.model, recorded))
     target = Path(os.path.realpath(path))
     data = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
-    with replacing(target, ".part.onnx") as part, _deleted_on_error(data):
+    with atomic_file(target, ".part.onnx") as part, _deleted_on_error(data):
         _save(exported.model, part, data)
         found = check_onnx(part)
         difference = _compare(part, plain, example)

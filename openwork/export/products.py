@@ -15,7 +15,7 @@ from openwork.files.container import is_text_mapping, strict_json
 from openwork.nm.groups import Axis, reduction_size
 from openwork.nm.masks import kept_per_group
 from openwork.nm.pattern import Pattern
-from openwork.training.select import PatternChoice, Selection
+from openwork.training.selection import PatternChoice, Selection
 from openwork.training.verify import NotSparse, tightest
 
 KEY = "openwork"  # in the metadata of the file: {"fc.weight": "2:4"}, what was recorded of each constant

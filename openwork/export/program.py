@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from openwork.export.outputs import arguments, check_equal, exportable, outputs
-from openwork.files.container import replacing
+from openwork.utils.atomic import atomic_file
 from openwork.utils.example import quiet
 
 _ENDING = ".part.pt2"  # both loaders look at the ending
@@ -27,7 +27,7 @@ def to_torch_export(
     outputs, and what torch.export raises.
     """
     plain = exportable(model)
-    with replacing(path, _ENDING) as part:
+    with atomic_file(path, _ENDING) as part:
         torch.export.save(_anonymous(_traced(plain, example, dynamic_shapes)), part)
         return _difference(plain, example, torch.export.load(part).module())
 
@@ -39,7 +39,7 @@ def to_aot_inductor(
     compiling anything; the rest as in `to_torch_export`. Needs a C++ compiler, here but not where it is loaded.
     """
     plain = exportable(model)
-    with replacing(path, _ENDING) as part:
+    with atomic_file(path, _ENDING) as part:
         with torch.no_grad():
             torch._inductor.aoti_compile_and_package(
                 _traced(plain, example, dynamic_shapes), package_path=os.fspath(part)

@@ -20,7 +20,7 @@ from openwork.files.packing import pack_weight, packed_shape
 from openwork.files.reader import Contents, opened
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import Masked, unwrap
-from openwork.training.select import PatternChoice, Selection
+from openwork.training.selection import PatternChoice, Selection
 from openwork.training.verify import NotSparse
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -10,16 +10,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from openwork.utils.atomic import atomic_file
 
 DTYPES = {
     "F64": torch.float64,
@@ -115,11 +114,11 @@ def write(
     """Write a safetensors file atomically: whatever happens at whatever moment, `path` is the old file or the new one.
 
     `layout` says dtype and shape of each tensor, so that the header is known before the first is made; `contents` gives
-    them one at a time, in any order. A process that is killed leaves a hidden file that ends in `.part` next to the
-    target, which may be deleted. The bytes are those of safetensors' own writer.
+    them one at a time, in any order. A process that is killed leaves a hidden file that ends in `.part` beside `path`,
+    which may be deleted. The bytes are those of safetensors' own writer.
     """
     stored, header = _laid_out(layout, metadata)
-    with replacing(path) as part, open(part, "wb") as file:
+    with atomic_file(path) as part, open(part, "wb") as file:
         file.write(header)
         file.truncate(max((each.stop for each in stored.values()), default=len(header)))
         missing = dict(stored)
@@ -127,32 +126,6 @@ def write(
             _put(file, tensor, missing.pop(name))
         if missing:
             raise RuntimeError(f"no content was given for {', '.join(missing)}")
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str], ending: str = ".part") -> Iterator[Path]:
-    """A name beside `path` to write to. At the end it is synced and takes the place of `path`; an error deletes it."""
-    target = Path(os.path.realpath(path))
-    part = target.with_name(f".{secrets.token_hex(8)}{ending}")
-    try:
-        yield part
-        sync(part)
-        os.replace(part, target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
-
-
-def sync(path: Path) -> None:
-    """Have the contents of a file on the disk before anything that follows."""
-    with open(path, "r+b") as file:
-        os.fsync(file.fileno())
 
 
 def strict_json(text: str) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from openwork.nm.masks import apply_mask, kept_per_group
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import Masked, plain_name, sparse_weights, weight_name
 from openwork.training.record import recorded_weights, sparsity_records
-from openwork.training.select import HELD, PatternChoice, Selection, decide
+from openwork.training.select import HELD, decide
+from openwork.training.selection import PatternChoice, Selection
 from openwork.training.shared_class import AGE
 from openwork.training.verify import tightest
 from openwork.utils.deployed import check_not_deployed

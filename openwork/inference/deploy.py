@@ -16,12 +16,13 @@ from openwork.inference.choose import Packed, measure_layers
 from openwork.inference.fold import fold_batch_norm, following_relu, replace
 from openwork.inference.layers import PackedConv2d, PackedLayer, pack_layer
 from openwork.inference.plan import MARGIN, Plan, environment
+from openwork.kernels.cpu.native import warn_without_library
 from openwork.kernels.cuda.stream import on_device
 from openwork.layouts.layout import kind_named, kinds_on
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
 from openwork.training.record import sparsity_records
-from openwork.training.select import PatternChoice, Selection
+from openwork.training.selection import PatternChoice, Selection
 from openwork.training.sparsify import finalize
 from openwork.training.verify import verify
 from openwork.utils.difference import largest_difference
@@ -114,6 +115,8 @@ def _ready(
     if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
         where = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"the model is on {where}; needed one CPU or one GPU: model.to('cuda') or model.to('cpu')")
+    if _device(inner).type == "cpu":
+        warn_without_library()
     check_weight_dtype(weight_dtype, _device(inner).type)
     weight_dtype = weight_dtype or own_dtype(inner)
     report = verify(inner, pattern=pattern)

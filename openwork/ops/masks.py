@@ -105,7 +105,7 @@ def _batched(operator: Any) -> Any:
 
     def rule(
         info: Any, dims: tuple[Any, ...], weights: list[Tensor], n: int, m: int, axes: list[int]
-    ) -> tuple[list[Tensor], list[int]]:
+    ) -> tuple[list[Tensor], list[int | None]]:
         apart = [
             [weight] if dim is None else list(weight.unbind(dim)) for weight, dim in zip(weights, dims[0], strict=True)
         ]

@@ -24,7 +24,7 @@ from openwork.recipes.rundir import RunDir, first_process, read_lines, write_tex
 from openwork.recipes.sharding import gather, whole_twin
 from openwork.recipes.summary import churns
 from openwork.recipes.task import Task, build_method, described
-from openwork.training.select import Remainder
+from openwork.training.selection import Remainder
 
 _PICTURE = 32, 96  # rows and columns of the mask picture
 

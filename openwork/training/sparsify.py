@@ -30,7 +30,8 @@ from openwork.training.parametrize import (
 )
 from openwork.training.record import SparsityRecord, sparsity_records, watch_optimizers
 from openwork.training.report import Report, Row
-from openwork.training.select import AxisChoice, Candidate, PatternChoice, Remainder, Selection, decide
+from openwork.training.select import Candidate, decide
+from openwork.training.selection import AxisChoice, PatternChoice, Remainder, Selection
 from openwork.training.shared_class import plain_class
 
 _ONLY_WATCHED = "ow.Dense masks nothing: the table says what its mask would keep"

@@ -1,4 +1,4 @@
-"""Prove that a model is as sparse as its patterns say: its weights, and what really reaches its matrix products."""
+"""Prove that a model is as sparse as its patterns say: its weights, and what really reaches its matmuls."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from openwork.nm.groups import Axis, reduction_size
-from openwork.nm.masks import kept_per_group
+from openwork.nm.masks import kept_per_group, too_dense
 from openwork.nm.pattern import Pattern
 from openwork.training.dtensor import whole
-from openwork.training.matmul_trace import Use, watch
+from openwork.training.matmul_trace import Operand, watch
 from openwork.training.parametrize import plain_name, unwrap
 from openwork.training.record import recorded_output_axes, recorded_weights, sparsity_records
 from openwork.training.report import Report, Row
-from openwork.training.select import HELD, Candidate, PatternChoice, Selection, decide
+from openwork.training.select import HELD, Candidate, decide
+from openwork.training.selection import PatternChoice, Selection
 from openwork.training.shared_class import plain_class
 
 _GUESSES = tuple(2**i for i in range(1, 7))  # group sizes tried when no pattern is given
@@ -46,7 +47,7 @@ def verify(
     A sparsified model is held to what `sparsify` recorded, transposable masks along both axes. A plain one is held to
     `pattern`, "2:4" or a `Selection`, on every candidate weight that is not excluded; without a pattern the tightest
     N:M of each weight is found, and a warning says that it was inferred. `example` (a tensor, a tuple of arguments or a
-    mapping of keyword arguments) is run as well, in eval mode, watching every weight that reaches a matrix product or
+    mapping of keyword arguments) is run as well, in eval mode, watching every weight that reaches a matmul or a
     convolution.
 
     >>> import torch
@@ -72,10 +73,10 @@ def verify(
         for name, each in output_axes.items()
         if name in weights and name not in broken and (problem := _denser(weights[name], recorded[name][0], each))
     }
-    products = _Products(recorded, weights)
+    operands = _Operands(recorded, weights)
     if example is not None:
-        watch(model, example, products.visit)
-        broken = products.problems | broken
+        watch(model, example, operands.visit)
+        broken = operands.problems | broken
     if broken:
         raise NotSparse(broken)
     rows = tuple(_row(name, weights[name], *recorded[name]) for name in recorded)
@@ -83,7 +84,7 @@ def verify(
     others = sum(each.numel() for each in model.parameters()) - sum(row.weights for row in rows)
     title = f"{plain_class(model).__name__}: every weight keeps its pattern"
     notes = (f"{len(output_axes)} weights are so along the output axis as well",) if output_axes else ()
-    return Report(rows, title, others, notes=notes + (products.notes() if example is not None else ()))
+    return Report(rows, title, others, notes=notes + (operands.notes() if example is not None else ()))
 
 
 def _recorded(model: nn.Module) -> _Recorded:
@@ -135,14 +136,8 @@ def tightest(weight: Tensor, axis: Axis) -> Pattern:
     return min(found, key=lambda each: (each.density, each.m), default=Pattern(1, 1))
 
 
-def _denser(weight: Tensor, pattern: Pattern, axis: Axis) -> str:
-    """What is wrong with a weight, or nothing."""
-    kept = kept_per_group(_values(weight), pattern, axis)
-    wrong = int((kept > pattern.n).sum())
-    if not wrong:
-        return ""
-    worst = int(kept.max())
-    return f"{wrong} of {kept.numel()} groups hold more than {pattern.n} of {pattern.m} (the worst {worst})"
+def _denser(weight: Any, pattern: Pattern, axis: Axis) -> str:
+    return too_dense(_values(weight), pattern, axis)
 
 
 def _values(weight: Any) -> Tensor:
@@ -162,8 +157,8 @@ def _readable(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     return found
 
 
-class _Products:
-    """Compares what reaches the products with what was recorded."""
+class _Operands:
+    """Compares what reaches the matmuls with what was recorded."""
 
     def __init__(self, recorded: _Recorded, weights: dict[str, Tensor]):
         self.recorded = {name: recorded[name] for name in weights}
@@ -172,17 +167,17 @@ class _Products:
         self.reached: set[str] = set()
         self.misshapen: set[str] = set()
 
-    def visit(self, use: Use) -> None:
+    def visit(self, operand: Operand) -> None:
         """Hold an operand to what was recorded of the parameters it comes from. One that comes from none is held to
         those of its shape in the module that runs."""
-        if not use.names:
-            self._visit_unknown(use)
-        for name in use.names & self.recorded.keys():
+        if not operand.names:
+            self._visit_unknown(operand)
+        for name in operand.names & self.recorded.keys():
             self.reached.add(name)
-            ways = self._ways(use.operand, name)
-            if not ways:
+            axes = self._possible_axes(operand.tensor, name)
+            if not axes:
                 self.misshapen.add(name)
-            self._hold(name, use.operand, ways, "")
+            self._hold(name, operand.tensor, axes, "")
 
     def notes(self) -> tuple[str, ...]:
         lists = {
@@ -191,19 +186,19 @@ class _Products:
         }
         return tuple(f"{what}: {', '.join(sorted(names))}" for what, names in lists.items() if names)
 
-    def _visit_unknown(self, use: Use) -> None:
-        around = f"{use.inside}." if use.inside else ""
+    def _visit_unknown(self, operand: Operand) -> None:
+        around = f"{operand.inside}." if operand.inside else ""
         for name in self.recorded:
-            if name.startswith(around) and sorted(use.operand.shape) == sorted(self.shapes[name]):
+            if name.startswith(around) and sorted(operand.tensor.shape) == sorted(self.shapes[name]):
                 where = " in a tensor that is none of the model's parameters"
-                self._hold(name, use.operand, self._ways(use.operand, name), where)
+                self._hold(name, operand.tensor, self._possible_axes(operand.tensor, name), where)
 
-    def _hold(self, name: str, operand: Tensor, ways: list[Axis], where: str) -> None:
-        problems = [_denser(operand, self.recorded[name][0], way) for way in ways]
+    def _hold(self, name: str, operand: Tensor, axes: list[Axis], where: str) -> None:
+        problems = [_denser(operand, self.recorded[name][0], axis) for axis in axes]
         if problems and all(problems):
             self.problems[name] = f"multiplied{where} while {problems[0]}"
 
-    def _ways(self, operand: Tensor, name: str) -> list[Axis]:
+    def _possible_axes(self, operand: Tensor, name: str) -> list[Axis]:
         """The axes that may be the reduction axis, in an operand that may be transposed, cut or joined."""
         axis, shape = self.recorded[name][1], self.shapes[name]
         if operand.shape == shape and (axis.flat or operand.ndim > 3):  # kernels of a convolution lie one way only

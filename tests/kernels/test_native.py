@@ -139,3 +139,18 @@ def test_threads_are_those_of_torch(threads: int) -> None:
         torch.set_num_threads(before)
     assert len({thread for _, _, thread in seen}) == threads
     assert sorted(i for first, last, _ in seen for i in range(first, last)) == list(range(100))
+
+
+def test_deploying_without_the_library_warns_once() -> None:
+    script = """
+import warnings, torch, openwork as ow
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        ow.plan(torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False)), torch.zeros(1, 8), pattern="8:8")
+print(*(each.message for each in caught))
+"""
+    done = python(script, OPENWORK_ISA="none")
+    text = "everything works without the native kernels, slower (no native kernels: OPENWORK_ISA=none)"
+    assert text in done.stdout, done.stderr
+    assert done.stdout.count("slower") == 1

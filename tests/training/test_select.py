@@ -9,7 +9,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 import openwork as ow
 from openwork.nm.groups import Axis
-from openwork.training.select import decide, matches
+from openwork.training.select import decide
+from openwork.training.selection import matches
 
 
 class Experts(nn.Module):

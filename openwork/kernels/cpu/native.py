@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import sys
+import warnings
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,13 @@ def status() -> Status:
     if lib is None:
         return Status(None, reason=reason)
     return Status(lib.openwork_isa(-1).decode(), _available(lib), "torch" if _thread_pool() else "none")
+
+
+@functools.cache
+def warn_without_library() -> None:
+    """Warn, once in a process, where there is no native library."""
+    if (here := status()).isa is None:
+        warnings.warn(f"everything works without the native kernels, slower ({here})", stacklevel=4)
 
 
 def library() -> Any:

@@ -27,7 +27,7 @@ from openwork.nm.groups import Axis
 from openwork.nm.masks import too_dense
 from openwork.nm.pattern import Pattern
 from openwork.nm.quantize import QUANTIZED
-from openwork.ops.masks import library
+from openwork.ops.library import library
 
 PATTERN = Pattern(2, 4)
 DEFAULT: Algorithm = (0, 1, -1)
