@@ -13,7 +13,7 @@ from torch import Tensor
 
 from openwork.files.container import is_text_mapping, strict_json
 from openwork.nm.groups import Axis, reduction_size
-from openwork.nm.masks import kept_per_group
+from openwork.nm.masks import too_dense
 from openwork.nm.pattern import Pattern
 from openwork.training.selection import PatternChoice, Selection
 from openwork.training.verify import NotSparse, tightest
@@ -53,7 +53,7 @@ def check_onnx(path: str | os.PathLike[str], pattern: Selection | PatternChoice 
         asked = recorded.get(product.name)
         if (given := selection.pattern_of(product.name)) is not None:
             asked = given if reduction_size(product.shape, product.axis) % given.m == 0 else None
-        problem = _denser(mask, product.axis, asked) if asked else ""
+        problem = too_dense(mask, asked, product.axis) if asked else ""
         if problem:
             broken[product.name] = problem
         elif asked:
@@ -62,12 +62,6 @@ def check_onnx(path: str | os.PathLike[str], pattern: Selection | PatternChoice 
     if broken := {name: problem for name, problem in broken.items() if name not in kept_by}:
         raise NotSparse(broken)
     return tuple(found.values())
-
-
-def _denser(mask: Tensor, axis: Axis, asked: Pattern) -> str:
-    kept = kept_per_group(mask, asked, axis)
-    wrong = int((kept > asked.n).sum())
-    return f"{wrong} of {kept.numel()} groups hold more than {asked} (the worst {int(kept.max())})" if wrong else ""
 
 
 def _described(product: Product, mask: Tensor, held: Pattern | None) -> Product:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from openwork.files.container import CODES
 from openwork.files.reader import Contents
 from openwork.nm.groups import Axis
-from openwork.nm.masks import apply_mask, kept_per_group
+from openwork.nm.masks import apply_mask, too_dense
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import Masked, plain_name, sparse_weights, weight_name
 from openwork.training.record import recorded_weights, sparsity_records
@@ -130,11 +130,10 @@ def check_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Masked
         each = masked.get(name)
         if each is None or not each.method.sparse:
             continue
-        most = int(kept_per_group(weight, each.pattern, each.axis).max())
-        if most > each.pattern.n:
+        if problem := too_dense(weight, each.pattern, each.axis):
             raise ValueError(
-                f"{name} has {most} non-zeros in a group, the model was sparsified at {each.pattern}: "
-                "load into a plain model, or sparsify at the pattern of the file"
+                f"{name}: {problem}, and the model was sparsified at {each.pattern}: load into a plain model, or "
+                "sparsify at the pattern of the file"
             )
         if each.output_axis and not torch.equal(apply_mask(weight, each.ranked(weight)), weight):
             raise ValueError(

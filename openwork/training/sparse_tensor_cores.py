@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from openwork.kernels.cuda import cusparselt
 from openwork.kernels.cuda.cusparselt import BACKENDS, within_2_4
 from openwork.kernels.cuda.stream import on_device
+from openwork.layouts.layout import Algorithm
 from openwork.methods import is_transposable
 from openwork.training.accelerated_linear import Engine, SparseMatmul, accelerated_class
 from openwork.training.parametrize import Masked, sparse_weights, unwrap
@@ -59,7 +60,7 @@ class SparseTensorCores:
     `check` does that once."""
 
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-    algorithms: dict[tuple[Any, ...], cusparselt.Algorithm] = field(default_factory=dict, compare=False)
+    algorithms: dict[tuple[Any, ...], Algorithm] = field(default_factory=dict, compare=False)
 
     def pack(self, weight: Tensor) -> cusparselt.Packed:
         weight = weight.contiguous()

@@ -284,7 +284,7 @@ def test_a_file_and_its_second_file_belong_together_at_every_moment(path, monkey
 
 def test_a_denser_model_is_refused_and_the_old_file_stays(path):
     path.write_bytes(b"old")
-    with pytest.raises(ow.NotSparse, match=r"weight: 8 of 8 groups hold more than 2:4 \(the worst 4\)"):
+    with pytest.raises(ow.NotSparse, match=r"weight: 8 of 8 groups hold more than 2 of 4 \(the worst 4\)"):
         to_onnx(nn.Linear(8, 4), torch.randn(2, 8), path, pattern="2:4")
     assert path.read_bytes() == b"old"
     assert [each.name for each in path.parent.iterdir()] == [path.name]
