@@ -166,5 +166,5 @@ def _packed_anew(module: PackedLayer, weight: Tensor, bias: Tensor | None) -> La
     """Where the layer is: a state may come from elsewhere. The bias is of the state too, and torch loads it later."""
     before = module.bias
     fits = before is not None and bias is not None and bias.shape == before.shape
-    new = bias.to(before) if fits else before  # type: ignore[union-attr, arg-type]
+    new = bias.to(before) if fits else before  # type: ignore[union-attr]
     return module._pack(type(module.packed), weight.to(module._device()), new)
