@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from openwork.bench import models, operators
-from openwork.bench.measure import Row, machine, write_csv
+from openwork.bench.measure import Row, roofline, write_csv
 from openwork.nm.pattern import Pattern
 from openwork.utils.table import aligned
 
@@ -76,11 +76,11 @@ def _run(what: str, asked: argparse.Namespace, build: Build) -> list[Row]:
     rows: list[Row] = []
     with torch.inference_mode():
         if what == "masks":
-            rows += operators.masks(machine(), patterns, asked.seconds)
+            rows += operators.masks(roofline(), patterns, asked.seconds)
         elif what == "linear":
-            rows += operators.linear(machine(), SHAPES, patterns, asked.seconds)
+            rows += operators.linear(roofline(), SHAPES, patterns, asked.seconds)
         elif what == "growth":
-            rows += operators.growth(machine(), GROWTH, patterns, asked.seconds)
+            rows += operators.growth(roofline(), GROWTH, patterns, asked.seconds)
         elif what == "threads":
             times = operators.layers_alternating(asked.seconds)
             over = times["in turn"] / (times["sparse"] + times["dense"]) - 1

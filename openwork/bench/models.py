@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from openwork.bench.measure import Row, alternating, rows
-from openwork.inference.choose import Plan
 from openwork.inference.deploy import deploy
 from openwork.inference.fold import fold_batch_norm
+from openwork.inference.plan import Plan
 from openwork.nm.pattern import Pattern
 from openwork.training.sparsify import project
 from openwork.utils.timing import compile_frozen

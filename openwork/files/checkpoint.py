@@ -19,7 +19,9 @@ from openwork.files.model_state import check_fits, check_same, fill, masked_by_n
 from openwork.files.packing import pack_weight, packed_shape
 from openwork.files.reader import Contents, opened
 from openwork.nm.pattern import Pattern
-from openwork.training.parametrize import Masked, unwrap
+from openwork.training.masked import Masked
+from openwork.training.parametrize import unwrap
+from openwork.training.record import unfinished_weights
 from openwork.training.selection import PatternChoice, Selection
 from openwork.training.verify import NotSparse
 
@@ -51,9 +53,9 @@ def save(
     at `path` is the old one or the new one at every moment.
 
     A sparsified model is saved as finalized, without being changed: the weights that its forward uses, at the patterns
-    that were recorded, under dense names. A plain model is held to `pattern`, "2:4" or a
-    `Selection`; without a pattern the tightest N:M of each weight is found, and a warning says that it was inferred.
-    Raises NotSparse with the weights that are denser, ValueError for a state that is not all tensors.
+    that were recorded, under dense names. A plain model is held to `pattern`, "2:4" or a `Selection`; without it the
+    tightest N:M of each weight is found, and a warning says that it was inferred. Raises NotSparse with the weights
+    that are denser, or whose method's schedule still runs; ValueError for a state that is not all tensors.
 
     >>> import tempfile
     >>> model = nn.Linear(4, 1)
@@ -66,6 +68,10 @@ def save(
     check_little_endian()
     model = unwrap(model)
     tensors, masked = tensors_by_name(model), masked_by_name(model)
+    if running := unfinished_weights(model):
+        raise NotSparse(
+            {name: f"{what}; train on, or call ow.finalize, which prunes now" for name, what in running.items()}
+        )
     aliases = ties(tensors, masked)
     chosen = patterns(model, masked, pattern)
     chosen = {aliases.get(name, name): place for name, place in chosen.items()}
@@ -98,7 +104,7 @@ def _contents(
     broken = {}
     for name, tensor in tensors.items():
         with torch.no_grad():
-            weight = masked[name].effective(tensor) if name in masked else tensor.detach()
+            weight = masked[name].fold(tensor) if name in masked else tensor.detach()
         if name not in sparse:
             yield name, weight
             continue

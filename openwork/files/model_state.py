@@ -16,11 +16,11 @@ from openwork.files.reader import Contents
 from openwork.nm.groups import Axis
 from openwork.nm.masks import apply_mask, kept_per_group
 from openwork.nm.pattern import Pattern
-from openwork.training.parametrize import Masked, plain_name, sparse_weights, weight_name
+from openwork.training.masked import Masked
+from openwork.training.parametrize import plain_name, sparse_weights, weight_name
 from openwork.training.record import recorded_weights, sparsity_records
 from openwork.training.select import HELD, decide
 from openwork.training.selection import PatternChoice, Selection
-from openwork.training.shared_class import AGE
 from openwork.training.verify import tightest
 from openwork.utils.deployed import check_not_deployed
 
@@ -35,7 +35,7 @@ def tensors_by_name(model: nn.Module, *, empty: bool = False) -> dict[str, Tenso
     named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     own = {weight_name(name) if weight_name(name) in masked else plain_name(name): tensor for name, tensor in named}
     names = [plain_name(name) for name in model.state_dict(keep_vars=True)]
-    stored = {name + end for name, masking in masked.items() if masking.mask is not None for end in ("_mask", AGE)}
+    stored = {f"{name}_{key}" for name, masking in masked.items() for key in masking.saved()}
     unknown = [name for name in names if name not in own and name not in stored]
     if unknown:
         raise ValueError(
@@ -78,7 +78,9 @@ def patterns(
             "the model is sparsified and saved in the patterns that sparsify recorded; pattern= is for plain models"
         )
     if sparsified:
-        own = {name: (masking.pattern, masking.axis) for name, masking in masked.items() if masking.method.sparse}
+        own = {
+            name: (masking.end.pattern, masking.end.axis) for name, masking in masked.items() if masking.method.sparse
+        }
         return recorded_weights(model) | own
     selection = Selection.of(choice)
     if selection.pattern is None:
@@ -132,16 +134,17 @@ def check_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Masked
         masking = masked.get(name)
         if masking is None or not masking.method.sparse:
             continue
-        most = int(kept_per_group(weight, masking.pattern, masking.axis).max())
-        if most > masking.pattern.n:
+        end = masking.end
+        most = int(kept_per_group(weight, end.pattern, end.axis).max())
+        if most > end.pattern.n:
             raise ValueError(
-                f"{name} has {most} non-zeros in a group, the model was sparsified at {masking.pattern}: "
+                f"{name} has {most} non-zeros in a group, the model was sparsified at {end.pattern}: "
                 "load into a plain model, or sparsify at the pattern of the file"
             )
-        if masking.output_axis and not torch.equal(apply_mask(weight, masking.ranked(weight)), weight):
+        if end.output_axis and not torch.equal(apply_mask(weight, masking.ranked(weight, end)), weight):
             raise ValueError(
-                f"{name} is {masking.pattern} along its reduction axis but not along its output axis, and the model "
-                "was sparsified with transposable masks: load into a plain model, or sparsify with ow.SRSTE()"
+                f"{name} is {end.pattern} along its reduction axis but not along its output axis, and the model was "
+                "sparsified with transposable masks: load into a plain model, or sparsify with ow.SRSTE()"
             )
 
 

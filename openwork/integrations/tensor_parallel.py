@@ -17,7 +17,8 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from openwork.training.dtensor import keeps_groups
-from openwork.training.parametrize import Masked, masked_weights
+from openwork.training.masked import Masked
+from openwork.training.parametrize import masked_weights
 
 
 class Colwise(ColwiseParallel):
@@ -68,8 +69,8 @@ def _spread(parameter: Any, mesh: DeviceMesh, placement: Placement, source: int 
 
 
 def _check_whole_groups(weight: nn.Parameter, masked: Masked, placement: Placement, mesh: DeviceMesh) -> None:
-    if not keeps_groups(weight, [(placement, mesh.size())], masked.axis, masked.pattern.m):
+    if not keeps_groups(weight, [(placement, mesh.size())], masked.end.axis, masked.end.pattern.m):
         raise ValueError(
             f"splitting a weight {tuple(weight.shape)} over {mesh.size()} processes by {placement} cuts groups of "
-            f"{masked.pattern.m} apart: take Colwise for this layer, another number of processes, or exclude it"
+            f"{masked.end.pattern.m} apart: take Colwise for this layer, another number of processes, or exclude it"
         )

@@ -1,27 +1,32 @@
-"""What is done to many weights at once: on a GPU one launch for all that have a method and a pattern alike."""
+"""What is done to many weights at once: one call, on a GPU one launch, for all that have method and pattern alike.
+
+Weights whose mask a kernel finds on the way (`Masked.is_ranked_fused`) go in lists; the others one by one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from openwork import kernels
-from openwork.ops import foreach_mask
-from openwork.training.parametrize import Masked, SparseWeight, sparse_weights
+from openwork.methods.autograd import straight_through
+from openwork.nm.pattern import Pattern
+from openwork.ops import foreach_decay, foreach_mask
+from openwork.training.parametrize import SparseWeight, sparse_weights
 
 
-def keep_all(sparse: Iterable[SparseWeight]) -> list[Tensor]:
-    """`Masked.keep` of many weights. Those on a GPU that are ranked afresh take one launch for each pattern."""
+def masks_of(sparse: Iterable[SparseWeight]) -> list[Tensor]:
+    """The mask in force of each weight."""
     sparse = list(sparse)
     masks: dict[int, Tensor] = {}
-    ranked = {i: each for i, each in enumerate(sparse) if each.masked.ranks_in_one_pass(each.weight)}
-    for pattern, indices in _in_lists(ranked, lambda masked: masked.pattern):
-        scores = [sparse[i].masked.method.score(sparse[i].weight.detach()) for i in indices]
-        axes = [sparse[i].masked.axis for i in indices]
+    for (_, _, pattern), indices in _alike(sparse, [each.masked.is_ranked_fused(each.weight) for each in sparse]):
+        scores = [sparse[i].weight.detach().abs() for i in indices]
+        axes = [sparse[i].masked.phase.axis for i in indices]
         masks |= zip(indices, foreach_mask(scores, pattern, axes), strict=True)
-    return [masks[i] if i in masks else each.masked.keep(each.weight) for i, each in enumerate(sparse)]
+    return [masks[i] if i in masks else each.masked.mask_of(each.weight) for i, each in enumerate(sparse)]
 
 
 def prune_ahead(root: nn.Module) -> None:
@@ -30,41 +35,46 @@ def prune_ahead(root: nn.Module) -> None:
     Only Parameters that their modules hold now: `torch.func` puts other tensors in their place, and FSDP2 gathers them
     later.
     """
-    wanted = (
+    ahead = [
         each
         for each in sparse_weights(root)
         if each.masked.cache.wants(each.masked)
         and type(each.weight) is nn.Parameter
-        and each.masked.ranks_in_one_pass(each.weight)
-    )
-    ahead = dict(enumerate(each for each in wanted if hasattr(each.masked.method, "forwards_in_one_pass")))
-    for (method, pattern), indices in _in_lists(ahead, lambda masked: (masked.method, masked.pattern)):
-        axes, weights = [ahead[i].masked.axis for i in indices], [ahead[i].weight for i in indices]
-        pruned = method.forwards_in_one_pass(weights, pattern, axes)
-        for i, result in zip(indices, pruned, strict=True):
-            ahead[i].masked.cache.give(ahead[i].masked, ahead[i].weight, result)
+        and each.masked.method.sparse
+        and each.masked.is_fused(each.weight)
+        and kernels.batches(each.weight)
+    ]
+    for (_, _, pattern), indices in _alike(ahead, [True] * len(ahead)):
+        axes = [ahead[i].masked.phase.axis for i in indices]
+        pruned = straight_through([ahead[i].weight for i in indices], pattern, axes)
+        for i, weight in zip(indices, pruned, strict=True):
+            ahead[i].masked.cache.give(ahead[i].masked, ahead[i].weight, weight)
 
 
-def add_gradient_terms(sparse: Iterable[SparseWeight], scale: Tensor | None) -> None:
-    """`Masked.add_gradient_term` of many weights. On a GPU one launch adds those of one method and pattern."""
-    sparse = [each for each in sparse if each.weight.grad is not None and hasattr(each.masked.method, "gradient_term")]
-    simple = {i: each for i, each in enumerate(sparse) if scale is None and each.masked.adds_in_one_pass(each.weight)}
-    simple = {i: each for i, each in simple.items() if hasattr(each.masked.method, "add_terms_in_one_pass")}
-    done: set[int] = set()
-    for (method, pattern), indices in _in_lists(simple, lambda masked: (masked.method, masked.pattern)):
+def add_decay(sparse: Iterable[SparseWeight], scale: Tensor | None) -> None:
+    """gradient += decay * weight where a method with a decay prunes; the sum's second half times `scale`."""
+    sparse = [each for each in sparse if each.weight.grad is not None and each.masked.method.decay]
+    fused = [scale is None and _gradient_fused(each) for each in sparse]
+    for (_, rate, pattern), indices in _alike(sparse, fused):
         weights = [sparse[i].weight for i in indices]
         gradients: Any = [weight.grad for weight in weights]
-        method.add_terms_in_one_pass(gradients, weights, pattern, [sparse[i].masked.axis for i in indices])
-        done |= set(indices)
-    for i, each in enumerate(sparse):
-        if i not in done:
-            each.masked.add_gradient_term(each.weight, scale)
+        foreach_decay(gradients, weights, rate, pattern, [sparse[i].masked.phase.axis for i in indices])
+    for each, done in zip(sparse, fused, strict=True):
+        if not done:
+            each.masked.add_decay(each.weight, scale)
 
 
-def _in_lists(sparse: Mapping[int, SparseWeight], alike: Callable[[Masked], Any]) -> list[tuple[Any, list[int]]]:
-    """Which of the weights one launch can take together, and what they have alike."""
-    lists: dict[Any, list[int]] = {}
-    for i, each in sparse.items():
-        if kernels.batches(each.weight):
-            lists.setdefault((each.weight.device, alike(each.masked)), []).append(i)
-    return [(what, indices) for (_, what), indices in lists.items()]
+def _gradient_fused(sparse: SparseWeight) -> bool:
+    """Whether a kernel adds the decay to the weight's gradient without making the mask."""
+    gradient: Any = sparse.weight.grad
+    ranked = sparse.masked.is_ranked_fused(sparse.weight)
+    return ranked and gradient.dtype == sparse.weight.dtype and kernels.fuses(gradient)
+
+
+def _alike(sparse: list[SparseWeight], chosen: list[bool]) -> list[tuple[tuple[Any, float, Pattern], list[int]]]:
+    """The chosen weights, by (device, decay, pattern)."""
+    lists: dict[Any, list[int]] = defaultdict(list)
+    for i, (each, taken) in enumerate(zip(sparse, chosen, strict=True)):
+        if taken:
+            lists[each.weight.device, each.masked.method.decay, each.masked.phase.pattern].append(i)
+    return list(lists.items())

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from openwork.kernels.cuda import cusparselt
-from openwork.kernels.cuda.cusparselt import BACKENDS
+from openwork.kernels.cuda.cusparselt import BACKENDS, within_2_4
 from openwork.kernels.cuda.stream import on_device
-from openwork.methods import is_transposable
-from openwork.nm.pattern import Pattern
+from openwork.layouts.layout import Algorithm
 from openwork.training.accelerated_linear import Engine, SparseMatmul, accelerated_class
-from openwork.training.parametrize import Masked, sparse_weights, unwrap
+from openwork.training.masked import Masked
+from openwork.training.parametrize import sparse_weights, unwrap
 from openwork.training.shared_class import plain_class
 from openwork.utils.example import quiet, run
 from openwork.utils.table import aligned
@@ -60,7 +60,7 @@ class SparseTensorCores:
     `check` does that once."""
 
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-    algorithms: dict[tuple[Any, ...], cusparselt.Algorithm] = field(default_factory=dict, compare=False)
+    algorithms: dict[tuple[Any, ...], Algorithm] = field(default_factory=dict, compare=False)
 
     def pack(self, weight: Tensor) -> cusparselt.Packed:
         weight = weight.contiguous()
@@ -125,7 +125,7 @@ def _layers(model: nn.Module) -> dict[str, Layer]:
     }
     if not found:
         raise ValueError(f"{type(model).__name__} is not sparsified: call ow.sparsify(model, '2:4', method) first")
-    if not any(each.masked.output_axis for each in found.values()):
+    if not any(each.masked.end.output_axis for each in found.values()):
         method = next(iter(found.values())).masked.method
         raise ValueError(
             f"{type(model).__name__} is sparsified with {method}, whose masks are not transposable: in the gradient of "
@@ -140,20 +140,11 @@ def _layers(model: nn.Module) -> dict[str, Layer]:
 def _unfit(module: nn.Module, tensor_name: str, masked: Masked, weight: Tensor) -> str:
     if tensor_name != "weight" or plain_class(module) is not nn.Linear:
         return f"{plain_class(module).__name__}: only nn.Linear is accelerated"
-    if not is_transposable(masked.method) or not within_2_4(masked.pattern):
-        return f"{masked.pattern} is not within 2:4"
+    if not masked.method.transposable or not within_2_4(masked.end.pattern):
+        return f"{masked.end.pattern} is not within 2:4"
     if any(length % _MULTIPLE for length in weight.shape):
         return f"shape {tuple(weight.shape)}: needed multiples of {_MULTIPLE}"
     return ""
-
-
-def within_2_4(pattern: Pattern) -> bool:
-    """Whether weights of this pattern are 2:4 as well.
-
-    >>> [within_2_4(Pattern(*each)) for each in ((2, 4), (1, 4), (1, 2), (2, 8), (4, 8), (1, 3))]
-    [True, True, True, True, False, False]
-    """
-    return (pattern.n <= 2 and pattern.m % 4 == 0) or (pattern.n, pattern.m) == (1, 2)
 
 
 def _check_tensor_cores(device: torch.device) -> None:

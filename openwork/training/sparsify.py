@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openwork.methods import SRSTE, Method, is_transposable
+from openwork.methods import SRSTE, Method, Phase
 from openwork.nm.groups import to_rows
-from openwork.nm.masks import apply_mask, magnitude_mask
-from openwork.nm.transposable import transposable_mask
+from openwork.nm.masks import apply_mask
+from openwork.ops import foreach_mask
 from openwork.training.dtensor import is_sharded
-from openwork.training.foreach import keep_all, prune_ahead
+from openwork.training.foreach import masks_of, prune_ahead
 from openwork.training.forward_cache import ForwardCache
+from openwork.training.masked import Masked
 from openwork.training.matmul_trace import count_macs
+from openwork.training.optimizer_watch import OptimizerWatch
 from openwork.training.parametrize import (
-    Masked,
     mask_weights,
     masked_modules,
     sparse_weights,
@@ -28,7 +29,7 @@ from openwork.training.parametrize import (
     unwrap,
     weight_name,
 )
-from openwork.training.record import SparsityRecord, sparsity_records, watch_optimizers
+from openwork.training.record import SparsityRecord, sparsity_records, unfinished_weights
 from openwork.training.report import Report, Row
 from openwork.training.select import Candidate, decide
 from openwork.training.selection import AxisChoice, PatternChoice, Remainder, Selection
@@ -67,29 +68,29 @@ def sparsify(
     model = unwrap(model)
     _check_plain(model)
     selection = _selection(pattern, exclude, axis, remainder)
-    decided = decide(model, dataclasses.replace(selection, transposable=is_transposable(method)))
+    decided = decide(model, dataclasses.replace(selection, transposable=method.transposable))
     macs = count_macs(model, example, {c.name: c.weight for c in decided}) if example is not None else None
-    report = _report(model, decided, macs, f"{type(model).__name__}, {method.name}", method.score)
-    cache = ForwardCache(prune_ahead)
+    title, cache = f"{type(model).__name__}, {method.name}", ForwardCache(prune_ahead)
     _mask(decided, method, cache)
+    sparse = {each.name: each for each in sparse_weights(model)}
+    report = _report(model, decided, lambda name, weight: sparse[name].masked.mask_at_end(weight), macs, title)
     weights = {each.name: (each.pattern, each.axis) for each in decided if each.pattern}
     hooks = (
         model.register_forward_pre_hook(cache.enter, prepend=True),
         model.register_forward_hook(cache.leave, always_call=True),
     )
-    watch = watch_optimizers(model) if hasattr(method, "gradient_term") else None
     output_axes = {each.name: each.output_axis for each in decided if each.output_axis}
-    model.__dict__["_openwork_record"] = SparsityRecord(
-        weights, method, cache, hooks, watch=watch, output_axes=output_axes
-    )
-    return report if method.sparse else dataclasses.replace(report, notes=(_ONLY_WATCHED,))
+    watch = OptimizerWatch(model, method)
+    model.__dict__["_openwork_record"] = SparsityRecord(weights, method, cache, watch, hooks, output_axes)
+    return dataclasses.replace(report, notes=_notes(model, method))
 
 
 def finalize(model: nn.Module) -> nn.Module:
     """Make a sparsified model plain again, in place, and return it: original classes, exact zeros, dense names.
 
     Parameters keep their identity. A model trained with `ow.Dense` keeps all its weights. A model that FSDP2 has
-    sharded is finalized on its gathered state dict instead. Raises ValueError when nothing is sparsified.
+    sharded is finalized on its gathered state dict instead. Where the method's schedule still runs, the weights are
+    pruned as at its end. Raises ValueError when nothing is sparsified.
     """
     inner = unwrap(model)
     modules = [module for _, module in masked_modules(inner)]
@@ -104,8 +105,7 @@ def finalize(model: nn.Module) -> nn.Module:
         del module.__dict__["_openwork_record"]
         for hook in record.hooks:
             hook.remove()
-        if record.watch:
-            record.watch()
+        record.watch.end()
     return model
 
 
@@ -124,11 +124,16 @@ def project(
     model = unwrap(model)
     _check_plain(model)
     decided = decide(model, _selection(pattern, exclude, axis, remainder))
-    report = _report(model, decided, None, f"{type(model).__name__}, projected", torch.abs)
+    masks = {
+        each.name: foreach_mask([each.weight.detach().abs()], each.pattern, [each.axis])[0]
+        for each in decided
+        if each.pattern
+    }
+    report = _report(model, decided, lambda name, _: masks[name], None, f"{type(model).__name__}, projected")
     with torch.no_grad():
         for each in decided:
             if each.pattern:
-                each.weight.copy_(apply_mask(each.weight, magnitude_mask(each.weight.abs(), each.pattern, each.axis)))
+                each.weight.copy_(apply_mask(each.weight, masks[each.name]))
     return report
 
 
@@ -137,8 +142,8 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     refreshes its masks writes into the stored ones, so they are copied."""
     sparse = list(sparse_weights(unwrap(model)))
     return {
-        each.name: mask.clone() if each.masked.refreshed else mask
-        for each, mask in zip(sparse, keep_all(sparse), strict=True)
+        each.name: mask.clone() if mask is each.masked.mask else mask
+        for each, mask in zip(sparse, masks_of(sparse), strict=True)
     }
 
 
@@ -158,9 +163,8 @@ def _mask(decided: list[Candidate], method: Method, cache: ForwardCache) -> None
     chosen: dict[nn.Module, dict[str, Masked]] = defaultdict(dict)
     for each in decided:
         if each.pattern:
-            chosen[each.module][each.tensor_name] = Masked(
-                each.pattern, each.axis, method, cache, each.weight, each.output_axis
-            )
+            end = Phase(each.pattern, each.axis, each.output_axis)
+            chosen[each.module][each.tensor_name] = Masked(method, end, cache, each.weight)
     for module, masked in chosen.items():
         mask_weights(module, masked)
 
@@ -180,39 +184,42 @@ def _check_whole(model: nn.Module, remedy: str) -> None:
             raise ValueError(f"{weight_name(name)} is sharded: {remedy}")
 
 
+def _notes(model: nn.Module, method: Method) -> tuple[str, ...]:
+    running = sorted(set(unfinished_weights(model).values()))
+    return tuple(running) if method.sparse else (_ONLY_WATCHED, *running)
+
+
 def _report(
     model: nn.Module,
     decided: list[Candidate],
+    mask_of: Callable[[str, Tensor], Tensor],
     macs: dict[str, int] | None,
     title: str,
-    score: Callable[[Tensor], Tensor],
 ) -> Report:
-    rows = tuple(_row(each, macs.get(each.name, 0) if macs is not None else None, score) for each in decided)
+    """`mask_of(name, weight)`: the mask that a weight has, or will have in the end."""
+    rows = tuple(_row(each, macs.get(each.name, 0) if macs is not None else None, mask_of) for each in decided)
     seen = {id(each.weight) for each in decided}
     others = sum(p.numel() for p in model.parameters() if id(p) not in seen)
     return Report(rows, title, others, macs.get("", 0) if macs else 0)
 
 
-def _row(each: Candidate, macs: int | None, score: Callable[[Tensor], Tensor]) -> Row:
-    weight, pattern = each.weight.detach(), each.pattern
+def _row(candidate: Candidate, macs: int | None, mask_of: Callable[[str, Tensor], Tensor]) -> Row:
+    weight, pattern = candidate.weight.detach(), candidate.pattern
     shape, bits = tuple(weight.shape), weight.element_size() * 8
     if not pattern:
-        return Row(each.name, shape, None, each.reason, weight.numel(), 1.0, 0, bits, macs)
-    rows = to_rows(weight, each.axis)
+        return Row(candidate.name, shape, None, candidate.reason, weight.numel(), 1.0, 0, bits, macs)
+    rows, mask = to_rows(weight, candidate.axis), mask_of(candidate.name, weight)
     K, lines = rows.shape[-1], rows[..., 0].numel()
     kept = lines * (K // pattern.m * pattern.n + min(K % pattern.m, pattern.n))
-    if each.output_axis:
-        keep = transposable_mask(score(weight), pattern, each.axis, each.output_axis)
-        kept = kept if keep.is_meta else int(keep.sum())  # tiles that stick out keep fewer
-    else:
-        keep = magnitude_mask(score(weight), pattern, each.axis)
-    energy = _retained(weight, keep)
-    return Row(each.name, shape, pattern, "", kept, energy, lines * math.ceil(K / pattern.m), bits, macs)
+    kept = kept if mask.is_meta else int(mask.sum())  # transposable tiles that stick out keep fewer
+    groups = lines * math.ceil(K / pattern.m)
+    return Row(candidate.name, shape, pattern, "", kept, _retained(weight, mask), groups, bits, macs)
 
 
-def _retained(weight: Tensor, keep: Tensor) -> float:
+def _retained(weight: Tensor, mask: Tensor) -> float:
     """The kept share of the sum of squared weights; NaN on the meta device."""
     if weight.is_meta:
         return math.nan
-    energy = weight.double().square()
-    return float(energy[keep].sum() / energy.sum()) if energy.any() else 1.0
+    squares = (weight if weight.dtype == torch.float64 else weight.float()).square()
+    total = float(squares.sum(dtype=torch.float64))
+    return float(apply_mask(squares, mask).sum(dtype=torch.float64)) / total if total else 1.0

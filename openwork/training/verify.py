@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from openwork.nm.groups import Axis, reduction_size
 from openwork.nm.masks import kept_per_group, too_dense
 from openwork.nm.pattern import Pattern
-from openwork.training.dtensor import whole
+from openwork.training.dtensor import full_tensor
 from openwork.training.matmul_trace import Operand, watch
 from openwork.training.parametrize import plain_name, unwrap
-from openwork.training.record import recorded_output_axes, recorded_weights, sparsity_records
+from openwork.training.record import recorded_output_axes, recorded_weights, sparsity_records, unfinished_weights
 from openwork.training.report import Report, Row
 from openwork.training.select import HELD, Candidate, decide
 from openwork.training.selection import PatternChoice, Selection
@@ -44,11 +44,11 @@ def verify(
     """Check that at most N of every M weights are non-zero, and return a report; raise `NotSparse` with the layers
     that are denser.
 
-    A sparsified model is held to what `sparsify` recorded, transposable masks along both axes. A plain one is held to
-    `pattern`, "2:4" or a `Selection`, on every candidate weight that is not excluded; without a pattern the tightest
-    N:M of each weight is found, and a warning says that it was inferred. `example` (a tensor, a tuple of arguments or a
-    mapping of keyword arguments) is run as well, in eval mode, watching every weight that reaches a matmul or a
-    convolution.
+    A sparsified model is held to what `sparsify` recorded, transposable masks along both axes; while the schedule of
+    its method runs, it is not sparse yet. A plain one is held to `pattern`, "2:4" or a `Selection`, on every candidate
+    weight that is not excluded; without a pattern the tightest N:M of each weight is found, and a warning says that it
+    was inferred. `example` (a tensor, a tuple of arguments or a mapping of keyword arguments) is run as well, in eval
+    mode, watching every weight that reaches a matmul or a convolution.
 
     >>> import torch
     >>> model = nn.Linear(4, 1)
@@ -62,6 +62,8 @@ def verify(
         raise ValueError("the model is held to what sparsify recorded; pattern= is for plain models")
     skipped: tuple[Row, ...] = ()
     if sparsified:
+        if running := unfinished_weights(model):
+            raise NotSparse(running)
         recorded, output_axes = _recorded(model), recorded_output_axes(model)
     else:
         recorded, output_axes, skipped = _asked(model, Selection.of(pattern))
@@ -142,7 +144,7 @@ def _denser(weight: Any, pattern: Pattern, axis: Axis) -> str:
 
 def _values(weight: Any) -> Tensor:
     """The numbers of a weight that is spread over processes, or quantized by torchao. Zeros stay zeros in int8."""
-    return weight.dequantize() if type(weight).__module__.startswith("torchao.") else whole(weight)
+    return weight.dequantize() if type(weight).__module__.startswith("torchao.") else full_tensor(weight)
 
 
 def _readable(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
@@ -212,10 +214,10 @@ def _row(name: str, weight: Tensor, pattern: Pattern, axis: Axis) -> Row:
     weight = _values(weight)
     groups = kept_per_group(weight, pattern, axis).numel()
     kept = int((weight != 0).sum())
-    return Row(name, tuple(weight.shape), pattern, "", kept, 1.0, groups, weight.element_size() * 8)
+    return Row(name, tuple(weight.shape), pattern, "", kept, None, groups, weight.element_size() * 8)
 
 
 def _skipped(found: Candidate) -> Row:
     weight = found.weight
     bits = weight.element_size() * 8
-    return Row(found.name, tuple(weight.shape), None, found.reason, weight.numel(), 1.0, weight_bits=bits)
+    return Row(found.name, tuple(weight.shape), None, found.reason, weight.numel(), None, weight_bits=bits)

@@ -13,7 +13,7 @@ from torch import nn
 
 import openwork as ow
 from openwork.bench import command, models, operators
-from openwork.bench.measure import Machine, Row, alternating, quantile, rows, write_csv
+from openwork.bench.measure import Roofline, Row, alternating, quantile, rows, write_csv
 from openwork.cli.main import main
 from openwork.kernels.cpu import native
 
@@ -24,7 +24,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(operators, "WEIGHT", (16, 64))
     monkeypatch.setattr(command, "SHAPES", ((32, 64, 48), (2, 64, 48)))
-    monkeypatch.setattr(command, "machine", lambda: Machine(1e9, 1e9))
+    monkeypatch.setattr(command, "roofline", lambda: Roofline(1e9, 1e9))
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -64,9 +64,9 @@ def test_operators(capsys):
     linear = [row for row in found if row["op"] == "linear" and row["threads"] == "1"]
     assert {row["shape"] for row in linear} == {"B=32 K=64 O=48", "B=2 K=64 O=48"}
     few = {row["impl"] for row in linear if row["shape"].startswith("B=2 ")}
-    assert {f"rows {p} {d}" for p in ("2:4", "1:8") for d in ("float32", "bfloat16", "int8")} <= few
+    assert {f"gemv {p} {d}" for p in ("2:4", "1:8") for d in ("float32", "bfloat16", "int8")} <= few
     assert "torch bfloat16" in few
-    assert not any(name.startswith("panel") for name in few)
+    assert not any(name.startswith("gemm") for name in few)
     for row in found:
         times = [float(row[name]) for name in ("p20_us", "p50_us", "p80_us")]
         assert times == sorted(times)
@@ -151,13 +151,13 @@ def test_whole_models_in_bfloat16_and_with_torchs_int8(monkeypatch):
 
 
 def test_each_precision_is_compared_with_those_that_round_no_more():
-    rows = list(operators.linear(Machine(1e9, 1e9), [(8, 64, 48)], [ow.Pattern(2, 4)], 0))
+    rows = list(operators.linear(Roofline(1e9, 1e9), [(8, 64, 48)], [ow.Pattern(2, 4)], 0))
     assert {row.baseline.split()[1] for row in rows if row.dtype == "float32"} == {"float32"}
     assert {row.baseline.split()[1] for row in rows if row.dtype == "bfloat16"} <= {"float32", "bfloat16"}
     assert [row.impl for row in rows if row.dtype == "float32"][:2] == ["torch float32", "oneDNN float32"]
     names = [row.impl for row in rows]
     assert len(names) == len(set(names))
-    assert any("dots" in name for name in names) == ow.kernels.has_dots()
+    assert any("dot_product" in name for name in names) == ow.kernels.vectors().dot_product
 
 
 @pytest.mark.slow
@@ -194,8 +194,8 @@ def test_quantiles():
 
 
 def test_bounds():
-    assert Machine(flops=100.0, bandwidth=10.0).bound(200, 10) == 2
-    assert Machine(flops=100.0, bandwidth=10.0).bound(200, 50) == 5
+    assert Roofline(flops=100.0, bandwidth=10.0).bound(200, 10) == 2
+    assert Roofline(flops=100.0, bandwidth=10.0).bound(200, 50) == 5
 
 
 def test_csv_replaces_the_file(tmp_path):

@@ -21,7 +21,8 @@ from openwork.cli.main import main
 from openwork.export import check_onnx, to_onnx
 from openwork.export import onnx as exporting
 from openwork.export.outputs import check_equal
-from openwork.inference.layers import SparseLinear
+from openwork.inference.layers import PackedLinear
+from openwork.layouts import Gemm
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
@@ -294,7 +295,7 @@ def test_a_denser_model_is_refused_and_the_old_file_stays(path):
 def test_a_deployed_model_is_refused_by_name(path):
     layer = nn.Linear(8, 4)
     ow.project(layer, "2:4")
-    model = nn.Sequential(SparseLinear(layer, ow.Pattern(2, 4), "panel", torch.float32))
+    model = nn.Sequential(PackedLinear(layer, ow.Pattern(2, 4), Gemm, torch.float32))
     with pytest.raises(
         ValueError, match=r"exporting to ONNX: 1 layers are deployed \(0, \.\.\.\).*the model that was deployed"
     ):

@@ -17,7 +17,7 @@ import openwork as ow
 from openwork.nm.groups import Axis
 from openwork.nm.masks import kept_per_group
 from openwork.nm.transposable import all_masks
-from openwork.training.dtensor import whole
+from openwork.training.dtensor import full_tensor
 
 torch.set_num_threads(1)
 
@@ -287,7 +287,7 @@ def on_one_rank(rank, folder):
     replicated, sharded = net(), fully_shard(net())
     train(replicated, data, forward=DistributedDataParallel(replicated))
     train(sharded, data)
-    found = [{name: whole(each) for name, each in model.state_dict().items()} for model in (replicated, sharded)]
+    found = [{name: full_tensor(each) for name, each in model.state_dict().items()} for model in (replicated, sharded)]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

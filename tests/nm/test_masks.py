@@ -254,7 +254,7 @@ AXES = [Axis(0), Axis(1), Axis(2), Axis(3), Axis(0, blocks=2), Axis(1, blocks=3)
     lengths=st.tuples(*[st.integers(1, 7)] * 4).filter(lambda x: math.prod(x) <= 300),
     seed=st.integers(0, 99),
 )
-def test_keep_largest_is_the_best_subset_of_each_group(
+def test_magnitude_mask_is_the_best_subset_of_each_group(
     axis: Axis, pattern: Pattern, lengths: tuple[int, ...], seed: int
 ) -> None:
     shape = [length * axis.blocks if dim == axis.dim else length for dim, length in enumerate(lengths)]

@@ -11,7 +11,6 @@ from torch import nn
 
 import openwork as ow
 from openwork import kernels, ops
-from openwork.methods import srste, ste
 from openwork.nm.mask_stats import pack, packed_sad
 from openwork.training import foreach
 
@@ -38,7 +37,9 @@ def trained(method: Any, patterns: Any) -> tuple[nn.Module, ow.Topology]:
 
 @pytest.mark.parametrize("patterns", ["2:4", {"0.weight": "1:4", "3.weight": "2:8", "*": "2:4"}])
 def test_lists_train_the_same_weights(patterns: Any, monkeypatch: Any) -> None:
-    one_by_one, recorded = trained(ow.SRSTE(0.5), patterns)
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels, "fuses", lambda weight: False)  # masks first, and one weight after the other
+        one_by_one, recorded = trained(ow.SRSTE(0.5), patterns)
     calls: list[int] = []
     monkeypatch.setattr(kernels, "batches", lambda weight: True)
     monkeypatch.setattr(kernels, "fuses", lambda weight: True)
@@ -47,8 +48,8 @@ def test_lists_train_the_same_weights(patterns: Any, monkeypatch: Any) -> None:
         calls.append(len(gradients))
         real(gradients, *rest)
 
-    real = ops.foreach_decay
-    monkeypatch.setattr(ops, "foreach_decay", counting)
+    real = foreach.foreach_decay
+    monkeypatch.setattr(foreach, "foreach_decay", counting)
     listed, again = trained(ow.SRSTE(0.5), patterns)
     assert all(torch.equal(a, b) for a, b in zip(one_by_one.parameters(), listed.parameters(), strict=True))
     assert recorded.records == again.records
@@ -60,14 +61,13 @@ def counted_lists(monkeypatch: Any) -> list[int]:
     calls: list[int] = []
     monkeypatch.setattr(kernels, "batches", lambda weight: True)
     monkeypatch.setattr(kernels, "fuses", lambda weight: True)
-    real = ste.straight_through_largest_list
+    real = foreach.straight_through
 
     def counting(weights: Any, *rest: Any) -> Any:
         calls.append(len(weights))
         return real(weights, *rest)
 
-    for method in (ste, srste):
-        monkeypatch.setattr(method, "straight_through_largest_list", counting)
+    monkeypatch.setattr(foreach, "straight_through", counting)
     return calls
 
 
@@ -157,7 +157,7 @@ def test_masks_are_the_same_in_lists(method: Any, monkeypatch: Any) -> None:
     found = ow.masks(model)
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], mask) for name, mask in expected.items())
-    assert calls == ([] if method.fixed else [1, 3])
+    assert calls == ([] if method.schedule.stores_mask else [1, 3])
 
 
 @pytest.mark.parametrize(("state", "expected"), [("", True), ("capturing", False), ("compiling", False)])
