@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from openwork.inference.plan import Plan
 from openwork.nm.pattern import Pattern
 from openwork.training.sparsify import project
 from openwork.utils.timing import compile_frozen
+from openwork.utils.torchvision_compat import prepare_torchvision
 
 
 class Encoder(nn.Module):
@@ -131,14 +133,14 @@ def memory(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         torch.save((model, example), f"{folder}/model.pt")
         words = [sys.executable, "-m", "openwork.bench.models", f"{folder}/model.pt", str(torch.get_num_threads())]
+        words.append(type(model).__module__)
         printed = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     return sum(held.values()), int(printed.split()[-1])
 
 
-def _grown(file: str, threads: int) -> int:
-    import openwork.utils.torchvision_compat as compat
-
-    compat.ensure_torchvision()
+def _grown(file: str, threads: int, module: str) -> int:
+    prepare_torchvision()
+    importlib.import_module(module)  # of the model's class: code is no part of what grows
     torch.set_num_threads(threads)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
     before = _kilobytes("VmRSS")
@@ -155,4 +157,4 @@ def _kilobytes(field: str) -> int:
 
 
 if __name__ == "__main__":
-    print(_grown(sys.argv[1], int(sys.argv[2])))
+    print(_grown(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
