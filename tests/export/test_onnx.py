@@ -421,7 +421,7 @@ def test_broken_promises_are_found(path):
     node = helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)
     with pytest.raises(ow.NotSparse, match="gone: recorded by the file, but no product multiplies by it"):
         check_onnx(written(path, [node], {"w": two_four()}, openwork='{"w": "2:4", "gone": "2:4"}'))
-    with pytest.raises(ow.NotSparse, match="more than 1:4"):
+    with pytest.raises(ow.NotSparse, match="more than 1 of 4"):
         check_onnx(written(path, [node], {"w": two_four()}, openwork='{"w": "1:4"}'))
     for text, complaint in (("[1]", "needed an object"), ('{"w": 1}', "does not map"), ('{"w": "9:4"}', "pattern")):
         with pytest.raises(ValueError, match=complaint):
