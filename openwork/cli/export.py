@@ -75,9 +75,9 @@ def _is_run(source: str) -> bool:
 
 
 def _of_run(folder: Path) -> Finished:
-    from openwork.recipes.recipe import finished
+    from openwork.recipes.recipe import load_run
 
-    net, example, config = finished(folder)
+    net, example, config = load_run(folder)
     pattern = None if config.method == "dense" else config.pattern
     return Finished(net, example, pattern, tuple(config.exclude), config.method)
 

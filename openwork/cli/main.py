@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-USAGE = """\
+from openwork.recipes import TASKS, find
+
+USAGE = f"""\
 openwork: train N:M sparse networks from scratch
 
   openwork train TASK               one network with one method; --help shows every flag and its default
@@ -20,7 +22,7 @@ openwork: train N:M sparse networks from scratch
   openwork bench                    time masks, products, whole models beside their dense baselines; writes CSV
   openwork export SOURCE --out OUT  a run or a file as ONNX, a program of torch.export, a folder for Hugging Face, ...
 
-TASK is one of: classification, detection, flow, segmentation, translation.
+TASK is one of: {", ".join(TASKS)}.
 Without --data each trains on something small that needs no download.
 Flags may stand in a YAML file: --config FILE; flags after it override it.
 """
@@ -67,8 +69,6 @@ def _explain(error: Exception) -> str:
 
 def _task(words: list[str], verb: str) -> Any:
     """The task that the first word names."""
-    from openwork.recipes import TASKS, find
-
     if words and words[0] in TASKS:
         return find(words[0])
     asked = f"there is no task {words[0]!r}" if words and not words[0].startswith("-") else "a task is missing"
@@ -120,17 +120,19 @@ def compare(words: list[str]) -> int:
 
 
 def _show_table(rows: Sequence[Any], metrics: Sequence[Any]) -> None:
-    from openwork.recipes.summary import cells, header, notes, plain_table
+    from openwork.recipes.summary import notes, table_of
+    from openwork.utils.table import aligned
 
+    header, lines = table_of(rows, metrics)
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        print(plain_table(rows, metrics))
+        print("\n".join(aligned(header, lines)))
     else:
-        table = Table(*header(metrics))
-        for row in rows:
-            table.add_row(*cells(row, metrics))
+        table = Table(*header)
+        for line in lines:
+            table.add_row(*line)
         console = Console()
         wide = console.width if console.is_terminal else 180
         Console(width=wide).print(table)

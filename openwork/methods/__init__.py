@@ -9,3 +9,6 @@ from openwork.methods.method import stores_mask as stores_mask
 from openwork.methods.srste import SRSTE as SRSTE
 from openwork.methods.ste import STE as STE
 from openwork.methods.transposable import TransposableSRSTE as TransposableSRSTE
+
+METHODS: dict[str, type] = {cls.name: cls for cls in (Dense, ASP, STE, SRSTE, TransposableSRSTE)}
+"""Every method by its name, in the order of tables and charts."""

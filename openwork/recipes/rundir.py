@@ -49,7 +49,7 @@ class RunDir:
     checkpoint = property(lambda self: self.path / "checkpoints" / "last.ckpt")
     model = property(lambda self: self.path / "model.safetensors")
     result = property(lambda self: self.path / "result.json")
-    pictures = property(lambda self: self.path / "pictures.json")
+    visualizations = property(lambda self: self.path / "visualizations.json")
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         if name not in self._files:
@@ -91,8 +91,8 @@ class RunDir:
     def read_config(self) -> dict[str, Any]:
         return yaml.safe_load(self.config.read_text(encoding="utf-8"))
 
-    def read_pictures(self) -> list[dict[str, str]]:
-        return json.loads(self.pictures.read_text(encoding="utf-8")) if self.pictures.exists() else []
+    def read_visualizations(self) -> list[dict[str, Any]]:
+        return json.loads(self.visualizations.read_text(encoding="utf-8")) if self.visualizations.exists() else []
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_text(self.result, json.dumps(result, indent=1))
