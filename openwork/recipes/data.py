@@ -49,7 +49,7 @@ class Data:
     def val_batches(self, batches: Sequence[np.ndarray]) -> DataLoader[Any]:
         return self._loader(self.val, [np.asarray(batch).tolist() for batch in batches])
 
-    def _loader(self, dataset: Any, keys: Sequence[Sequence[Any]]) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, keys: list[list[Any]]) -> DataLoader[Any]:
         # Its own generator: a DataLoader otherwise takes a number from torch's global one.
         own = torch.Generator()
         return DataLoader(dataset, batch_sampler=keys, num_workers=self.workers, collate_fn=self.collate, generator=own)

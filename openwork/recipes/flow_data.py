@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from openwork.recipes.data import Data, readable, spaced
 from openwork.recipes.draws import sample_seed
-from openwork.recipes.images import ImageFiles
+from openwork.recipes.images import ImageFiles, open_image
 from openwork.recipes.scenes import BACKGROUND, render, scene
 from openwork.utils.torchvision_compat import ensure_torchvision
 
@@ -76,11 +76,11 @@ def sample_photos() -> list[Tensor]:
 
 def photos_of(folder: Path, skip_bad: bool) -> tuple[list[Tensor], int]:
     """The photos of a folder, sorted by name, and how many could not be read and were left out."""
-    files = ImageFiles([(str(p), 0) for p in sorted(folder.iterdir()) if p.suffix.lower() in IMG_EXTENSIONS], np.array)
-    if not len(files):
+    paths = [str(path) for path in sorted(folder.iterdir()) if path.suffix.lower() in IMG_EXTENSIONS]
+    if not paths:
         raise FileNotFoundError(f"photos: no images ({', '.join(IMG_EXTENSIONS)}) in {folder}")
-    indices = readable(files) if skip_bad else range(len(files))
-    return [_unit(files[index][0]) for index in indices], len(files) - len(indices)
+    indices = readable(ImageFiles([(path, 0) for path in paths], np.array)) if skip_bad else range(len(paths))
+    return [_unit(np.asarray(open_image(paths[index]))) for index in indices], len(paths) - len(indices)
 
 
 def scenes_of(
@@ -147,8 +147,8 @@ def read_pair(source: Any, index: int) -> Pairs:
         raise ValueError(f"{files} have {sizes} pixels, and must have the same; {remedy}")
     known = (np.abs(flow) < _UNKNOWN).all(axis=0)  # NaN is unknown too
     known = known & valid[0] if valid else known
-    frames = (_unit(np.asarray(frame)) * 2 - 1 for frame in (first, second))
-    return Pairs(*frames, torch.from_numpy(np.where(known, flow, np.float32(0))), torch.from_numpy(known))
+    frames = [_unit(np.asarray(frame)) * 2 - 1 for frame in (first, second)]
+    return Pairs(frames[0], frames[1], torch.from_numpy(np.where(known, flow, np.float32(0))), torch.from_numpy(known))
 
 
 def flow_files(

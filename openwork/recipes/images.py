@@ -208,4 +208,4 @@ def imagefolder(
         good = readable(ImageFiles(files, np.array), workers) if skip_bad else range(len(files))
         skipped += len(files) - len(good)
         sets.append(ImageFiles(spaced([files[i] for i in good], most), transform))
-    return Data(*sets, workers=workers, skipped=skipped, info=ImageInfo(len(train.classes), 3))
+    return Data(sets[0], sets[1], workers=workers, skipped=skipped, info=ImageInfo(len(train.classes), 3))

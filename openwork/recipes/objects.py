@@ -126,7 +126,7 @@ class CocoImages(Dataset[Sample]):
         size = entry.height, entry.width
         boxes = torch.tensor([known["bbox"] for known in single], dtype=torch.float32).reshape(-1, 4)
         target: dict[str, Any] = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=size),  # type: ignore[call-overload]
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=size),
             "labels": torch.tensor([known["category_id"] for known in single]).long(),
         }
         if self.masks:

@@ -45,7 +45,7 @@ def build_parser(cls: type[T], prog: str, about: str) -> jsonargparse.ArgumentPa
     for field in fields(cls):
         kind, text, default = hints[field.name], field.metadata["help"], default_of(field)
         if field.name == "method_options":
-            many = {"nargs": "*"} if issubclass(cls, CompareConfig) else {}
+            many: dict[str, Any] = {"nargs": "*"} if issubclass(cls, CompareConfig) else {}
             for name, (type_, about_it) in option_flags().items():
                 parser.add_argument(f"--{name}", type=type_, default=None, help=about_it, **many)
         elif kind is bool and not default:

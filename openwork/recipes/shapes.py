@@ -61,7 +61,7 @@ def _background(draw: np.random.Generator, size: int, photos: Sequence[np.ndarra
     """A square of half to all of a photograph's shorter side, resized, lighter or darker: float32 (size, size, 3)."""
     from PIL import Image
 
-    photo = photos[draw.integers(len(photos))]
+    photo = photos[int(draw.integers(len(photos)))]
     height, width, _ = photo.shape
     side = int(min(height, width) * draw.uniform(0.5, 1))
     top, left = draw.integers(height - side + 1), draw.integers(width - side + 1)
