@@ -13,7 +13,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,31 +44,19 @@ class Entry:
     annotations: Sequence[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Part:
-    """The images of a json file that can be used, its classes, and how many images were left out."""
-
-    entries: Sequence[Entry]
-    classes: Sequence[str]
-    skipped: int
-
-
 def parts(folder: Path) -> list[tuple[Path, Path]]:
     """The json file and the folder of images for training and for validation."""
-    for layout in (
-        [(f"annotations/instances_{part}2017.json", f"{part}2017") for part in ("train", "val")],
-        [(f"instances_{part}.json", "images") for part in ("train", "val")],
-    ):
-        if (folder / layout[0][0]).exists():
-            return [(folder / names, folder / images) for names, images in layout]
+    for pattern, images in (("annotations/instances_{}2017.json", "{}2017"), ("instances_{}.json", "images")):
+        if (folder / pattern.format("train")).exists():
+            return [(folder / pattern.format(part), folder / images.format(part)) for part in ("train", "val")]
     raise FileNotFoundError(f"{folder} has no instances_train.json; it must hold {LAYOUT}")
 
 
-def read_part(file: Path, images: Path, *, masks: bool, skip_bad: bool) -> Part:
-    """Reads and checks a json file. ValueError says which annotation of which image is wrong and how.
+def read_part(file: Path, images: Path, *, masks: bool, skip_bad: bool) -> tuple[list[Entry], list[str], int]:
+    """The usable images of a json file, the names of its classes, and how many images were left out.
 
-    `masks` demands one for every object. `skip_bad` leaves out every image that has a fault or cannot be decoded;
-    without it an image that cannot be decoded is an error when it is used.
+    ValueError says which annotation of which image is wrong and how. `masks` demands one for every object. `skip_bad`
+    leaves out every image that has a fault or cannot be decoded; without it that is an error when it is used.
     """
     content = _sections(file)
     categories = sorted(content["categories"], key=lambda category: category["id"])
@@ -81,10 +69,10 @@ def read_part(file: Path, images: Path, *, masks: bool, skip_bad: bool) -> Part:
         skipped += bool(fault)
         if not fault:
             listed = [{**known, "category_id": numbers[known["category_id"]]} for known in entry.annotations]
-            entries.append(Entry(entry.path, entry.id, entry.width, entry.height, listed))
+            entries.append(replace(entry, annotations=listed))
     if not any(entry.annotations for entry in entries):
         raise ValueError(f"{file}: not one image with an object is left ({skipped} of them were left out as bad)")
-    return Part(entries, [str(category["name"]) for category in categories], skipped)
+    return entries, [str(category["name"]) for category in categories], skipped
 
 
 def _sections(file: Path) -> dict[str, Any]:
@@ -195,20 +183,15 @@ def run_lengths(text: str | bytes) -> list[int]:
     return runs
 
 
-def encode_mask(mask: Any, width: int, height: int) -> dict[str, Any]:
-    """A segmentation of any form as compressed run lengths."""
-    from pycocotools import mask as rle
-
-    if isinstance(mask, list):
-        return rle.merge(rle.frPyObjects(mask, height, width))
-    return rle.frPyObjects(mask, height, width) if isinstance(mask["counts"], list) else mask
-
-
 def decode_mask(mask: Any, width: int, height: int) -> np.ndarray:
     """A segmentation of any form as uint8 (height, width)."""
     from pycocotools import mask as rle
 
-    return rle.decode(encode_mask(mask, width, height))
+    if isinstance(mask, list):
+        mask = rle.merge(rle.frPyObjects(mask, height, width))
+    elif isinstance(mask["counts"], list):
+        mask = rle.frPyObjects(mask, height, width)
+    return rle.decode(mask)
 
 
 def load_image(entry: Entry) -> Any:
@@ -222,19 +205,13 @@ def load_image(entry: Entry) -> Any:
     return image
 
 
-def truth_of(classes: Sequence[str], entries: Sequence[Entry], masks: bool) -> dict[str, Any]:
+def truth_of(classes: Sequence[str], entries: Sequence[Entry]) -> dict[str, Any]:
     """What metrics are computed against, as pycocotools takes it."""
-    listed = [_truth(entry, annotation, masks) for entry in entries for annotation in entry.annotations]
+    listed = [{**known, "image_id": entry.id} for entry in entries for known in entry.annotations]
+    defaults = [{"area": known["bbox"][2] * known["bbox"][3], "iscrowd": 0} for known in listed]
+    numbered = enumerate(zip(defaults, listed, strict=True), start=1)
     return {
         "images": [{"id": entry.id, "width": entry.width, "height": entry.height} for entry in entries],
-        "annotations": [{"id": number, **annotation} for number, annotation in enumerate(listed, start=1)],
+        "annotations": [{**default, **known, "id": number} for number, (default, known) in numbered],
         "categories": [{"id": number, "name": name} for number, name in enumerate(classes, start=1)],
     }
-
-
-def _truth(entry: Entry, annotation: dict[str, Any], masks: bool) -> dict[str, Any]:
-    box = annotation["bbox"]
-    shape = {"segmentation": encode_mask(annotation["segmentation"], entry.width, entry.height)} if masks else {}
-    area, crowd = annotation.get("area", box[2] * box[3]), annotation.get("iscrowd", 0)
-    label = annotation["category_id"]
-    return {"image_id": entry.id, "category_id": label, "bbox": box, "area": area, "iscrowd": crowd, **shape}

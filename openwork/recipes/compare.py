@@ -19,6 +19,7 @@ import torch
 from openwork.methods import METHODS
 from openwork.recipes.config import CompareConfig, Config, differences, values_of
 from openwork.recipes.method_flags import DENSE, defaults_of, is_sparse, options_of, starts_trained
+from openwork.recipes.report import write_report
 from openwork.recipes.rundir import RunDir, write_text, write_yaml
 from openwork.recipes.summary import Row, headline, metrics_of, rows_of
 
@@ -86,7 +87,7 @@ def compare(config: CompareConfig, say: Callable[[str], None]) -> list[Row]:
     rows = rows_of(results)
     document = _document(config, results, rows, time.perf_counter() - start)
     write_text(Path(config.out) / "results.json", json.dumps(document, indent=1))
-    _write_page(Path(config.out))
+    write_report(Path(config.out))
     return rows
 
 
@@ -94,18 +95,15 @@ def _document(
     config: CompareConfig, results: Sequence[dict[str, Any]], rows: Sequence[Row], seconds: float
 ) -> dict[str, Any]:
     keys = [metric.key for metric in metrics_of(results)]
+    runs = []
+    for r in results:
+        chosen = {key: r["config"][key] for key in ("method", "pattern", "seed")}
+        runs.append({**chosen, **options_of(r["config"]), **{key: r[key] for key in keys}})
     return {
         "config": values_of(config),
-        "environment": results[0]["environment"],
-        "metrics": results[0]["metrics"],
-        "notes": results[0].get("notes", {}),
+        **{key: results[0][key] for key in ("environment", "metrics", "notes")},
         "rows": [asdict(row) for row in rows],
-        "runs": [
-            {key: r["config"][key] for key in ("method", "pattern", "seed")}
-            | options_of(r["config"])
-            | {key: r[key] for key in keys}
-            for r in results
-        ],
+        "runs": runs,
         "seconds_of_this_call": seconds,
     }
 
@@ -146,9 +144,3 @@ def run_one(run: Config, say: Callable[[str], None]) -> None:
         tail = (directory.path / "log.txt").read_text(encoding="utf-8", errors="replace")[-1500:]
         raise RuntimeError(f"run {name} ended with exit code {code}; the end of {directory.path / 'log.txt'}:\n{tail}")
     say(f"{name}: {headline(_result(run))} ({time.perf_counter() - start:.0f} s)")
-
-
-def _write_page(out: Path) -> None:
-    from openwork.recipes.report import write_report
-
-    write_report(out)

@@ -17,7 +17,7 @@ from openwork.recipes.charts import COLORS, image_uri
 from openwork.recipes.coco_metrics import Detections, detections_of
 from openwork.recipes.config import Config, check_choice, default, flag, source_of
 from openwork.recipes.data import Data, spaced
-from openwork.recipes.objects import CocoImages, ObjectInfo, Sample, object_data, shapes, transforms
+from openwork.recipes.objects import CocoImages, Sample, object_data, shapes
 from openwork.recipes.task import Task, View, Visualization
 from openwork.utils.torchvision_compat import ensure_torchvision
 
@@ -119,21 +119,14 @@ class DetectorTask(Task):
         if folder is None:
             counts = min(config.limit or _TRAIN, _TRAIN), min(config.limit_val or _VAL, _VAL)
             return shapes(*counts, config.image_size, self.masks, config.workers)
-        train, val = (
-            coco.read_part(*paths, masks=self.masks, skip_bad=config.skip_bad) for paths in coco.parts(folder)
-        )
-        if train.classes != val.classes:
+        read = [coco.read_part(*paths, masks=self.masks, skip_bad=config.skip_bad) for paths in coco.parts(folder)]
+        (train, classes, bad), (val, val_classes, bad_val) = read
+        if classes != val_classes:
             raise ValueError(f"{folder}: training and validation have different categories; they must be the same")
-        sizes = config.image_size, config.max_size
-        entries = spaced(train.entries, config.limit), spaced(val.entries, config.limit_val)
-        info = ObjectInfo(val.classes, coco.truth_of(val.classes, entries[1], self.masks))
-        return object_data(
-            CocoImages(entries[0], self.masks, transforms(*sizes, True, config.vertical_flip)),
-            CocoImages(entries[1], False, transforms(*sizes, False)),
-            info,
-            config.workers,
-            train.skipped + val.skipped,
-        )
+        size, val_entries = (config.image_size, config.max_size), spaced(val, config.limit_val)
+        train_images = CocoImages(spaced(train, config.limit), *size, self.masks, config.vertical_flip)
+        val_images = CocoImages(val_entries, *size, masks=False)
+        return object_data(train_images, val_images, val_entries, classes, config.workers, bad + bad_val)
 
     def build(self, config: Any, data: Data) -> nn.Module:
         norm = FrozenBatchNorm2d if config.frozen_norm else nn.BatchNorm2d
@@ -208,21 +201,20 @@ def sure(found: Detections) -> Detections:
 def drawn(image: Tensor, objects: Detections, size: Tensor, classes: Sequence[str]) -> View:
     """The image with boxes and masks of a file of `size` (height, width) over it. One colour and name for each class;
     where there is only one class, a colour for each object and no names. Crowded images have no text."""
-    from pycocotools import mask as rle
-
+    height, width = size.tolist()
     image = resize(image, [round(side * 320 / max(image.shape[1:])) for side in image.shape[1:]])
     labels = objects.labels_N.tolist()
     kinds = [label - 1 for label in labels] if len(classes) > 1 else range(len(labels))
     colors: Any = [COLORS[kind % len(COLORS)] for kind in kinds]
     if objects.masks:
-        masks = torch.from_numpy(np.stack([rle.decode(mask) for mask in objects.masks]))
+        masks = torch.from_numpy(np.stack([coco.decode_mask(mask, width, height) for mask in objects.masks]))
         resized = resize(masks[:, None].float(), list(image.shape[1:]))[:, 0] > 0.5
         image = draw_segmentation_masks(image, resized, alpha=0.4, colors=colors)
     names = [classes[label - 1] if len(classes) > 1 else "" for label in labels]
     scores = [f"{score:.2f}" for score in objects.scores_N] or [""] * len(names)
     texts = [f"{name} {score}".strip() for name, score in zip(names, scores, strict=True)]
     if labels:
-        scale = torch.tensor([image.shape[2], image.shape[1]] * 2) / size.flip(0).repeat(2)
+        scale = torch.tensor([image.shape[2], image.shape[1]] * 2) / torch.tensor([width, height] * 2)
         boxes = box_convert(torch.from_numpy(objects.boxes_N4), "xywh", "xyxy") * scale
         shown: Any = texts if any(texts) and len(texts) <= _NAMED else None
         image = draw_bounding_boxes(image, boxes, shown, colors)

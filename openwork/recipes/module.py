@@ -50,23 +50,6 @@ def lr_factor(step: int, warmup: int, total: int, schedule: str = "cosine", mile
     return 1.0
 
 
-class Stopwatch:
-    """Seconds from one step's end to the next, with the loading of data and without validation and checkpoints."""
-
-    def __init__(self) -> None:
-        self._last: float | None = None
-        self.seconds: list[float] = []
-
-    def skip(self) -> None:
-        self._last = None
-
-    def tick(self) -> None:
-        now = time.perf_counter()
-        if self._last is not None:
-            self.seconds.append(round(now - self._last, 6))
-        self._last = now
-
-
 class TaskModule(pl.LightningModule):
     def __init__(self, task: Task, net: nn.Module, config: Config, data: Data, run: RunDir) -> None:
         super().__init__()
@@ -77,14 +60,11 @@ class TaskModule(pl.LightningModule):
             raise ValueError(
                 f"batch_size {config.batch_size} exceeds the {data.train_count} training samples; make it smaller"
             )
-        self._watch = Stopwatch()
+        self._last_tick: float | None = None
+        self._seconds: list[float] = []  # of steps, with the loading of data, without validation and checkpoints
         self._losses: list[Tensor] = []
         self._restored: dict[str, Any] = {}
         self._sharded = False
-
-    @property
-    def epoch(self) -> int:
-        return self.step // self.steps_per_epoch
 
     # data
 
@@ -130,7 +110,7 @@ class TaskModule(pl.LightningModule):
         self._recorded = len(self.topology.records)
 
     def on_train_epoch_start(self) -> None:
-        self._watch.skip()
+        self._last_tick = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         micro = batch_idx % self.config.accumulate
@@ -143,7 +123,10 @@ class TaskModule(pl.LightningModule):
         if (batch_idx + 1) % self.config.accumulate:
             return
         self.step += 1
-        self._watch.tick()
+        now = time.perf_counter()
+        if self._last_tick is not None:
+            self._seconds.append(round(now - self._last_tick, 6))
+        self._last_tick = now
         if self.step % self.config.log_every == 0:
             self._log_step()
         self._losses.clear()
@@ -155,8 +138,8 @@ class TaskModule(pl.LightningModule):
         rate = self.config.lr * self._lr_factor(self.step - 1)  # of the step just done: the schedule has moved on
         record = {**self._place, "train_loss": float(loss), "lr": rate}
         self._write("metrics.jsonl", record)
-        self._write("times.jsonl", {"step": self.step, "seconds": list(self._watch.seconds)})
-        self._watch.seconds.clear()
+        self._write("times.jsonl", {"step": self.step, "seconds": self._seconds})
+        self._seconds = []
         self._tensorboard({"train/loss": record["train_loss"], "train/lr": record["lr"]})
         self.log("loss", record["train_loss"], prog_bar=True, logger=False)
 
@@ -173,7 +156,7 @@ class TaskModule(pl.LightningModule):
     # validation
 
     def on_validation_epoch_start(self) -> None:
-        self._watch.skip()
+        self._last_tick = None
         self._predictions: list[Any] = []
         if self._sharded:
             share_statistics(self.net)
@@ -216,7 +199,7 @@ class TaskModule(pl.LightningModule):
             self.trainer.save_checkpoint(draft, weights_only=False)
             if self.trainer.is_global_zero:
                 os.replace(draft, self.run.checkpoint)
-            self._watch.skip()
+            self._last_tick = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["openwork"] = {"step": self.step, "handle": self.handle.state_dict(), "offsets": self.run.offsets()}
@@ -227,7 +210,7 @@ class TaskModule(pl.LightningModule):
         if self.trainer.is_global_zero:
             self.run.rewind(self._restored["offsets"])
         checkpoint.pop("loops")  # Lightning's loops start afresh, at the right epoch
-        self.trainer.fit_loop.epoch_progress.increment_by(self.epoch)
+        self.trainer.fit_loop.epoch_progress.increment_by(self.step // self.steps_per_epoch)
 
 
 def build_trainer(config: Config, out: Path, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:

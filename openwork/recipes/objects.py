@@ -38,10 +38,14 @@ class ObjectInfo:
     truth: dict[str, Any]
 
 
-def object_data(train: Any, val: Any, info: ObjectInfo, workers: int, skipped: int = 0) -> Data:
-    if not info.truth["annotations"]:
+def object_data(
+    train: Any, val: Any, entries: Sequence[coco.Entry], classes: Sequence[str], workers: int, skipped: int = 0
+) -> Data:
+    """The samples, and what metrics of the validation images are computed from: their entries."""
+    truth = coco.truth_of(classes, entries)
+    if not truth["annotations"]:
         raise ValueError(f"there is no object in the {len(val)} validation images; take more with --limit_val")
-    return Data(train, val, list, workers, skipped, info=info)
+    return Data(train, val, list, workers, skipped, info=ObjectInfo(classes, truth))
 
 
 @dataclass(frozen=True)
@@ -100,17 +104,22 @@ def boxes_around(masks: Tensor) -> Tensor:
 def shapes(count: int, count_val: int, size: int, masks: bool, workers: int) -> Data:
     """Generated images: new ones in each epoch, for validation always the same."""
     train, val = (ShapeImages(photographs(t), n, size, masks) for t, n in ((True, count), (False, count_val)))
-    truth = coco.truth_of(CLASSES, [val.entry(index) for index in range(len(val))], masks)
-    return object_data(train, val, ObjectInfo(CLASSES, truth), workers)
+    return object_data(train, val, [val.entry(index) for index in range(len(val))], CLASSES, workers)
 
 
 @dataclass(frozen=True)
 class CocoImages(Dataset[Sample]):
-    """Images of files, decoded and transformed when they are used; masks in the targets where `masks`."""
+    """Images of files, decoded when they are used; masks in the targets where `masks`.
+
+    The shorter side is resized to `side` pixels, but the longer one to at most `max_size`. Training images are mirrored
+    at random, top to bottom too where `vertical_flip`.
+    """
 
     entries: Sequence[coco.Entry]
+    side: int
+    max_size: int
     masks: bool
-    transform: Any
+    vertical_flip: bool = False
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -118,10 +127,11 @@ class CocoImages(Dataset[Sample]):
     def __getitem__(self, key: Any) -> Sample:
         if isinstance(key, int):
             return self._sample(self.entries[key])
+        flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(0.5 if self.vertical_flip else 0)]
         with sample_seed(*key):
-            return self._sample(self.entries[key[2]])
+            return self._sample(self.entries[key[2]], flips)
 
-    def _sample(self, entry: coco.Entry) -> Sample:
+    def _sample(self, entry: coco.Entry, flips: Sequence[Any] = ()) -> Sample:
         single = [known for known in entry.annotations if not known.get("iscrowd")]  # crowds only count in metrics
         size = entry.height, entry.width
         boxes = torch.tensor([known["bbox"] for known in single], dtype=torch.float32).reshape(-1, 4)
@@ -134,12 +144,7 @@ class CocoImages(Dataset[Sample]):
             target["masks"] = tv_tensors.Mask(
                 np.stack(decoded) if decoded else torch.zeros(0, *size, dtype=torch.uint8)
             )
-        image, target = self.transform(v2.functional.pil_to_tensor(coco.load_image(entry)), target)
+        resize = [v2.Resize(self.side, max_size=self.max_size), v2.ConvertBoundingBoxFormat("XYXY")]
+        transform = v2.Compose([*resize, v2.ClampBoundingBoxes(), *flips, v2.ToPureTensor()])
+        image, target = transform(v2.functional.pil_to_tensor(coco.load_image(entry)), target)
         return image, {**target, "size": torch.tensor(size)}
-
-
-def transforms(side: int, max_size: int, mirror: bool, vertical_flip: bool = False) -> Any:
-    """The shorter side to `side` pixels, but the longer one to at most `max_size`; mirrored at random where asked."""
-    resize = [v2.Resize(side, max_size=max_size), v2.ConvertBoundingBoxFormat("XYXY"), v2.ClampBoundingBoxes()]
-    flips = [v2.RandomHorizontalFlip(0.5 if mirror else 0), v2.RandomVerticalFlip(0.5 if vertical_flip else 0)]
-    return v2.Compose([*resize, *flips, v2.ToPureTensor()])

@@ -21,7 +21,9 @@ from openwork.recipes import find
 from openwork.recipes.config import Config, differences, values_of
 from openwork.recipes.data import Data
 from openwork.recipes.method_flags import build_method, is_sparse, mask_steps
+from openwork.recipes.module import TaskModule, build_trainer
 from openwork.recipes.parallel import full_copy, gather
+from openwork.recipes.report import write_report
 from openwork.recipes.rundir import RunDir, first_process, read_lines, write_text
 from openwork.recipes.summary import flip_rates
 from openwork.recipes.task import Task, described
@@ -113,8 +115,7 @@ def train(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
         samples = [asdict(sample) for sample in task.visualizations(config, net.eval(), data)]
         write_text(run.visualizations, json.dumps(samples))
         run.write_result(result)
-        write_page(run)
-    run.close()
+        write_report(run.path)
     return result
 
 
@@ -122,8 +123,6 @@ def fit(
     task: Task, config: Config, data: Data, net: nn.Module, run: RunDir, callbacks: Sequence[Any]
 ) -> tuple[Any, Any]:
     """Runs Lightning's loops from the start or from the last checkpoint."""
-    from openwork.recipes.module import TaskModule, build_trainer
-
     silence_lightning()
     module = TaskModule(task, net, config, data, run)
     trainer = build_trainer(config, run.path, callbacks)
@@ -145,12 +144,6 @@ def silence_lightning() -> None:
         ".*when logging on epoch level in distributed setting.*",  # each process has the metrics of all samples
     ):
         warnings.filterwarnings("ignore", message=message)
-
-
-def write_page(run: RunDir) -> None:
-    from openwork.recipes.report import write_report
-
-    write_report(run.path)
 
 
 def summary(config: Config, report: ow.Report, net: nn.Module, run: RunDir) -> dict[str, Any]:
@@ -184,11 +177,7 @@ def layer(row: Any) -> dict[str, Any]:
 def environment() -> Mapping[str, Any]:
     """What the numbers depend on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "openwork": getattr(ow, "__version__", ""),
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "openwork": ow.__version__}
     return {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}
 
 

@@ -66,19 +66,19 @@ def _row(group: Sequence[dict[str, Any]], dense: dict[int, float]) -> Row:
         std=statistics.stdev(compared) if len(compared) > 1 else None,
         delta=statistics.fmean(deltas) if deltas else None,
         p=paired_p(deltas),
-        sad_start=_over_seeds(statistics.fmean, group, "sad_start"),
-        flip_rate=_over_seeds(statistics.fmean, group, "flip_rate"),
+        sad_start=_average(group, "sad_start"),
+        flip_rate=_average(group, "flip_rate"),
         density=statistics.fmean(r["density"] for r in group),
         macs=group[0]["macs"],
-        seconds_per_step=_over_seeds(statistics.median, group, "seconds_per_step"),
-        seconds=_over_seeds(statistics.fmean, group, "seconds"),
+        seconds_per_step=_average(group, "seconds_per_step", statistics.median),
+        seconds=_average(group, "seconds"),
         steps=group[0]["steps"],
         epochs=c["epochs"],
         budget=budget_of(c["method"]),
     )
 
 
-def _over_seeds(average: Any, group: Sequence[dict[str, Any]], key: str) -> float | None:
+def _average(group: Sequence[dict[str, Any]], key: str, average: Any = statistics.fmean) -> float | None:
     values = [r[key] for r in group if r[key] is not None]
     return average(values) if values else None
 

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from pycocotools import mask as rle
 
 from openwork.recipes import coco
 from openwork.recipes.detection import TASK, DetectionConfig
-from openwork.recipes.objects import CocoImages, boxes_around, transforms
+from openwork.recipes.objects import CocoImages, boxes_around
 from openwork.recipes.segmentation import TASK as SEGMENTATION
 from openwork.recipes.segmentation import SegmentationConfig
 
@@ -47,7 +48,8 @@ def folder(tmp_path):
 
 def read(folder, **flags):
     file, images = coco.parts(folder)[0]
-    return coco.read_part(file, images, **{"masks": True, "skip_bad": False, **flags})
+    entries, classes, skipped = coco.read_part(file, images, **{"masks": True, "skip_bad": False, **flags})
+    return SimpleNamespace(entries=entries, classes=classes, skipped=skipped)
 
 
 def test_classes_are_numbered_in_the_order_of_their_ids(folder):
@@ -178,7 +180,7 @@ def test_an_annotation_of_an_unlisted_image_is_named(folder):
 
 
 def test_images_are_resized_with_their_boxes_and_masks(folder):
-    images = CocoImages(read(folder).entries, True, transforms(60, 100, mirror=False))
+    images = CocoImages(read(folder).entries, 60, 100, masks=True)
     image, target = images[0]
     assert image.shape == (3, 60, 80)  # twice as large
     assert target["boxes"].tolist() == [[20, 10, 60, 50]]
@@ -190,7 +192,7 @@ def test_images_are_resized_with_their_boxes_and_masks(folder):
     assert without_objects["boxes"].shape == (0, 4)
     assert without_objects["masks"].shape == (0, 60, 80)
     assert {type(value) for value in (image, *target.values())} == {torch.Tensor}
-    narrow, _ = CocoImages(read(folder).entries, True, transforms(60, 70, mirror=False))[0]
+    narrow, _ = CocoImages(read(folder).entries, 60, 70, masks=True)[0]
     assert narrow.shape == (3, 52, 70)
 
 
