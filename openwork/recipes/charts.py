@@ -6,7 +6,6 @@ import base64
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,7 @@ MASK_KINDS = {"kept": "#3b6fd4", "pruned": "#d6d9de", "kept in both": "#9fb8e8",
 _MAX_SIDE = 320  # pixels of an image in the page
 
 
-@dataclass(frozen=True)
-class Line:
-    """Points (x, y) of one run; `color` is an index into `COLORS`, taken around again."""
-
-    label: str
-    color: int
-    points: Sequence[tuple[float, float]]
+Line = tuple[int, Sequence[tuple[float, float]]]  # of one run: its colour, an index into COLORS, and points (x, y)
 
 
 def line_chart(title: str, lines: Sequence[Line], *, percent: bool = False, floor: float | None = None) -> str:
@@ -31,12 +24,11 @@ def line_chart(title: str, lines: Sequence[Line], *, percent: bool = False, floo
 
     figure = Figure(figsize=(4.6, 2.6), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="%" if percent else "")
-    for line in lines:
-        x, y = zip(*line.points, strict=True) if line.points else ((), ())
-        marker = "o" if len(line.points) == 1 else None
-        values = np.array(y) * (100 if percent else 1)
-        axes.plot(x, values, marker=marker, ms=4, lw=1.2, color=COLORS[line.color % len(COLORS)], gid="run")
-    if not any(line.points for line in lines):
+    for color, points in lines:
+        x, y = np.array(points, float).reshape(-1, 2).T
+        style = {"color": COLORS[color % len(COLORS)], "lw": 1.2, "ms": 4, "marker": "o" if len(points) == 1 else None}
+        axes.plot(x, y * 100 if percent else y, gid="run", **style)
+    if not any(points for _, points in lines):
         axes.text(0.5, 0.5, "no records", transform=axes.transAxes, ha="center")
     axes.set_ylim(bottom=floor)
     axes.grid(alpha=0.3)

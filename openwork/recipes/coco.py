@@ -63,13 +63,17 @@ def read_part(file: Path, images: Path, *, masks: bool, skip_bad: bool) -> tuple
     numbers = {category["id"]: i for i, category in enumerate(categories, start=1)}
     entries, skipped = [], 0
     for entry in _entries(file, images, content):
-        fault = next(_faults(entry, numbers, masks, decode=skip_bad), "")
-        if fault and not skip_bad:
-            raise ValueError(f"{file}: {fault}; correct it, or add --skip_bad to leave such images out")
-        skipped += bool(fault)
-        if not fault:
-            listed = [{**known, "category_id": numbers[known["category_id"]]} for known in entry.annotations]
-            entries.append(replace(entry, annotations=listed))
+        try:
+            _check(entry, numbers, masks)
+            if skip_bad:
+                load_image(entry)
+        except ValueError as error:
+            if not skip_bad:
+                raise ValueError(f"{file}: {error}; correct it, or add --skip_bad to leave such images out") from None
+            skipped += 1
+            continue
+        listed = [{**known, "category_id": numbers[known["category_id"]]} for known in entry.annotations]
+        entries.append(replace(entry, annotations=listed))
     if not any(entry.annotations for entry in entries):
         raise ValueError(f"{file}: not one image with an object is left ({skipped} of them were left out as bad)")
     return entries, [str(category["name"]) for category in categories], skipped
@@ -106,24 +110,20 @@ def _entries(file: Path, images: Path, content: Mapping[str, Any]) -> Iterator[E
         yield Entry(path, image["id"], image["width"], image["height"], by_image[image["id"]])
 
 
-def _faults(entry: Entry, numbers: Mapping[int, int], masks: bool, decode: bool) -> Iterator[str]:
-    """What is wrong with an image, worst first."""
-    if not all(isinstance(side, int) and side > 0 for side in (entry.width, entry.height)):
-        yield f"image {entry.id}: width and height are {entry.width!r} and {entry.height!r}; needed are pixels"
-        return
+def _check(entry: Entry, numbers: Mapping[int, int], masks: bool) -> None:
+    """ValueError with what is wrong with an image."""
+    size = entry.width, entry.height
+    if not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"image {entry.id}: width and height are {size[0]!r} and {size[1]!r}; needed are pixels")
     if not entry.path.is_file():
-        yield f"image {entry.id}: {entry.path} is missing"
+        raise ValueError(f"image {entry.id}: {entry.path} is missing")
     for annotation in entry.annotations:
         number = annotation.get("category_id")
-        checks = ["" if number in numbers else f"its category_id {number!r} is not in the list of categories"]
-        checks.append(box_fault(annotation.get("bbox"), entry.width, entry.height))
-        checks += [mask_fault(annotation.get("segmentation"), entry.width, entry.height)] if masks else []
-        yield from (f"annotation {annotation['id']} of {entry.path.name}: {fault}" for fault in checks if fault)
-    if decode:
-        try:
-            load_image(entry)
-        except ValueError as error:
-            yield str(error)
+        fault = "" if number in numbers else f"its category_id {number!r} is not in the list of categories"
+        fault = fault or box_fault(annotation.get("bbox"), *size)
+        fault = fault or (mask_fault(annotation.get("segmentation"), *size) if masks else "")
+        if fault:
+            raise ValueError(f"annotation {annotation['id']} of {entry.path.name}: {fault}")
 
 
 def box_fault(box: Any, width: int, height: int) -> str:

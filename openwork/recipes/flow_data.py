@@ -190,6 +190,14 @@ def _divided(cls: Any, splits: Sequence[str]) -> Callable[[Path], list[Part]]:
     return lambda folder: [(part, range(len(part))) for part in (cls(folder, split) for split in splits)]
 
 
+def _chairs(folder: Path) -> list[Part]:
+    parts = _divided(FlyingChairs, ("train", "val"))(folder)
+    flows, marks = (sorted(folder.glob(f"FlyingChairs/{name}")) for name in ("data/*_flow.flo", "*_train_val.txt"))
+    if (found := len(marks[0].read_text().split())) != len(flows):
+        raise ValueError(f"{marks[0]} must hold a 1 or 2 for each pair: it has {found} entries for {len(flows)} flows")
+    return parts
+
+
 def _sintel(folder: Path) -> list[Part]:
     source = Sintel(folder, pass_name="both")
     order = sorted(range(len(source)), key=lambda i: source._image_list[i])  # it lists folders as they come
@@ -206,7 +214,7 @@ def _kitti(folder: Path) -> list[Part]:
 
 
 _OPENERS = {
-    "flyingchairs": _divided(FlyingChairs, ("train", "val")),
+    "flyingchairs": _chairs,
     "flyingthings3d": _divided(FlyingThings3D, ("train", "test")),
     "sintel": _sintel,
     "kitti": _kitti,

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from openwork.recipes.charts import COLORS, MASK_KINDS, Line, line_chart, mask_picture
-from openwork.recipes.method_flags import check_methods, is_sparse, label_of, mask_steps, rank_of, starts_trained
+from openwork.recipes.charts import COLORS, MASK_KINDS, line_chart, mask_picture
+from openwork.recipes.method_flags import (
+    check_methods,
+    is_sparse,
+    label_of,
+    mask_steps,
+    options_of,
+    rank_of,
+    starts_trained,
+)
 from openwork.recipes.rundir import RunDir, read_lines, write_text
 from openwork.recipes.summary import flip_rates, metrics_of, notes, rows_of, table_of
 from openwork.recipes.task import Metric
 
 Result = dict[str, Any]
 Runs = Sequence[tuple[Path, Result]]
-Values = Callable[[list[dict[str, Any]], Result], list[float | None]]
+Records = list[dict[str, Any]]
+Values = Callable[[Records, Result], list[float | None]]
 _LAYERS = ("weight", "shape", "pattern", "density", "magnitude at start", "weights", "MACs dense", "MACs sparse", "")
 
 
@@ -35,7 +45,7 @@ def write_report(path: Path) -> Path:
 
 def _rank(config: dict[str, Any]) -> tuple[Any, ...]:
     n, m = map(int, config["pattern"].split(":"))
-    return -n / m, m, rank_of(config["method"]), label_of(config), config["seed"]
+    return -n / m, m, rank_of(config["method"]), *options_of(config).values(), config["seed"]
 
 
 def build_page(runs: Runs) -> str:
@@ -84,34 +94,40 @@ def shown_run(results: Sequence[Result]) -> Result:
 def charts(runs: Runs, metrics: Sequence[Metric], labels: Sequence[str]) -> list[tuple[str, str]]:
     """Title and SVG of loss, metrics, SAD and flip rate over the steps: a line per run, a colour per method."""
 
-    def lines(file: str, values: Values) -> list[Line]:
-        drawn = []
+    def chart(title: str, file: str, values: Values, **how: Any) -> tuple[str, str]:
+        lines = []
         for run, result in runs:
-            records, label = read_lines(run / file), label_of(result["config"])
+            records = read_lines(run / file)
             points = [(r["step"], v) for r, v in zip(records, values(records, result), strict=True) if v is not None]
-            drawn.append(Line(f"{label}, seed {result['config']['seed']}", labels.index(label), points))
-        return drawn
+            lines.append((labels.index(label_of(result["config"])), points))
+        return title, line_chart(title, lines, **how)
 
-    def metric_lines(key: str, scale: float = 1) -> list[Line]:
-        return lines("metrics.jsonl", lambda rs, _: [r[key] * scale if key in r else None for r in rs])
-
-    plans: list[tuple[str, list[Line], dict[str, Any]]] = [("Training loss", metric_lines("train_loss"), {"floor": 0})]
-    val_loss = metric_lines("val_loss")  # not every task has one
-    if any(line.points for line in val_loss):
-        plans.append(("Validation loss", val_loss, {"floor": 0}))
-    for metric in metrics:
+    def metric_chart(metric: Metric, **how: Any) -> tuple[str, str]:
         percent = metric.unit == "%"
-        title = f"Validation {metric.label}" + (f", {metric.unit}" if metric.unit and not percent else "")
-        if metric.key != "val_loss":
-            plans.append((title, metric_lines(metric.key, 1 if percent else metric.scale), {"percent": percent}))
-    sad = lines("topology.jsonl", lambda rs, _: [r["sad_start"] / r["weights"] for r in rs])
-    flips = lines("topology.jsonl", lambda rs, result: [*flip_rates(rs, mask_steps(result["config"]))])
-    shares = {"percent": True, "floor": 0}
-    plans += [
-        ("SAD from the start, share of weights", sad, shares),
-        ("Flip rate, share of weights a step", flips, shares),
+        title = metric.label + (f", {metric.unit}" if metric.unit and not percent else "")
+        scale = 1 if percent else metric.scale  # the chart makes percents of shares itself
+        pick = partial(_each, lambda r: r[metric.key] * scale if metric.key in r else None)
+        return chart(title, "metrics.jsonl", pick, percent=percent, **how)
+
+    loss = [Metric("train_loss", "Training loss")]
+    loss += [Metric("val_loss", "Validation loss")] if "val_loss" in runs[0][1] else []  # not every task has one
+    others = [replace(m, label=f"Validation {m.label}") for m in metrics if m.key != "val_loss"]
+    sad = partial(_each, lambda r: r["sad_start"] / r["weights"])
+    shares: dict[str, Any] = {"percent": True, "floor": 0}
+    return [
+        *[metric_chart(metric, floor=0) for metric in loss],
+        *map(metric_chart, others),
+        chart("SAD from the start, share of weights", "topology.jsonl", sad, **shares),
+        chart("Flip rate, share of weights a step", "topology.jsonl", _flip_rates, **shares),
     ]
-    return [(title, line_chart(title, drawn, **how)) for title, drawn, how in plans]
+
+
+def _each(value: Callable[[dict[str, Any]], float | None], records: Records, _: Result) -> list[float | None]:
+    return list(map(value, records))
+
+
+def _flip_rates(records: Records, result: Result) -> list[float | None]:
+    return [*flip_rates(records, mask_steps(result["config"]))]
 
 
 def samples(runs: Runs) -> list[tuple[str, list[tuple[str, Any]]]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +27,8 @@ Batch = dict[str, Tensor]
 Ids = list[np.ndarray]  # int32, the subwords of each sentence
 
 PAD, END = 0, 1  # numbers of the two symbols that are no text; translations start with PAD, as Marian's do
-_BLOCK = 10_000  # pairs encoded at a time
+_BLOCK = 10_000  # lines encoded at a time
 _REPAIR = "repair it, or remove the line from both files, or add --skip_bad to leave such pairs out"
-
-
-# Files
 
 
 def find_file(folder: Path, name: str) -> Path:
@@ -64,7 +61,7 @@ def read_pairs(source: Path, target: Path, skip_bad: bool = False) -> Iterator[P
 def _lines(path: Path) -> Iterator[bytes]:
     """The lines of a file, plain or compressed, as bytes."""
     number = 0
-    with cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         try:
             for number, line in enumerate(file, start=1):  # noqa: B007 - told in the error
                 yield line
@@ -86,9 +83,6 @@ def _text(path: Path, number: int, line: bytes | None) -> str:
     if not text:
         raise ValueError(f"{path}, line {number} is empty; {_REPAIR}")
     return text
-
-
-# Subwords
 
 
 def learn(lines: Iterable[str], size: int) -> Any:
@@ -119,28 +113,19 @@ def stored_tokenizer(path: Path) -> Any:
         ) from error
 
 
-def encode(tokenizer: Any, lines: Sequence[str]) -> Ids:
-    """The subwords of each line, with END."""
-    found = tokenizer.encode_batch(lines, add_special_tokens=False)
-    return [np.array([*encoding.ids, END], np.int32) for encoding in found]
-
-
-def encode_pairs(tokenizer: Any, pairs: Iterable[Pair]) -> tuple[Ids, Ids]:
-    """Both sides of a text of any length."""
-    rest, sources, targets = iter(pairs), Ids(), Ids()
+def encode(tokenizer: Any, lines: Iterable[str]) -> Ids:
+    """The subwords of each line of a text of any length, with END."""
+    rest, ids = iter(lines), Ids()
     while block := list(islice(rest, _BLOCK)):
-        sources += encode(tokenizer, [source for source, _ in block])
-        targets += encode(tokenizer, [target for _, target in block])
-    return sources, targets
+        found = tokenizer.encode_batch(block, add_special_tokens=False)
+        ids += [np.array([*encoding.ids, END], np.int32) for encoding in found]
+    return ids
 
 
 def decode(tokenizer: Any, numbers: Sequence[Sequence[int]]) -> list[str]:
     """The texts of sequences, each up to its first END."""
     cut = [list(ids)[: list(ids).index(END) if END in ids else None] for ids in numbers]
     return [text.strip() for text in tokenizer.decode_batch(cut, skip_special_tokens=True)]
-
-
-# Batches
 
 
 @dataclass(frozen=True)
@@ -187,7 +172,7 @@ def load(read_train: Reader, read_val: Reader, vocabulary: int, max_length: int,
     path = next((path for path in known if path.exists()), None)
     texts = (text for pair in read_train() if pair for text in pair)
     tokenizer = stored_tokenizer(path) if path else learn(texts, vocabulary)
-    sources, targets = encode_pairs(tokenizer, filter(None, read_train()))
+    sources, targets = (encode(tokenizer, (pair[i] for pair in read_train() if pair)) for i in (0, 1))
     lengths = np.array([(len(source), len(target)) for source, target in zip(sources, targets, strict=True)])
     (short,) = (lengths.reshape(-1, 2).max(1) <= max_length).nonzero()
     read = list(read_val())
@@ -197,7 +182,7 @@ def load(read_train: Reader, read_val: Reader, vocabulary: int, max_length: int,
             f"there are {len(short)} training pairs of up to {max_length} subwords and {len(val_pairs)} validation "
             "pairs; needed is one of each at least"
         )
-    val = encode_pairs(tokenizer, val_pairs)
+    val = [encode(tokenizer, (pair[i] for pair in val_pairs)) for i in (0, 1)]
     order = np.argsort([len(source) for source in val[0]], kind="stable")
     cut = [[_cut(side[i], max_length) for i in order] for side in val]
     bad_train = sum(1 for pair in read_train() if not pair)

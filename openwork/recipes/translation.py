@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import partial
@@ -20,7 +20,7 @@ from openwork.recipes.data import Data
 from openwork.recipes.models import allow_torchvision
 from openwork.recipes.rundir import write_text
 from openwork.recipes.task import Metric, Task, View, Visualization, percent
-from openwork.recipes.text import END, PAD, Batch, Pair, decode, find_file, load, read_pairs
+from openwork.recipes.text import END, PAD, Batch, Pair, Reader, decode, find_file, load, read_pairs
 
 # width, layers of encoder and decoder each, heads, width of the feed-forward layers. base and big: arXiv:1706.03762.
 SIZES = {
@@ -45,10 +45,7 @@ class TranslationConfig(Config):
     task: ClassVar[str] = "translation"
     sources: ClassVar[Sequence[Source]] = (
         Source("numbers"),
-        Source("tatoeba", _LAYOUT),
-        Source("multi30k", _LAYOUT),
-        Source("wmt14", _LAYOUT),
-        Source("pairs", _LAYOUT),
+        *(Source(name, _LAYOUT) for name in ("tatoeba", "multi30k", "wmt14", "pairs")),
     )
     # The paper does not say how it trains its Transformer, and its code holds none: this is the usual recipe for
     # Transformer-base on WMT14, 100,000 steps of about 25,000 subwords a side (arXiv:1706.03762, 5.1 to 5.4), with
@@ -175,9 +172,6 @@ def vocabularies(config: TranslationConfig) -> list[Path]:
     return [place / _VOCABULARY for place in places]
 
 
-Reader = Callable[[], Iterable[Pair | None]]
-
-
 def readers(config: TranslationConfig) -> tuple[Reader, Reader]:
     """What reads the training and the validation pairs of --data, so many as --limit and --limit_val say."""
     _, folder = source_of(config)
@@ -206,9 +200,8 @@ def build_transformer(config: TranslationConfig, vocabulary: int) -> Any:
     from transformers import GenerationConfig, MarianConfig, MarianMTModel
 
     width, layers, heads, wide = SIZES[config.model]
-    sides: dict[str, Any] = {f"{side}_layers": layers for side in ("encoder", "decoder")}
-    sides |= {f"{side}_attention_heads": heads for side in ("encoder", "decoder")}
-    sides |= {f"{side}_ffn_dim": wide for side in ("encoder", "decoder")}
+    shape = {"layers": layers, "attention_heads": heads, "ffn_dim": wide}
+    sides: dict[str, Any] = {f"{s}_{name}": size for s in ("encoder", "decoder") for name, size in shape.items()}
     symbols: dict[str, Any] = {"pad_token_id": PAD, "eos_token_id": END, "decoder_start_token_id": PAD}
     net = MarianMTModel(
         MarianConfig(

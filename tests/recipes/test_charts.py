@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from openwork.recipes.charts import COLORS, Line, image_uri, line_chart, mask_picture
+from openwork.recipes.charts import COLORS, image_uri, line_chart, mask_picture
 
 
 def parsed(svg: str) -> ElementTree.Element:
@@ -20,7 +20,7 @@ def parsed(svg: str) -> ElementTree.Element:
 @pytest.mark.parametrize("top", [3e-7, 0.7, 54321.0, 9.8e9])
 @pytest.mark.parametrize("percent", [False, True])
 def test_a_chart_has_a_line_per_run_and_labels_that_differ(top: float, percent: bool) -> None:
-    lines = [Line("a", 0, [(0, 0.0), (5, top)]), Line("b", 9, [(3, top / 2)])]
+    lines = [(0, [(0, 0.0), (5, top)]), (9, [(3, top / 2)])]
     chart = line_chart("x", lines, percent=percent, floor=0)
     assert chart.count('<g class="run">') == 2
     assert COLORS[0] in chart
@@ -32,11 +32,11 @@ def test_a_chart_has_a_line_per_run_and_labels_that_differ(top: float, percent: 
 
 
 def test_no_records_are_said() -> None:
-    assert "no records" in line_chart("x", [Line("a", 0, [])])
+    assert "no records" in line_chart("x", [(0, [])])
 
 
 def test_the_same_chart_is_the_same_text() -> None:
-    lines = [Line("a", 0, [(0, 0.0), (5, 1.0)])]
+    lines = [(0, [(0, 0.0), (5, 1.0)])]
     assert line_chart("x", lines) == line_chart("x", lines)
 
 

@@ -152,17 +152,18 @@ def test_a_list_of_another_length_than_the_pairs_is_refused(tmp_path):
     put(tmp_path / "FlyingChairs/FlyingChairs_train_val.txt", b"1\n2\n")
     with pytest.raises(FileNotFoundError, match=r"flyingchairs: .*must hold FlyingChairs/data"):
         loaded("flyingchairs", tmp_path)
+    put(tmp_path / "FlyingChairs/FlyingChairs_train_val.txt", b"1\n2\n1\n1\n")
+    with pytest.raises(ValueError, match=r"FlyingChairs_train_val.txt .* it has 4 entries for 3 flows"):
+        loaded("flyingchairs", tmp_path)
 
 
 def test_a_missing_file_does_not_shift_those_after_it(tmp_path):
     """torchvision puts files together by their order."""
-    chairs(tmp_path / "a", 5)
-    for name in ("00003_img1.ppm", "00003_img2.ppm"):
-        (tmp_path / "a/FlyingChairs/data" / name).unlink()
-    with pytest.raises(
-        (ValueError, FileNotFoundError), match=r"00004_img1.ppm.*00003_flow.flo are no sample|must hold"
-    ):
-        loaded("flyingchairs", tmp_path / "a")
+    chairs(tmp_path, 5)
+    (tmp_path / "FlyingChairs/data/00003_flow.flo").unlink()
+    put(tmp_path / "FlyingChairs/FlyingChairs_train_val.txt", b"1\n2\n1\n1\n")
+    with pytest.raises(ValueError, match=r"00003_img1.ppm.*00004_flow.flo are no sample"):
+        loaded("flyingchairs", tmp_path)
     sintel(tmp_path)
     (tmp_path / "Sintel/training/clean/b/frame_0002.png").unlink()
     with pytest.raises(ValueError, match="19 pairs of frames for 20 flows"):
