@@ -26,13 +26,9 @@ def line_chart(title: str, lines: Sequence[Line], *, percent: bool = False, floo
     axes = figure.add_subplot(xlabel="step", ylabel="%" if percent else "")
     for color, points in lines:
         x, y = np.array(points, float).reshape(-1, 2).T
-        style: dict[str, Any] = {
-            "color": COLORS[color % len(COLORS)],
-            "lw": 1.2,
-            "ms": 4,
-            "marker": "o" if len(points) == 1 else None,
-        }
-        axes.plot(x, y * 100 if percent else y, gid="run", **style)
+        color_of = COLORS[color % len(COLORS)]
+        marker = "o" if len(points) == 1 else None
+        axes.plot(x, y * 100 if percent else y, gid="run", color=color_of, lw=1.2, ms=4, marker=marker)
     if not any(points for _, points in lines):
         axes.text(0.5, 0.5, "no records", transform=axes.transAxes, ha="center")
     axes.set_ylim(bottom=floor)

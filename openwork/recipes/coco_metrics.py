@@ -82,12 +82,12 @@ def average_precision(truth: dict[str, Any], detections: Sequence[Detections], k
     from pycocotools.cocoeval import COCOeval
 
     results = []
-    for image, found in zip(truth["images"], detections, strict=True):
-        shapes = found.boxes_N4.tolist() if kind == "bbox" else found.masks
+    for image, objects in zip(truth["images"], detections, strict=True):
+        shapes = objects.boxes_N4.tolist() if kind == "bbox" else objects.masks
         key = "bbox" if kind == "bbox" else "segmentation"
         results += [
             {"image_id": image["id"], "category_id": label, "score": score, key: shape}
-            for label, score, shape in zip(found.labels_N.tolist(), found.scores_N.tolist(), shapes, strict=True)
+            for label, score, shape in zip(objects.labels_N.tolist(), objects.scores_N.tolist(), shapes, strict=True)
         ]
     if not results:
         return dict.fromkeys(("ap", "ap50", "ap75"), 0.0)

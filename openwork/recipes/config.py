@@ -130,7 +130,7 @@ class Config(Common):
     @classmethod
     def from_values(cls: type[C], values: Mapping[str, Any]) -> C:
         """The configuration that `values_of` told; what is no field of it is an option of the method."""
-        names = {each.name for each in fields(cls)}
+        names = {item.name for item in fields(cls)}
         known = {name: value for name, value in values.items() if name in names}
         return cls(**known, method_options={n: v for n, v in values.items() if n not in names and n != "task"})
 
@@ -168,9 +168,9 @@ class CompareConfig(Common):
 
 def comparison(run: type[Config]) -> type[CompareConfig]:
     """The configuration of `openwork compare` for a task: the fields of its runs but those that a comparison varies."""
-    varied = {each.name for each in fields(Config)} - {each.name for each in fields(Common)}
+    varied = {item.name for item in fields(Config)} - {item.name for item in fields(Common)}
     hints = get_type_hints(run)
-    kept = [(each.name, hints[each.name], flag_of(each)) for each in fields(run) if each.name not in varied]
+    kept = [(item.name, hints[item.name], flag_of(item)) for item in fields(run) if item.name not in varied]
     out = flag(f"runs/compare-{run.task}", "directory of the comparison, one subdirectory per run")
     return make_dataclass(
         f"Compare{run.__name__}",
@@ -181,13 +181,13 @@ def comparison(run: type[Config]) -> type[CompareConfig]:
     )
 
 
-def flag_of(each: Any) -> Any:
+def flag_of(item: Any) -> Any:
     """A field like another one."""
-    return flag(default_of(each), each.metadata["help"])
+    return flag(default_of(item), item.metadata["help"])
 
 
-def default_of(each: Any) -> Any:
-    return each.default_factory() if callable(each.default_factory) else each.default
+def default_of(item: Any) -> Any:
+    return item.default_factory() if callable(item.default_factory) else item.default
 
 
 def check_common(config: Common) -> None:

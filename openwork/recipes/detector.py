@@ -191,11 +191,11 @@ def true_objects(truth: dict[str, Any], number: int) -> Detections:
     return Detections(boxes, np.zeros(0), labels, [a["segmentation"] for a in listed if "segmentation" in a])
 
 
-def sure(found: Detections) -> Detections:
+def sure(objects: Detections) -> Detections:
     """The detections with a score of one half or more."""
-    best = (found.scores_N >= _SURE).nonzero()[0].tolist()
-    masks = [found.masks[i] for i in best] if found.masks else ()
-    return Detections(found.boxes_N4[best], found.scores_N[best], found.labels_N[best], masks)
+    best = (objects.scores_N >= _SURE).nonzero()[0].tolist()
+    masks = [objects.masks[i] for i in best] if objects.masks else ()
+    return Detections(objects.boxes_N4[best], objects.scores_N[best], objects.labels_N[best], masks)
 
 
 def drawn(image: Tensor, objects: Detections, size: Tensor, classes: Sequence[str]) -> View:

@@ -193,8 +193,8 @@ def _divided(cls: Any, splits: Sequence[str]) -> Callable[[Path], list[Part]]:
 def _chairs(folder: Path) -> list[Part]:
     parts = _divided(FlyingChairs, ("train", "val"))(folder)
     flows, marks = (sorted(folder.glob(f"FlyingChairs/{name}")) for name in ("data/*_flow.flo", "*_train_val.txt"))
-    if (found := len(marks[0].read_text().split())) != len(flows):
-        raise ValueError(f"{marks[0]} must hold a 1 or 2 for each pair: it has {found} entries for {len(flows)} flows")
+    if (count := len(marks[0].read_text().split())) != len(flows):
+        raise ValueError(f"{marks[0]} must hold a 1 or 2 for each pair: it has {count} entries for {len(flows)} flows")
     return parts
 
 

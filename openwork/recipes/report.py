@@ -134,8 +134,8 @@ def samples(runs: Runs) -> list[tuple[str, list[tuple[str, Any]]]]:
     """What networks say of a few validation samples beside what is right: one run per method, its first seed."""
     shown: dict[str, list[dict[str, Any]]] = {}
     for run, result in runs:
-        if found := RunDir(run).read_visualizations():
-            shown.setdefault(label_of(result["config"]), found)
+        if parts := RunDir(run).read_visualizations():
+            shown.setdefault(label_of(result["config"]), parts)
     return [
         (views[0]["name"], [("truth", views[0]["truth"]), *zip(shown, (v["predicted"] for v in views), strict=True)])
         for views in zip(*shown.values(), strict=True)

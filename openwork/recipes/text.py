@@ -117,8 +117,8 @@ def encode(tokenizer: Any, lines: Iterable[str]) -> Ids:
     """The subwords of each line of a text of any length, with END."""
     rest, ids = iter(lines), Ids()
     while block := list(islice(rest, _BLOCK)):
-        found = tokenizer.encode_batch(block, add_special_tokens=False)
-        ids += [np.array([*encoding.ids, END], np.int32) for encoding in found]
+        encodings = tokenizer.encode_batch(block, add_special_tokens=False)
+        ids += [np.array([*encoding.ids, END], np.int32) for encoding in encodings]
     return ids
 
 
