@@ -51,7 +51,7 @@ class PixelSet(Dataset[Any]):
         return len(self.labels)
 
     def __getitems__(self, keys: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        if isinstance(keys[0], int):  # validation
+        if not keys or isinstance(keys[0], int):  # validation, of which a process may have no sample
             return self._normalized(self.images[keys]), self.labels[keys]
         seed, epoch, _ = keys[0]
         indices = np.array([key[2] for key in keys])

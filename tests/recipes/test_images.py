@@ -52,6 +52,11 @@ def test_images_are_normalized():
     assert (images.std() - 1).abs() < 0.05
 
 
+def test_a_process_without_a_sample_has_an_empty_batch():
+    images, labels = one_batch(digits().val_batches([np.arange(0)]))
+    assert (images.shape, labels.shape) == ((0, 1, 8, 8), (0,))
+
+
 @pytest.fixture
 def images():
     return torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).reshape(2, 3, 4, 5)
