@@ -159,9 +159,9 @@ def _needed_example(source: str, shapes: Sequence[str]) -> Any:
 
 
 def _of_run(folder: Path, shapes: Sequence[str]) -> Source:
-    from openwork.recipes.recipe import finished
+    from openwork.recipes.recipe import load_run
 
-    net, example, config = finished(folder)
+    net, example, config = load_run(folder)
     selection = None if config.method == "dense" else Selection(config.pattern, exclude=config.exclude)
     return Source(str(folder), net, example_of(shapes) if shapes else example, selection, config.method)
 
