@@ -1,7 +1,8 @@
 # Everything runs in .venv, which `demo`, `test` and the others make on first use.
 #
 #   PYTHON       the interpreter that makes .venv (3.10 or newer)
-#   TORCH_INDEX  where torch comes from, if not pip's own index: https://download.pytorch.org/whl/cpu has it without CUDA
+#   TORCH_INDEX  where torch and torchvision come from, if not pip's own index: https://download.pytorch.org/whl/cpu has
+#                them without CUDA
 #   PYTEST_ARGS  for `make test`: -k pattern, -m "not slow", ...
 #   JOBS         test processes, each with one torch thread
 #   SECONDS      how long `sanitize`, `neon` and `avx512` go on after their least number of cases
@@ -63,13 +64,15 @@ clean: ## remove what the targets made, but not runs/
 # One stamp per extra, written last: an interrupted installation is taken up again.
 .venv/%.stamp: .venv/torch.stamp pyproject.toml setup.py $(wildcard csrc/*.*)
 	$(PIP) --quiet --editable '.[$*]'
+	@$(BIN)/python -c 'import openwork.kernels as k; s = k.status(); s.isa or print(f"warning: everything works, slower: {s}")'
 	@touch $@
 
-# torch alone and first: what follows then finds it, and nothing that asks for torch can choose another one.
+# torch and its torchvision together and first: what follows then finds them, and nothing that asks for torch can choose
+# another one. From an index of their own they come alone (--no-deps); what they need comes with the rest.
 .venv/torch.stamp: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "error: Openwork needs Python 3.10 or newer, but '$(PYTHON) --version' says: $$($(PYTHON) --version 2>&1)." >&2; \
 	  echo "       Name a newer one: make PYTHON=python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch torchvision
 	@touch $@

@@ -1,19 +1,23 @@
 """Builds `openwork/kernels/cpu/libopenwork.so`, the native library, from csrc/: C++17, no headers of Python or torch.
 
 Everything else is in pyproject.toml. Each file of an instruction set gets its own flags; the library chooses at run
-time. Without a compiler the package is installed all the same and works without the library, slower.
+time. A compiler that fails is an error. Without any, or with OPENWORK_NO_NATIVE=1, the package is installed without the
+library: everything works, slower.
 """
 
 from __future__ import annotations
 
+import atexit
+import os
 import platform
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import CompileError, LinkError
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -43,7 +47,7 @@ ISAS = {
     "aarch64": {"neon": []},
 }
 MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-SOURCES = {"dispatch": [], "product": [], "scalar": [], **ISAS.get(MACHINE, {})}
+SOURCES = {"dispatch": [], "gemm": [], "gemv": [], "dot_product": [], "scalar": [], **ISAS.get(MACHINE, {})}
 
 
 class BuildNative(build_ext):
@@ -54,16 +58,29 @@ class BuildNative(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name))
+        target.unlink(missing_ok=True)  # of an earlier build: never older than the sources
+        if reason := self._no_native():
+            say_last(f"warning: openwork is installed without its native library; everything works, slower: {reason}")
+            return
         try:
             with ThreadPoolExecutor(2) as pool:
-                objects = list(pool.map(self._compile, SOURCES.items()))
+                objects = [path for paths in pool.map(self._compile, SOURCES.items()) for path in paths]
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.compiler.link_shared_object(
-                [each for one in objects for each in one], str(target), target_lang="c++", extra_postargs=["-pthread"]
-            )
-        except Exception as error:
-            print(f"warning: the native library was not built, openwork will run without it: {error}", file=sys.stderr)
-            target.unlink(missing_ok=True)
+            self.compiler.link_shared_object(objects, str(target), target_lang="c++", extra_postargs=["-pthread"])
+        except (CompileError, LinkError) as error:  # the compiler has printed its own message
+            raise type(error)(
+                f"{error}: the native library was not built, see the compiler's message above; it takes a C++17 "
+                "compiler (gcc 9, clang 12 or newer). CXX names another; OPENWORK_NO_NATIVE=1 installs without, slower"
+            ) from error
+
+    def _no_native(self) -> str:
+        """Why nothing is compiled, or nothing."""
+        if os.environ.get("OPENWORK_NO_NATIVE") == "1":
+            return "OPENWORK_NO_NATIVE=1"
+        command = getattr(self.compiler, "compiler_so_cxx", None) or getattr(self.compiler, "compiler_so", None)
+        if command and not os.environ.get("CXX") and shutil.which(command[0]) is None:
+            return f"there is no C++ compiler here ({command[0]}); install gcc 9, clang 12 or newer, and openwork again"
+        return ""
 
     def _compile(self, source: tuple[str, list[str]]) -> list[str]:
         name, flags = source
@@ -81,6 +98,11 @@ class BuildNative(build_ext):
     def copy_extensions_to_source(self) -> None:
         if any(Path(path).exists() for path in self.get_outputs()):
             super().copy_extensions_to_source()
+
+
+def say_last(text: str) -> None:
+    """Print at the end of the process, below all that the build prints."""
+    atexit.register(print, text, file=sys.stderr)
 
 
 class AnyPython(bdist_wheel):

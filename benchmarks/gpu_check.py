@@ -13,31 +13,30 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import openwork as ow
-from openwork.inference import gpu_layers
-from openwork.inference.gpu_layers import GpuLayer, gpu_module
-from openwork.inference.layers import GpuKind
+import openwork.kernels as kernels
+from openwork.inference.choose import Packed
+from openwork.inference.geometry import form_of
+from openwork.inference.layers import pack_layer
 from openwork.kernels.cuda import cusparselt
-from openwork.kernels.cuda.cusparselt import QUANTIZED
+from openwork.layouts.layout import Kind, Request, kinds_on
 from openwork.nm.groups import Axis
 from openwork.nm.mask_stats import pack, sad
-from openwork.nm.masks import keep_largest as defined_mask
-from openwork.nm.transposable import keep_transposable as defined_transposable
+from openwork.nm.masks import magnitude_mask as defined_mask
+from openwork.nm.quantize import QUANTIZED
+from openwork.nm.transposable import transposable_mask as defined_transposable
 from openwork.ops import (
-    add_decayed,
-    add_decayed_list,
-    keep_largest,
-    keep_largest_list,
-    keep_transposable,
-    pack_list,
-    packed_sad_list,
-    prune,
-    prune_list,
+    foreach_decay,
+    foreach_mask,
+    foreach_pack,
+    foreach_packed_sad,
+    foreach_prune,
+    foreach_transposable_mask,
 )
 from openwork.utils.timing import as_graph
 
@@ -131,11 +130,11 @@ def masks(tally: Tally) -> None:
             where = f"{pattern} {tuple(weight.shape)} {short(dtype)}"
             keep, pruned, gradient, added = defined(weight, pattern, axis)
             with tally.check(f"mask {where}"):
-                same(keep_largest(weight.abs(), pattern, axis), keep)
+                same(foreach_mask([weight.abs()], pattern, [axis])[0], keep)
             with tally.check(f"prune {where}"):
-                same_bits(prune(weight, pattern, axis), pruned)
+                same_bits(foreach_prune([weight], pattern, [axis])[0], pruned)
             with tally.check(f"SR-STE term {where}"):
-                add_decayed(gradient, weight, RATE, pattern, axis)
+                foreach_decay([gradient], [weight], RATE, pattern, [axis])
                 same(gradient, added)
 
 
@@ -149,11 +148,11 @@ def lists(tally: Tally) -> None:
         keeps, pruned, gradients, added = zip(*of_each, strict=True)
         where = f"{pattern} of {len(cases)} weights in {short(dtype)}"
         with tally.check(f"masks in a list {where}"):
-            each_one(same, keep_largest_list([w.abs() for w in weights], pattern, axes), keeps)
+            each_one(same, foreach_mask([w.abs() for w in weights], pattern, axes), keeps)
         with tally.check(f"prune in a list {where}"):
-            each_one(same_bits, prune_list(weights, pattern, axes), pruned)
+            each_one(same_bits, foreach_prune(weights, pattern, axes), pruned)
         with tally.check(f"SR-STE terms in a list {where}"):
-            add_decayed_list(gradients, weights, RATE, pattern, axes)
+            foreach_decay(gradients, weights, RATE, pattern, axes)
             each_one(same, gradients, added)
 
 
@@ -164,18 +163,19 @@ def transposable(tally: Tally) -> None:
         some = {"ties": ties(shape, dtype, tally.device), "normal": torch.randn(shape, device=tally.device).to(dtype)}
         for name, weight in some.items():
             with tally.check(f"transposable {text} {shape} {short(dtype)}, {name}"):
-                where = (ow.Pattern.parse(text), Axis(1), Axis(0))
-                same(keep_transposable(weight.abs(), *where), defined_transposable(weight.abs().cpu(), *where))
+                pattern = ow.Pattern.parse(text)
+                (mask,) = foreach_transposable_mask([weight.abs()], pattern, [Axis(1)], [Axis(0)])
+                same(mask, defined_transposable(weight.abs().cpu(), pattern, Axis(1), Axis(0)))
 
 
 def bits(tally: Tally) -> None:
     """Packed masks and how far they are from one another."""
     shapes = ((7, 9), (100, 100), (1,), (33, 3, 3, 3), (1024, 1025))
     first, second = ([torch.rand(shape, device=tally.device) < 0.5 for shape in shapes] for _ in range(2))
-    with tally.check("pack_list"):
-        each_one(same, pack_list(first), [pack(each) for each in first])
-    with tally.check("packed_sad_list"):
-        found = packed_sad_list(pack_list(first), pack_list(second))
+    with tally.check("foreach_pack"):
+        each_one(same, foreach_pack(first), [pack(each) for each in first])
+    with tally.check("foreach_packed_sad"):
+        found = foreach_packed_sad(foreach_pack(first), foreach_pack(second))
         expected = [sad(a, b) for a, b in zip(first, second, strict=True)]
         assert found == expected, f"{found}; expected {expected}"
 
@@ -224,7 +224,7 @@ def short(dtype: torch.dtype) -> str:
 def sparse(layer: Any, text: str, dtype: torch.dtype, device: torch.device) -> Any:
     """The layer pruned, ready for inference, with biases that no other layer has."""
     layer = layer.to(device, dtype).eval().requires_grad_(False)
-    layer.weight.copy_(prune(layer.weight, ow.Pattern.parse(text), Axis(1)))
+    layer.weight.copy_(foreach_prune([layer.weight], ow.Pattern.parse(text), [Axis(1)])[0])
     layer.bias.normal_()
     return layer
 
@@ -234,12 +234,14 @@ def sparse_linear(inputs: int, outputs: int, text: str, dtype: torch.dtype, devi
 
 
 def product_kinds(
-    layer: nn.Module, rows: int, dtype: torch.dtype, quantized: bool = True
-) -> list[tuple[Any, torch.dtype]]:
-    """The kernels that can take a layer here, and in which dtype."""
-    here = partial(gpu_layers.cannot, layer, ow.Pattern(2, 4), rows=rows, transposed=False)
+    layer: Any, text: str, rows: int, dtype: torch.dtype, quantized: bool = True
+) -> list[tuple[Kind, torch.dtype]]:
+    """The kernels of a GPU that can take a layer here, and in which dtype."""
+    pattern, device = ow.Pattern.parse(text), layer.weight.device
+    conv, vectors = form_of(layer, pattern).conv, kernels.vectors()
     dtypes = (dtype, *QUANTIZED) if quantized else (dtype,)
-    return [(kind, each) for kind in get_args(GpuKind) for each in dtypes if not here(kind=kind, stored=each)]
+    requests = [Request(pattern, dtype, each, device, vectors, conv, rows) for each in dtypes]
+    return [(kind, each.weight_dtype) for kind in kinds_on("cuda") for each in requests if not kind.refusal(each)]
 
 
 def missing(device: torch.device) -> set[str]:
@@ -251,16 +253,16 @@ def missing(device: torch.device) -> set[str]:
 UNSUPPORTED = ("not supported", "architecture mismatch", "not implemented")
 
 
-def packed(layer: nn.Module, text: str, kind: Any, stored: torch.dtype, x: Tensor) -> GpuLayer:
+def packed(layer: nn.Module, text: str, kind: Kind, weight_dtype: torch.dtype, x: Tensor) -> Packed:
     """The layer by one kernel, its algorithm searched. Raises NotHere where the GPU's library says that it has no
     product of a quantized dtype; any other error is one."""
     try:
-        made = gpu_module(layer, ow.Pattern.parse(text), kind, stored, transposed=False)
+        made = pack_layer(layer, ow.Pattern.parse(text), kind, weight_dtype)
         made.search(x)
         made(x)
     except RuntimeError as error:
-        if stored in QUANTIZED and any(each in str(error).lower() for each in UNSUPPORTED):
-            raise NotHere(f"{kind} {short(stored)}: {summary(error)[:160]}") from error
+        if weight_dtype in QUANTIZED and any(each in str(error).lower() for each in UNSUPPORTED):
+            raise NotHere(f"{kind.name} {short(weight_dtype)}: {summary(error)[:160]}") from error
         raise
     return made
 
@@ -269,23 +271,23 @@ def exact(layer: nn.Module, x: Tensor) -> Tensor:
     return copy.deepcopy(layer).double()(x.double())
 
 
-def close(found: Tensor, expected: Tensor, stored: torch.dtype) -> None:
+def close(found: Tensor, expected: Tensor, weight_dtype: torch.dtype) -> None:
     """Raises AssertionError where a product is further from the exact one than rounding explains."""
     assert found.shape == expected.shape, f"shape {tuple(found.shape)}; expected {tuple(expected.shape)}"
     error = float((found.double() - expected).norm() / expected.norm())
-    allowed = {torch.int8: 0.02, torch.float8_e4m3fn: 0.06}.get(stored) or 4 * torch.finfo(stored).eps
+    allowed = {torch.int8: 0.02, torch.float8_e4m3fn: 0.06}.get(weight_dtype) or 4 * torch.finfo(weight_dtype).eps
     assert error < allowed, f"relative error {error:.2g}, allowed {allowed:.2g}"  # not of NaN
 
 
 def every_kind(
     tally: Tally, name: str, many_rows: Sequence[int] = (16, 64)
-) -> Iterator[tuple[Any, Tensor, Any, torch.dtype, str]]:
+) -> Iterator[tuple[Any, Tensor, Kind, torch.dtype, str]]:
     """A linear layer whose sizes need filling up, an input, and each kernel that takes them: few rows and many."""
     for rows in many_rows:
         layer = sparse_linear(520, 264, "2:4", torch.bfloat16, tally.device)
         x = torch.randn(rows, 520, device=tally.device, dtype=torch.bfloat16)
-        for kind, stored in product_kinds(layer, rows, torch.bfloat16):
-            yield layer, x, kind, stored, f"{name}, {kind} {short(stored)}, {rows} rows"
+        for kind, weight_dtype in product_kinds(layer, "2:4", rows, torch.bfloat16):
+            yield layer, x, kind, weight_dtype, f"{name}, {kind.name} {short(weight_dtype)}, {rows} rows"
 
 
 def products(tally: Tally) -> None:
@@ -297,9 +299,11 @@ def products(tally: Tally) -> None:
     ):
         layer = sparse_linear(inputs, outputs, text, dtype, tally.device)
         x = torch.randn(rows, inputs, device=tally.device, dtype=dtype)
-        for kind, stored in product_kinds(layer, rows, dtype):
-            with tally.check(f"{kind} {short(stored)} {text}, {rows} x {inputs} to {outputs}, {short(dtype)}"):
-                close(packed(layer, text, kind, stored, x)(x), exact(layer, x), stored)
+        for kind, weight_dtype in product_kinds(layer, text, rows, dtype):
+            with tally.check(
+                f"{kind.name} {short(weight_dtype)} {text}, {rows} x {inputs} to {outputs}, {short(dtype)}"
+            ):
+                close(packed(layer, text, kind, weight_dtype, x)(x), exact(layer, x), weight_dtype)
 
 
 def convolutions(tally: Tally) -> None:
@@ -310,58 +314,58 @@ def convolutions(tally: Tally) -> None:
         conv = sparse(nn.Conv2d(inputs, 40, **options), "2:4", dtype, tally.device)
         for form in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(2, inputs, 15, 15, device=tally.device).to(dtype, memory_format=form)
-            for kind, stored in product_kinds(conv, 2 * 15 * 15, dtype):
-                with tally.check(f"{kind} {short(stored)} {conv}, {short(form)}, {short(dtype)}"):
-                    close(packed(conv, "2:4", kind, stored, x)(x), exact(conv, x), stored)
+            for kind, weight_dtype in product_kinds(conv, "2:4", 2 * 15 * 15, dtype):
+                with tally.check(f"{kind.name} {short(weight_dtype)} {conv}, {short(form)}, {short(dtype)}"):
+                    close(packed(conv, "2:4", kind, weight_dtype, x)(x), exact(conv, x), weight_dtype)
 
 
 def turns(tally: Tally) -> None:
     """Two layers of one shape, used by turns: what a library remembers of a shape must not be the first one's."""
-    for layer, x, kind, stored, where in every_kind(tally, "turns"):
+    for layer, x, kind, weight_dtype, where in every_kind(tally, "turns"):
         with tally.check(where):
             other = sparse_linear(520, 264, "2:4", torch.bfloat16, tally.device)
-            made = [(packed(each, "2:4", kind, stored, x), exact(each, x)) for each in (layer, other)]
+            made = [(packed(each, "2:4", kind, weight_dtype, x), exact(each, x)) for each in (layer, other)]
             for one, expected in made * 3:
-                close(one(x), expected, stored)
+                close(one(x), expected, weight_dtype)
 
 
 def states(tally: Tally) -> None:
     """State dicts loaded into another packed layer, and copies."""
-    for layer, x, kind, stored, where in every_kind(tally, "state"):
+    for layer, x, kind, weight_dtype, where in every_kind(tally, "state"):
         with tally.check(where):
-            made = packed(layer, "2:4", kind, stored, x)
-            other = packed(sparse_linear(520, 264, "2:4", torch.bfloat16, tally.device), "2:4", kind, stored, x)
+            made = packed(layer, "2:4", kind, weight_dtype, x)
+            other = packed(sparse_linear(520, 264, "2:4", torch.bfloat16, tally.device), "2:4", kind, weight_dtype, x)
             other.load_state_dict(made.state_dict())
-            close(other(x), exact(layer, x), stored)
+            close(other(x), exact(layer, x), weight_dtype)
             copied = copy.deepcopy(made)
             same(copied.weight, made.weight)
-            close(copied(x), exact(layer, x), stored)
+            close(copied(x), exact(layer, x), weight_dtype)
 
 
 def graphs(tally: Tally) -> None:
     """Products in a CUDA graph, replayed on another input."""
-    for layer, x, kind, stored, where in every_kind(tally, "graph"):
+    for layer, x, kind, weight_dtype, where in every_kind(tally, "graph"):
         with tally.check(where):
             if not x.is_cuda:
                 raise NotHere("CUDA graphs: this is a CPU")
-            made, held = packed(layer, "2:4", kind, stored, x), [x]
+            made, held = packed(layer, "2:4", kind, weight_dtype, x), [x]
             replay = as_graph(lambda: held.__setitem__(0, made(x)))  # noqa: B023 - replayed before the loop goes on
             x.normal_()
             replay()
-            close(held[0], exact(layer, x), stored)
+            close(held[0], exact(layer, x), weight_dtype)
 
 
 def compiled(tally: Tally) -> None:
     """Products under torch.compile, and a weight that is pruned there."""
     backend = "inductor" if tally.device.type == "cuda" else "aot_eager"
     compiled_ = partial(torch.compile, fullgraph=True, backend=backend)
-    for layer, x, kind, stored, where in every_kind(tally, "compiled", (16,)):
+    for layer, x, kind, weight_dtype, where in every_kind(tally, "compiled", (16,)):
         with tally.check(where):
             torch.compiler.reset()  # it gives up on code that it has compiled eight times
-            close(compiled_(packed(layer, "2:4", kind, stored, x))(x), exact(layer, x), stored)
+            close(compiled_(packed(layer, "2:4", kind, weight_dtype, x))(x), exact(layer, x), weight_dtype)
     with tally.check("compiled prune"):
         weight = ties((96, 640), torch.bfloat16, tally.device)
-        doubled = compiled_(lambda w: prune(w, ow.Pattern(2, 4), Axis(1)) * 2)(weight)
+        doubled = compiled_(lambda w: foreach_prune([w], ow.Pattern(2, 4), [Axis(1)])[0] * 2)(weight)
         same(doubled, defined(weight, ow.Pattern(2, 4), Axis(1))[1] * 2)
 
 

@@ -3,10 +3,10 @@
     python benchmarks/topology.py [--seeds 0 1 2] [--json FILE]
 
 A 64-128-128-10 network on scikit-learn's digits, 2:4 on its two hidden layers, SGD with momentum, cosine learning
-rate. Runs of different length and learning rate are given decays with the same *dose*, decay times the sum of the
-learning rate over all steps: what shrinks a weight that is pruned throughout to exp(-dose) of itself, were there no
-gradient. Printed for each: SAD since the start and churn per step (mean of the last quarter of the run), as shares of
-the weights, and accuracy.
+rate. Runs of different length and learning rate are given decays with the same *cumulative decay* c, decay times the
+sum of the learning rate over all steps: what shrinks a weight that is pruned throughout to exp(-c) of itself, were
+there no gradient. Printed for each: SAD since the start and the flip rate per step (mean of the last quarter of the
+run), as shares of the weights, and accuracy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import openwork as ow
 
-DOSES = (-0.5, 0.0, 0.5, 2.0, 8.0)
+CUMULATIVE_DECAYS = (-0.5, 0.0, 0.5, 2.0, 8.0)
 RUNS = ((500, 0.1), (2000, 0.1), (2000, 0.025))  # steps, peak learning rate
 
 
@@ -54,8 +54,8 @@ def train(method: ow.Method, steps: int, lr: float, seed: int) -> dict[str, floa
     with torch.no_grad():
         accuracy = (model(x_test).argmax(1) == y_test).float().mean().item()
     weights = topology.records[-1]["weights"]
-    churn = statistics.fmean(record["sad_step"] for record in late) / weights
-    return {"sad_start": topology.records[-1]["sad_start"] / weights, "churn": churn, "accuracy": accuracy}
+    flip_rate = statistics.fmean(record["sad_step"] for record in late) / weights
+    return {"sad_start": topology.records[-1]["sad_start"] / weights, "flip_rate": flip_rate, "accuracy": accuracy}
 
 
 def summed_rate(steps: int, lr: float) -> float:
@@ -83,9 +83,9 @@ def main() -> None:
     rows = []
     for steps, lr in RUNS:
         rows.append(row("dense", ow.Dense(), steps, lr, args.seeds))
-        for dose in DOSES:
-            method = ow.SRSTE(dose / summed_rate(steps, lr)) if dose else ow.STE()
-            rows.append(row(f"dose {dose:g}" if dose else "ste", method, steps, lr, args.seeds))
+        for total in CUMULATIVE_DECAYS:
+            method = ow.SRSTE(total / summed_rate(steps, lr)) if total else ow.STE()
+            rows.append(row(f"cumulative decay {total:g}" if total else "ste", method, steps, lr, args.seeds))
     if args.json:
         args.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1))
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 import openwork as ow
 from openwork.nm.groups import Axis
-from openwork.nm.masks import keep_largest
+from openwork.nm.masks import magnitude_mask
 from openwork.nm.sinkhorn import best_approximate, completed, rounded
-from openwork.nm.transposable import best_2_4, keep_transposable
-from openwork.ops import keep_largest as fastest
+from openwork.nm.transposable import best_2_4, transposable_mask
+from openwork.ops import foreach_mask
 
 TWO_OF_FOUR = ow.Pattern(2, 4)
 
@@ -48,7 +48,7 @@ def seconds(function: Callable[[], object], rounds: int = 5) -> float:
 
 def kept_at_2_4(name: str, weight: Tensor) -> None:
     tiles = tiles_of(weight, 4)
-    every = share(weight.abs(), keep_largest(weight.abs(), TWO_OF_FOUR, Axis(1)))
+    every = share(weight.abs(), magnitude_mask(weight.abs(), TWO_OF_FOUR, Axis(1)))
     greedy = rounded(tiles, 2)
     found = {
         "exact": best_2_4(tiles),
@@ -98,14 +98,14 @@ def times() -> None:
     million = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     score, rows, columns = million.abs(), Axis(1), Axis(0)
     found = {
-        "2:4 of rows, native": seconds(lambda: fastest(score, TWO_OF_FOUR, rows)),
-        "2:4 of rows, reference": seconds(lambda: keep_largest(score, TWO_OF_FOUR, rows)),
-        "2:4 transposable, exact": seconds(lambda: keep_transposable(score, TWO_OF_FOUR, rows, columns)),
+        "2:4 of rows, native": seconds(lambda: foreach_mask([score], TWO_OF_FOUR, [rows])),
+        "2:4 of rows, reference": seconds(lambda: magnitude_mask(score, TWO_OF_FOUR, rows)),
+        "2:4 transposable, exact": seconds(lambda: transposable_mask(score, TWO_OF_FOUR, rows, columns)),
     }
     for text in ("4:8", "8:16"):
         pattern = ow.Pattern.parse(text)
         found[f"{text} transposable, entropic"] = seconds(
-            lambda p=pattern: keep_transposable(score, p, rows, columns), 1
+            lambda p=pattern: transposable_mask(score, p, rows, columns), 1
         )
     for what, each in found.items():
         print(f"{what}: {each * 1e3:.1f} ms for {million.numel()} weights")

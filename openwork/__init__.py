@@ -4,19 +4,21 @@ This list is the API.
 """
 
 from openwork.files.checkpoint import load as load
+from openwork.files.checkpoint import load_state_dict as load_state_dict
 from openwork.files.checkpoint import save as save
-from openwork.inference.choose import Plan as Plan
 from openwork.inference.deploy import deploy as deploy
 from openwork.inference.deploy import plan as plan
+from openwork.inference.plan import Plan as Plan
 from openwork.inference.stream import load_deployed as load_deployed
 from openwork.methods import ASP as ASP
 from openwork.methods import SRSTE as SRSTE
 from openwork.methods import STE as STE
 from openwork.methods import Dense as Dense
+from openwork.methods import MdGf as MdGf
 from openwork.methods import Method as Method
 from openwork.methods import TransposableSRSTE as TransposableSRSTE
 from openwork.nm.groups import Axis as Axis
-from openwork.nm.mask_stats import churn as churn
+from openwork.nm.mask_stats import flip_rate as flip_rate
 from openwork.nm.mask_stats import sad as sad
 from openwork.nm.masks import topn as topn
 from openwork.nm.pattern import Pattern as Pattern
@@ -24,6 +26,7 @@ from openwork.nm.transposable import topn_transposable as topn_transposable
 from openwork.training.optimizer import Handle as Handle
 from openwork.training.optimizer import attach as attach
 from openwork.training.report import Report as Report
+from openwork.training.selection import Selection as Selection
 from openwork.training.sparse_tensor_cores import Acceleration as Acceleration
 from openwork.training.sparse_tensor_cores import accelerate as accelerate
 from openwork.training.sparsify import finalize as finalize

@@ -12,10 +12,13 @@ import numpy
 import pytest
 import torch
 
+from openwork.utils.torchvision_compat import prepare_torchvision
+
 # pytest's importlib mode leaves the tests' folder out; processes that tests start inherit it.
 sys.path.insert(0, str(Path(__file__).parent))
 
 torch.set_num_threads(1)
+prepare_torchvision()  # transformers, lightning and timm import it in many tests
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,13 @@ from torch import nn
 
 from openwork.export.outputs import exportable
 from openwork.files.checkpoint import Entry, describe, save
-from openwork.files.container import write
+from openwork.files.container import write_tensors
 from openwork.files.model_state import tensors_by_name, ties
 from openwork.files.reader import FILE
 from openwork.training.parametrize import unwrap
-from openwork.training.record import promises
-from openwork.training.select import AxisChoice, PatternChoice, Remainder
+from openwork.training.record import sparsity_records
+from openwork.training.selection import PatternChoice, Selection
+from openwork.utils.atomic import give_usual_mode, write_text
 
 DENSE, CARD = "model.safetensors", "README.md"
 _BEGIN, _END = "<!-- openwork: begin -->", "<!-- openwork: end -->"
@@ -27,10 +28,7 @@ def to_huggingface(
     model: nn.Module,
     folder: str | os.PathLike[str],
     *,
-    pattern: PatternChoice | None = None,
-    exclude: Sequence[str] = (),
-    axis: AxisChoice = "input",
-    remainder: Remainder = "skip",
+    pattern: Selection | PatternChoice | None = None,
     method: str = "",
 ) -> str:
     """Write a folder that `from_pretrained` and any safetensors reader load, with the compressed file beside; returns
@@ -38,14 +36,14 @@ def to_huggingface(
 
     A model with `save_pretrained` (transformers and others) writes its own files, with the zeros in them; of any other
     the weights are written as model.safetensors. README.md is made, or gets the part about
-    sparsity, which is replaced when it is written again. `pattern` to `remainder` as in `ow.save`; `method` is
+    sparsity, which is replaced when it is written again. `pattern` as in `ow.save`; `method` is
     named in the card, and known for a model that is still sparsified.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    held = promises(unwrap(model))
-    method = method or ", ".join(sorted({promise.method.name for _, _, promise in held}))
-    save(model, folder / FILE, pattern=pattern, exclude=exclude, axis=axis, remainder=remainder)
+    records = sparsity_records(unwrap(model))
+    method = method or ", ".join(sorted({record.method.name for _, _, record in records}))
+    save(model, folder / FILE, pattern=pattern)
     _write_dense(exportable(model), folder)
     snippet = card(describe(folder / FILE), method)
     _put_into(folder / CARD, snippet)
@@ -54,13 +52,13 @@ def to_huggingface(
 
 def card(entries: Sequence[Entry], method: str = "") -> str:
     """The part of a model card that says how sparse a compressed file is, in Markdown."""
-    sparse = [each for each in entries if each.pattern is not None and not each.alias_of]
-    dense = sum(_dense_bytes(each) for each in entries if not each.alias_of)
-    stored = sum(each.bytes for each in entries)
-    counts = Counter(str(each.pattern) for each in sparse)
+    sparse = [entry for entry in entries if entry.pattern is not None and not entry.alias_of]
+    dense = sum(_dense_bytes(entry) for entry in entries if not entry.alias_of)
+    stored = sum(entry.bytes for entry in entries)
+    counts = Counter(str(entry.pattern) for entry in sparse)
     listed = ", ".join(f"{text} in {n} weights" for text, n in counts.items()) or "none"
-    weights = sum(_size(each) for each in sparse)
-    kept = sum(each.density * _size(each) for each in sparse)
+    weights = sum(_size(entry) for entry in sparse)
+    kept = sum(entry.density * _size(entry) for entry in sparse)
     rows = {
         "pattern": f"{listed} (at most N non-zero of every M consecutive along the input channels)",
         "method": method or "not recorded",
@@ -69,8 +67,10 @@ def card(entries: Sequence[Entry], method: str = "") -> str:
         "compressed file": f"`{FILE}`, {stored:,} bytes of {dense:,} ({stored / max(1, dense):.3f})",
     }
     lines = [_BEGIN, "## N:M sparsity", "", "| | |", "|---|---|"]
-    lines += [f"| {what} | {found} |" for what, found in rows.items()]
-    loads = f"Any library loads `{DENSE}`, dense with exact zeros; `ow.load(folder)` reads the compressed file."
+    lines += [f"| {what} | {text} |" for what, text in rows.items()]
+    loads = (
+        f"Any library loads `{DENSE}`, dense with exact zeros; `ow.load_state_dict(folder)` reads the compressed file."
+    )
     lines += ["", loads]
     return "\n".join([*lines, _END, ""])
 
@@ -78,11 +78,11 @@ def card(entries: Sequence[Entry], method: str = "") -> str:
 def _write_dense(model: Any, folder: Path) -> None:
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder)
+        give_usual_mode(folder, "*.safetensors")
         return
     tensors = tensors_by_name(model)
-    own = {name: each for name, each in tensors.items() if name not in ties(tensors, {})}
-    layout = {name: (each.dtype, tuple(each.shape)) for name, each in own.items()}
-    write(folder / DENSE, layout, own.items(), {"format": "pt"})
+    own = {name: tensor for name, tensor in tensors.items() if name not in ties(tensors, {})}
+    write_tensors(folder / DENSE, own, {"format": "pt"})
 
 
 def _put_into(path: Path, snippet: str) -> None:
@@ -90,7 +90,7 @@ def _put_into(path: Path, snippet: str) -> None:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     before, begin, rest = text.partition(_BEGIN)
     after = rest.partition(_END)[2].lstrip("\n") if begin else ""
-    path.write_text((before.rstrip("\n") + "\n\n" + snippet + after).lstrip("\n"), encoding="utf-8")
+    write_text(path, (before.rstrip("\n") + "\n\n" + snippet + after).lstrip("\n"))
 
 
 def _size(entry: Entry) -> int:

@@ -1,6 +1,7 @@
 """One object for each trainer: it attaches, records topology to the trainer's logger, verifies, saves.
 
-`lightning`, `transformers` and `accelerate` import the package they are named after; this module imports none.
+`lightning`, `hf_trainer` and `hf_accelerate` import Lightning, transformers and Accelerate; this module imports none of
+them, and prepares the torchvision that they import.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from torch import nn
 
 import openwork as ow
 from openwork.training.parametrize import unwrap
+from openwork.utils.torchvision_compat import prepare_torchvision
+
+prepare_torchvision()
 
 
 def projected_state_dict(model: nn.Module) -> dict[str, Any]:

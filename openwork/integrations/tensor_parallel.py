@@ -17,7 +17,8 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from openwork.training.dtensor import keeps_groups
-from openwork.training.parametrize import Masked, masked_weights
+from openwork.training.masked import Masked
+from openwork.training.parametrize import masked_weights
 
 
 class Colwise(ColwiseParallel):
@@ -53,7 +54,7 @@ def _admitted(module: nn.Module) -> nn.Module:
 def _split(module: nn.Module, mesh: DeviceMesh, weight: Placement, bias: Placement, source: int | None) -> None:
     """Called by torch for the layer and for each module in it: the dense weight behind a mask is in one of them."""
     for _, masked, dense in masked_weights(module):
-        _demand_whole_groups(dense, masked, weight, mesh)
+        _check_whole_groups(dense, masked, weight, mesh)
         lists: Any = module.parametrizations
         lists.weight.original = _spread(dense, mesh, weight, source)
     if isinstance(module, nn.Linear):
@@ -67,9 +68,9 @@ def _spread(parameter: Any, mesh: DeviceMesh, placement: Placement, source: int 
     return nn.Parameter(spread, requires_grad=parameter.requires_grad)
 
 
-def _demand_whole_groups(weight: nn.Parameter, masked: Masked, placement: Placement, mesh: DeviceMesh) -> None:
-    if not keeps_groups(weight, [(placement, mesh.size())], masked.axis, masked.pattern.m):
+def _check_whole_groups(weight: nn.Parameter, masked: Masked, placement: Placement, mesh: DeviceMesh) -> None:
+    if not keeps_groups(weight, [(placement, mesh.size())], masked.end.axis, masked.end.pattern.m):
         raise ValueError(
             f"splitting a weight {tuple(weight.shape)} over {mesh.size()} processes by {placement} cuts groups of "
-            f"{masked.pattern.m} apart: take Colwise for this layer, another number of processes, or exclude it"
+            f"{masked.end.pattern.m} apart: take Colwise for this layer, another number of processes, or exclude it"
         )

@@ -12,19 +12,21 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from openwork.methods.autograd import masked_gradient
+from openwork.methods.method import Method, State
+from openwork.methods.schedule import ONCE, Phase, Schedule
+from openwork.nm.masks import apply_mask
 
 
 @dataclass(frozen=True)
-class ASP:
+class ASP(Method):
     """One-shot magnitude pruning with a fixed mask. Load the trained dense weights before `sparsify`."""
 
     name: ClassVar[str] = "asp"
-    fixed: ClassVar[bool] = True
-    sparse: ClassVar[bool] = True
+    prunes_trained: ClassVar[bool] = True
 
-    def score(self, weight: Tensor) -> Tensor:
-        return weight.abs()
+    @property
+    def schedule(self) -> Schedule:
+        return ONCE
 
-    def forward(self, weight: Tensor, keep: Tensor) -> Tensor:
-        return masked_gradient(weight, keep)
+    def backward(self, gradient: Tensor, mask: Tensor, phase: Phase, state: State) -> Tensor:
+        return apply_mask(gradient, mask)

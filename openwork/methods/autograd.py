@@ -1,86 +1,77 @@
-"""The ways a gradient passes a mask. They save nothing for autograd, so that a weight may be masked once
-and used in several checkpointed regions."""
+"""The formulas of a method as functions that autograd knows. They save nothing for it, so that a weight may be masked
+once and used in several checkpointed regions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from openwork import ops
+from openwork.methods.method import Method, State
+from openwork.methods.schedule import Phase
 from openwork.nm.groups import Axis
-from openwork.nm.masks import prune
 from openwork.nm.pattern import Pattern
+from openwork.ops import foreach_prune
 
 
-def straight_through(weight: Tensor, keep: Tensor) -> Tensor:
-    """The pruned weight; the gradient flows as if nothing had been pruned. Shapes: all equal."""
-    return _StraightThrough.apply(weight, keep)
+def straight_through(weights: Sequence[Tensor], pattern: Pattern, axes: Sequence[Axis]) -> list[Tensor]:
+    """The weights with all but the N largest magnitudes of each group pruned, in one pass; the gradient of each flows
+    by itself, as if nothing had been pruned."""
+    pruned = foreach_prune([weight.detach() for weight in weights], pattern, axes)
+    return [_StraightThrough.apply(*pair) for pair in zip(weights, pruned, strict=True)]
 
 
-def straight_through_largest(weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
-    """`straight_through` for the mask of the N largest magnitudes, without making the mask."""
-    return _StraightThroughLargest.apply(weight, pattern, axis)
+def masked(method: Method, weight: Tensor, mask: Tensor, phase: Phase, state: State) -> Tensor:
+    """What a method makes of a weight by its `forward`, with the gradient of its `backward`."""
+    return _Masked.apply(weight, mask, phase.beta, *state.values(), method, phase, tuple(state))
 
 
-def straight_through_largest_list(weights: Sequence[Tensor], pattern: Pattern, axes: Sequence[Axis]) -> list[Tensor]:
-    """`straight_through_largest` of many weights, on a GPU in one launch. Gradients flow to each by itself."""
-    pruned = ops.prune_list([weight.detach() for weight in weights], pattern, axes)
-    return [_StraightThroughTo.apply(weight, each) for weight, each in zip(weights, pruned, strict=True)]
+class _StraightThrough(torch.autograd.Function):
+    """Something computed from the first argument, which gets its gradient."""
 
+    generate_vmap_rule = True
 
-def masked_gradient(weight: Tensor, keep: Tensor) -> Tensor:
-    """The pruned weight; pruned positions get gradient zero. Shapes: all equal."""
-    return _MaskedGradient.apply(weight, keep)
-
-
-class _Straight(torch.autograd.Function):
-    """What the gradient passes unchanged on its way to the first argument."""
+    @staticmethod
+    def forward(weight: Tensor, computed: Tensor) -> Tensor:
+        return computed
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, *[None] * (len(ctx.needs_input_grad) - 1)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
-class _StraightThrough(_Straight):
+class _Masked(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, keep: Tensor) -> Tensor:
-        return prune(weight, keep)
-
-
-class _StraightThroughLargest(_Straight):
-    generate_vmap_rule = True
+    def forward(weight: Tensor, mask: Tensor, beta: Tensor | float, *rest: Any) -> Tensor:
+        *tensors, method, phase, names = rest
+        return method.forward(weight, mask, _with(phase, beta), dict(zip(names, tensors, strict=True)))
 
     @staticmethod
-    def forward(weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
-        return ops.prune(weight, pattern, axis)
-
-
-class _StraightThroughTo(_Straight):
-    @staticmethod
-    def forward(weight: Tensor, pruned: Tensor) -> Tensor:
-        return pruned
-
-
-class _MaskedGradient(torch.autograd.Function):
-    generate_vmap_rule = True
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.inputs = len(inputs)
+        ctx.method = inputs[-3]
+        if ctx.method.overrides("backward"):
+            # Plain attributes: a mask and a method's state need no version check.
+            ctx.mask, ctx.beta, *ctx.tensors = inputs[1:-3]
+            ctx.phase, ctx.names = inputs[-2:]
 
     @staticmethod
-    def forward(weight: Tensor, keep: Tensor) -> Tensor:
-        return prune(weight, keep)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.method.overrides("backward"):
+            state = dict(zip(ctx.names, ctx.tensors, strict=True))
+            gradient = ctx.method.backward(gradient, ctx.mask, _with(ctx.phase, ctx.beta), state)
+        return gradient, *[None] * (ctx.inputs - 1)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.keep = inputs[1]  # a plain attribute: it is a stored mask, needing no version check
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return prune(grad, ctx.keep), None
+def _with(phase: Phase, beta: Tensor | float) -> Phase:
+    """The phase with the beta that a transform or a compiler handed in."""
+    return phase if beta is phase.beta else replace(phase, beta=beta)

@@ -10,17 +10,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from openwork.methods.method import Method, State
+from openwork.methods.schedule import Phase
+
 
 @dataclass(frozen=True)
-class Dense:
-    """No zeros, no promise; `Topology` records how the magnitude mask would move."""
+class Dense(Method):
+    """No zeros; `Topology` records how the magnitude mask would move."""
 
     name: ClassVar[str] = "dense"
-    fixed: ClassVar[bool] = False
     sparse: ClassVar[bool] = False
 
-    def score(self, weight: Tensor) -> Tensor:
-        return weight.abs()
-
-    def forward(self, weight: Tensor, keep: Tensor) -> Tensor:
+    def forward(self, weight: Tensor, mask: Tensor, phase: Phase, state: State) -> Tensor:
         return weight

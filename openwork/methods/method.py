@@ -1,54 +1,116 @@
-"""What a method is. To add one: copy `ste.py`, write its equation on top, change two lines, add a test."""
+"""What a method is. To add one: copy `ste.py`, write its equation on top, change what differs, add a test."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+from openwork.methods.schedule import EVERY_FORWARD, Phase, Schedule
+from openwork.nm.masks import apply_mask
+from openwork.ops import foreach_mask, foreach_transposable_mask
+
+State = Mapping[str, Tensor]
+"""What a method keeps for one weight, by name: tensors that are saved beside the weight and move with it."""
 
 
-@runtime_checkable
-class Method(Protocol):
-    """A rule that turns a dense weight into the weight that the forward pass uses.
+class TrainedWeight(Protocol):
+    """A weight as the hooks of the optimizer step see it."""
 
-    The weight, the mask `keep` (bool, True means kept), and all results have one shape.
-    A method whose update has a further term also defines
-    `gradient_term(weight, keep)`: what `attach` adds to the gradient, once per optimizer step.
+    weight: Tensor
+    state: State
 
-    A method that ranks by magnitude may do without the mask, and is then faster where there is a kernel for it:
-    `forward_in_one_pass(weight, pattern, axis)`, and `add_term_in_one_pass(gradient, weight, pattern, axis)` in place;
-    `forwards_in_one_pass(weights, pattern, axes)` and `add_terms_in_one_pass(gradients, weights, pattern, axes)` do
-    that for many weights in one launch of a GPU.
+    @property
+    def step(self) -> int:
+        """Optimizer steps that the schedule has counted. A hook may set it, to where the schedule is to go on."""
 
-    `refresh_every` says that the mask is stored and chosen anew by `attach` after so many optimizer steps, and
-    `transposable = True` that it is N:M along the output axis as well.
+    @step.setter
+    def step(self, step: int) -> None: ...
+
+    def mask(self) -> Tensor:
+        """The mask in force: bool, the weight's shape, True means kept."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A rule that turns a dense weight w into the weight w~ that the layer multiplies with: data, and formulas.
+
+    A method is a frozen dataclass that states its name and what differs from this one, which is the straight-through
+    estimator: of each group the N largest magnitudes are kept, w~ is 0 elsewhere, and the gradient at w~ is taken for
+    that at w. Data are fields or properties:
+
+    - `decay`: before every optimizer step, gradient += decay * w where the mask prunes;
+    - `schedule`: when masks are chosen, and which pattern or mask decay is in force when (`openwork.methods.schedule`);
+    - `transposable`: masks are N:M along the output axis as well;
+    - `sparse`: False for what only watches the mask.
+
+    Formulas take one weight as a plain tensor, without autograd, and change none of their arguments. `mask` is boolean,
+    True means kept; `phase` is what the schedule has in force; `state` is what `state` returned for this weight.
+
+    The engine (`openwork.training`) does the rest: it stores masks, counts steps, saves and resumes all of it, and
+    takes the kernel that reads a weight once where `score`, `mask`, `forward` and `backward` are those of this class.
     """
 
     name: ClassVar[str]
     """The field's name for it: "sr-ste"."""
-    fixed: ClassVar[bool]
-    """True: the mask is chosen once, by `sparsify`, and stored. False: recomputed in every forward, unless the method
-    says `refresh_every`."""
-    sparse: ClassVar[bool]
-    """False for methods that only observe the mask and promise no zeros."""
+    sparse: ClassVar[bool] = True
+    transposable: ClassVar[bool] = False
+    prunes_trained: ClassVar[bool] = False
+    """True where the mask is chosen once, from weights that were trained before: `openwork compare` trains twice then."""
+    elementwise: ClassVar[bool] = True
+    """False where `forward` looks at whole groups: weights whose groups are spread over processes are then refused."""
 
-    def score(self, weight: Tensor) -> Tensor:
-        """What each weight of a group is ranked by, non-negative; the N highest are kept."""
+    @property
+    def decay(self) -> float:
+        return 0.0
 
-    def forward(self, weight: Tensor, keep: Tensor) -> Tensor:
-        """The weight that the layer multiplies with, differentiable in `weight`."""
+    @property
+    def schedule(self) -> Schedule:
+        return EVERY_FORWARD
 
+    def state(self, weight: Tensor, phase: Phase) -> State:
+        """What to keep for a weight, from its values when it is sparsified; `phase` is that of the schedule's end."""
+        return {}
 
-def is_transposable(method: Method) -> bool:
-    """Whether masks of the method are N:M along the output axis as well."""
-    return getattr(method, "transposable", False)
+    def score(self, weight: Tensor, state: State) -> Tensor:
+        """What the weights of a group are ranked by, non-negative; the N highest are kept."""
+        return weight.abs()
 
+    def mask(self, score: Tensor, phase: Phase) -> Tensor:
+        """Which weights are kept."""
+        if phase.output_axis:
+            return foreach_transposable_mask([score], phase.pattern, [phase.axis], [phase.output_axis])[0]
+        return foreach_mask([score], phase.pattern, [phase.axis])[0]
 
-def steps_of_a_mask(method: Method) -> int:
-    """After how many optimizer steps a stored mask is chosen anew; 0 where that never happens."""
-    return getattr(method, "refresh_every", 0)
+    def forward(self, weight: Tensor, mask: Tensor, phase: Phase, state: State) -> Tensor:
+        """The weight that the layer multiplies with. What is pruned ends as +0.0: files take -0.0 for a weight."""
+        if isinstance(phase.beta, Tensor):
+            return torch.where(mask, weight, weight * phase.beta)
+        return apply_mask(weight, mask)
 
+    def backward(self, gradient: Tensor, mask: Tensor, phase: Phase, state: State) -> Tensor:
+        """The gradient of the dense weight, from that of what `forward` returned."""
+        return gradient
 
-def stores_mask(method: Method) -> bool:
-    """Whether masks are kept between forwards, instead of being recomputed from the weight."""
-    return method.fixed or steps_of_a_mask(method) > 0
+    def fold(self, weight: Tensor, mask: Tensor, phase: Phase, state: State) -> Tensor:
+        """The weight of the finished model, which `finalize` and files keep; `phase` is that of the schedule's end."""
+        return self.forward(weight, mask, phase, state)
+
+    def before_step(self, optimizer: Optimizer, weights: Sequence[TrainedWeight]) -> None:
+        """Called before each optimizer step, after the decay was added."""
+
+    def after_step(self, optimizer: Optimizer, weights: Sequence[TrainedWeight]) -> None:
+        """Called after each optimizer step that was not skipped."""
+
+    def overrides(self, *rules: str) -> bool:
+        """Whether a method has formulas of its own, by name."""
+        return any(getattr(type(self), rule) is not getattr(Method, rule) for rule in rules)
+
+    @property
+    def acts_in_step(self) -> bool:
+        """Whether it needs `attach`: the optimizer step adds, counts or calls something."""
+        return bool(self.decay) or self.schedule.counts_steps or self.overrides("before_step", "after_step")

@@ -15,14 +15,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from openwork.methods.autograd import straight_through
-from openwork.nm.masks import prune
+from openwork.methods.method import Method
+from openwork.methods.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class TransposableSRSTE:
+class TransposableSRSTE(Method):
     """SR-STE with masks that are N:M in the transposed weight too, chosen anew every `refresh_every` steps.
 
     Defaults are those of Hu et al.: masks every 40 steps; decays between 6e-5 and 2e-4, by the size of the network. As
@@ -33,8 +31,6 @@ class TransposableSRSTE:
     refresh_every: int = 40
 
     name: ClassVar[str] = "transposable-sr-ste"
-    fixed: ClassVar[bool] = False
-    sparse: ClassVar[bool] = True
     transposable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -43,11 +39,6 @@ class TransposableSRSTE:
                 f"refresh_every={self.refresh_every!r}; needed the number of steps that masks stay, 1 or more"
             )
 
-    def score(self, weight: Tensor) -> Tensor:
-        return weight.abs()
-
-    def forward(self, weight: Tensor, keep: Tensor) -> Tensor:
-        return straight_through(weight, keep)
-
-    def gradient_term(self, weight: Tensor, keep: Tensor) -> Tensor:
-        return prune(weight, ~keep).mul_(self.decay)
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(refresh_every=self.refresh_every)

@@ -27,28 +27,28 @@ def sad(a: Tensor, b: Tensor) -> int:
     return int((a ^ b).sum())
 
 
-def churn(a: Tensor, b: Tensor) -> float:
+def flip_rate(a: Tensor, b: Tensor) -> float:
     """`sad` as a share of all weights, in [0, 1]: the flip rate when `a` and `b` are a step apart.
 
-    >>> churn(torch.tensor([True, False, False, True]), torch.tensor([True, False, True, False]))
+    >>> flip_rate(torch.tensor([True, False, False, True]), torch.tensor([True, False, True, False]))
     0.5
     """
     return sad(a, b) / a.numel()
 
 
-def largest_churn(pattern: Pattern) -> float:
-    """The most that `churn` can be: every kept weight replaced, as far as there are others.
+def largest_flip_rate(pattern: Pattern) -> float:
+    """The most that `flip_rate` can be: every kept weight replaced, as far as there are others.
 
-    >>> largest_churn(Pattern(2, 4)), largest_churn(Pattern(1, 16))
+    >>> largest_flip_rate(Pattern(2, 4)), largest_flip_rate(Pattern(1, 16))
     (1.0, 0.125)
     """
     return 2 * min(pattern.n, pattern.m - pattern.n) / pattern.m
 
 
-def chance_churn(pattern: Pattern) -> float:
-    """What `churn` is on average between two unrelated masks.
+def chance_flip_rate(pattern: Pattern) -> float:
+    """What `flip_rate` is on average between two unrelated masks.
 
-    >>> chance_churn(Pattern(2, 4)), chance_churn(Pattern(1, 4))
+    >>> chance_flip_rate(Pattern(2, 4)), chance_flip_rate(Pattern(1, 4))
     (0.5, 0.375)
     """
     return 2 * pattern.density * (1 - pattern.density)

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from openwork.nm.groups import Axis, from_rows, to_rows
 from openwork.nm.pattern import Pattern
+from openwork.utils.torch_private import is_transformed
 
 # The integers of the same width, and the bits of infinity.
 _BITS = {
@@ -37,8 +38,8 @@ def topn(score: Tensor, pattern: Pattern) -> Tensor:
     """
     score_GM = _grouped(score, pattern)
     order_GM = score_GM.argsort(dim=-1, descending=True, stable=True)
-    keep_GM = torch.zeros_like(score_GM, dtype=torch.bool)
-    return keep_GM.scatter_(-1, order_GM[..., : pattern.n], True).flatten(-2)
+    mask_GM = torch.zeros_like(score_GM, dtype=torch.bool)
+    return mask_GM.scatter_(-1, order_GM[..., : pattern.n], True).flatten(-2)
 
 
 def topn_by_count(score: Tensor, pattern: Pattern) -> Tensor:
@@ -68,24 +69,24 @@ def sortable(score: Tensor) -> Tensor:
     return score.view(kind).bitwise_and_(torch.iinfo(kind).max).clamp_(max=infinity + 1)
 
 
-def keep_largest(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
+def magnitude_mask(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
     """The N:M mask of a weight from its non-negative scores, along its reduction axis: bool, shape and strides of
     `score`.
 
     Where M does not divide K, the last group of a row is short: it keeps its N highest as well.
 
-    >>> keep_largest(torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.5, 0.4]]), Pattern(1, 4), Axis(1))
+    >>> magnitude_mask(torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.5, 0.4]]), Pattern(1, 4), Axis(1))
     tensor([[ True, False, False, False,  True, False]])
     """
     if _worth_parts(score, axis):
-        return _keep_by_parts(score, pattern, axis)
+        return _mask_by_parts(score, pattern, axis)
     rows = to_rows(score, axis)
     K = rows.shape[-1]
     short = -K % pattern.m
     if short:
         rows = torch.nn.functional.pad(rows, (0, short))  # ties keep the lower index, so never the padding
-    keep = from_rows(topn_by_count(rows, pattern)[..., :K], axis, tuple(score.shape))
-    return torch.empty_like(score, dtype=torch.bool).copy_(keep)
+    mask = from_rows(topn_by_count(rows, pattern)[..., :K], axis, tuple(score.shape))
+    return torch.empty_like(score, dtype=torch.bool).copy_(mask)
 
 
 def _worth_parts(score: Tensor, axis: Axis) -> bool:
@@ -95,19 +96,19 @@ def _worth_parts(score: Tensor, axis: Axis) -> bool:
     return plain and whole_rows and score.numel() > 2 * _PART
 
 
-def _keep_by_parts(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
-    """`keep_largest` of a large weight, some rows at a time: fresh memory costs more than the comparisons do."""
-    keep = torch.empty_like(score, dtype=torch.bool)
+def _mask_by_parts(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
+    """`magnitude_mask` of a large weight, some rows at a time: fresh memory costs more than the comparisons do."""
+    mask = torch.empty_like(score, dtype=torch.bool)
     rows = max(1, _PART * score.shape[0] // score.numel())
-    for part, kept in zip(score.split(rows), keep.split(rows), strict=True):
-        kept.copy_(keep_largest(part, pattern, axis))
-    return keep
+    for part, part_mask in zip(score.split(rows), mask.split(rows), strict=True):
+        part_mask.copy_(magnitude_mask(part, pattern, axis))
+    return mask
 
 
-def prune(weight: Tensor, keep: Tensor) -> Tensor:
+def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     """The weight where kept, +0.0 elsewhere. Selection, not multiplication: no -0.0, no NaN from inf.
 
-    >>> prune(torch.tensor([-1.0, -2.0]), torch.tensor([False, True]))
+    >>> apply_mask(torch.tensor([-1.0, -2.0]), torch.tensor([False, True]))
     tensor([ 0., -2.])
     """
     eager_cpu = weight.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -116,12 +117,12 @@ def prune(weight: Tensor, keep: Tensor) -> Tensor:
         or weight.dtype not in _BITS
         or _differentiated(weight)
         or _transformed(weight)
-        or _transformed(keep)
+        or _transformed(mask)
     ):
-        return torch.where(keep, weight, 0.0)
+        return torch.where(mask, weight, 0.0)
     kind, _ = _BITS[weight.dtype]
     # Eager `where` branches on each weight on a CPU; ANDing the bits with 0 or -1 does not (2 to 3 times faster).
-    return (weight.view(kind) & keep.to(kind).neg_()).view(weight.dtype)
+    return (weight.view(kind) & mask.to(kind).neg_()).view(weight.dtype)
 
 
 def kept_per_group(weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
@@ -135,6 +136,19 @@ def kept_per_group(weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
     return torch.nn.functional.pad(rows, (0, short)).unflatten(-1, (-1, pattern.m)).sum(-1)
 
 
+def too_dense(weight: Tensor, pattern: Pattern, axis: Axis) -> str:
+    """Why a weight is not N:M along an axis; empty where it is.
+
+    >>> too_dense(torch.tensor([[1.0, 2.0, 3.0, 0.0]]), Pattern(2, 4), Axis(1))
+    '1 of 1 groups hold more than 2 of 4 (the worst 3)'
+    """
+    kept = kept_per_group(weight, pattern, axis)
+    wrong = int((kept > pattern.n).sum())
+    if not wrong:
+        return ""
+    return f"{wrong} of {kept.numel()} groups hold more than {pattern.n} of {pattern.m} (the worst {int(kept.max())})"
+
+
 def _differentiated(weight: Tensor) -> bool:
     """Whether a derivative is asked for, backward or forward."""
     backward = weight.requires_grad and torch.is_grad_enabled()
@@ -143,7 +157,7 @@ def _differentiated(weight: Tensor) -> bool:
 
 def _transformed(tensor: Tensor) -> bool:
     """Whether `torch.func` put it there: before torch 2.13 its vmap cannot take the bits of floats as integers."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not torch.compiler.is_compiling() and is_transformed(tensor)
 
 
 def _grouped(score: Tensor, pattern: Pattern) -> Tensor:

@@ -14,7 +14,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from openwork.nm.groups import Axis, reduction_size
+from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
 from openwork.nm.sinkhorn import best_approximate
 
@@ -46,43 +46,44 @@ def topn_transposable(score: Tensor, pattern: Pattern) -> Tensor:
             f"shape {tuple(score.shape)}: the last two axes must be multiples of M={pattern.m}; exclude this layer, or "
             "use remainder='pad'"
         )
-    return keep_transposable(score, pattern, Axis(score.ndim - 1), Axis(score.ndim - 2))
+    return transposable_mask(score, pattern, Axis(score.ndim - 1), Axis(score.ndim - 2))
 
 
-def keep_transposable(score: Tensor, pattern: Pattern, axis: Axis, across: Axis) -> Tensor:
+def transposable_mask(score: Tensor, pattern: Pattern, axis: Axis, output_axis: Axis) -> Tensor:
     """The transposable mask of a weight from its scores: bool, shape and strides of `score`. `axis` is the reduction
-    axis, `across` the output axis.
+    axis, `output_axis` the output axis. Tiles end where the blocks of an axis end.
 
     Where M does not divide an axis, its last tiles are filled with zeros: their groups keep N or fewer.
     """
-    keep = torch.empty_like(score, dtype=torch.bool)
-    if score.is_meta:
-        return keep
-    lengths = [(each.dim, -score.shape[each.dim] % pattern.m) for each in (across, axis)]
-    padded = _padded(score, lengths)
-    tiles = _tiles(padded, pattern.m, axis, across)
-    chosen = keep if padded is score else torch.empty_like(padded, dtype=torch.bool)
-    _tiles(chosen, pattern.m, axis, across).copy_(
+    mask = torch.empty_like(score, dtype=torch.bool)
+    if not score.is_meta:
+        _fill(mask, score, pattern, axis, output_axis)
+    return mask
+
+
+def _fill(mask: Tensor, score: Tensor, pattern: Pattern, axis: Axis, output_axis: Axis) -> None:
+    """Write the transposable mask of `score` to `mask`."""
+    for blocked in (axis, output_axis):
+        if blocked.blocks > 1 and score.shape[blocked.dim] // blocked.blocks % pattern.m:
+            inner = [Axis(each.dim + 1, 1 if each is blocked else each.blocks) for each in (axis, output_axis)]
+            return _fill(_blocks_first(mask, blocked), _blocks_first(score, blocked), pattern, *inner)
+    short = [(each.dim, -score.shape[each.dim] % pattern.m) for each in (output_axis, axis)]
+    padded = _padded(score, short)
+    tiles = _tiles(padded, pattern.m, axis, output_axis)
+    chosen = mask if padded is score else torch.empty_like(padded, dtype=torch.bool)
+    _tiles(chosen, pattern.m, axis, output_axis).copy_(
         best_tiles(tiles.reshape(-1, pattern.m, pattern.m), pattern).view(tiles.shape)
     )
     if padded is not score:
-        for dim, short in lengths:
-            chosen = chosen.narrow(dim, 0, chosen.shape[dim] - short)
-        keep.copy_(chosen)
-    return keep
+        for dim, missing in short:
+            chosen = chosen.narrow(dim, 0, chosen.shape[dim] - missing)
+        mask.copy_(chosen)
+    return None
 
 
-def cuts_into_tiles(shape: tuple[int, ...], m: int, axis: Axis, across: Axis) -> str:
-    """Why a weight of this shape does not consist of whole tiles, or nothing.
-
-    >>> cuts_into_tiles((10, 8), 4, Axis(1), Axis(0))
-    'output axis has 10 weights, not a multiple of 4'
-    """
-    for name, each in (("reduction", axis), ("output", across)):
-        length = reduction_size(shape, each)
-        if length % m:
-            return f"{name} axis has {length} weights, not a multiple of {m}"
-    return ""
+def _blocks_first(weight: Tensor, axis: Axis) -> Tensor:
+    """A view with the blocks of an axis as a further dim, the first: every other dim is one later."""
+    return weight.unflatten(axis.dim, (axis.blocks, -1)).movedim(axis.dim, 0)
 
 
 def best_tiles(score_TMM: Tensor, pattern: Pattern) -> Tensor:
@@ -215,9 +216,9 @@ def _padded(score: Tensor, short: list[tuple[int, int]]) -> Tensor:
     return torch.nn.functional.pad(score, sizes)
 
 
-def _tiles(weight: Tensor, m: int, axis: Axis, across: Axis) -> Tensor:
+def _tiles(weight: Tensor, m: int, axis: Axis, output_axis: Axis) -> Tensor:
     """The weight cut into tiles, a view: (..., M outputs, M inputs)."""
-    later, sooner = max(axis.dim, across.dim), min(axis.dim, across.dim)
+    later, sooner = max(axis.dim, output_axis.dim), min(axis.dim, output_axis.dim)
     cut = weight.unflatten(later, (-1, m)).unflatten(sooner, (-1, m))
     inner = {sooner: sooner + 1, later: later + 2}
-    return cut.movedim((inner[across.dim], inner[axis.dim]), (-2, -1))
+    return cut.movedim((inner[output_axis.dim], inner[axis.dim]), (-2, -1))

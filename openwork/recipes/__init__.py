@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from openwork.utils.torchvision_compat import prepare_torchvision
+
 if TYPE_CHECKING:
     from openwork.recipes.task import Task
+
+prepare_torchvision()  # Lightning, timm and transformers import it
 
 TASKS = ("classification", "detection", "flow", "segmentation", "translation")
 

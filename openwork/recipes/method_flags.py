@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
-from openwork.methods import METHODS, Dense, steps_of_a_mask
+from openwork.methods import METHODS, Dense
 
 DENSE = Dense.name
 
@@ -52,12 +52,12 @@ def build_method(name: str, options: Mapping[str, Any]) -> Any:
 
 def is_sparse(method: str) -> bool:
     """Whether a method leaves N:M weights; dense training only observes the mask that it would have."""
-    return METHODS[method].sparse  # type: ignore[attr-defined]
+    return METHODS[method].sparse
 
 
 def starts_trained(method: str) -> bool:
     """Whether a method prunes once, and so wants trained weights: ASP."""
-    return is_sparse(method) and METHODS[method].fixed  # type: ignore[attr-defined]
+    return METHODS[method].prunes_trained
 
 
 def budget_of(method: str) -> int:
@@ -67,7 +67,7 @@ def budget_of(method: str) -> int:
 
 def mask_steps(config: Mapping[str, Any]) -> int:
     """After how many steps a mask is chosen anew and changes at once; 0 where it may change in every step."""
-    return steps_of_a_mask(build_method(config["method"], options_of(config)))
+    return build_method(config["method"], options_of(config)).schedule.refresh_every or 0
 
 
 def rank_of(method: str) -> int:

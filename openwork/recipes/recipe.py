@@ -28,7 +28,7 @@ from openwork.recipes.rundir import RunDir, first_process, read_lines, write_tex
 from openwork.recipes.summary import flip_rates
 from openwork.recipes.task import Task, described
 from openwork.recipes.weights import load_weights, save_weights
-from openwork.training.select import Remainder
+from openwork.training.selection import Remainder
 
 _MASK = 32, 96  # rows and columns of the mask in the report
 
@@ -169,7 +169,7 @@ def summary(config: Config, report: ow.Report, net: nn.Module, run: RunDir) -> d
 
 
 def layer(row: Any) -> dict[str, Any]:
-    names = ("name", "reason", "density", "kept_energy", "weights", "macs_dense", "macs_sparse")
+    names = ("name", "reason", "density", "retained", "weights", "macs_dense", "macs_sparse")
     pattern = str(row.pattern) if row.pattern else None
     return {"shape": list(row.shape), "pattern": pattern, **{name: getattr(row, name) for name in names}}
 

@@ -144,7 +144,7 @@ def samples(runs: Runs) -> list[tuple[str, list[tuple[str, Any]]]]:
 
 def _layer(row: dict[str, Any]) -> list[str]:
     counts = ["-" if row[key] is None else f"{row[key]:,}" for key in ("weights", "macs_dense", "macs_sparse")]
-    shares = [f"{row[key]:.3f}" for key in ("density", "kept_energy")]
+    shares = [f"{row[key]:.3f}" for key in ("density", "retained")]
     return [row["name"], " x ".join(map(str, row["shape"])), row["pattern"] or "dense", *shares, *counts, row["reason"]]
 
 

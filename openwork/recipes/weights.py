@@ -38,7 +38,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    return ow.load(path) if is_compressed(path) else load_file(path)
+    return ow.load_state_dict(path) if is_compressed(path) else load_file(path)
 
 
 def load_weights(net: nn.Module, source: Path, what: str = "--init") -> None:

@@ -19,7 +19,7 @@ def is_sharded(tensor: object) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
-def whole(tensor: Any) -> Tensor:
+def full_tensor(tensor: Any) -> Tensor:
     """The tensor itself, gathered from all processes if it is spread over them: each of them must ask."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
@@ -28,16 +28,26 @@ def elementwise(function: Callable[..., Tensor], weight: Any, *others: Any) -> T
     """`function(weight, *others)`, which treats each position alone. The result is placed like `weight`."""
     if not is_sharded(weight):
         return function(weight, *others)
-    return _spread(function(weight.to_local(), *(each.to_local() for each in others)), weight)
+    return _spread(function(weight.to_local(), *(other.to_local() for other in others)), weight)
 
 
-def by_groups(function: Callable[[Tensor], Tensor], weight: Any, axis: Axis, m: int) -> Tensor:
-    """`function(weight)`, which treats each group alone and keeps the shape. The result is placed like `weight`."""
+def by_groups(
+    function: Callable[[Tensor], Tensor], weight: Any, axis: Axis, m: int, *, gathered: bool = False
+) -> Tensor:
+    """`function(weight)`, which treats each group alone and keeps the shape, or, `gathered`, looks at all of it. The
+    result is placed like `weight`."""
     if not is_sharded(weight):
         return function(weight)
-    if keeps_groups(weight, list(zip(weight.placements, weight.device_mesh.shape, strict=True)), axis, m):
-        return _spread(function(weight.to_local()), weight)
-    return placed_like(function(weight.full_tensor()), weight)
+    if gathered or cuts_groups(weight, axis, m):
+        return placed_like(function(weight.full_tensor()), weight)
+    return _spread(function(weight.to_local()), weight)
+
+
+def cuts_groups(weight: Any, axis: Axis, m: int) -> bool:
+    """Whether the weight is sharded so that a group of `m` lies on several processes."""
+    if not is_sharded(weight):
+        return False
+    return not keeps_groups(weight, list(zip(weight.placements, weight.device_mesh.shape, strict=True)), axis, m)
 
 
 def placed_like(tensor: Any, weight: Any) -> Tensor:
@@ -53,7 +63,7 @@ def placed_like(tensor: Any, weight: Any) -> Tensor:
 
 def keeps_groups(weight: Tensor, placements: list[tuple[Any, int]], axis: Axis, m: int) -> bool:
     """Whether every group of `m` stays in one part, where each of `placements` cuts the weight into so many parts."""
-    cuts = [(each, parts) for each, parts in placements if parts > 1 and _cuts_along(each, axis)]
+    cuts = [(placement, parts) for placement, parts in placements if parts > 1 and _cuts_along(placement, axis)]
     if len(cuts) != 1:
         return not cuts
     placement, parts = cuts[0]

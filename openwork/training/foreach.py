@@ -1,26 +1,32 @@
-"""What is done to many weights at once: on a GPU one launch for all that have a method and a pattern alike."""
+"""What is done to many weights at once: one call, on a GPU one launch, for all that have method and pattern alike.
+
+Weights whose mask a kernel finds on the way (`Masked.is_ranked_fused`) go in lists; the others one by one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from openwork import kernels
-from openwork.ops import keep_largest_list
-from openwork.training.parametrize import Masked, masked_weights
+from openwork.methods.autograd import straight_through
+from openwork.nm.pattern import Pattern
+from openwork.ops import foreach_decay, foreach_mask
+from openwork.training.parametrize import SparseWeight, sparse_weights
 
 
-def keep_all(held: Iterable[tuple[Masked, nn.Parameter]]) -> list[Tensor]:
-    """`Masked.keep` of many weights. Those on a GPU that are ranked afresh take one launch for each pattern."""
-    held = list(held)
-    found: dict[int, Tensor] = {}
-    ranked = {i: each for i, each in enumerate(held) if each[0].ranks_in_one_pass(each[1])}
-    for pattern, indices in _in_lists(ranked, lambda masked: masked.pattern):
-        scores = [held[i][0].method.score(held[i][1].detach()) for i in indices]
-        found |= zip(indices, keep_largest_list(scores, pattern, [held[i][0].axis for i in indices]), strict=True)
-    return [found[i] if i in found else masked.keep(weight) for i, (masked, weight) in enumerate(held)]
+def masks_of(sparse: Iterable[SparseWeight]) -> list[Tensor]:
+    """The mask in force of each weight."""
+    sparse = list(sparse)
+    masks: dict[int, Tensor] = {}
+    for (_, _, pattern), indices in _alike(sparse, [each.masked.is_ranked_fused(each.weight) for each in sparse]):
+        scores = [sparse[i].weight.detach().abs() for i in indices]
+        axes = [sparse[i].masked.phase.axis for i in indices]
+        masks |= zip(indices, foreach_mask(scores, pattern, axes), strict=True)
+    return [masks[i] if i in masks else each.masked.mask_of(each.weight) for i, each in enumerate(sparse)]
 
 
 def prune_ahead(root: nn.Module) -> None:
@@ -29,42 +35,46 @@ def prune_ahead(root: nn.Module) -> None:
     Only Parameters that their modules hold now: `torch.func` puts other tensors in their place, and FSDP2 gathers them
     later.
     """
-    wanted = (
-        (masked, weight)
-        for module in root.modules()
-        for _, masked, weight in masked_weights(module)
-        if masked.scope.wants(masked) and type(weight) is nn.Parameter and masked.ranks_in_one_pass(weight)
-    )
-    held = dict(enumerate(each for each in wanted if hasattr(each[0].method, "forwards_in_one_pass")))
-    for (method, pattern), indices in _in_lists(held, lambda masked: (masked.method, masked.pattern)):
-        axes, weights = [held[i][0].axis for i in indices], [held[i][1] for i in indices]
-        pruned = method.forwards_in_one_pass(weights, pattern, axes)
-        for i, each in zip(indices, pruned, strict=True):
-            held[i][0].scope.give(*held[i], each)
+    ahead = [
+        each
+        for each in sparse_weights(root)
+        if each.masked.cache.wants(each.masked)
+        and type(each.weight) is nn.Parameter
+        and each.masked.method.sparse
+        and each.masked.is_fused(each.weight)
+        and kernels.batches(each.weight)
+    ]
+    for (_, _, pattern), indices in _alike(ahead, [True] * len(ahead)):
+        axes = [ahead[i].masked.phase.axis for i in indices]
+        pruned = straight_through([ahead[i].weight for i in indices], pattern, axes)
+        for i, weight in zip(indices, pruned, strict=True):
+            ahead[i].masked.cache.give(ahead[i].masked, ahead[i].weight, weight)
 
 
-def add_gradient_terms(held: Iterable[tuple[Masked, nn.Parameter]], scale: Tensor | None) -> None:
-    """`Masked.add_gradient_term` of many weights. On a GPU one launch adds those of one method and pattern."""
-    held = [each for each in held if each[1].grad is not None and hasattr(each[0].method, "gradient_term")]
-    simple = {i: each for i, each in enumerate(held) if scale is None and each[0].adds_in_one_pass(each[1])}
-    simple = {i: each for i, each in simple.items() if hasattr(each[0].method, "add_terms_in_one_pass")}
-    done: set[int] = set()
-    for (method, pattern), indices in _in_lists(simple, lambda masked: (masked.method, masked.pattern)):
-        weights = [held[i][1] for i in indices]
+def add_decay(sparse: Iterable[SparseWeight], scale: Tensor | None) -> None:
+    """gradient += decay * weight where a method with a decay prunes; the sum's second half times `scale`."""
+    sparse = [each for each in sparse if each.weight.grad is not None and each.masked.method.decay]
+    fused = [scale is None and _gradient_fused(each) for each in sparse]
+    for (_, rate, pattern), indices in _alike(sparse, fused):
+        weights = [sparse[i].weight for i in indices]
         gradients: Any = [weight.grad for weight in weights]
-        method.add_terms_in_one_pass(gradients, weights, pattern, [held[i][0].axis for i in indices])
-        done |= set(indices)
-    for i, (masked, weight) in enumerate(held):
-        if i not in done:
-            masked.add_gradient_term(weight, scale)
+        foreach_decay(gradients, weights, rate, pattern, [sparse[i].masked.phase.axis for i in indices])
+    for each, done in zip(sparse, fused, strict=True):
+        if not done:
+            each.masked.add_decay(each.weight, scale)
 
 
-def _in_lists(
-    held: Mapping[int, tuple[Masked, nn.Parameter]], alike: Callable[[Masked], Any]
-) -> list[tuple[Any, list[int]]]:
-    """Which of the weights one launch can take together, and what they have alike."""
-    lists: dict[Any, list[int]] = {}
-    for i, (masked, weight) in held.items():
-        if kernels.takes_lists(weight):
-            lists.setdefault((weight.device, alike(masked)), []).append(i)
-    return [(what, indices) for (_, what), indices in lists.items()]
+def _gradient_fused(sparse: SparseWeight) -> bool:
+    """Whether a kernel adds the decay to the weight's gradient without making the mask."""
+    gradient: Any = sparse.weight.grad
+    ranked = sparse.masked.is_ranked_fused(sparse.weight)
+    return ranked and gradient.dtype == sparse.weight.dtype and kernels.fuses(gradient)
+
+
+def _alike(sparse: list[SparseWeight], chosen: list[bool]) -> list[tuple[tuple[Any, float, Pattern], list[int]]]:
+    """The chosen weights, by (device, decay, pattern)."""
+    lists: dict[Any, list[int]] = defaultdict(list)
+    for i, (each, taken) in enumerate(zip(sparse, chosen, strict=True)):
+        if taken:
+            lists[each.weight.device, each.masked.method.decay, each.masked.phase.pattern].append(i)
+    return list(lists.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +26,15 @@ class _StepClock:
             self.steps += 1
 
 
-_clock = _StepClock()
-register_optimizer_step_post_hook(_clock.tick)
+@functools.cache
+def _clock() -> _StepClock:
+    """The one of this process, which runs from the first weight on that is sparsified."""
+    clock = _StepClock()
+    register_optimizer_step_post_hook(clock.tick)
+    return clock
 
 
-class ForwardScope:
+class ForwardCache:
     """Computes each masked weight once within one forward of the root module, per grad mode.
 
     RAFT runs its update block 12 times in a forward, an encoder layer reads its weights 6 times. `enter` and
@@ -41,19 +46,20 @@ class ForwardScope:
 
     def __init__(self, ahead: Callable[[nn.Module], None] | None = None) -> None:
         self._ahead, self._here = ahead, threading.local()
+        _clock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ForwardScope, (self._ahead,)
+        return ForwardCache, (self._ahead,)
 
-    def remember(self, owner: object, weight: Tensor, keep: Tensor) -> None:
+    def remember(self, owner: object, weight: Tensor, mask: Tensor) -> None:
         """Hold the mask that a forward used until the optimizer step asks for it."""
         if not torch.compiler.is_compiling() and weight.requires_grad and torch.is_grad_enabled():
-            self._masks()[id(owner)] = (ref(weight), _state(weight), keep)
+            self._masks()[id(owner)] = (ref(weight), _state(weight), mask)
 
     def recall(self, owner: object, weight: Tensor) -> Tensor | None:
         """The mask of the forward since which this very weight has not changed, once; None if there is none."""
-        found = self._masks().pop(id(owner), None)
-        return found[2] if found and found[0]() is weight and found[1] == _state(weight) else None
+        kept = self._masks().pop(id(owner), None)
+        return kept[2] if kept and kept[0]() is weight and kept[1] == _state(weight) else None
 
     def _masks(self) -> dict[int, tuple[ref[Tensor], tuple[int | None, int], Tensor]]:
         if not hasattr(self._here, "masks"):
@@ -71,17 +77,17 @@ class ForwardScope:
         if not torch.compiler.is_compiling():
             self._here.depth = max(0, getattr(self._here, "depth", 0) - 1)
             if self._here.depth == 0:
-                self._here.used = {key for key, (weight, *_) in self._here.seen.items() if kernels.takes_lists(weight)}
+                self._here.used = {key for key, (weight, *_) in self._here.seen.items() if kernels.batches(weight)}
                 self._here.seen = {}
 
     def once(self, owner: object, weight: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """`compute(weight)`, or what it gave before in this forward for the very same weight."""
         if torch.compiler.is_compiling() or not getattr(self._here, "depth", 0):
             return compute(weight)
-        found = self._here.seen.get(_key(owner))
-        if found is None or found[0] is not weight or found[1] != change_of(weight):
-            found = self.give(owner, weight, compute(weight))
-        return found[2]
+        known = self._here.seen.get(_key(owner))
+        if known is None or known[0] is not weight or known[1] != change_of(weight):
+            known = self.give(owner, weight, compute(weight))
+        return known[2]
 
     def wants(self, owner: object) -> bool:
         """Whether the last forward computed this weight in the grad mode of now, on a device that takes lists: then
@@ -90,9 +96,9 @@ class ForwardScope:
 
     def give(self, owner: object, weight: Tensor, computed: Tensor) -> tuple[Tensor, object, Tensor]:
         """Keep what was computed of a weight until this forward ends."""
-        found: tuple[Tensor, object, Tensor] = (weight, change_of(weight), computed)
-        self._here.seen[_key(owner)] = found
-        return found
+        known: tuple[Tensor, object, Tensor] = (weight, change_of(weight), computed)
+        self._here.seen[_key(owner)] = known
+        return known
 
 
 def _key(owner: object) -> tuple[int, bool, bool]:
@@ -110,4 +116,4 @@ def _state(weight: Tensor) -> tuple[int | None, int]:
 
 def change_of(weight: Tensor) -> tuple[object, ...]:
     """What stays equal as long as a weight has not changed, also for optimizers that raise no version."""
-    return (*_state(weight), _clock.steps)
+    return (*_state(weight), _clock().steps)

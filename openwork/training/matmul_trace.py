@@ -1,4 +1,4 @@
-"""Watch which weights really reach a matrix product, and what each costs.
+"""Watch which weights really reach a matrix multiplication, and what each costs.
 
 A dispatch mode sees every operator below the modules, whatever path led there: fused attention, functional calls,
 weights kept in stale lists. Weights are recognized by their storage, and followed through casts and arithmetic.
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdRef
 
-from openwork.training.parametrize import Masked, masked_modules, masked_weights, plain_name, weight_name
+from openwork.training.parametrize import plain_name, sparse_weights, weight_name
 from openwork.utils.example import quiet, run
 
 
@@ -34,7 +34,7 @@ def flop_formulas() -> dict[Any, Any]:
 
 
 # Operators that multiply matrices, under the names that reach a dispatch mode.
-_PRODUCTS = {
+_MATMULS = {
     "mm",
     "addmm",
     "_addmm_activation",
@@ -57,22 +57,22 @@ _LOOKUPS = {"embedding", "gather", "index", "index_select"}  # their first tenso
 
 
 @dataclass(frozen=True)
-class Use:
-    """One weight-like operand of one product. `names`: the parameters it comes from; none if it is unknown.
+class Operand:
+    """One weight-like operand of one matmul. `names`: the parameters it comes from; none if it is unknown.
 
     `inside` is the innermost module that ran then. An operand that shares the storage of a parameter or of a masked
     weight is given as that whole tensor.
     """
 
     names: frozenset[str]
-    operand: Tensor
+    tensor: Tensor
     inside: str
 
 
-def watch(model: nn.Module, example: Any, visit: Callable[[Use], None]) -> None:
+def watch(model: nn.Module, example: Any, visit: Callable[[Operand], None]) -> None:
     """Run `model` on `example` in eval mode without gradients, and show `visit` each weight that is multiplied."""
-    known = {weight_name(name): each for name, each in (*model.named_parameters(), *model.named_buffers())}
-    watcher = _Watcher(known, example, visit)
+    tensors = {weight_name(name): each for name, each in (*model.named_parameters(), *model.named_buffers())}
+    watcher = _Watcher(tensors, example, visit)
     with quiet(model), watcher.hooks(model), watcher:
         run(model, example)
 
@@ -88,19 +88,19 @@ def count_macs(model: nn.Module, example: Any, weights: Mapping[str, Tensor]) ->
 @dataclass(frozen=True)
 class _Trace:
     """What is known of the tensors in one storage: the parameters they come from, the parameter or masked weight
-    that they are, and whether the example or a matrix product had a part in them."""
+    that they are, and whether the example or a matmul had a part in them."""
 
     names: frozenset[str] = frozenset()
     whole: Tensor | None = None
     from_example: bool = False
-    from_product: bool = False
+    from_matmul: bool = False
 
 
 _UNKNOWN = _Trace()
 
 
 class _Watcher(TorchDispatchMode):
-    def __init__(self, weights: Mapping[str, Tensor], example: Any, visit: Callable[[Use], None] | None):
+    def __init__(self, weights: Mapping[str, Tensor], example: Any, visit: Callable[[Operand], None] | None):
         super().__init__()
         self.visit = visit
         self.macs: Counter[str] = Counter()
@@ -114,14 +114,14 @@ class _Watcher(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._overloadpacket.__name__
-        known = name in _PRODUCTS or func._overloadpacket in flop_formulas()
-        if not known and func is not torch.ops.prim.device.default:
+        counted = name in _MATMULS or func._overloadpacket in flop_formulas()
+        if not counted and func is not torch.ops.prim.device.default:
             decomposed = func.decompose(*args, **kwargs)
             if decomposed is not NotImplemented:
                 return decomposed
         out = func(*args, **kwargs)
         operands = [(each, self.traces.get(_storage(each), _UNKNOWN)) for each in _tensors((args, kwargs))]
-        if name in _PRODUCTS and self.visit:
+        if name in _MATMULS and self.visit:
             self._show(operands)
         self._count(func._overloadpacket, args, kwargs, out, operands)
         self._follow(name, operands, out)
@@ -130,9 +130,9 @@ class _Watcher(TorchDispatchMode):
     def _show(self, operands: list[tuple[Tensor, _Trace]]) -> None:
         assert self.visit
         for tensor, trace in operands:
-            if tensor.ndim >= 2 and (trace.names or not (trace.from_example or trace.from_product)):
-                operand = tensor if trace.whole is None else trace.whole
-                self.visit(Use(trace.names, operand, self.stack[-1]))
+            if tensor.ndim >= 2 and (trace.names or not (trace.from_example or trace.from_matmul)):
+                whole = tensor if trace.whole is None else trace.whole
+                self.visit(Operand(trace.names, whole, self.stack[-1]))
 
     def _count(self, packet: Any, args: Any, kwargs: Any, out: Any, operands: list[tuple[Tensor, _Trace]]) -> None:
         macs = _macs(packet, args, kwargs, out)
@@ -142,16 +142,16 @@ class _Watcher(TorchDispatchMode):
             self.macs[single[-1] if single else ""] += macs  # the last: the data may be a parameter too
 
     def _follow(self, name: str, operands: list[tuple[Tensor, _Trace]], out: Any) -> None:
-        """Trace what is computed. Casts, sums and selections of weights are traced to their names; what a product
+        """Trace what is computed. Casts, sums and selections of weights are traced to their names; what a matmul
         made, or the example had a part in, is data."""
         traces = [trace for _, trace in operands]
         from_example = any(trace.from_example for trace in traces)
-        from_product = name in _PRODUCTS or any(trace.from_product for trace in traces)
+        from_matmul = name in _MATMULS or any(trace.from_matmul for trace in traces)
         for each in _tensors(out):
             key = _storage(each)
             if not self.traces.get(key, _UNKNOWN).names:
                 names = _names_after(name, operands, each, from_example)
-                self.traces[key] = _Trace(names, None, from_example, from_product)
+                self.traces[key] = _Trace(names, None, from_example, from_matmul)
 
     @contextlib.contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
@@ -160,7 +160,7 @@ class _Watcher(TorchDispatchMode):
         The hooks are global ones: hooks on its modules keep an encoder layer from its fast path.
         """
         names = {module: plain_name(name) for name, module in model.named_modules()}
-        masked = {each: f"{owner}.{name}".lstrip(".") for owner, name, each in _all_masked(model)}
+        masked: dict[nn.Module, str] = {sparse.masked: sparse.name for sparse in sparse_weights(model)}
 
         def before(module: nn.Module, _: Any) -> None:
             self.stack.append(names.get(module, self.stack[-1]))
@@ -174,16 +174,10 @@ class _Watcher(TorchDispatchMode):
             yield
 
 
-def _all_masked(model: nn.Module) -> Iterator[tuple[str, str, Masked]]:
-    """The (module name, tensor name, Masked) of every masked weight."""
-    for name, module in masked_modules(model):
-        yield from ((name, tensor, each) for tensor, each, _ in masked_weights(module))
-
-
 def _names_after(name: str, operands: list[tuple[Tensor, _Trace]], out: Tensor, from_example: bool) -> frozenset[str]:
     """The parameters whose values an operator's result holds; none where it is data."""
     known = [(each, trace.names) for each, trace in operands if trace.names]
-    if not known or name in _PRODUCTS:
+    if not known or name in _MATMULS:
         return frozenset()
     if name in _LOOKUPS:
         return operands[0][1].names
@@ -216,7 +210,7 @@ def _storage(tensor: Tensor) -> Hashable:
 
 @contextlib.contextmanager
 def _without_fused_kernels() -> Iterator[None]:
-    """Attention and RNNs as plain products, which can be counted."""
+    """Attention and RNNs as plain matmuls, which can be counted."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

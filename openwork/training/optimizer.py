@@ -12,20 +12,20 @@ accumulating, clipping. Four cases need care, each tested:
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
-from openwork.methods import steps_of_a_mask
-from openwork.training.dtensor import is_sharded, whole
-from openwork.training.foreach import add_gradient_terms
-from openwork.training.parametrize import held_weights, masked_modules, unwrap
-from openwork.training.record import promises
+from openwork.training.dtensor import full_tensor, is_sharded
+from openwork.training.foreach import add_decay
+from openwork.training.masked import Stepped
+from openwork.training.optimizer_checks import check_fitting_state, check_supported, creates_state_only, unwrapped
+from openwork.training.parametrize import SparseWeight, masked_modules, trained_weights, unwrap
+from openwork.training.record import sparsity_records, unfinished_weights
 from openwork.training.sparsify import masks
 from openwork.training.topology import Topology
 
@@ -41,14 +41,15 @@ class Handle:
         self._optimizer, self._model = ref(optimizer), model  # the optimizer's hooks hold the handle: no circle
         self._before: dict[str, Tensor] = {}
         self._warned = False
-        self._refreshes = any(steps_of_a_mask(promise.method) for _, _, promise in promises(model))
+        methods = [record.method for _, _, record in sparsity_records(model)]
+        self._counts = any(method.schedule.counts_steps or method.overrides("after_step") for method in methods)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_load_state_dict_pre_hook(_demand_fitting_state),
+            optimizer.register_load_state_dict_pre_hook(check_fitting_state),
         ]
         if topology and not topology.snapshots:
-            topology.begin(_whole_masks(model))
+            topology.begin(_full_masks(model))
 
     @property
     def steps(self) -> int:
@@ -56,14 +57,20 @@ class Handle:
             self._steps, self._skipped = self._steps - int(self._skipped), None
         return self._steps
 
+    @property
+    def unfinished(self) -> str:
+        """What the weights are while the method's schedule runs: "mask decay beta = 0.31: not yet 2:4 (step 690 of
+        1000)". Empty once it has ended, and where there is none."""
+        return "; ".join(dict.fromkeys(unfinished_weights(self._model).values()))
+
     def detach(self) -> None:
         """Remove every hook from the optimizer."""
         for hook in self._hooks:
             hook.remove()
         optimizer = self._optimizer()
         if optimizer is not None:
-            for _, _, promise in promises(self._model):
-                promise.optimizers[optimizer] = False
+            for _, _, record in sparsity_records(self._model):
+                record.watch.attached[optimizer] = False
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and topology, for an exact resume."""
@@ -76,52 +83,55 @@ class Handle:
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._warn_if_finalized()
-        self._before = _whole_masks(self._model) if self.topology and self.topology.due(self.steps + 1) else {}
+        self._before = _full_masks(self._model) if self.topology and self.topology.due(self.steps + 1) else {}
         if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": self._with_term(optimizer, kwargs["closure"])}
+            return args, {**kwargs, "closure": self._with_decay(optimizer, kwargs["closure"])}
         if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
-            return (args[0], self._with_term(optimizer, args[1]), *args[2:]), kwargs
-        self._add_term(optimizer)
+            return (args[0], self._with_decay(optimizer, args[1]), *args[2:]), kwargs
+        self._add_decay(optimizer)
         return None
 
-    def _with_term(self, optimizer: Optimizer, closure: Callable[..., Any]) -> Callable[..., Any]:
-        def closure_with_term(*args: Any, **kwargs: Any) -> Any:
+    def _with_decay(self, optimizer: Optimizer, closure: Callable[..., Any]) -> Callable[..., Any]:
+        def closure_with_decay(*args: Any, **kwargs: Any) -> Any:
             loss = closure(*args, **kwargs)
-            self._add_term(optimizer)
+            self._add_decay(optimizer)
             return loss
 
-        return closure_with_term
+        return closure_with_decay
 
     @torch.no_grad()
-    def _add_term(self, optimizer: Optimizer) -> None:
+    def _add_decay(self, optimizer: Optimizer) -> None:
         if creates_state_only(optimizer):
             return
         scale = getattr(optimizer, "grad_scale", None)
-        held = held_weights(optimizer, self._model)
-        if not held and any(masked_modules(self._model)):
+        trained = trained_weights(optimizer, self._model)
+        if not trained and any(masked_modules(self._model)):
             raise RuntimeError(
                 f"this {type(optimizer).__name__} held sparse weights of {type(self._model).__name__} when it was "
                 "attached and holds none now: something replaced them in the model (fully_shard, which must come "
                 "before the optimizer is built) or in the optimizer (DeepSpeed ZeRO, which is not supported)"
             )
-        add_gradient_terms(held, scale)
+        add_decay(trained, scale)
+        _call_hooks("before_step", optimizer, trained)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if creates_state_only(optimizer):
             return
         overflow: Tensor | None = getattr(optimizer, "found_inf", None)
-        if overflow is not None and (self._refreshes or self.topology):
+        if overflow is not None and (self._counts or self.topology):
             if bool(overflow):
                 return
         elif overflow is not None:
             skipped = (overflow > 0).long()
             self._skipped = skipped if self._skipped is None else self._skipped + skipped
         self._steps += 1
-        if self._refreshes:
-            for masked, weight in held_weights(optimizer, self._model):
-                masked.count_step(weight)
+        if self._counts:
+            trained = trained_weights(optimizer, self._model)
+            for sparse in trained:
+                sparse.masked.count_step(sparse.weight)
+            _call_hooks("after_step", optimizer, trained)
         if self._before and self.topology:
-            self.topology.record(self.steps, self._before, _whole_masks(self._model))
+            self.topology.record(self.steps, self._before, _full_masks(self._model))
 
     def _warn_if_finalized(self) -> None:
         if not self._warned and not any(masked_modules(self._model)):
@@ -141,8 +151,8 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
     optimizer holds none of its sparse weights, is attached already, or is LBFGS with a line search (which evaluates
     losses that lack the term).
     """
-    model, optimizer = unwrap(model), _unwrapped(optimizer)
-    found = promises(model)
+    model, optimizer = unwrap(model), unwrapped(optimizer)
+    found = sparsity_records(model)
     if not found and any(masked_modules(model)):
         raise ValueError(
             f"{type(model).__name__} is only part of a sparsified model: hand ow.attach the model that ow.sparsify got"
@@ -152,79 +162,30 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
             f"{type(model).__name__} is not sparsified: call ow.sparsify(model, pattern) before ow.attach; "
             "to resume a sparse run, sparsify first and then load the checkpoint"
         )
-    if any(promise.optimizers.get(optimizer) for _, _, promise in found):
+    if any(record.watch.attached.get(optimizer) for _, _, record in found):
         raise ValueError(f"this {type(optimizer).__name__} is attached already: the term would be added twice")
-    held = held_weights(optimizer, model)
-    if not held:
+    trained = trained_weights(optimizer, model)
+    if not trained:
         raise ValueError(
             f"this {type(optimizer).__name__} holds none of the sparse weights of {type(model).__name__}; "
             "build it from model.parameters() of this very model"
         )
-    if hasattr(optimizer, "first_step") and isinstance(getattr(optimizer, "base_optimizer", None), Optimizer):
-        raise ValueError(
-            f"{type(optimizer).__name__} takes its gradient away from the weights, and base_optimizer steps: call "
-            "ow.attach(optimizer.base_optimizer, model), where the weights are back"
-        )
-    if isinstance(optimizer, LBFGS) and any(group["line_search_fn"] for group in optimizer.param_groups):
-        raise ValueError(
-            "LBFGS with a line search evaluates losses that lack the method's term; use line_search_fn=None"
-        )
-    for masked, weight in held:
-        masked.reuses_mask = masked.reuses_mask and not is_sharded(weight)
-    for _, _, promise in found:
-        promise.optimizers[optimizer] = True
+    check_supported(optimizer)
+    for sparse in trained:
+        sparse.masked.reuses_mask = sparse.masked.reuses_mask and not is_sharded(sparse.weight)
+    for _, _, record in found:
+        record.watch.attached[optimizer] = True
     return Handle(optimizer, model, topology)
 
 
-def _whole_masks(model: nn.Module) -> dict[str, Tensor]:
+def _full_masks(model: nn.Module) -> dict[str, Tensor]:
     """The masks, gathered where they are spread over processes: one byte a weight travels, in recorded steps only."""
-    return {name: whole(mask) for name, mask in masks(model).items()}
+    return {name: full_tensor(mask) for name, mask in masks(model).items()}
 
 
-def creates_state_only(optimizer: Optimizer) -> bool:
-    """Whether this is torch.distributed.checkpoint's step that only creates optimizer state: every learning rate is 0
-    and every gradient zero."""
-    rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
-    if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0.0 for rate in rates):
-        return False  # what it sets is a number or a CPU tensor; asking a GPU would wait for it
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
-
-
-def _unwrapped(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside Accelerate's and Lightning's wrappers."""
-    while (inner := getattr(optimizer, "optimizer", None)) is not None:
-        _refuse_deepspeed(optimizer)
-        optimizer = inner
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"found {type(optimizer).__name__} for the optimizer; needed a torch.optim.Optimizer")
-    return optimizer
-
-
-def _refuse_deepspeed(optimizer: Any) -> None:
-    """ZeRO keeps flat copies of the weights: neither it nor the optimizer inside it sees one of the model's."""
-    if type(optimizer).__module__.startswith("deepspeed."):
-        raise TypeError(
-            f"DeepSpeed's {type(optimizer).__name__} updates flattened copies of the weights, in which no mask can be "
-            'found: use DDP or fully_shard instead, or DeepSpeed with {"zero_optimization": {"stage": 0}}; ow.STE() '
-            "and ow.ASP(), which add nothing to the gradient, need no ow.attach"
-        )
-
-
-def _demand_fitting_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Refuse a saved state that fits the parameters in another order: sparsify changes their order.
-
-    Tensors of other shapes (LBFGS flattens, Adafactor factors, 8-bit optimizers cut into blocks) are left to torch.
-    """
-    shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
-    saved = [state["state"].get(index, {}) for group in state["param_groups"] for index in group["params"]]
-    for key in {key: None for values in saved for key in values}:
-        tensors = {i: values[key] for i, values in enumerate(saved) if isinstance(values.get(key), Tensor)}
-        found = {i: tuple(tensor.shape) for i, tensor in tensors.items() if tensor.ndim and i < len(shapes)}
-        wrong = [i for i, shape in found.items() if shape != shapes[i]]
-        if wrong and Counter(found.values()) <= Counter(shapes):
-            raise ValueError(
-                f"optimizer state {key!r} of parameter {wrong[0]} has shape {found[wrong[0]]}, the parameter "
-                f"{shapes[wrong[0]]}: build the optimizer after ow.sparsify, in the run that saves and in "
-                "the run that loads (sparsify changes the order of the parameters)"
-            )
+def _call_hooks(name: str, optimizer: Optimizer, trained: list[SparseWeight]) -> None:
+    """Call the hook of each method that has one, with the weights that it trains."""
+    for method in dict.fromkeys(sparse.masked.method for sparse in trained):
+        if method.overrides(name):
+            own = [Stepped(sparse.masked, sparse.weight) for sparse in trained if sparse.masked.method == method]
+            getattr(method, name)(optimizer, own)

@@ -15,7 +15,8 @@ class Row:
     """One candidate weight. `pattern` is None where it was left alone, and `reason` says why.
 
     Units: `weights`, `kept` and `groups` in weights and groups; `weight_bits` bits a weight; `macs` multiply-adds of
-    the example (None without one); `kept_energy` is the kept share of the sum of squared weights.
+    the example (None without one); `retained` is the kept share of the sum of squared weights (None of what is pruned
+    already).
     """
 
     name: str
@@ -23,7 +24,7 @@ class Row:
     pattern: Pattern | None
     reason: str
     kept: int
-    kept_energy: float
+    retained: float | None
     groups: int = 0
     weight_bits: int = 32
     macs_dense: int | None = None
@@ -121,8 +122,8 @@ class Report:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and cells, for printing."""
-        header = ["weight", "shape", "pattern", "density", "kept energy", "weights", "bytes"]
-        has_macs = self.macs_dense is not None
+        has_macs, pruned = self.macs_dense is not None, all(row.retained is None for row in self.rows)
+        header = ["weight", "shape", "pattern", "density", *["retained"] * (not pruned), "weights", "bytes"]
         return header + ["MACs"] * has_macs + ["reason"], [_cells(row, has_macs) for row in self.rows]
 
     def __str__(self) -> str:
@@ -156,5 +157,6 @@ def _cells(row: Row, has_macs: bool) -> list[str]:
         return count(before) if before == after else f"{count(before)} -> {count(after)}"
 
     cells = [row.name, "x".join(map(str, row.shape)), str(row.pattern or "dense"), f"{row.density:.3f}"]
-    cells += [f"{row.kept_energy:.3f}", change(row.weights, row.kept), change(row.bytes_dense, row.bytes_sparse)]
+    cells += [] if row.retained is None else [f"{row.retained:.3f}"]
+    cells += [change(row.weights, row.kept), change(row.bytes_dense, row.bytes_sparse)]
     return cells + [change(row.macs_dense or 0, row.macs_sparse or 0)] * has_macs + [row.reason]

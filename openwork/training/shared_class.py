@@ -9,11 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-AGE = "_mask_age"
-"""What follows a weight's name in a state dict: optimizer steps since its mask was chosen."""
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
@@ -35,7 +31,7 @@ def shared_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
     members: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": original.__module__, "_openwork_class": original}
     members |= {name: _read_through(name) for name in names}
-    members |= {f"{name}_mask": _stored_mask(name) for name in names} | {f"{name}{AGE}": _age(name) for name in names}
+    members |= {"__getattr__": _saved_beside(names)}
     members |= {"register_parameter": _register_parameter, "__delattr__": _refuse_to_remove}
     members["_distribute_module_applied"] = property(_distributed, _set_distributed)
     if issubclass(original, nn.RNNBase):
@@ -58,24 +54,19 @@ def _read_through(name: str) -> property:
     return property(read, refuse)
 
 
-def _stored_mask(name: str) -> property:
-    """The mask under its name in the state dict, where `torch.distributed.checkpoint.state_dict` looks for it."""
+def _saved_beside(names: tuple[str, ...]) -> Any:
+    """Masks, counters and state of the weights `names` under their names in the state dict, where
+    `torch.distributed.checkpoint.state_dict` looks for them."""
 
-    def read(self: Any) -> Tensor:
-        if (mask := self.parametrizations[name][0].mask) is None:
-            raise AttributeError(name)  # nn.Module then looks for another of this name
-        return mask
+    def find(self: Any, attribute: str) -> Any:
+        for name in names:
+            if attribute.startswith(f"{name}_") and "_openwork" in self.__dict__:
+                saved = self.parametrizations[name][0].saved()
+                if attribute.removeprefix(f"{name}_") in saved:
+                    return saved[attribute.removeprefix(f"{name}_")]
+        return plain_class(self).__getattr__(self, attribute)
 
-    return property(read)
-
-
-def _age(name: str) -> property:
-    def read(self: Any) -> Tensor:
-        if not self.parametrizations[name][0].refreshed:
-            raise AttributeError(name)
-        return torch.tensor(self.parametrizations[name][0].age)
-
-    return property(read)
+    return find
 
 
 def _register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:

@@ -1,11 +1,11 @@
-"""Train on sparse tensor cores: with transposable masks, two of the three products of a linear layer run sparse.
+"""Train on sparse tensor cores: with transposable masks, two of the three matmuls of a linear layer run sparse.
 
     y = x w~' + b          sparse: w~ is 2:4 along its rows
     dx = dy w~             sparse: w~ is 2:4 along its columns too, which is what transposable masks are for
     dw = dy' x             dense: neither operand is sparse
 
 After each optimizer step a layer's weight is packed twice, as w~ and as its transpose, when it is first used. Micro-
-batches and recomputed forwards share what was packed. Products and packing are torch's own, by cuSPARSELt.
+batches and recomputed forwards share what was packed. Matmuls and packing are torch's own, by cuSPARSELt.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from __future__ import annotations
 import functools
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from openwork.kernels.cuda import cusparselt
-from openwork.kernels.cuda.cusparselt import BACKENDS
-from openwork.kernels.cuda.stream import capturing, on_device
-from openwork.methods import is_transposable
-from openwork.nm.pattern import Pattern
-from openwork.training.forward_cache import change_of
-from openwork.training.parametrize import Masked, masked_modules, masked_weights, unwrap
-from openwork.training.shared_class import plain_class, shared_class
+from openwork.kernels.cuda.cusparselt import BACKENDS, within_2_4
+from openwork.kernels.cuda.stream import on_device
+from openwork.layouts.layout import Algorithm
+from openwork.training.accelerated_linear import Engine, SparseMatmul, accelerated_class
+from openwork.training.masked import Masked
+from openwork.training.parametrize import sparse_weights, unwrap
+from openwork.training.shared_class import plain_class
 from openwork.utils.example import quiet, run
 from openwork.utils.table import aligned
 from openwork.utils.timing import clock
@@ -53,20 +53,6 @@ def _ratio(times: tuple[float, float] | None) -> str:
     return f"{times[0] / times[1]:.2f} x dense" if times else "not timed"
 
 
-class Engine(Protocol):
-    """Products with a packed 2:4 matrix."""
-
-    @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        """In which it multiplies."""
-
-    def pack(self, weight: Tensor) -> Any:
-        """A matrix (O, K), 2:4 along K, in the form that `multiply` takes."""
-
-    def multiply(self, x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
-        """x w' + bias: (B, K) -> (B, O)."""
-
-
 @dataclass(frozen=True)
 class SparseTensorCores:
     """The engine of NVIDIA GPUs from compute capability 8.0 on: cuSPARSELt, with the algorithm that its search finds to
@@ -74,7 +60,7 @@ class SparseTensorCores:
     `check` does that once."""
 
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-    algorithms: dict[tuple[Any, ...], cusparselt.Algorithm] = field(default_factory=dict, compare=False)
+    algorithms: dict[tuple[Any, ...], Algorithm] = field(default_factory=dict, compare=False)
 
     def pack(self, weight: Tensor) -> cusparselt.Packed:
         weight = weight.contiguous()
@@ -109,7 +95,7 @@ def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
     model = unwrap(model)
     layers = _layers(model)
     device = next(layer.device for layer in layers.values())
-    _demand_tensor_cores(device)
+    _check_tensor_cores(device)
     engine = SparseTensorCores()
     with on_device(device):
         for layer in layers.values():
@@ -134,13 +120,12 @@ class Layer:
 
 def _layers(model: nn.Module) -> dict[str, Layer]:
     found = {
-        f"{name}.{tensor}".lstrip("."): Layer(module, masked, weight, _unfit(module, tensor, masked, weight))
-        for name, module in masked_modules(model)
-        for tensor, masked, weight in masked_weights(module)
+        sparse.name: Layer(sparse.module, sparse.masked, sparse.weight, _unfit(*sparse[1:]))
+        for sparse in sparse_weights(model)
     }
     if not found:
         raise ValueError(f"{type(model).__name__} is not sparsified: call ow.sparsify(model, '2:4', method) first")
-    if not any(each.masked.across for each in found.values()):
+    if not any(each.masked.end.output_axis for each in found.values()):
         method = next(iter(found.values())).masked.method
         raise ValueError(
             f"{type(model).__name__} is sparsified with {method}, whose masks are not transposable: in the gradient of "
@@ -152,31 +137,22 @@ def _layers(model: nn.Module) -> dict[str, Layer]:
     return found
 
 
-def _unfit(module: nn.Module, tensor: str, masked: Masked, weight: Tensor) -> str:
-    if tensor != "weight" or plain_class(module) is not nn.Linear:
+def _unfit(module: nn.Module, tensor_name: str, masked: Masked, weight: Tensor) -> str:
+    if tensor_name != "weight" or plain_class(module) is not nn.Linear:
         return f"{plain_class(module).__name__}: only nn.Linear is accelerated"
-    if not is_transposable(masked.method) or not within_2_4(masked.pattern):
-        return f"{masked.pattern} is not within 2:4"
+    if not masked.method.transposable or not within_2_4(masked.end.pattern):
+        return f"{masked.end.pattern} is not within 2:4"
     if any(length % _MULTIPLE for length in weight.shape):
         return f"shape {tuple(weight.shape)}: needed multiples of {_MULTIPLE}"
     return ""
 
 
-def within_2_4(pattern: Pattern) -> bool:
-    """Whether weights of this pattern are 2:4 as well.
-
-    >>> [within_2_4(Pattern(*each)) for each in ((2, 4), (1, 4), (1, 2), (2, 8), (4, 8), (1, 3))]
-    [True, True, True, True, False, False]
-    """
-    return (pattern.n <= 2 and pattern.m % 4 == 0) or (pattern.n, pattern.m) == (1, 2)
-
-
-def _demand_tensor_cores(device: torch.device) -> None:
+def _check_tensor_cores(device: torch.device) -> None:
     missing = BACKENDS[_BACKEND].missing(device)
     if missing:
         raise RuntimeError(
             f"the model is on {device}: {missing}; training runs without ow.accelerate all the same, at the speed of "
-            "dense products"
+            "dense matmuls"
         )
     if warning := cusparselt.version_warning(device):
         warnings.warn(warning, stacklevel=3)
@@ -196,113 +172,16 @@ def accelerate_with(engine: Engine, model: nn.Module, layers: dict[str, Layer], 
             dense[name] = f"sparse is slower: {found[0] / found[1]:.2f} x dense"
         else:
             sparse[name] = found
-            each.module.__dict__["_openwork_product"] = Product(engine)
+            each.module.__dict__["_openwork_matmul"] = SparseMatmul(engine)
             kinds: Any = (plain_class(each.module), type(each.module))
-            each.module.__class__ = _accelerated_class(*kinds)
+            each.module.__class__ = accelerated_class(*kinds)
     return Acceleration(sparse, dense)
-
-
-@dataclass
-class Product:
-    """How one layer multiplies, and its packed weight while that has not changed. Copies start without one.
-
-    A replay of a CUDA graph changes the weight where no count can tell: once one was captured, packing is part of each
-    product, in the graph and out of it."""
-
-    engine: Engine
-    key: Any = None
-    packed: tuple[Any, Any] = (None, None)
-    warned: bool = field(default=False)
-    captured: bool = field(default=False)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Product, (self.engine,)
-
-    def multiply(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """What the layer gives for an input."""
-        weight: Any = layer.weight
-        bias: Any = layer.bias
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        if dtype not in self.engine.dtypes:
-            self._warn(dtype)
-            return nn.functional.linear(x, weight, bias)
-        _, masked, latent = masked_weights(layer)[0]
-        key = (change_of(latent), id(latent), masked.mask._version if masked.mask is not None else 0, dtype)
-        weight, bias, rows = (
-            weight.to(dtype),
-            None if bias is None else bias.to(dtype),
-            x.to(dtype).reshape(-1, x.shape[-1]),
-        )
-        self.captured = self.captured or capturing(x)
-        if key != self.key or self.captured:
-            self.key, self.packed = key, (self.engine.pack(weight.detach()), None)
-        if rows.requires_grad and torch.is_grad_enabled() and self.packed[1] is None:
-            self.packed = (self.packed[0], self.engine.pack(weight.detach().t()))
-        y: Tensor = _SparseLinear.apply(rows, weight, bias, self.engine, *self.packed)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
-
-    def _warn(self, dtype: torch.dtype) -> None:
-        if not self.warned:
-            self.warned = True
-            warnings.warn(
-                f"a layer of ow.accelerate multiplies in {dtype}, which sparse tensor cores do not take, so it runs "
-                "dense: train under torch.autocast or in bfloat16",
-                stacklevel=4,
-            )
-
-
-class _SparseLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, engine: Engine, packed: Any, packed_t: Any
-    ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.engine, ctx.packed_t = engine, packed_t
-        return engine.multiply(x, packed, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        (x,) = ctx.saved_tensors
-        grad = grad.contiguous()
-        to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
-        return (
-            ctx.engine.multiply(grad, ctx.packed_t, None) if to_x else None,
-            grad.t() @ x if to_weight else None,
-            grad.sum(0) if to_bias else None,
-            None,
-            None,
-            None,
-        )
-
-
-@functools.cache
-def _accelerated_class(original: Any, sparse: Any) -> type[nn.Module]:
-    """The class of accelerated layers: `sparse`, which reads a masked weight, with another forward."""
-
-    between_graphs: Any = torch.compiler.disable(Product.multiply)  # here, as it imports the compiler
-
-    def forward(self: nn.Module, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear gives it
-        y: Tensor = between_graphs(self.__dict__["_openwork_product"], input, self)
-        return y
-
-    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-        _, (_, names), state = sparse.__reduce_ex__(self, protocol)
-        return _rebuild, (original, names), state
-
-    members = {"forward": forward, "__reduce_ex__": reduce, "__module__": original.__module__}
-    return type(f"Accelerated{original.__name__}", (sparse,), members)
-
-
-def _rebuild(original: Any, names: tuple[str, ...]) -> Any:
-    sparse: Any = shared_class(original, names)
-    made: Any = _accelerated_class(original, sparse)
-    return made.__new__(made)
 
 
 def _timed(
     engine: Engine, model: nn.Module, layers: dict[str, Layer], example: Any
 ) -> dict[str, tuple[float, float] | None]:
-    """Seconds of the layers' products for one step on an example, dense and sparse. Sparse includes packing."""
+    """Seconds of the layers' matmuls for one step on an example, dense and sparse. Sparse includes packing."""
     inputs: dict[str, Tensor] = {}
     hooks = [each.module.register_forward_hook(functools.partial(_note, inputs, name)) for name, each in layers.items()]
     try:

@@ -11,26 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openwork.methods import SRSTE, Method, is_transposable
+from openwork.methods import SRSTE, Method, Phase
 from openwork.nm.groups import to_rows
-from openwork.nm.masks import keep_largest, prune
-from openwork.nm.transposable import keep_transposable
+from openwork.nm.masks import apply_mask
+from openwork.ops import foreach_mask
 from openwork.training.dtensor import is_sharded
-from openwork.training.foreach import keep_all, prune_ahead
-from openwork.training.forward_cache import ForwardScope
+from openwork.training.foreach import masks_of, prune_ahead
+from openwork.training.forward_cache import ForwardCache
+from openwork.training.masked import Masked
 from openwork.training.matmul_trace import count_macs
+from openwork.training.optimizer_watch import OptimizerWatch
 from openwork.training.parametrize import (
-    Masked,
     mask_weights,
     masked_modules,
-    masked_weights,
+    sparse_weights,
     unmask_weights,
     unwrap,
     weight_name,
 )
-from openwork.training.record import Promise, promises, watch_optimizers
+from openwork.training.record import SparsityRecord, sparsity_records, unfinished_weights
 from openwork.training.report import Report, Row
-from openwork.training.select import AxisChoice, Candidate, PatternChoice, Remainder, decide
+from openwork.training.select import Candidate, decide
+from openwork.training.selection import AxisChoice, PatternChoice, Remainder, Selection
 from openwork.training.shared_class import plain_class
 
 _ONLY_WATCHED = "ow.Dense masks nothing: the table says what its mask would keep"
@@ -38,7 +40,7 @@ _ONLY_WATCHED = "ow.Dense masks nothing: the table says what its mask would keep
 
 def sparsify(
     model: nn.Module,
-    pattern: PatternChoice,
+    pattern: Selection | PatternChoice,
     method: Method = SRSTE(),
     *,
     exclude: Sequence[str] = (),
@@ -48,12 +50,9 @@ def sparsify(
 ) -> Report:
     """Make every weight that can be N:M sparse so, in place. Returns what became sparse, what did not, and why.
 
-    `pattern`: "2:4" for all, or a mapping from globs to patterns, the first match deciding; weights that none
-    matches stay dense. `exclude`: globs of weights or modules. `axis`: "input" groups along the reduction axis;
-    "kernel" is the flat grouping of the published results; a mapping from globs to dims names the axis of weights
-    that are not known. `remainder`: what to do where M does not divide the axis: "skip" the weight, "pad" the last
-    group, or "error". `example`: one input (a tensor, a tuple of arguments or a dict of keyword arguments), to count
-    multiply-adds with.
+    `pattern`: "2:4" for all, or a mapping from globs to patterns; `exclude`, `axis` and `remainder` are those of
+    `Selection`, which may stand in place of all four. `example`: one input (a tensor, a tuple of arguments or a dict of
+    keyword arguments), to count multiply-adds with.
 
     Nothing is excluded by default but what cannot be sparse. Call it after initialization and before `fully_shard`.
     Raises ValueError when nothing can be sparse, a glob matches nothing, or the model is sparse already.
@@ -67,51 +66,52 @@ def sparsify(
     if isinstance(method, type) or not isinstance(method, Method):
         raise TypeError(f"method={method!r}; needed a method object such as ow.SRSTE(), ow.STE() or ow.ASP()")
     model = unwrap(model)
-    _demand_plain(model)
-    both = is_transposable(method)
-    decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder, transposable=both)
+    _check_plain(model)
+    selection = _selection(pattern, exclude, axis, remainder)
+    decided = decide(model, dataclasses.replace(selection, transposable=method.transposable))
     macs = count_macs(model, example, {c.name: c.weight for c in decided}) if example is not None else None
-    report = _report(model, decided, macs, f"{type(model).__name__}, {method.name}", method.score)
-    scope = ForwardScope(prune_ahead)
-    _mask(decided, method, scope)
+    title, cache = f"{type(model).__name__}, {method.name}", ForwardCache(prune_ahead)
+    _mask(decided, method, cache)
+    sparse = {each.name: each for each in sparse_weights(model)}
+    report = _report(model, decided, lambda name, weight: sparse[name].masked.mask_at_end(weight), macs, title)
     weights = {each.name: (each.pattern, each.axis) for each in decided if each.pattern}
     hooks = (
-        model.register_forward_pre_hook(scope.enter, prepend=True),
-        model.register_forward_hook(scope.leave, always_call=True),
+        model.register_forward_pre_hook(cache.enter, prepend=True),
+        model.register_forward_hook(cache.leave, always_call=True),
     )
-    watch = watch_optimizers(model) if hasattr(method, "gradient_term") else None
-    across = {each.name: each.across for each in decided if each.across}
-    model.__dict__["_openwork_promise"] = Promise(weights, method, scope, hooks, watch=watch, across=across)
-    return report if method.sparse else dataclasses.replace(report, notes=(_ONLY_WATCHED,))
+    output_axes = {each.name: each.output_axis for each in decided if each.output_axis}
+    watch = OptimizerWatch(model, method)
+    model.__dict__["_openwork_record"] = SparsityRecord(weights, method, cache, watch, hooks, output_axes)
+    return dataclasses.replace(report, notes=_notes(model, method))
 
 
 def finalize(model: nn.Module) -> nn.Module:
     """Make a sparsified model plain again, in place, and return it: original classes, exact zeros, dense names.
 
     Parameters keep their identity. A model trained with `ow.Dense` keeps all its weights. A model that FSDP2 has
-    sharded is finalized on its gathered state dict instead. Raises ValueError when nothing is sparsified.
+    sharded is finalized on its gathered state dict instead. Where the method's schedule still runs, the weights are
+    pruned as at its end. Raises ValueError when nothing is sparsified.
     """
     inner = unwrap(model)
     modules = [module for _, module in masked_modules(inner)]
-    if not modules and not promises(inner):
+    if not modules and not sparsity_records(inner):
         raise ValueError(
             f"{type(inner).__name__} is not sparsified: nothing to finalize (ow.project zeroes a plain model)"
         )
-    _demand_whole(inner, "load its full state dict into a model sparsified alike, and call ow.finalize there")
+    _check_whole(inner, "load its full state dict into a model sparsified alike, and call ow.finalize there")
     for module in modules:
         unmask_weights(module)
-    for _, module, promise in promises(inner):
-        del module.__dict__["_openwork_promise"]
-        for hook in promise.hooks:
+    for _, module, record in sparsity_records(inner):
+        del module.__dict__["_openwork_record"]
+        for hook in record.hooks:
             hook.remove()
-        if promise.watch:
-            promise.watch()
+        record.watch.end()
     return model
 
 
 def project(
     model: nn.Module,
-    pattern: PatternChoice,
+    pattern: Selection | PatternChoice,
     *,
     exclude: Sequence[str] = (),
     axis: AxisChoice = "input",
@@ -122,85 +122,104 @@ def project(
     Arguments, errors and report as in `sparsify`.
     """
     model = unwrap(model)
-    _demand_plain(model)
-    decided = decide(model, pattern, exclude=exclude, axis=axis, remainder=remainder)
-    report = _report(model, decided, None, f"{type(model).__name__}, projected", torch.abs)
+    _check_plain(model)
+    decided = decide(model, _selection(pattern, exclude, axis, remainder))
+    masks = {
+        each.name: foreach_mask([each.weight.detach().abs()], each.pattern, [each.axis])[0]
+        for each in decided
+        if each.pattern
+    }
+    report = _report(model, decided, lambda name, _: masks[name], None, f"{type(model).__name__}, projected")
     with torch.no_grad():
         for each in decided:
             if each.pattern:
-                each.weight.copy_(prune(each.weight, keep_largest(each.weight.abs(), each.pattern, each.axis)))
+                each.weight.copy_(apply_mask(each.weight, masks[each.name]))
     return report
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
     """The masks that a sparsified model has now, by weight: bool, the weight's shape, True means kept. A method that
     refreshes its masks writes into the stored ones, so they are copied."""
-    found = {
-        f"{name}.{tensor}".lstrip("."): (masked, weight)
-        for name, module in masked_modules(unwrap(model))
-        for tensor, masked, weight in masked_weights(module)
+    sparse = list(sparse_weights(unwrap(model)))
+    return {
+        each.name: mask.clone() if mask is each.masked.mask else mask
+        for each, mask in zip(sparse, masks_of(sparse), strict=True)
     }
-    kept = zip(found.items(), keep_all(found.values()), strict=True)
-    return {name: keep.clone() if masked.refreshed else keep for (name, (masked, _)), keep in kept}
 
 
-def _mask(decided: list[Candidate], method: Method, scope: ForwardScope) -> None:
+def _selection(
+    pattern: Selection | PatternChoice, exclude: Sequence[str], axis: AxisChoice, remainder: Remainder
+) -> Selection:
+    if not isinstance(pattern, Selection):
+        return Selection(pattern, exclude=exclude, axis=axis, remainder=remainder)
+    if exclude or axis != "input" or remainder != "skip":
+        raise ValueError("exclude=, axis= and remainder= beside a Selection: put them into it")
+    if pattern.pattern is None:
+        raise ValueError(f"{pattern} has no pattern; needed the one to make weights sparse at, such as '2:4'")
+    return pattern
+
+
+def _mask(decided: list[Candidate], method: Method, cache: ForwardCache) -> None:
     chosen: dict[nn.Module, dict[str, Masked]] = defaultdict(dict)
     for each in decided:
         if each.pattern:
-            chosen[each.module][each.tensor] = Masked(each.pattern, each.axis, method, scope, each.weight, each.across)
+            end = Phase(each.pattern, each.axis, each.output_axis)
+            chosen[each.module][each.tensor_name] = Masked(method, end, cache, each.weight)
     for module, masked in chosen.items():
         mask_weights(module, masked)
 
 
-def _demand_plain(model: nn.Module) -> None:
+def _check_plain(model: nn.Module) -> None:
     taken = [name or plain_class(module).__name__ for name, module in masked_modules(model)]
     if taken:
         raise ValueError(
             f"{', '.join(taken[:3])} sparsified already; call ow.finalize(model) first, or sparsify other modules"
         )
-    _demand_whole(model, "call ow.sparsify before fully_shard (masks need whole groups)")
+    _check_whole(model, "call ow.sparsify before fully_shard (masks need whole groups)")
 
 
-def _demand_whole(model: nn.Module, remedy: str) -> None:
+def _check_whole(model: nn.Module, remedy: str) -> None:
     for name, parameter in model.named_parameters():
         if is_sharded(parameter):
             raise ValueError(f"{weight_name(name)} is sharded: {remedy}")
 
 
+def _notes(model: nn.Module, method: Method) -> tuple[str, ...]:
+    running = sorted(set(unfinished_weights(model).values()))
+    return tuple(running) if method.sparse else (_ONLY_WATCHED, *running)
+
+
 def _report(
     model: nn.Module,
     decided: list[Candidate],
+    mask_of: Callable[[str, Tensor], Tensor],
     macs: dict[str, int] | None,
     title: str,
-    score: Callable[[Tensor], Tensor],
 ) -> Report:
-    rows = tuple(_row(each, macs.get(each.name, 0) if macs is not None else None, score) for each in decided)
+    """`mask_of(name, weight)`: the mask that a weight has, or will have in the end."""
+    rows = tuple(_row(each, macs.get(each.name, 0) if macs is not None else None, mask_of) for each in decided)
     seen = {id(each.weight) for each in decided}
     others = sum(p.numel() for p in model.parameters() if id(p) not in seen)
     return Report(rows, title, others, macs.get("", 0) if macs else 0)
 
 
-def _row(each: Candidate, macs: int | None, score: Callable[[Tensor], Tensor]) -> Row:
-    weight, pattern = each.weight.detach(), each.pattern
+def _row(candidate: Candidate, macs: int | None, mask_of: Callable[[str, Tensor], Tensor]) -> Row:
+    weight, pattern = candidate.weight.detach(), candidate.pattern
     shape, bits = tuple(weight.shape), weight.element_size() * 8
     if not pattern:
-        return Row(each.name, shape, None, each.reason, weight.numel(), 1.0, 0, bits, macs)
-    rows = to_rows(weight, each.axis)
+        return Row(candidate.name, shape, None, candidate.reason, weight.numel(), 1.0, 0, bits, macs)
+    rows, mask = to_rows(weight, candidate.axis), mask_of(candidate.name, weight)
     K, lines = rows.shape[-1], rows[..., 0].numel()
     kept = lines * (K // pattern.m * pattern.n + min(K % pattern.m, pattern.n))
-    if each.across:
-        keep = keep_transposable(score(weight), pattern, each.axis, each.across)
-        kept = kept if keep.is_meta else int(keep.sum())  # tiles that stick out keep fewer
-    else:
-        keep = keep_largest(score(weight), pattern, each.axis)
-    energy = _kept_energy(weight, keep)
-    return Row(each.name, shape, pattern, "", kept, energy, lines * math.ceil(K / pattern.m), bits, macs)
+    kept = kept if mask.is_meta else int(mask.sum())  # transposable tiles that stick out keep fewer
+    groups = lines * math.ceil(K / pattern.m)
+    return Row(candidate.name, shape, pattern, "", kept, _retained(weight, mask), groups, bits, macs)
 
 
-def _kept_energy(weight: Tensor, keep: Tensor) -> float:
+def _retained(weight: Tensor, mask: Tensor) -> float:
     """The kept share of the sum of squared weights; NaN on the meta device."""
     if weight.is_meta:
         return math.nan
-    energy = weight.double().square()
-    return float(energy[keep].sum() / energy.sum()) if energy.any() else 1.0
+    squares = (weight if weight.dtype == torch.float64 else weight.float()).square()
+    total = float(squares.sum(dtype=torch.float64))
+    return float(apply_mask(squares, mask).sum(dtype=torch.float64)) / total if total else 1.0

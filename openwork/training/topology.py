@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from openwork.ops import pack_list, packed_sad_list
+from openwork.ops import foreach_pack, foreach_packed_sad
 
 _SPANS = ("start", "last", "step")
 
@@ -20,7 +20,7 @@ class Topology:
         {"step": 200, "weights": W, "sad_start": s, "sad_last": s, "sad_step": s,
          "layers": {name: {"weights": w, "sad_start": s, "sad_last": s, "sad_step": s}}}
 
-    SAD is in weights (see `ow.sad`); divided by "weights" it is the churn, and `sad_step` / "weights"
+    SAD is in weights (see `ow.sad`); divided by "weights" it is the flip rate, and `sad_step` / "weights"
     the flip rate. Steps count from 1, and skipped steps (overflow under a loss scale) do not count. With `keep=True`
     the masks of every record are kept, at one bit a weight, and `between` compares any two of them.
     """
@@ -45,7 +45,7 @@ class Topology:
 
     def record(self, step: int, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Any]:
         """Add a record of the masks before and after step `step`, and return it."""
-        self._demand_begun(after)
+        self._check_begun(after)
         now = _packed(after)
         last = self.snapshots[max(self.snapshots)]
         others = {"start": self.snapshots[0], "last": last, "step": _packed(before)}
@@ -72,12 +72,12 @@ class Topology:
         return found | {"": sum(found.values())}
 
     def scalars(self) -> dict[str, float]:
-        """The last record in total, for a logger: SAD in weights and churn as a share, by span."""
+        """The last record in total, for a logger: SAD in weights and the flip rate as a share, by span."""
         if not self.records:
             return {}
         last = self.records[-1]
         sads = {f"sad/{span}": float(last[f"sad_{span}"]) for span in _SPANS}
-        return sads | {f"churn/{span}": last[f"sad_{span}"] / last["weights"] for span in _SPANS}
+        return sads | {f"flip_rate/{span}": last[f"sad_{span}"] / last["weights"] for span in _SPANS}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that an exact resume needs, on the CPU."""
@@ -93,7 +93,7 @@ class Topology:
         }
         self._weights = dict(state["weights"])
 
-    def _demand_begun(self, masks: Mapping[str, Tensor]) -> None:
+    def _check_begun(self, masks: Mapping[str, Tensor]) -> None:
         if not self.snapshots:
             raise ValueError("record before begin(masks): `attach` calls it, so hand the recorder to attach")
         changed = sorted(self._weights.keys() ^ masks.keys())
@@ -103,12 +103,12 @@ class Topology:
 
 def _packed(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The bits of each mask, where the mask is."""
-    return dict(_by_device(masks, masks, lambda kept, _: pack_list(kept)))
+    return dict(_by_device(masks, masks, lambda kept, _: foreach_pack(kept)))
 
 
 def _sads(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, int]:
     """SAD of each mask of `b` from that of `a`, which may come from a checkpoint and lie elsewhere."""
-    return dict(_by_device(a, b, packed_sad_list))
+    return dict(_by_device(a, b, foreach_packed_sad))
 
 
 def _by_device(

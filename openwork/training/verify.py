@@ -1,56 +1,54 @@
-"""Prove that a model is as sparse as promised: its weights, and what really reaches its matrix products."""
+"""Prove that a model is as sparse as its patterns say: its weights, and what really reaches its matmuls."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from openwork.nm.groups import Axis, reduction_size
-from openwork.nm.masks import kept_per_group
+from openwork.nm.masks import kept_per_group, too_dense
 from openwork.nm.pattern import Pattern
-from openwork.training.dtensor import whole
-from openwork.training.matmul_trace import Use, watch
+from openwork.training.dtensor import full_tensor
+from openwork.training.matmul_trace import Operand, watch
 from openwork.training.parametrize import plain_name, unwrap
-from openwork.training.record import Promise, promises
+from openwork.training.record import recorded_output_axes, recorded_weights, sparsity_records, unfinished_weights
 from openwork.training.report import Report, Row
-from openwork.training.select import HELD, AxisChoice, Candidate, PatternChoice, decide
+from openwork.training.select import HELD, Candidate, decide
+from openwork.training.selection import PatternChoice, Selection
 from openwork.training.shared_class import plain_class
 
 _GUESSES = tuple(2**i for i in range(1, 7))  # group sizes tried when no pattern is given
-_Promises = dict[str, tuple[Pattern, Axis]]
+_Recorded = dict[str, tuple[Pattern, Axis]]
 
 
 class NotSparse(ValueError):
-    """Raised by `verify`. `layers`: name of each weight that is denser than promised -> what was found."""
+    """Raised by `verify`. `layers`: name of each weight that is denser than its pattern -> what was found."""
 
     def __init__(self, layers: dict[str, str]):
         self.layers = layers
         listed = "\n".join(f"  {name}: {found}" for name, found in layers.items())
-        super().__init__(f"{len(layers)} weights are denser than promised:\n{listed}")
+        super().__init__(f"{len(layers)} weights are denser than their pattern:\n{listed}")
 
 
 def verify(
     model: nn.Module,
     example: Any = None,
     *,
-    pattern: PatternChoice | None = None,
-    exclude: Sequence[str] = (),
-    axis: AxisChoice = "input",
-    transposable: bool = False,
+    pattern: Selection | PatternChoice | None = None,
 ) -> Report:
     """Check that at most N of every M weights are non-zero, and return a report; raise `NotSparse` with the layers
     that are denser.
 
-    A sparsified model is held to what `sparsify` promised, transposable masks along both axes. A plain one is held to
-    `pattern`, on every candidate weight that `exclude` does not name; without `pattern` the tightest N:M of each weight
-    is found, and a warning says that it was inferred. `example` (a tensor, a tuple of arguments or a mapping of keyword
-    arguments) is run as well, in eval mode, watching every weight that reaches a matrix product or convolution.
-    `transposable` holds a plain model to the pattern along the output axes as well.
+    A sparsified model is held to what `sparsify` recorded, transposable masks along both axes; while the schedule of
+    its method runs, it is not sparse yet. A plain one is held to `pattern`, "2:4" or a `Selection`, on every candidate
+    weight that is not excluded; without a pattern the tightest N:M of each weight is found, and a warning says that it
+    was inferred. `example` (a tensor, a tuple of arguments or a mapping of keyword arguments) is run as well, in eval
+    mode, watching every weight that reaches a matmul or a convolution.
 
     >>> import torch
     >>> model = nn.Linear(4, 1)
@@ -59,73 +57,56 @@ def verify(
     {'weight': Pattern(n=2, m=4)}
     """
     model = unwrap(model)
-    sparsified = promises(model)
-    if sparsified and (pattern is not None or exclude or axis != "input" or transposable):
-        raise ValueError(
-            "the model is held to what sparsify promised; pattern=, exclude= and axis= are for plain models, and so "
-            "is transposable="
-        )
+    sparsified = bool(sparsity_records(model))
+    if sparsified and pattern is not None:
+        raise ValueError("the model is held to what sparsify recorded; pattern= is for plain models")
     skipped: tuple[Row, ...] = ()
     if sparsified:
-        promised, across = _promised(sparsified), _promised_across(sparsified)
+        if running := unfinished_weights(model):
+            raise NotSparse(running)
+        recorded, output_axes = _recorded(model), recorded_output_axes(model)
     else:
-        promised, across, skipped = _asked(model, pattern, exclude, axis, transposable)
-    weights = _readable(model, promised)
-    broken = {name: "the weight is gone: its module was replaced" for name in promised if name not in weights}
-    broken |= {name: problem for name, each in weights.items() if (problem := _denser(each, *promised[name]))}
+        recorded, output_axes, skipped = _asked(model, Selection.of(pattern))
+    weights = _readable(model, recorded)
+    broken = {name: "the weight is gone: its module was replaced" for name in recorded if name not in weights}
+    broken |= {name: problem for name, each in weights.items() if (problem := _denser(each, *recorded[name]))}
     broken |= {
         name: f"{problem} along the output axis"
-        for name, each in across.items()
-        if name in weights and name not in broken and (problem := _denser(weights[name], promised[name][0], each))
+        for name, each in output_axes.items()
+        if name in weights and name not in broken and (problem := _denser(weights[name], recorded[name][0], each))
     }
-    products = _Products(promised, weights)
+    operands = _Operands(recorded, weights)
     if example is not None:
-        watch(model, example, products.visit)
-        broken = products.problems | broken
+        watch(model, example, operands.visit)
+        broken = operands.problems | broken
     if broken:
         raise NotSparse(broken)
-    rows = tuple(_row(name, weights[name], *promised[name]) for name in promised)
+    rows = tuple(_row(name, weights[name], *recorded[name]) for name in recorded)
     rows += skipped
     others = sum(each.numel() for each in model.parameters()) - sum(row.weights for row in rows)
-    title = f"{plain_class(model).__name__}: every promise holds"
-    notes = (f"{len(across)} weights are so along the output axis as well",) if across else ()
-    return Report(rows, title, others, notes=notes + (products.notes() if example is not None else ()))
+    title = f"{plain_class(model).__name__}: every weight keeps its pattern"
+    notes = (f"{len(output_axes)} weights are so along the output axis as well",) if output_axes else ()
+    return Report(rows, title, others, notes=notes + (operands.notes() if example is not None else ()))
 
 
-def _promised(sparsified: list[tuple[str, nn.Module, Promise]]) -> _Promises:
-    held = {
-        f"{plain_name(prefix)}.{name}".lstrip("."): each
-        for prefix, _, promise in sparsified
-        if promise.method.sparse
-        for name, each in promise.weights.items()
-    }
-    if not held:
-        raise ValueError("the model trains with ow.Dense, which promises no sparsity: there is nothing to verify")
-    return held
+def _recorded(model: nn.Module) -> _Recorded:
+    recorded = recorded_weights(model)
+    if not recorded:
+        raise ValueError("the model trains with ow.Dense, which keeps every weight: there is nothing to verify")
+    return recorded
 
 
-def _promised_across(sparsified: list[tuple[str, nn.Module, Promise]]) -> dict[str, Axis]:
-    return {
-        f"{plain_name(prefix)}.{name}".lstrip("."): axis
-        for prefix, _, promise in sparsified
-        for name, axis in promise.across.items()
-    }
-
-
-def _asked(
-    model: nn.Module, pattern: PatternChoice | None, exclude: Sequence[str], axis: AxisChoice, transposable: bool
-) -> tuple[_Promises, dict[str, Axis], tuple[Row, ...]]:
+def _asked(model: nn.Module, selection: Selection) -> tuple[_Recorded, dict[str, Axis], tuple[Row, ...]]:
     """What a plain model is held to, the output axes that belong to it, and what is not held to anything, and why."""
-    if transposable and pattern is None:
-        raise ValueError("transposable=True needs pattern=: what a weight is along two axes is not inferred")
-    held = pattern or Pattern(1, 1)
-    decided = decide(model, held, exclude=exclude, axis=axis, dtypes=HELD, transposable=transposable)
-    if pattern is None:
-        decided = [_inferred(each) if each.pattern else each for each in decided]
+    if selection.pattern is None:
+        everywhere = dataclasses.replace(selection, pattern=Pattern(1, 1))
+        decided = [_inferred(each) if each.pattern else each for each in decide(model, everywhere, dtypes=HELD)]
         _warn_of_inferred(decided)
+    else:
+        decided = decide(model, selection, dtypes=HELD)
     skipped = tuple(_skipped(each) for each in decided if not each.pattern)
-    across = {each.name: each.across for each in decided if each.across}
-    return {each.name: (each.pattern, each.axis) for each in decided if each.pattern}, across, skipped
+    output_axes = {each.name: each.output_axis for each in decided if each.output_axis}
+    return {each.name: (each.pattern, each.axis) for each in decided if each.pattern}, output_axes, skipped
 
 
 def _inferred(found: Candidate) -> Candidate:
@@ -157,19 +138,13 @@ def tightest(weight: Tensor, axis: Axis) -> Pattern:
     return min(found, key=lambda each: (each.density, each.m), default=Pattern(1, 1))
 
 
-def _denser(weight: Tensor, pattern: Pattern, axis: Axis) -> str:
-    """What is wrong with a weight, or nothing."""
-    kept = kept_per_group(_values(weight), pattern, axis)
-    wrong = int((kept > pattern.n).sum())
-    if not wrong:
-        return ""
-    worst = int(kept.max())
-    return f"{wrong} of {kept.numel()} groups hold more than {pattern.n} of {pattern.m} (the worst {worst})"
+def _denser(weight: Any, pattern: Pattern, axis: Axis) -> str:
+    return too_dense(_values(weight), pattern, axis)
 
 
 def _values(weight: Any) -> Tensor:
     """The numbers of a weight that is spread over processes, or quantized by torchao. Zeros stay zeros in int8."""
-    return weight.dequantize() if type(weight).__module__.startswith("torchao.") else whole(weight)
+    return weight.dequantize() if type(weight).__module__.startswith("torchao.") else full_tensor(weight)
 
 
 def _readable(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
@@ -177,57 +152,57 @@ def _readable(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     modules = {plain_name(name): module for name, module in model.named_modules()}
     found = {}
     for name in names:
-        owner, _, tensor = name.rpartition(".")
-        weight = getattr(modules.get(owner), tensor, None)
+        owner, _, tensor_name = name.rpartition(".")
+        weight = getattr(modules.get(owner), tensor_name, None)
         if isinstance(weight, Tensor):
             found[name] = weight.detach()
     return found
 
 
-class _Products:
-    """Compares what reaches the products with what was promised."""
+class _Operands:
+    """Compares what reaches the matmuls with what was recorded."""
 
-    def __init__(self, promised: _Promises, weights: dict[str, Tensor]):
-        self.promised = {name: promised[name] for name in weights}
+    def __init__(self, recorded: _Recorded, weights: dict[str, Tensor]):
+        self.recorded = {name: recorded[name] for name in weights}
         self.shapes = {name: each.shape for name, each in weights.items()}
         self.problems: dict[str, str] = {}
         self.reached: set[str] = set()
         self.misshapen: set[str] = set()
 
-    def visit(self, use: Use) -> None:
-        """Hold an operand to the promises of the parameters it comes from. One that comes from none is held to those
-        of its shape in the module that runs."""
-        if not use.names:
-            self._visit_unknown(use)
-        for name in use.names & self.promised.keys():
+    def visit(self, operand: Operand) -> None:
+        """Hold an operand to what was recorded of the parameters it comes from. One that comes from none is held to
+        those of its shape in the module that runs."""
+        if not operand.names:
+            self._visit_unknown(operand)
+        for name in operand.names & self.recorded.keys():
             self.reached.add(name)
-            ways = self._ways(use.operand, name)
-            if not ways:
+            axes = self._possible_axes(operand.tensor, name)
+            if not axes:
                 self.misshapen.add(name)
-            self._hold(name, use.operand, ways, "")
+            self._hold(name, operand.tensor, axes, "")
 
     def notes(self) -> tuple[str, ...]:
         lists = {
-            "not reached by the example": self.promised.keys() - self.reached,
+            "not reached by the example": self.recorded.keys() - self.reached,
             "multiplied in another shape, which was not checked": self.misshapen,
         }
         return tuple(f"{what}: {', '.join(sorted(names))}" for what, names in lists.items() if names)
 
-    def _visit_unknown(self, use: Use) -> None:
-        around = f"{use.inside}." if use.inside else ""
-        for name in self.promised:
-            if name.startswith(around) and sorted(use.operand.shape) == sorted(self.shapes[name]):
+    def _visit_unknown(self, operand: Operand) -> None:
+        around = f"{operand.inside}." if operand.inside else ""
+        for name in self.recorded:
+            if name.startswith(around) and sorted(operand.tensor.shape) == sorted(self.shapes[name]):
                 where = " in a tensor that is none of the model's parameters"
-                self._hold(name, use.operand, self._ways(use.operand, name), where)
+                self._hold(name, operand.tensor, self._possible_axes(operand.tensor, name), where)
 
-    def _hold(self, name: str, operand: Tensor, ways: list[Axis], where: str) -> None:
-        problems = [_denser(operand, self.promised[name][0], way) for way in ways]
+    def _hold(self, name: str, operand: Tensor, axes: list[Axis], where: str) -> None:
+        problems = [_denser(operand, self.recorded[name][0], axis) for axis in axes]
         if problems and all(problems):
             self.problems[name] = f"multiplied{where} while {problems[0]}"
 
-    def _ways(self, operand: Tensor, name: str) -> list[Axis]:
+    def _possible_axes(self, operand: Tensor, name: str) -> list[Axis]:
         """The axes that may be the reduction axis, in an operand that may be transposed, cut or joined."""
-        axis, shape = self.promised[name][1], self.shapes[name]
+        axis, shape = self.recorded[name][1], self.shapes[name]
         if operand.shape == shape and (axis.flat or operand.ndim > 3):  # kernels of a convolution lie one way only
             return [axis]
         if axis.flat:
@@ -239,10 +214,10 @@ def _row(name: str, weight: Tensor, pattern: Pattern, axis: Axis) -> Row:
     weight = _values(weight)
     groups = kept_per_group(weight, pattern, axis).numel()
     kept = int((weight != 0).sum())
-    return Row(name, tuple(weight.shape), pattern, "", kept, 1.0, groups, weight.element_size() * 8)
+    return Row(name, tuple(weight.shape), pattern, "", kept, None, groups, weight.element_size() * 8)
 
 
 def _skipped(found: Candidate) -> Row:
     weight = found.weight
     bits = weight.element_size() * 8
-    return Row(found.name, tuple(weight.shape), None, found.reason, weight.numel(), 1.0, weight_bits=bits)
+    return Row(found.name, tuple(weight.shape), None, found.reason, weight.numel(), None, weight_bits=bits)

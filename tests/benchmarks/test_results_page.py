@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("results_page", ROOT / "benchmarks" / "results_page.py")
 results_page = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(results_page)
-STORED = sorted(results_page.RESULTS.glob("*.json"))
+WEIGHT_DTYPES = sorted(results_page.RESULTS.glob("*.json"))
 
 
 def test_tables_are_made_not_typed():
@@ -30,7 +30,7 @@ def test_a_second_comparison_adds_its_rows_and_not_the_dense_one_again():
     assert [line.split(" | ")[1] for line in lines[2:]] == ["-", "2:4", "1:8"]
 
 
-@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", WEIGHT_DTYPES, ids=lambda path: path.stem)
 def test_no_folder_of_a_machine_is_kept(path):
     document = json.loads(path.read_text(encoding="utf-8"))
     assert results_page.without_folders(document) == document

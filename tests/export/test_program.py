@@ -12,7 +12,8 @@ from torch.export import Dim
 
 import openwork as ow
 from openwork.export import program, to_aot_inductor, to_torch_export
-from openwork.inference.layers import SparseConv2d, SparseLinear
+from openwork.inference.layers import pack_layer
+from openwork.layouts import Gemm, Gemv
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
@@ -49,10 +50,10 @@ class Deployed(nn.Module):
         super().__init__()
         plain = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 16), nn.Linear(16, 4)])
         ow.project(plain, "2:4")
-        pattern, stored = ow.Pattern(2, 4), torch.float32
-        self.conv = SparseConv2d(plain[0], pattern, "panel", stored)
+        pattern, weight_dtype = ow.Pattern(2, 4), torch.float32
+        self.conv = pack_layer(plain[0], pattern, Gemm, weight_dtype)
         self.up, self.down = (
-            SparseLinear(layer, pattern, kind, stored) for layer, kind in zip(plain[1:], ("panel", "rows"), strict=True)
+            pack_layer(layer, pattern, kind, weight_dtype) for layer, kind in zip(plain[1:], (Gemm, Gemv), strict=True)
         )
 
     def forward(self, x):
@@ -77,7 +78,7 @@ def test_a_program_runs_without_openwork(tmp_path):
     done = in_a_fresh_process(tmp_path, "export", path, model, torch.randn(5, 8, 4, 4))
     assert done.stdout == "equal\n", done.stderr
     loaded = torch.export.load(path).module()
-    ow.verify(loaded, pattern="2:4", axis={"*": 1})
+    ow.verify(loaded, pattern=ow.Selection("2:4", axis={"*": 1}))
     assert torch.equal(loaded.state_dict()["fc.weight"], ow.finalize(model).fc.weight)
     content = path.read_bytes()
     assert b"test_program.py" not in content
@@ -90,7 +91,7 @@ def test_a_deployed_model_is_exported_and_needs_the_import_of_its_operators(tmp_
     done = in_a_fresh_process(tmp_path, "export operator", path, model, x)
     assert done.stdout == "equal\n", done.stderr
     done = in_a_fresh_process(tmp_path, "export", path, model, x)
-    assert "openwork.panel_conv2d" in done.stderr
+    assert "openwork.gemm_conv2d" in done.stderr
     assert done.stdout == ""
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from openwork.files import packing
 from openwork.files.packing import pack_weight, packed_shape, unpack_weight, uses_bitmask
 from openwork.nm.groups import Axis, to_rows
-from openwork.nm.masks import keep_largest, prune
+from openwork.nm.masks import apply_mask, magnitude_mask
 from openwork.nm.pattern import Pattern
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -54,7 +54,7 @@ def sparse_bits(shape: tuple[int, ...], dtype: torch.dtype, pattern: Pattern, ax
     limits = torch.iinfo(integer)
     bits = torch.randint(limits.min, limits.max, shape, generator=generator, dtype=integer)
     bits[torch.rand(shape, generator=generator) < 0.1] = limits.min  # -0.0 in the float formats
-    keep = keep_largest(torch.rand(shape, generator=generator), pattern, axis)
+    keep = magnitude_mask(torch.rand(shape, generator=generator), pattern, axis)
     keep &= torch.rand(shape, generator=generator) < 0.8  # fewer than N in some groups
     return (bits * keep).view(dtype)
 
@@ -137,7 +137,7 @@ def test_a_minus_zero_without_a_slot_is_refused_and_project_repairs_it():
     weight = torch.tensor([[1.0, -0.0, 2.0, 0.0]])
     with pytest.raises(ValueError, match=r"1 of 1 groups .*-0\.0.*ow\.project"):
         pack_weight(weight, Pattern(2, 4), Axis(1))
-    pack_weight(prune(weight, keep_largest(weight.abs(), Pattern(2, 4), Axis(1))), Pattern(2, 4), Axis(1))
+    pack_weight(apply_mask(weight, magnitude_mask(weight.abs(), Pattern(2, 4), Axis(1))), Pattern(2, 4), Axis(1))
 
 
 def test_too_dense_groups_are_counted(monkeypatch):

@@ -9,7 +9,7 @@ from torch.ao.pruning import WeightNormSparsifier
 from torch.nn.utils import parametrizations, prune
 
 import openwork as ow
-from openwork.files.foreign.pruning_masks import dense_state_dict
+from openwork.files.foreign import dense_state_dict
 
 
 def net():
@@ -99,7 +99,7 @@ def test_torch_ao_pruning(tmp_path):
     assert masks.keys() == {"3.weight"}
     ours = loaded(weights)
     assert same(ours(X), theirs(X))
-    assert ow.verify(ours, pattern="2:4", exclude=["0"]).sparse.keys() == masks.keys()
+    assert ow.verify(ours, pattern=ow.Selection("2:4", exclude=["0"])).sparse.keys() == masks.keys()
 
 
 def test_torch_ao_pruning_of_a_model_that_is_one_layer():
@@ -167,7 +167,7 @@ def test_masks_before_pruning_are_told():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (net().state_dict(), "it is a plain state dict; load it as it is"),
+        (net().state_dict(), "it is a plain state dict; load it unmodified"),
         ({"epoch": 3, "model": {}}, "'epoch', 'model' hold no tensors: this is a whole checkpoint"),
         (parametrizations.weight_norm(nn.Linear(4, 4)).state_dict(), "not a mask"),
         (nn.utils.spectral_norm(nn.Linear(4, 4)).state_dict(), "not a mask"),

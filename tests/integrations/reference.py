@@ -8,7 +8,7 @@ from plain_loop import DECAY, M, N
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from openwork.training import parametrize
+from openwork.methods import method
 
 STEPS = 20
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "linear", "_addmm_activation")
@@ -84,12 +84,12 @@ class Gemms(TorchDispatchMode):
 
     def __enter__(self):
         """Masks are made unwatched: they hold no product, and watching each of their operations takes long."""
-        self._made = parametrize.keep_largest
-        parametrize.keep_largest = self._unwatched
+        self._made = method.foreach_mask
+        method.foreach_mask = self._unwatched
         return super().__enter__()
 
     def __exit__(self, *raised):
-        parametrize.keep_largest = self._made
+        method.foreach_mask = self._made
         return super().__exit__(*raised)
 
     def _unwatched(self, *args):

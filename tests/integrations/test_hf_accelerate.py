@@ -92,14 +92,16 @@ def test_what_leaves_training_is_sparse(tmp_path):
     used = model.eval()(x)
     accelerate.save_state(str(tmp_path / "state"))
     plain = sparse.finish(tmp_path / "out")
-    assert ow.verify(plain, pattern="2:4", exclude=["head"]).sparse.keys() == KIND.dims.keys()
+    assert ow.verify(plain, pattern=ow.Selection("2:4", exclude=["head"])).sparse.keys() == KIND.dims.keys()
     assert type(plain.layers[0].linear1) is torch.nn.Linear
     for folder in ("state", "out"):
         assert torch.equal(ow.load(tmp_path / folder / FILE, into=nets.made(KIND).eval())(x), used)
 
 
 def test_a_broken_promise_is_found_at_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("openwork.integrations.hf_accelerate.save_beside", lambda *_: None)  # which verifies as well
+    monkeypatch.setattr(
+        "openwork.integrations.hf_accelerate.save_compressed", lambda *_: None
+    )  # which verifies as well
     accelerate = loop.accelerator()
     model, optimizer, _ = loop.prepared(accelerate, nets.sparse(KIND), 1)
     sparse = SparseRun(accelerate, model, optimizer)
@@ -117,7 +119,7 @@ def test_topology_goes_to_the_trackers(tmp_path):
     SparseRun(accelerate, model, optimizer, ow.Topology(every=2))
     loop.run(accelerate, model, optimizer, loader)
     assert [step for step, _ in logged] == [2, 4, 6]
-    assert logged[-1][1]["churn/start"] > 0
+    assert logged[-1][1]["flip_rate/start"] > 0
 
 
 def test_an_optimizer_that_is_not_prepared_is_told():

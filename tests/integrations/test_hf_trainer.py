@@ -121,7 +121,7 @@ def test_topology_goes_to_the_trainers_log(tmp_path):
     trainer.train()
     logged = [each for each in trainer.state.log_history if "sad/start" in each]
     assert [each["step"] for each in logged] == [2, 4, 6]
-    assert logged[-1]["churn/start"] > 0
+    assert logged[-1]["flip_rate/start"] > 0
 
 
 def test_what_leaves_training_is_sparse(row, tmp_path):
@@ -142,7 +142,7 @@ def test_what_leaves_training_is_sparse(row, tmp_path):
 
 
 def test_a_broken_promise_is_found_at_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("openwork.integrations.hf_trainer.save_beside", lambda *_: None)  # which verifies as well
+    monkeypatch.setattr("openwork.integrations.hf_trainer.save_compressed", lambda *_: None)  # verifies, too
     trainer = hf.sparse_trainer(hf.arguments(tmp_path), steps=2)
     trainer.model.transformer.h[1].mlp.c_fc = hf.gpt2().transformer.h[1].mlp.c_fc  # and its mask is gone
     with pytest.raises(ow.NotSparse, match=r"h\.1\.mlp\.c_fc"):

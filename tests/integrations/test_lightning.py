@@ -114,11 +114,11 @@ def test_the_compressed_file_holds_the_final_net(tmp_path):
     x, _ = nets.samples(nets.ResNet, 4)
     assert torch.equal(loaded.net(x), module.net(x))
     assert torch.equal(loaded.net(x), ow.finalize(module).net(x))
-    assert ow.verify(loaded, pattern="2:4", exclude=["net.head"]).sparse
+    assert ow.verify(loaded, pattern=ow.Selection("2:4", exclude=["net.head"])).sparse
 
 
 def test_a_broken_promise_is_found_at_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("openwork.integrations.lightning.save_beside", lambda *_: None)  # which verifies as well
+    monkeypatch.setattr("openwork.integrations.lightning.save_compressed", lambda *_: None)  # verifies, too
     module = lit.Module(nets.sparse(nets.ResNet))
     module.net.two = torch.nn.Conv2d(16, 16, 1)  # and its mask is gone
     with pytest.raises(ow.NotSparse, match=r"two\.weight"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,62 +61,98 @@ def test_avx512_kernels_in_plain_c() -> None:
 # --- installation ----------------------------------------------------------------------------------------------------
 
 
-def wheel(folder: Path, compiler: str) -> tuple[Path, str]:
-    """The wheel that a compiler makes of the source tree, and what was printed; without the network."""
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what an installation reads."""
     if not (ROOT / "setup.py").exists():
         pytest.skip("needs the source tree")
     pytest.importorskip("setuptools", minversion="77")
-    source = folder / "source"
     ignored = shutil.ignore_patterns(
         ".*", "build", "dist", "*.so", "*.egg-info", "runs", "docs", "tests", "benchmarks", "__pycache__"
     )
-    shutil.copytree(ROOT, source, ignore=ignored)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-v",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "-w",
-        str(folder),
-        ".",
-    ]
-    environment = {**os.environ, "CC": compiler, "CXX": compiler}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=source, timeout=1800, check=False
+    shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)
+    return tmp_path / "source"
+
+
+def pip_wheel(source: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Build a wheel beside the source, without the network; with the compiler that `environment` names, if any."""
+    options = ["--no-deps", "--no-build-isolation", "--no-index", *flags]
+    inherited = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "OPENWORK_NO_NATIVE")}
+    return subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, "-w", str(source.parent), "."],
+        capture_output=True,
+        text=True,
+        env=inherited | environment,
+        cwd=source,
+        timeout=1800,
+        check=False,
     )
+
+
+def wheel(source: Path, **environment: str) -> tuple[Path, str]:
+    """A wheel and what was printed."""
+    done = pip_wheel(source, "-v", **environment)
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed[-3000:]
-    (made,) = folder.glob("*.whl")
-    return made, printed
+    (path,) = source.parent.glob("*.whl")
+    return path, printed
 
 
-def test_without_a_compiler_the_package_is_installed_and_says_why_it_is_slower(tmp_path: Path) -> None:
-    made, printed = wheel(tmp_path, "false")
-    assert "warning: the native library was not built, openwork will run without it" in printed
-    with zipfile.ZipFile(made) as archive:
+def test_a_compiler_that_fails_is_an_error_with_its_message(source: Path) -> None:
+    if lacking := missing("g++"):
+        pytest.skip(f"needs {lacking}")
+    for file in (source / "csrc").glob("*.cpp"):
+        file.write_text('#error "this compiler is too old"\n' if file.name == "scalar.cpp" else "")
+    done = pip_wheel(source, CC="gcc", CXX="g++")
+    printed = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "this compiler is too old" in printed
+    assert "OPENWORK_NO_NATIVE=1 installs without" in printed
+    assert not list(source.parent.glob("*.whl"))
+
+
+def test_a_compiler_that_was_named_has_to_work(source: Path) -> None:
+    done = pip_wheel(source, CC="false", CXX="false")
+    printed = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert re.search(r"error: .*false.*: the native library was not built", printed)
+    assert "OPENWORK_NO_NATIVE=1 installs without" in printed
+
+
+WARNING = "warning: openwork is installed without its native library; everything works, slower: "
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [({"PATH": "/no/such/folder"}, "there is no C++ compiler here"), ({"OPENWORK_NO_NATIVE": "1", "CXX": "false"}, "")],
+)
+def test_without_a_compiler_the_installation_says_last_that_it_is_slower(
+    source: Path, environment: dict[str, str], reason: str
+) -> None:
+    path, printed = wheel(source, **environment)
+    assert printed.count(WARNING + reason) == 1
+    built = printed[: printed.index(WARNING)]
+    assert "creating wheel" in built or "adding 'openwork" in built
+    with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-        archive.extractall(tmp_path / "installed")
+        archive.extractall(source.parent / "installed")
     assert not [name for name in names if name.endswith(".so")]
     script = (
         "import torch, openwork as ow; print(ow.__file__); print(ow.kernels.status());"
-        "print(torch.ops.openwork.prune(torch.tensor([[1., 2.]]), 1, 2, 1, 1, False).tolist())"
+        "print(torch.ops.openwork.foreach_prune([torch.tensor([[1., 2.]])], 1, 2, [1, 1, 0])[0].tolist())"
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    installed = {**os.environ, "PYTHONPATH": str(source.parent / "installed")}
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        [sys.executable, "-c", script], capture_output=True, text=True, env=installed, cwd=source.parent, check=False
     )
     where, status, pruned = done.stdout.splitlines()
-    assert where.startswith(str(tmp_path)), done.stderr
+    assert where.startswith(str(source.parent)), done.stderr
     assert status.startswith("no native kernels: libopenwork.so was not built: it takes a C++17 compiler")
     assert pruned == "[[0.0, 2.0]]"
 
 
 @pytest.mark.slow
-def test_a_compiler_without_bfloat16_builds_the_other_kernels(tmp_path: Path) -> None:
+def test_a_compiler_without_bfloat16_builds_the_other_kernels(source: Path, tmp_path: Path) -> None:
     if lacking := missing("g++", "bash"):
         pytest.skip(f"needs {lacking}")
     old = tmp_path / "g++"
@@ -124,11 +161,11 @@ def test_a_compiler_without_bfloat16_builds_the_other_kernels(tmp_path: Path) ->
         'exec g++ "${@/-O3/-O0}"\n'
     )
     old.chmod(0o755)
-    made, printed = wheel(tmp_path, str(old))
-    if "x86_64" not in made.name:
+    path, printed = wheel(source, CC=str(old), CXX=str(old))
+    if "x86_64" not in path.name:
         pytest.skip("needs x86-64")
     assert "warning: this compiler knows no AVX-512 BF16: its kernels are left out" in printed
-    with zipfile.ZipFile(made) as archive:
+    with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path / "installed")
     script = "import openwork as ow; print(','.join(ow.kernels.status().available))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
@@ -140,15 +177,15 @@ def test_a_compiler_without_bfloat16_builds_the_other_kernels(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_wheel_serves_every_python(tmp_path: Path) -> None:
+def test_a_wheel_serves_every_python(source: Path, tmp_path: Path) -> None:
     if lacking := missing("g++", "bash"):
         pytest.skip(f"needs {lacking}")
     quick = tmp_path / "g++"  # how fast the code is does not matter here
     quick.write_text('#!/bin/bash\nexec g++ "${@/-O3/-O0}"\n')
     quick.chmod(0o755)
-    made, _ = wheel(tmp_path, str(quick))
-    assert "-py3-none-" in made.name
-    assert not made.name.endswith("-any.whl")
-    with zipfile.ZipFile(made) as archive:
+    path, _ = wheel(source, CC=str(quick), CXX=str(quick))
+    assert "-py3-none-" in path.name
+    assert not path.name.endswith("-any.whl")
+    with zipfile.ZipFile(path) as archive:
         assert [name for name in archive.namelist() if name.endswith(".so")] == ["openwork/kernels/cpu/libopenwork.so"]
         assert not [name for name in archive.namelist() if name.endswith((".cpp", ".inl", ".h"))]

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from openwork.kernels.cpu import masks as native
 from openwork.nm.groups import Axis
-from openwork.nm.masks import keep_largest, prune
+from openwork.nm.masks import apply_mask, magnitude_mask
 from openwork.nm.pattern import Pattern
 
 ops = torch.ops.openwork
+AT = [1, 1, 0]  # Axis(1)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 # The instruction set stays chosen while hypothesis draws.
@@ -95,7 +96,7 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Pattern, Axis]:
 
 
 def where(pattern: Pattern, axis: Axis) -> tuple[Any, ...]:
-    return pattern.n, pattern.m, axis.dim, axis.blocks, axis.flat
+    return pattern.n, pattern.m, [axis.dim, axis.blocks, int(axis.flat)]
 
 
 def defined_decay(gradient: Tensor, weight: Tensor, rate: float, keep: Tensor) -> Tensor:
@@ -115,17 +116,19 @@ def same_or_nan(a: Tensor, b: Tensor) -> bool:
 @given(case=cases())
 def test_keep_is_the_definition(isa: str, case: tuple[Tensor, Pattern, Axis]) -> None:
     weight, pattern, axis = case
-    assert torch.equal(ops.keep_largest(weight.abs(), *where(pattern, axis)), keep_largest(weight.abs(), pattern, axis))
+    assert torch.equal(
+        ops.foreach_mask([weight.abs()], *where(pattern, axis))[0], magnitude_mask(weight.abs(), pattern, axis)
+    )
 
 
 @many
 @given(case=cases())
 def test_prune_is_the_definition_bit_by_bit(isa: str, case: tuple[Tensor, Pattern, Axis]) -> None:
     weight, pattern, axis = case
-    expected = torch.where(keep_largest(weight.abs(), pattern, axis), weight, 0.0)
-    pruned = ops.prune(weight, *where(pattern, axis))
+    expected = torch.where(magnitude_mask(weight.abs(), pattern, axis), weight, 0.0)
+    pruned = ops.foreach_prune([weight], *where(pattern, axis))[0]
     assert torch.equal(bits(pruned), bits(expected))
-    reference = prune(weight, torch.ones_like(weight, dtype=torch.bool))
+    reference = apply_mask(weight, torch.ones_like(weight, dtype=torch.bool))
     assert all(size == 1 or pruned.stride(dim) == reference.stride(dim) for dim, size in enumerate(weight.shape))
 
 
@@ -135,8 +138,8 @@ def test_decay_is_the_definition_bit_by_bit(isa: str, case: Any, rate: float, al
     weight, pattern, axis = case
     gradient = numbers(tuple(weight.shape), weight.dtype, 1, "bits")
     gradient = torch.empty_like(weight).copy_(gradient) if alike else gradient
-    expected = defined_decay(gradient, weight, rate, keep_largest(weight.abs(), pattern, axis))
-    ops.add_decayed(gradient, weight, rate, *where(pattern, axis))
+    expected = defined_decay(gradient, weight, rate, magnitude_mask(weight.abs(), pattern, axis))
+    ops.foreach_decay([gradient], [weight], rate, *where(pattern, axis))
     assert same_or_nan(gradient, expected)
 
 
@@ -157,10 +160,10 @@ def test_groups_larger_than_what_is_worked_on_at_once(
     isa: str, shape: Any, pattern: Pattern, dtype: torch.dtype
 ) -> None:
     weight, gradient = numbers(shape, dtype, 0, "ties"), numbers(shape, dtype, 1, "real")
-    keep = keep_largest(weight.abs(), pattern, Axis(1))
+    keep = magnitude_mask(weight.abs(), pattern, Axis(1))
     expected = defined_decay(gradient, weight, 0.5, keep)
-    assert torch.equal(ops.keep_largest(weight.abs(), *where(pattern, Axis(1))), keep)
-    ops.add_decayed(gradient, weight, 0.5, *where(pattern, Axis(1)))
+    assert torch.equal(ops.foreach_mask([weight.abs()], *where(pattern, Axis(1)))[0], keep)
+    ops.foreach_decay([gradient], [weight], 0.5, *where(pattern, Axis(1)))
     assert same_or_nan(gradient, expected)
 
 
@@ -169,11 +172,11 @@ def test_threads_share_the_groups(isa: str, threads: int) -> None:
     weight, before = torch.randn(300, 1024), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        pruned, keep = ops.prune(weight, 2, 4, 1, 1, False), ops.keep_largest(weight.abs(), 3, 8, 1, 1, False)
+        (pruned,), (keep,) = ops.foreach_prune([weight], 2, 4, AT), ops.foreach_mask([weight.abs()], 3, 8, AT)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(pruned, torch.where(keep_largest(weight.abs(), Pattern(2, 4), Axis(1)), weight, 0.0))
-    assert torch.equal(keep, keep_largest(weight.abs(), Pattern(3, 8), Axis(1)))
+    assert torch.equal(pruned, torch.where(magnitude_mask(weight.abs(), Pattern(2, 4), Axis(1)), weight, 0.0))
+    assert torch.equal(keep, magnitude_mask(weight.abs(), Pattern(3, 8), Axis(1)))
 
 
 # --- which way a weight takes --------------------------------------------------------------------------------------
@@ -198,7 +201,7 @@ def test_how_groups_lie_in_memory(weight: Tensor, axis: Axis, expected: Any) -> 
     assert (found and (found.outer, found.length, found.inner, found.n, found.m)) == (expected and (*expected, 2, 4))
 
 
-@pytest.mark.parametrize("function", ["_keep_largest", "_prune", "_add_decayed"])
+@pytest.mark.parametrize("function", ["magnitude_mask", "apply_mask", "add_decay"])
 def test_weights_in_one_stretch_are_not_left_to_the_reference(isa: str, monkeypatch: Any, function: str) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("the reference ran")
@@ -207,18 +210,18 @@ def test_weights_in_one_stretch_are_not_left_to_the_reference(isa: str, monkeypa
     for weight, axis, expected in IN_MEMORY:
         if expected:
             at = where(Pattern(2, 4), axis)
-            for call in (ops.keep_largest, ops.prune):
-                call(weight, *at)
-            ops.add_decayed(torch.empty_like(weight), weight, 0.1, *at)
+            for call in (ops.foreach_mask, ops.foreach_prune):
+                call([weight], *at)
+            ops.foreach_decay([torch.empty_like(weight)], [weight], 0.1, *at)
 
 
 def test_without_the_library_the_reference_runs(no_library: None) -> None:
     weight = torch.randn(4, 8)
     gradient = torch.zeros(4, 8)
-    keep = keep_largest(weight.abs(), Pattern(2, 4), Axis(1))
-    assert torch.equal(ops.keep_largest(weight.abs(), 2, 4, 1, 1, False), keep)
-    assert torch.equal(ops.prune(weight, 2, 4, 1, 1, False), torch.where(keep, weight, 0.0))
-    ops.add_decayed(gradient, weight, 1.0, 2, 4, 1, 1, False)
+    keep = magnitude_mask(weight.abs(), Pattern(2, 4), Axis(1))
+    assert torch.equal(ops.foreach_mask([weight.abs()], 2, 4, AT)[0], keep)
+    assert torch.equal(ops.foreach_prune([weight], 2, 4, AT)[0], torch.where(keep, weight, 0.0))
+    ops.foreach_decay([gradient], [weight], 1.0, 2, 4, AT)
     assert torch.equal(gradient, torch.where(keep, 0.0, weight))
 
 
@@ -240,21 +243,21 @@ def test_without_the_library_the_reference_runs(no_library: None) -> None:
         ((2, 4, 1, -1, False), "does not fit"),
     ],
 )
-@pytest.mark.parametrize("name", ["keep_largest", "prune", "add_decayed"])
+@pytest.mark.parametrize("name", ["foreach_mask", "foreach_prune", "foreach_decay"])
 def test_numbers_that_make_no_groups_are_refused(name: str, at: Any, complaint: str) -> None:
     weight = torch.ones(4, 8)
-    arguments = (torch.zeros(4, 8), weight, 0.5) if name == "add_decayed" else (weight,)
+    arguments = ([torch.zeros(4, 8)], [weight], 0.5) if name == "foreach_decay" else ([weight],)
     with pytest.raises((ValueError, IndexError, RuntimeError), match=complaint):
-        getattr(ops, name)(*arguments, *at)
+        getattr(ops, name)(*arguments, *at[:2], list(at[2:]))
 
 
 def test_a_gradient_of_another_shape_is_refused(isa: str) -> None:
     weight = torch.ones(8, 4)
     for gradient in (torch.zeros(4, 4), torch.zeros(2, 4), torch.zeros(0, 4)):  # the same strides
         with pytest.raises(ValueError, match=r"gradient \(\d, 4\).*weight \(8, 4\)"):
-            ops.add_decayed(gradient, weight, 0.5, 1, 4, 1, 1, False)
+            ops.foreach_decay([gradient], [weight], 0.5, 1, 4, AT)
 
 
 def test_dtypes_without_an_order_are_refused(isa: str) -> None:
     with pytest.raises(TypeError, match="int32"):
-        ops.keep_largest(torch.ones(4, 8, dtype=torch.int32), 2, 4, 1, 1, False)
+        ops.foreach_mask([torch.ones(4, 8, dtype=torch.int32)], 2, 4, AT)

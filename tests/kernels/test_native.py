@@ -32,11 +32,11 @@ def test_structs_have_one_size_in_c_and_in_python() -> None:
     lib = native.library()
     structs = (
         native.Groups,
-        native.PanelWeight,
-        native.LinearCall,
-        native.ConvCall,
-        native.Rows,
-        native.Dots,
+        native.GemmWeight,
+        native.GemmLinear,
+        native.GemmConv2d,
+        native.Gemv,
+        native.DotProduct,
         native.Pixels,
     )
     assert [lib.openwork_size_of(i) for i in range(8)] == [*map(ctypes.sizeof, structs), 0]
@@ -103,8 +103,8 @@ def test_the_variable_chooses(name: str) -> None:
 
 
 def test_the_variable_switches_off() -> None:
-    work = "import torch; w = torch.ops.openwork.prune(torch.tensor([[1., 2.]]), 1, 2, 1, 1, False); print(w.tolist())"
-    done = python(f"{SAYS}; {work}", OPENWORK_ISA="none")
+    work = "import torch; w = torch.ops.openwork.foreach_prune([torch.tensor([[1., 2.]])], 1, 2, [1, 1, 0])"
+    done = python(f"{SAYS}; {work}; print(w[0].tolist())", OPENWORK_ISA="none")
     assert done.stdout.splitlines() == ["no native kernels: OPENWORK_ISA=none", "[[0.0, 2.0]]"], done.stderr
 
 
@@ -139,3 +139,18 @@ def test_threads_are_those_of_torch(threads: int) -> None:
         torch.set_num_threads(before)
     assert len({thread for _, _, thread in seen}) == threads
     assert sorted(i for first, last, _ in seen for i in range(first, last)) == list(range(100))
+
+
+def test_deploying_without_the_library_warns_once() -> None:
+    script = """
+import warnings, torch, openwork as ow
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        ow.plan(torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False)), torch.zeros(1, 8), pattern="8:8")
+print(*(each.message for each in caught))
+"""
+    done = python(script, OPENWORK_ISA="none")
+    text = "everything works without the native kernels, slower (no native kernels: OPENWORK_ISA=none)"
+    assert text in done.stdout, done.stderr
+    assert done.stdout.count("slower") == 1

@@ -68,9 +68,9 @@ def test_compiled_for_gpus_that_are_not_here(tmp_path: Path) -> None:
         ("masks", "_many", {"tensors"}),
         ("bits", "_pack", {"tensors"}),
         ("bits", "_differ", {"tensors"}),
-        ("thin", "_gather", {"B", "groups", "share"}),
-        ("thin", "_expand", {"B", "groups", "share"}),
-        ("thin", "_finish", {"B", "count"}),
+        ("skinny", "_gather", {"B", "groups", "share"}),
+        ("skinny", "_expand", {"B", "groups", "share"}),
+        ("skinny", "_finish", {"B", "count"}),
     ],
 )
 def test_a_kernel_is_compiled_once_for_all_sizes(file: str, kernel: str, sizes: set[str]) -> None:
@@ -81,16 +81,14 @@ def test_a_kernel_is_compiled_once_for_all_sizes(file: str, kernel: str, sizes: 
 @pytest.mark.parametrize(
     "name",
     [
-        "keep_largest",
-        "prune",
-        "add_decayed",
-        "keep_largest_list",
-        "prune_list",
-        "add_decayed_list",
-        "pack_list",
-        "packed_sad_list",
-        "keep_transposable",
-        "thin_linear",
+        "foreach_mask",
+        "foreach_prune",
+        "foreach_decay",
+        "foreach_pack",
+        "foreach_packed_sad",
+        "foreach_transposable_mask",
+        "skinny_gather_linear",
+        "skinny_expand_linear",
     ],
 )
 def test_cuda_tensors_are_led_to_triton(name: str) -> None:
@@ -101,7 +99,7 @@ def test_cuda_tensors_are_led_to_triton(name: str) -> None:
 def test_without_a_gpu_there_are_no_triton_kernels() -> None:
     assert not gpu.available()
     assert gpu.reason() in ("no CUDA GPU", "OPENWORK_TRITON=none")
-    assert kernels.gpu_status() == f"no Triton kernels: {gpu.reason()}"
+    assert kernels.status("cuda") == f"no Triton kernels: {gpu.reason()}"
 
 
 @pytest.fixture
@@ -109,18 +107,18 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """As where there is a GPU, in a new process; what each first launch ends with, an exception's text or ""."""
     ends: list[str] = []
 
-    def launched(*_: object) -> torch.Tensor:
+    def launched(*_: object) -> list[torch.Tensor]:
         end = ends.pop(0)
         if end:
             raise RuntimeError(end) if "memory" not in end else torch.cuda.OutOfMemoryError(end)
-        return torch.Tensor([[0.0, 0.0, 3.0, 4.0]])
+        return [torch.Tensor([[0.0, 0.0, 3.0, 4.0]])]
 
     monkeypatch.delenv("OPENWORK_TRITON", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch, "tensor", lambda data, device=None: torch.Tensor(data))
-    monkeypatch.setitem(sys.modules, "openwork.kernels.cuda.triton.masks", SimpleNamespace(prune=launched))
-    monkeypatch.setattr(gpu, "masks", SimpleNamespace(prune=launched), raising=False)
+    monkeypatch.setitem(sys.modules, "openwork.kernels.cuda.triton.masks", SimpleNamespace(foreach_prune=launched))
+    monkeypatch.setattr(gpu, "masks", SimpleNamespace(foreach_prune=launched), raising=False)
     gpu._lasting.cache_clear()
     yield ends
     gpu._lasting.cache_clear()

@@ -9,12 +9,27 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from openwork.methods.autograd import masked_gradient, straight_through
-from openwork.nm.masks import prune
+from openwork.methods import ASP, STE, Phase
+from openwork.methods.autograd import masked
+from openwork.methods.autograd import straight_through as fused
+from openwork.nm.groups import Axis
+from openwork.nm.masks import apply_mask
+from openwork.nm.pattern import Pattern
 
 torch.set_num_threads(1)
 
 Pass = Callable[[Tensor, Tensor], Tensor]
+PHASE = Phase(Pattern(2, 4), Axis(1))
+
+
+def straight_through(weight: Tensor, mask: Tensor) -> Tensor:
+    return masked(STE(), weight, mask, PHASE, {})
+
+
+def masked_gradient(weight: Tensor, mask: Tensor) -> Tensor:
+    return masked(ASP(), weight, mask, PHASE, {})
+
+
 BOTH = pytest.mark.parametrize("through", [straight_through, masked_gradient])
 
 KEEP = torch.tensor([[True, False, True, False], [False, True, True, False], [True, True, False, False]])
@@ -35,7 +50,7 @@ def test_forward_prunes_and_backward_passes(through: Pass, dtype: torch.dtype) -
     weight, gradient = weights(dtype).requires_grad_(), weights(dtype, seed=1)
     output = through(weight, KEEP)
     output.backward(gradient)
-    assert torch.equal(output, prune(weight.detach(), KEEP))
+    assert torch.equal(output, apply_mask(weight.detach(), KEEP))
     assert torch.equal(weight.grad, passed(through, gradient))
 
 
@@ -43,7 +58,7 @@ def test_forward_prunes_and_backward_passes(through: Pass, dtype: torch.dtype) -
 def test_pruned_infinities_reach_neither_output_nor_gradient(through: Pass) -> None:
     weight = torch.where(KEEP, weights(), torch.inf).requires_grad_()
     (through(weight, KEEP) ** 2).sum().backward()
-    assert torch.equal(weight.grad, passed(through, 2 * prune(weight.detach(), KEEP)))
+    assert torch.equal(weight.grad, passed(through, 2 * apply_mask(weight.detach(), KEEP)))
 
 
 def test_masked_gradient_is_the_derivative_of_prune() -> None:
@@ -111,7 +126,7 @@ def test_second_derivatives(through: Pass) -> None:
     weight = weights().requires_grad_()
     (first,) = torch.autograd.grad((through(weight, KEEP) ** 3).sum(), weight, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), weight)
-    assert torch.equal(second, 6 * prune(weight.detach(), KEEP))  # the first is 3 w~**2, zero at pruned weights
+    assert torch.equal(second, 6 * apply_mask(weight.detach(), KEEP))  # the first is 3 w~**2, zero at pruned weights
 
 
 @BOTH
@@ -144,9 +159,9 @@ def test_functional_gradient(through: Pass) -> None:
 
 @BOTH
 def test_vmap_masks_each_row_as_alone(through: Pass) -> None:
-    assert torch.equal(torch.vmap(through)(weights(), KEEP), prune(weights(), KEEP))
+    assert torch.equal(torch.vmap(through)(weights(), KEEP), apply_mask(weights(), KEEP))
     shared = torch.vmap(through, in_dims=(0, None))(weights(), KEEP[0])
-    assert torch.equal(shared, prune(weights(), KEEP[0].expand(3, 4)))
+    assert torch.equal(shared, apply_mask(weights(), KEEP[0].expand(3, 4)))
 
 
 @BOTH
@@ -175,3 +190,33 @@ def test_compiles_in_one_graph(through: Pass) -> None:
     weight = weights().requires_grad_()
     torch.compile(step, fullgraph=True, backend="aot_eager")(weight, KEEP).backward()
     assert torch.equal(weight.grad, passed(through, torch.arange(1.0, 5.0).expand(3, 4)))
+
+
+# --- the kernel that makes no mask ---------------------------------------------------------------------------------
+
+
+def fused_loss(weight: Tensor) -> Tensor:
+    return (fused([weight], PHASE.pattern, [PHASE.axis])[0] * torch.arange(1.0, 5.0)).sum()
+
+
+def test_one_pass_is_the_mask_and_straight_through() -> None:
+    weight = weights().requires_grad_()
+    keep = STE().mask(weight.detach().abs(), PHASE)
+    assert torch.equal(fused([weight], PHASE.pattern, [PHASE.axis])[0], straight_through(weights(), keep))
+    fused_loss(weight).backward()
+    assert torch.equal(weight.grad, torch.arange(1.0, 5.0).expand(3, 4))
+
+
+def test_one_pass_under_function_transforms() -> None:
+    ones = torch.arange(1.0, 5.0).expand(3, 4)
+    assert torch.equal(torch.func.grad(fused_loss)(weights()), ones)
+    stack = torch.stack([weights(), weights(seed=1)])
+    apart = torch.stack([fused([w], PHASE.pattern, [PHASE.axis])[0] for w in stack])
+    assert torch.equal(torch.vmap(lambda w: fused([w], PHASE.pattern, [PHASE.axis])[0])(stack), apart)
+    assert torch.equal(torch.vmap(torch.func.grad(fused_loss))(stack), torch.stack([ones, ones]))
+
+
+def test_one_pass_compiles_in_one_graph() -> None:
+    weight = weights().requires_grad_()
+    torch.compile(fused_loss, fullgraph=True, backend="aot_eager")(weight).backward()
+    assert torch.equal(weight.grad, torch.arange(1.0, 5.0).expand(3, 4))

@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from openwork.methods import ASP, SRSTE, STE, Dense, Method, TransposableSRSTE
+from openwork.methods import ASP, METHODS, SRSTE, STE, Dense, Method, Phase, TransposableSRSTE
+from openwork.methods.autograd import masked
 from openwork.nm.groups import Axis
-from openwork.nm.masks import keep_largest, kept_per_group
+from openwork.nm.masks import kept_per_group
 from openwork.nm.pattern import Pattern
+from openwork.ops.masks import add_decay
 
 torch.set_num_threads(1)
 
@@ -27,6 +29,7 @@ SPARSE = pytest.mark.parametrize("method", [method for method in ALL if method.s
 WEIGHT = torch.tensor([[1.0, -4.0, 3.0, -2.0], [0.5, 0.25, -0.75, 0.5]])
 KEEP = torch.tensor([[False, True, True, False], [True, False, True, False]])  # 2:4 by magnitude
 PRUNED = torch.tensor([[0.0, -4.0, 3.0, 0.0], [0.5, 0.0, -0.75, 0.0]])
+PHASE = Phase(Pattern(2, 4), Axis(1))
 GRADIENT = torch.tensor([[10.0, 20.0, 30.0, 40.0], [50.0, 60.0, 70.0, 80.0]])
 
 
@@ -40,13 +43,19 @@ def test_is_a_method(method: Method) -> None:
 
 
 def test_names_are_the_field_s() -> None:
-    assert {method.name: (method.sparse, method.fixed) for method in ALL} == {
-        "asp": (True, True),
-        "dense": (False, False),
-        "sr-ste": (True, False),
-        "ste": (True, False),
-        "transposable-sr-ste": (True, False),
+    assert {method.name: (method.sparse, method.schedule.refresh_every) for method in ALL} == {
+        "asp": (True, None),
+        "dense": (False, 0),
+        "sr-ste": (True, 0),
+        "ste": (True, 0),
+        "transposable-sr-ste": (True, 40),
     }
+
+
+def test_every_method_is_in_the_list_under_its_name() -> None:
+    assert [*METHODS][:5] == ["dense", "asp", "ste", "sr-ste", "transposable-sr-ste"]
+    assert all(method.name == name and issubclass(method, Method) for name, method in METHODS.items())
+    assert {type(method) for method in ALL} <= {*METHODS.values()}
 
 
 @EACH
@@ -66,15 +75,16 @@ def test_settings_tell_methods_apart() -> None:
 
 @EACH
 def test_weights_rank_by_magnitude(method: Method) -> None:
-    assert torch.equal(method.score(WEIGHT), WEIGHT.abs())
-    assert torch.equal(keep_largest(method.score(WEIGHT), Pattern(2, 4), Axis(1)), KEEP)
+    assert torch.equal(method.score(WEIGHT, {}), WEIGHT.abs())
+    assert torch.equal(method.mask(method.score(WEIGHT, {}), PHASE), KEEP)
 
 
 @EACH
 def test_inputs_are_left_as_they_were(method: Method) -> None:
     weight, keep = WEIGHT.clone(), KEEP.clone()
-    method.score(weight).fill_(7)
-    method.forward(weight, keep)
+    method.score(weight, {}).fill_(7)
+    method.forward(weight, keep, PHASE, {})
+    method.backward(GRADIENT.clone(), keep, PHASE, {})
     assert torch.equal(weight, WEIGHT)
     assert torch.equal(keep, KEEP)
 
@@ -93,7 +103,7 @@ EQUATIONS = [
 @pytest.mark.parametrize(("method", "output", "gradient"), EQUATIONS, ids=lambda x: getattr(x, "name", ""))
 def test_forward_and_gradient(method: Method, output: Tensor, gradient: Tensor) -> None:
     weight = WEIGHT.clone().requires_grad_()
-    found = method.forward(weight, KEEP)
+    found = masked(method, weight, KEEP, PHASE, {})
     found.backward(GRADIENT)
     assert torch.equal(found, output)
     assert torch.equal(weight.grad, gradient)
@@ -105,30 +115,28 @@ def test_forward_and_gradient(method: Method, output: Tensor, gradient: Tensor) 
 def test_exactly_n_of_m_survive(method: Method, n: int, m: int, groups: int, seed: int) -> None:
     pattern = Pattern(min(n, m), m)
     weight = torch.randint(1, 4, (3, groups * m), generator=torch.Generator().manual_seed(seed)).float()  # many ties
-    keep = keep_largest(method.score(weight), pattern, Axis(1))
-    assert (kept_per_group(method.forward(weight, keep), pattern, Axis(1)) == pattern.n).all()
+    phase = Phase(pattern, Axis(1))
+    keep = method.mask(method.score(weight, {}), phase)
+    assert (kept_per_group(method.forward(weight, keep, phase, {}), pattern, Axis(1)) == pattern.n).all()
 
 
-def test_only_sr_ste_has_a_gradient_term() -> None:
-    names = [method.name for method in ALL if hasattr(method, "gradient_term")]
-    assert names == ["sr-ste", "transposable-sr-ste"]
+def test_only_sr_ste_has_a_decay() -> None:
+    assert [method.name for method in ALL if method.decay] == ["sr-ste", "transposable-sr-ste"]
+    assert [method.name for method in ALL if method.acts_in_step] == ["sr-ste", "transposable-sr-ste"]
+    assert not SRSTE(0.0).acts_in_step
+    assert TransposableSRSTE(0.0).acts_in_step  # its masks are chosen anew
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_sr_ste_term_is_decay_times_the_pruned_weights(dtype: torch.dtype, requires_grad: bool) -> None:
+def test_sr_ste_adds_decay_times_the_pruned_weights(dtype: torch.dtype, requires_grad: bool) -> None:
     weight, keep = WEIGHT.to(dtype).requires_grad_(requires_grad), KEEP.clone()
-    term = SRSTE(0.25).gradient_term(weight, keep)
-    assert term.tolist() == [[0.25, 0.0, 0.0, -0.5], [0.0, 0.0625, 0.0, 0.125]]
-    assert term.dtype == dtype
+    gradient = torch.zeros_like(weight).detach()
+    with torch.no_grad():
+        add_decay(gradient, weight, SRSTE(0.25).decay, keep)
+    assert gradient.tolist() == [[0.25, 0.0, 0.0, -0.5], [0.0, 0.0625, 0.0, 0.125]]
     assert torch.equal(weight, WEIGHT.to(dtype))
     assert torch.equal(keep, KEEP)
-
-
-def test_sr_ste_term_may_be_changed_in_place() -> None:
-    weight = WEIGHT.clone()
-    SRSTE(0.25).gradient_term(weight, KEEP).fill_(7)
-    assert torch.equal(weight, WEIGHT)
 
 
 # --- twenty steps of plain SGD, written out ----------------------------------------------------------------------
@@ -147,11 +155,11 @@ def trained(method: Method) -> list[Tensor]:
     weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
     path = []
     for x, y in batches():
-        keep = keep_largest(method.score(weight.detach()), Pattern(2, 4), Axis(1))
-        (gradient,) = torch.autograd.grad(((x @ method.forward(weight, keep).t() - y) ** 2).mean(), weight)
+        keep = method.mask(method.score(weight.detach(), {}), PHASE)
+        used = masked(method, weight, keep, PHASE, {})
+        (gradient,) = torch.autograd.grad(((x @ used.t() - y) ** 2).mean(), weight)
         with torch.no_grad():
-            if hasattr(method, "gradient_term"):
-                gradient = gradient + method.gradient_term(weight, keep)
+            gradient = gradient + method.decay * weight * ~keep
             weight -= LR * gradient
         path.append(weight.detach().clone())
     return path
@@ -188,7 +196,7 @@ def test_the_decay_matters() -> None:
 def test_asp_leaves_pruned_weights_alone() -> None:
     weight = WEIGHT.clone().requires_grad_()
     for _ in range(3):
-        (gradient,) = torch.autograd.grad((ASP().forward(weight, KEEP) - GRADIENT).square().sum(), weight)
+        (gradient,) = torch.autograd.grad((masked(ASP(), weight, KEEP, PHASE, {}) - GRADIENT).square().sum(), weight)
         with torch.no_grad():
             weight -= 0.1 * gradient
     assert torch.equal(weight[~KEEP], WEIGHT[~KEEP])

@@ -17,7 +17,7 @@ import openwork as ow
 from openwork.nm.groups import Axis
 from openwork.nm.masks import kept_per_group
 from openwork.nm.transposable import all_masks
-from openwork.training.dtensor import whole
+from openwork.training.dtensor import full_tensor
 
 torch.set_num_threads(1)
 
@@ -143,14 +143,14 @@ def test_masks_are_exact_along_both_axes_and_verify_holds_them_so():
 
 def test_a_plain_model_is_verified_along_both_axes_where_asked():
     model = ow.finalize(net())
-    ow.verify(model, pattern="2:4", transposable=True)
+    ow.verify(model, pattern=ow.Selection("2:4", transposable=True))
     with torch.no_grad():
         model.fc.weight.zero_()[:, 0] = 1
     ow.verify(model, pattern="2:4")
     with pytest.raises(ow.NotSparse, match="along the output axis"):
-        ow.verify(model, pattern="2:4", transposable=True)
-    with pytest.raises(ValueError, match="transposable=True needs pattern="):
-        ow.verify(model, transposable=True)
+        ow.verify(model, pattern=ow.Selection("2:4", transposable=True))
+    with pytest.raises(ValueError, match="transposable=True needs a pattern"):
+        ow.verify(model, pattern=ow.Selection(transposable=True))
 
 
 # --- what survives -------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def on_one_rank(rank, folder):
     replicated, sharded = net(), fully_shard(net())
     train(replicated, data, forward=DistributedDataParallel(replicated))
     train(sharded, data)
-    found = [{name: whole(each) for name, each in model.state_dict().items()} for model in (replicated, sharded)]
+    found = [{name: full_tensor(each) for name, each in model.state_dict().items()} for model in (replicated, sharded)]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -327,11 +327,11 @@ def test_the_axes_of_each_kind_of_layer():
         }
     )
     report = ow.sparsify(model, "2:4", ow.TransposableSRSTE(), axis={"experts.up": 1, "experts.odd": 0})
-    across = dict(model.__dict__["_openwork_promise"].across)
-    assert across.pop("grouped.weight") == Axis(0, blocks=2)
-    assert across.pop("turned.weight") == Axis(1)
-    assert across.pop("experts.up") == Axis(2)
-    assert set(across.values()) == {Axis(0)}
+    output_axes = dict(model.__dict__["_openwork_record"].output_axes)
+    assert output_axes.pop("grouped.weight") == Axis(0, blocks=2)
+    assert output_axes.pop("turned.weight") == Axis(1)
+    assert output_axes.pop("experts.up") == Axis(2)
+    assert set(output_axes.values()) == {Axis(0)}
     assert report.skipped == {
         "narrow.weight": "output axis has 2 weights, not a multiple of 4",
         "experts.odd": "no known output axis: its reduction axis is dim 0, none of the last two",
@@ -364,3 +364,21 @@ def test_refresh_every_is_a_number_of_steps():
     for wrong in (0, -1, 2.5):
         with pytest.raises(ValueError, match="refresh_every="):
             ow.TransposableSRSTE(refresh_every=wrong)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(16, 12, 3, groups=2),
+        nn.Conv1d(20, 10, 3, groups=2),
+        nn.ConvTranspose2d(12, 16, 3, groups=2),
+        nn.ConvTranspose1d(10, 20, 3, groups=2),
+    ],
+    ids=repr,
+)
+def test_padded_groups_of_a_convolution_are_sparse_along_both_axes(conv):
+    model = nn.Sequential(copy.deepcopy(conv))
+    report = ow.sparsify(model, "2:4", METHOD, remainder="pad")
+    assert report.rows[0].kept == int(ow.masks(model)["0.weight"].sum())
+    assert ow.verify(model).sparse == {"0.weight": PATTERN}
+    ow.verify(ow.finalize(model), pattern=ow.Selection(PATTERN, remainder="pad", transposable=True))

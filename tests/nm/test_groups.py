@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from openwork.nm.groups import Axis, from_rows, reduction_size, to_rows
-from openwork.nm.masks import keep_largest
+from openwork.nm.masks import magnitude_mask
 from openwork.nm.pattern import Pattern
 from openwork.training.select import known_axis
 
@@ -219,10 +219,10 @@ def published_mask(weight: Tensor, pattern: Pattern) -> Tensor:
 def test_flat_axis_reproduces_the_published_masks(shape: tuple[int, ...], pattern: Pattern, memory: object) -> None:
     weight = torch.randperm(torch.Size(shape).numel()).reshape(shape) - 7.25  # no ties, which theirs leaves open
     found = weight.movedim(1, -1).contiguous().movedim(-1, 1) if memory == "last" else weight
-    assert torch.equal(keep_largest(found.abs(), pattern, Axis(flat=True)), published_mask(weight, pattern))
+    assert torch.equal(magnitude_mask(found.abs(), pattern, Axis(flat=True)), published_mask(weight, pattern))
 
 
 def test_flat_and_input_axis_differ_for_convolutions() -> None:
     weight = torch.arange(2 * 4 * 3 * 3.0).reshape(2, 4, 3, 3)
-    flat, along_input = (keep_largest(weight, Pattern(2, 4), axis) for axis in (Axis(flat=True), Axis(1)))
+    flat, along_input = (magnitude_mask(weight, Pattern(2, 4), axis) for axis in (Axis(flat=True), Axis(1)))
     assert not torch.equal(flat, along_input)

@@ -1,4 +1,4 @@
-"""SAD and churn on masks written by hand, their expectation by simulation, and one bit a weight."""
+"""SAD and flip_rate on masks written by hand, their expectation by simulation, and one bit a weight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from openwork.nm.mask_stats import chance_churn, churn, largest_churn, pack, packed_sad, sad
+from openwork.nm.mask_stats import chance_flip_rate, flip_rate, largest_flip_rate, pack, packed_sad, sad
 from openwork.nm.masks import topn
 from openwork.nm.pattern import Pattern
 
@@ -33,10 +33,10 @@ def test_sad_counts_positions_whose_membership_differs(a: str, b: str, divergenc
 
 
 def test_churn_is_a_share_of_all_weights() -> None:
-    assert churn(bools("1100").view(2, 2), bools("1010").view(2, 2)) == 0.5
+    assert flip_rate(bools("1100").view(2, 2), bools("1010").view(2, 2)) == 0.5
 
 
-@pytest.mark.parametrize("measure", [sad, churn])
+@pytest.mark.parametrize("measure", [sad, flip_rate])
 def test_masks_of_two_shapes_are_refused(measure: Callable[[Tensor, Tensor], float]) -> None:
     with pytest.raises(ValueError, match=r"shapes \(4,\) and \(2, 2\)"):
         measure(torch.ones(4, dtype=torch.bool), torch.ones(2, 2, dtype=torch.bool))
@@ -58,25 +58,25 @@ def test_packed_masks_of_two_sizes_are_refused() -> None:
         packed_sad(pack(bools("110011001")), pack(bools("11001100")))
 
 
-# --- what churn can be -------------------------------------------------------------------------------------------
+# --- what the flip rate can be -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_chance_churn_is_what_unrelated_masks_have(pattern: Pattern) -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = (topn(torch.rand(20_000, pattern.m, generator=generator), pattern) for _ in range(2))
-    assert churn(a, b) == pytest.approx(chance_churn(pattern), abs=0.01)
+    assert flip_rate(a, b) == pytest.approx(chance_flip_rate(pattern), abs=0.01)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_largest_churn_is_reached_by_opposite_scores(pattern: Pattern) -> None:
     score = torch.rand(10, pattern.m, generator=torch.Generator().manual_seed(0))
-    assert churn(topn(score, pattern), topn(-score, pattern)) == pytest.approx(largest_churn(pattern))
+    assert flip_rate(topn(score, pattern), topn(-score, pattern)) == pytest.approx(largest_flip_rate(pattern))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_chance_is_at_most_the_largest(pattern: Pattern) -> None:
-    assert 0 <= chance_churn(pattern) <= largest_churn(pattern) <= 1
+    assert 0 <= chance_flip_rate(pattern) <= largest_flip_rate(pattern) <= 1
 
 
 # --- one bit a weight --------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor, init_device_mesh
 
 from openwork.nm.groups import Axis, from_rows, to_rows
-from openwork.nm.masks import keep_largest, kept_per_group, prune, sortable, topn, topn_by_count
+from openwork.nm.masks import apply_mask, kept_per_group, magnitude_mask, sortable, too_dense, topn, topn_by_count
 from openwork.nm.pattern import Pattern
 
 torch.set_num_threads(1)
@@ -189,7 +189,7 @@ def test_counting_compiles_in_one_graph(pattern: Pattern) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_masking_compiles_to_native_code(dtype: torch.dtype) -> None:
     def masked(weight: Tensor) -> Tensor:
-        return prune(weight, keep_largest(weight.abs(), Pattern(2, 4), Axis(1)))
+        return apply_mask(weight, magnitude_mask(weight.abs(), Pattern(2, 4), Axis(1)))
 
     weight = with_ties((8, 8, 3), dtype)
     compiled = torch.compile(masked, fullgraph=True)(weight)
@@ -198,13 +198,13 @@ def test_masking_compiles_to_native_code(dtype: torch.dtype) -> None:
 
 def test_masks_exist_on_the_meta_device() -> None:
     with torch.device("meta"):
-        assert keep_largest(torch.zeros(4, 6), Pattern(2, 4), Axis(1)).shape == (4, 6)
+        assert magnitude_mask(torch.zeros(4, 6), Pattern(2, 4), Axis(1)).shape == (4, 6)
 
 
 def test_masks_stay_on_the_device_of_their_score() -> None:
     score = with_ties((4, 8), torch.float32)
     with torch.device("meta"):  # stands for any default device but the score's own
-        keep = keep_largest(score, Pattern(2, 4), Axis(1))
+        keep = magnitude_mask(score, Pattern(2, 4), Axis(1))
     assert torch.equal(keep, topn(score, Pattern(2, 4)))
 
 
@@ -215,9 +215,9 @@ def test_weights_sharded_by_rows_are_masked_and_pruned(
 ) -> None:
     weight = odd_weights(shape, torch.float32)
     sharded = distribute_tensor(weight, one_process, [Shard(0)])
-    keep = keep_largest(sharded.abs(), Pattern(2, 4), axis)
-    assert torch.equal(keep.full_tensor(), keep_largest(weight.abs(), Pattern(2, 4), axis))
-    assert torch.equal(bits(prune(sharded, keep).full_tensor()), bits(prune(weight, keep.full_tensor())))
+    keep = magnitude_mask(sharded.abs(), Pattern(2, 4), axis)
+    assert torch.equal(keep.full_tensor(), magnitude_mask(weight.abs(), Pattern(2, 4), axis))
+    assert torch.equal(bits(apply_mask(sharded, keep).full_tensor()), bits(apply_mask(weight, keep.full_tensor())))
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_sortable_orders_like_the_scores(dtype: torch.dtype) -> None:
     assert torch.equal(sortable(torch.stack([torch.tensor(-0.0), NEGATIVE_NAN]).to(dtype)), key[[0, -1]])
 
 
-# --- keep_largest: along any axis, with a remainder --------------------------------------------------------------
+# --- magnitude_mask: along any axis, with a remainder --------------------------------------------------------------
 
 AXES = [Axis(0), Axis(1), Axis(2), Axis(3), Axis(0, blocks=2), Axis(1, blocks=3), Axis(flat=True)]
 
@@ -254,12 +254,12 @@ AXES = [Axis(0), Axis(1), Axis(2), Axis(3), Axis(0, blocks=2), Axis(1, blocks=3)
     lengths=st.tuples(*[st.integers(1, 7)] * 4).filter(lambda x: math.prod(x) <= 300),
     seed=st.integers(0, 99),
 )
-def test_keep_largest_is_the_best_subset_of_each_group(
+def test_magnitude_mask_is_the_best_subset_of_each_group(
     axis: Axis, pattern: Pattern, lengths: tuple[int, ...], seed: int
 ) -> None:
     shape = [length * axis.blocks if dim == axis.dim else length for dim, length in enumerate(lengths)]
     score = with_ties(tuple(shape), torch.float32, seed)
-    keep = keep_largest(score, pattern, axis)
+    keep = magnitude_mask(score, pattern, axis)
     assert torch.equal(to_rows(keep, axis), best_mask(to_rows(score, axis), pattern))
 
 
@@ -268,13 +268,13 @@ def test_keep_largest_is_the_best_subset_of_each_group(
 )
 def test_a_short_last_group_keeps_its_n_highest(K: int, kept: list[int]) -> None:
     weight = torch.arange(1.0, K + 1).expand(3, K)
-    keep = keep_largest(weight, Pattern(2, 4), Axis(1))
-    assert kept_per_group(prune(weight, keep), Pattern(2, 4), Axis(1)).tolist() == [kept] * 3
+    keep = magnitude_mask(weight, Pattern(2, 4), Axis(1))
+    assert kept_per_group(apply_mask(weight, keep), Pattern(2, 4), Axis(1)).tolist() == [kept] * 3
 
 
 def test_padding_never_takes_the_place_of_a_weight() -> None:
     zeros = torch.tensor([[5.0, 4.0, 3.0, 2.0, 0.0, -0.0]])
-    assert keep_largest(zeros, Pattern(2, 4), Axis(1)).tolist() == [[True, True, False, False, True, True]]
+    assert magnitude_mask(zeros, Pattern(2, 4), Axis(1)).tolist() == [[True, True, False, False, True, True]]
 
 
 @pytest.mark.parametrize("layout", [torch.clone, lambda s: s.transpose(0, 1).contiguous().transpose(0, 1)])
@@ -282,7 +282,7 @@ def test_padding_never_takes_the_place_of_a_weight() -> None:
 def test_a_large_weight_is_ranked_in_parts_like_the_whole(shape: tuple[int, ...], layout: Callable) -> None:
     score = layout(torch.rand(shape).mul_(10).round_())  # with ties
     whole = topn(score.movedim(1, -1), Pattern(2, 4)).movedim(-1, 1)
-    keep = keep_largest(score, Pattern(2, 4), Axis(1))
+    keep = magnitude_mask(score, Pattern(2, 4), Axis(1))
     assert keep.stride() == score.stride()
     assert torch.equal(keep, whole)
 
@@ -291,7 +291,7 @@ def test_a_large_weight_is_ranked_in_parts_like_the_whole(shape: tuple[int, ...]
 def test_a_large_weight_is_ranked_along_its_axis(axis: Axis) -> None:
     score = torch.rand(2**11, 2**10)
     expected = from_rows(topn(to_rows(score, axis), Pattern(2, 4)), axis, tuple(score.shape))
-    assert torch.equal(keep_largest(score, Pattern(2, 4), axis), expected)
+    assert torch.equal(magnitude_mask(score, Pattern(2, 4), axis), expected)
 
 
 CONV_LAYOUTS = {
@@ -310,27 +310,29 @@ def test_mask_has_the_values_of_any_layout_and_the_strides_of_its_score(
 ) -> None:
     score = with_ties((8, 12, 3, 3), torch.float32)
     strided = CONV_LAYOUTS[layout](score)
-    keep = keep_largest(strided, pattern, axis)
+    keep = magnitude_mask(strided, pattern, axis)
     assert keep.stride() == strided.stride()
-    assert torch.equal(keep, keep_largest(score, pattern, axis))
+    assert torch.equal(keep, magnitude_mask(score, pattern, axis))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_channels_last_convolution_is_ranked_along_its_input_channels(dtype: torch.dtype) -> None:
     score = with_ties((4, 32, 3, 3), dtype).contiguous(memory_format=torch.channels_last)
     expected = topn(score.movedim(1, -1).contiguous(), Pattern(2, 16)).movedim(-1, 1)
-    assert torch.equal(keep_largest(score, Pattern(2, 16), Axis(1)), expected)
+    assert torch.equal(magnitude_mask(score, Pattern(2, 16), Axis(1)), expected)
 
 
 def test_a_slice_has_the_mask_of_its_copy() -> None:
     score = with_ties((8, 16, 3, 3), torch.float32)[::2, 4:12, :, 1:]
-    assert torch.equal(keep_largest(score, Pattern(2, 4), Axis(1)), keep_largest(score.clone(), Pattern(2, 4), Axis(1)))
+    assert torch.equal(
+        magnitude_mask(score, Pattern(2, 4), Axis(1)), magnitude_mask(score.clone(), Pattern(2, 4), Axis(1))
+    )
 
 
 def test_rounding_the_weight_may_change_its_mask() -> None:
     """Why masks are made from the weight as forward saw it (`Masked.seen_dtype`)."""
     weight = torch.tensor([[1.0, 1.001], [2.0, 4.0]])  # 1.001 rounds to 1 in bfloat16: a tie, which index 0 wins
-    exact, rounded = (keep_largest(w.abs(), Pattern(1, 2), Axis(1)) for w in (weight, weight.bfloat16()))
+    exact, rounded = (magnitude_mask(w.abs(), Pattern(1, 2), Axis(1)) for w in (weight, weight.bfloat16()))
     assert exact.tolist() == [[False, True], [False, True]]
     assert rounded.tolist() == [[True, False], [False, True]]
 
@@ -374,8 +376,8 @@ def test_prune_equals_where_bit_for_bit(dtype: torch.dtype, layout: str, keep_la
     weight = PRUNE_LAYOUTS[layout](odd_weights((12, 8), dtype))
     keep = PRUNE_LAYOUTS[keep_layout](torch.rand(12, 8, generator=torch.Generator().manual_seed(2)) > 0.5)
     expected = torch.where(keep, weight, torch.zeros((), dtype=dtype))
-    assert torch.equal(bits(prune(weight, keep)), bits(expected))
-    assert prune(weight, keep).dtype == dtype
+    assert torch.equal(bits(apply_mask(weight, keep)), bits(expected))
+    assert apply_mask(weight, keep).dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -383,7 +385,7 @@ def test_prune_equals_where_bit_for_bit(dtype: torch.dtype, layout: str, keep_la
 def test_pruned_entries_are_positive_zero(dtype: torch.dtype, requires_grad: bool) -> None:
     weight = odd_weights((16, 16), dtype).requires_grad_(requires_grad)
     keep = torch.rand(16, 16, generator=torch.Generator().manual_seed(3)) > 0.5
-    gone = prune(weight, keep)[~keep]
+    gone = apply_mask(weight, keep)[~keep]
     assert gone.numel() > 100
     assert (gone == 0).all()
     assert not torch.signbit(gone).any()
@@ -392,34 +394,42 @@ def test_pruned_entries_are_positive_zero(dtype: torch.dtype, requires_grad: boo
 def test_prune_leaves_its_inputs_and_shares_no_memory() -> None:
     weight, keep = torch.randn(4, 4), torch.rand(4, 4) > 0.5
     before = weight.clone(), keep.clone()
-    prune(weight, keep).fill_(7)
+    apply_mask(weight, keep).fill_(7)
     assert torch.equal(weight, before[0])
     assert torch.equal(keep, before[1])
 
 
 def test_prune_of_dtypes_without_bits_selects_as_well() -> None:
     weight, keep = torch.tensor([1 + 2j, -3j]), torch.tensor([False, True])
-    assert prune(weight, keep).tolist() == [0, -3j]
+    assert apply_mask(weight, keep).tolist() == [0, -3j]
 
 
 def test_prune_is_differentiable() -> None:
     weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     keep = torch.rand(3, 4) > 0.5
-    assert torch.autograd.gradcheck(lambda w: prune(w, keep), weight, check_forward_ad=True)
-    prune(weight, keep).sum().backward()
+    assert torch.autograd.gradcheck(lambda w: apply_mask(w, keep), weight, check_forward_ad=True)
+    apply_mask(weight, keep).sum().backward()
     assert torch.equal(weight.grad, keep.double())
 
 
 def test_prune_is_differentiable_by_function_transforms() -> None:
     weight, keep = torch.randn(3, 4), torch.rand(3, 4) > 0.5
-    assert torch.equal(torch.func.grad(lambda w: prune(w, keep).sum())(weight), keep.float())
-    _, tangent = torch.func.jvp(lambda w: prune(w, keep), (weight,), (torch.full_like(weight, 2.0),))
+    assert torch.equal(torch.func.grad(lambda w: apply_mask(w, keep).sum())(weight), keep.float())
+    _, tangent = torch.func.jvp(lambda w: apply_mask(w, keep), (weight,), (torch.full_like(weight, 2.0),))
     assert torch.equal(tangent, 2.0 * keep)
-    assert torch.equal(torch.vmap(prune)(weight, keep), prune(weight, keep))
+    assert torch.equal(torch.vmap(apply_mask)(weight, keep), apply_mask(weight, keep))
 
 
 def test_prune_does_without_autograd_where_none_is_asked_for() -> None:
     weight, keep = torch.randn(4, 4, requires_grad=True), torch.rand(4, 4) > 0.5
     with torch.no_grad():
-        assert not prune(weight, keep).requires_grad
-    assert not prune(weight.detach(), keep).requires_grad
+        assert not apply_mask(weight, keep).requires_grad
+    assert not apply_mask(weight.detach(), keep).requires_grad
+
+
+def test_too_dense_counts_the_groups_that_hold_more_than_n() -> None:
+    weight = torch.tensor([[1.0, 2.0, 0.0, 0.0, 5.0], [1.0, 2.0, 3.0, 4.0, 0.0], [1.0, 2.0, -3.0, 0.0, 0.0]])
+    assert too_dense(weight, Pattern(2, 4), Axis(1)) == "2 of 6 groups hold more than 2 of 4 (the worst 4)"
+    assert too_dense(weight, Pattern(4, 4), Axis(1)) == ""
+    assert too_dense(weight, Pattern(2, 3), Axis(0)) == "2 of 5 groups hold more than 2 of 3 (the worst 3)"
+    assert too_dense(weight[:0], Pattern(2, 4), Axis(1)) == ""

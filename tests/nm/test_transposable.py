@@ -19,9 +19,8 @@ from openwork.nm.transposable import (
     best_2_4,
     best_tiles,
     classes_of_pairs,
-    cuts_into_tiles,
     finite,
-    keep_transposable,
+    transposable_mask,
 )
 
 torch.set_num_threads(1)
@@ -55,8 +54,8 @@ def drawn(seed, *shape, high=4):
     return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
-def demand_exact(keep, pattern, axis, across):
-    for each in (axis, across):
+def check_exact(keep, pattern, axis, output_axis):
+    for each in (axis, output_axis):
         assert (kept_per_group(keep, pattern, each) == pattern.n).all()
 
 
@@ -113,9 +112,9 @@ def test_nan_is_kept_and_infinity_before_numbers(pattern):
     keep = best_tiles(tiles, pattern)
     assert keep[:, 1, 2].all()
     assert keep[:, 3, 0].all()
-    demand_exact(keep, pattern, Axis(2), Axis(1))
+    check_exact(keep, pattern, Axis(2), Axis(1))
     every = best_tiles(torch.full((2, pattern.m, pattern.m), torch.nan), pattern)
-    demand_exact(every, pattern, Axis(2), Axis(1))
+    check_exact(every, pattern, Axis(2), Axis(1))
     assert finite(torch.tensor([torch.nan, torch.inf, 3e38])).isfinite().all()
 
 
@@ -123,7 +122,7 @@ def test_nan_is_kept_and_infinity_before_numbers(pattern):
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis", "across"),
+    ("shape", "axis", "output_axis"),
     [
         ((8, 12), Axis(1), Axis(0)),
         ((8, 12), Axis(0), Axis(1)),
@@ -133,13 +132,13 @@ def test_nan_is_kept_and_infinity_before_numbers(pattern):
         ((3, 4, 8), Axis(1), Axis(2)),
     ],
 )
-def test_each_tile_of_a_weight_is_solved_alone(shape, axis, across):
+def test_each_tile_of_a_weight_is_solved_alone(shape, axis, output_axis):
     score = draw(*shape).abs()
-    keep = keep_transposable(score, TWO_OF_FOUR, axis, across)
-    demand_exact(keep, TWO_OF_FOUR, axis, across)
-    flat = score.movedim((across.dim, axis.dim), (-2, -1)).flatten(0, -3) if len(shape) > 2 else score[None]
+    keep = transposable_mask(score, TWO_OF_FOUR, axis, output_axis)
+    check_exact(keep, TWO_OF_FOUR, axis, output_axis)
+    flat = score.movedim((output_axis.dim, axis.dim), (-2, -1)).flatten(0, -3) if len(shape) > 2 else score[None]
     flat = flat if len(shape) > 2 or axis.dim == 1 else score.t()[None]
-    mask = keep.movedim((across.dim, axis.dim), (-2, -1)).flatten(0, -3) if len(shape) > 2 else keep[None]
+    mask = keep.movedim((output_axis.dim, axis.dim), (-2, -1)).flatten(0, -3) if len(shape) > 2 else keep[None]
     mask = mask if len(shape) > 2 or axis.dim == 1 else keep.t()[None]
     for matrix, kept in zip(flat, mask, strict=True):
         assert torch.equal(kept[:4, -4:], best_2_4(matrix[:4, -4:][None])[0])
@@ -148,18 +147,42 @@ def test_each_tile_of_a_weight_is_solved_alone(shape, axis, across):
 def test_strides_stay_and_do_not_matter():
     score = draw(8, 8, 3, 3).abs()
     last = score.contiguous(memory_format=torch.channels_last)
-    found = keep_transposable(last, TWO_OF_FOUR, Axis(1), Axis(0))
+    found = transposable_mask(last, TWO_OF_FOUR, Axis(1), Axis(0))
     assert found.stride() == last.stride()
-    assert torch.equal(found, keep_transposable(score, TWO_OF_FOUR, Axis(1), Axis(0)))
+    assert torch.equal(found, transposable_mask(score, TWO_OF_FOUR, Axis(1), Axis(0)))
 
 
 def test_tiles_that_stick_out_keep_n_or_fewer():
     score = draw(6, 10).abs()
-    keep = keep_transposable(score, TWO_OF_FOUR, Axis(1), Axis(0))
+    keep = transposable_mask(score, TWO_OF_FOUR, Axis(1), Axis(0))
     padded = torch.nn.functional.pad(score, (0, 2, 0, 2))
-    assert torch.equal(keep, keep_transposable(padded, TWO_OF_FOUR, Axis(1), Axis(0))[:6, :10])
+    assert torch.equal(keep, transposable_mask(padded, TWO_OF_FOUR, Axis(1), Axis(0))[:6, :10])
     assert int(kept_per_group(keep, TWO_OF_FOUR, Axis(0)).max()) == 2
-    assert "output axis has 6 weights" in cuts_into_tiles((6, 8), 4, Axis(1), Axis(0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "output_axis"),
+    [
+        ((12, 8, 3), Axis(1), Axis(0, blocks=2)),  # a convolution of two groups
+        ((12, 8, 3), Axis(0, blocks=2), Axis(1)),  # a transposed one
+        ((10, 12), Axis(0, blocks=2), Axis(1, blocks=3)),
+    ],
+)
+def test_tiles_end_where_a_convolution_s_groups_end(shape, axis, output_axis):
+    score = draw(*shape).abs()
+    keep = transposable_mask(score, TWO_OF_FOUR, axis, output_axis)
+    for scores, kept in zip(blocks(score, axis, output_axis), blocks(keep, axis, output_axis), strict=True):
+        assert torch.equal(kept, transposable_mask(scores, TWO_OF_FOUR, Axis(axis.dim), Axis(output_axis.dim)))
+    for each in (axis, output_axis):
+        assert int(kept_per_group(keep, TWO_OF_FOUR, each).max()) == 2
+
+
+def blocks(weight, *axes):
+    """The parts of a weight that are no groups of one another."""
+    parts = [weight]
+    for axis in axes:
+        parts = [piece for part in parts for piece in part.chunk(axis.blocks, axis.dim)]
+    return parts
 
 
 def test_the_public_function_takes_batches_and_refuses_what_does_not_divide():
@@ -170,8 +193,9 @@ def test_the_public_function_takes_batches_and_refuses_what_does_not_divide():
 
 
 def test_the_operator_is_registered_rightly():
-    torch.library.opcheck(torch.ops.openwork.keep_transposable.default, (draw(8, 8).abs(), 2, 4, 1, 0))
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("openwork::keep_transposable", "CUDA")
+    arguments = ([draw(8, 8).abs(), draw(6, 8, 3).abs()], 2, 4, [1, 1, 0, 1, 1, 0], [0, 1, 0, 0, 2, 0])
+    torch.library.opcheck(torch.ops.openwork.foreach_transposable_mask.default, arguments)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("openwork::foreach_transposable_mask", "CUDA")
 
 
 # --- the entropic solver -------------------------------------------------------------------------------------------
@@ -192,7 +216,7 @@ def test_it_is_exact_in_rows_and_columns_and_close_to_the_optimum(pattern, share
     pattern = ow.Pattern.parse(pattern)
     tiles = draw(40, pattern.m, pattern.m, seed=3).abs()
     keep = best_approximate(tiles, pattern)
-    demand_exact(keep, pattern, Axis(2), Axis(1))
+    check_exact(keep, pattern, Axis(2), Axis(1))
     best = sum(optimum(tile, pattern.n) for tile in tiles)
     assert share * best <= float((keep * tiles).sum()) <= best * (1 + 1e-6)
 
@@ -205,8 +229,8 @@ def test_it_is_exact_on_hostile_tiles(n, m, seed, kind):
     pattern = ow.Pattern(min(n, m), m)
     tiles = drawn(seed, 4, m, m, high=2) * (10.0 ** drawn(seed + 1, 4, m, m, high=60) if kind == "wild" else 1.0)
     tiles = tiles if kind != "zeros" else torch.zeros_like(tiles)
-    demand_exact(best_tiles(tiles, pattern), pattern, Axis(2), Axis(1))
-    demand_exact(best_approximate(finite(tiles), pattern), pattern, Axis(2), Axis(1))
+    check_exact(best_tiles(tiles, pattern), pattern, Axis(2), Axis(1))
+    check_exact(best_approximate(finite(tiles), pattern), pattern, Axis(2), Axis(1))
 
 
 @settings(max_examples=20, deadline=None)
@@ -218,9 +242,9 @@ def test_what_rounding_leaves_open_is_completed(n, m, seed):
     assert int(some.sum(1).max()) <= n
     assert int(some.sum(2).max()) <= n
     keep = completed(some, score, n)
-    demand_exact(keep, ow.Pattern(n, m), Axis(2), Axis(1))
+    check_exact(keep, ow.Pattern(n, m), Axis(2), Axis(1))
     better = improved(keep, score)
-    demand_exact(better, ow.Pattern(n, m), Axis(2), Axis(1))
+    check_exact(better, ow.Pattern(n, m), Axis(2), Axis(1))
     assert ((score * better).sum((1, 2)) >= (score * keep).sum((1, 2)) - 1e-5).all()
 
 

@@ -1,10 +1,12 @@
+import operator
+
 import pytest
 import torch
 
 from openwork.nm.groups import Axis
-from openwork.nm.masks import keep_largest as definition
+from openwork.nm.masks import magnitude_mask as definition
 from openwork.nm.pattern import Pattern
-from openwork.ops import keep_largest
+from openwork.ops import foreach_mask
 
 CASES = [
     ((16, 8, 3, 3), Pattern(2, 4), Axis(1)),
@@ -16,8 +18,8 @@ CASES = [
 
 @pytest.mark.parametrize(("shape", "pattern", "axis"), CASES)
 def test_the_operator_is_registered_rightly(shape, pattern, axis):
-    arguments = (torch.rand(shape), pattern.n, pattern.m, axis.dim, axis.blocks, axis.flat)
-    torch.library.opcheck(torch.ops.openwork.keep_largest.default, arguments)
+    arguments = ([torch.rand(shape)], pattern.n, pattern.m, [axis.dim, axis.blocks, int(axis.flat)])
+    torch.library.opcheck(torch.ops.openwork.foreach_mask.default, arguments)
 
 
 @pytest.mark.parametrize(("shape", "pattern", "axis"), CASES)
@@ -29,14 +31,14 @@ def test_a_compiled_mask_is_the_eager_one_and_one_operator(shape, pattern, axis)
         return graph.forward
 
     score = torch.rand(shape).round(decimals=1)  # with ties
-    compiled = torch.compile(keep_largest, fullgraph=True, backend=backend)(score, pattern, axis)
+    (compiled,) = torch.compile(foreach_mask, fullgraph=True, backend=backend)([score], pattern, [axis])
     assert torch.equal(compiled, definition(score, pattern, axis))
-    assert [node.target for node in graphs[0].graph.nodes if node.op == "call_function"] == [
-        torch.ops.openwork.keep_largest.default
-    ]
+    assert [
+        node.target for node in graphs[0].graph.nodes if node.op == "call_function" and node.target != operator.getitem
+    ] == [torch.ops.openwork.foreach_mask.default]
 
 
 def test_channels_last_keeps_its_strides_when_compiled():
     score = torch.rand(8, 8, 3, 3).to(memory_format=torch.channels_last)
-    compiled = torch.compile(keep_largest, fullgraph=True, backend="aot_eager")(score, Pattern(2, 4), Axis(1))
+    compiled = torch.compile(foreach_mask, fullgraph=True, backend="aot_eager")([score], Pattern(2, 4), [Axis(1)])[0]
     assert compiled.stride() == score.stride()

@@ -140,7 +140,7 @@ def test_finalizing_by_parts_ends_with_a_plain_model():
     ow.verify(model, torch.ones(1, 8))
     ow.finalize(model[1])
     ow.finalize(model)
-    assert "_openwork_promise" not in model.__dict__
+    assert "_openwork_record" not in model.__dict__
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
 

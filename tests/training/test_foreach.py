@@ -37,17 +37,19 @@ def trained(method: Any, patterns: Any) -> tuple[nn.Module, ow.Topology]:
 
 @pytest.mark.parametrize("patterns", ["2:4", {"0.weight": "1:4", "3.weight": "2:8", "*": "2:4"}])
 def test_lists_train_the_same_weights(patterns: Any, monkeypatch: Any) -> None:
-    one_by_one, recorded = trained(ow.SRSTE(0.5), patterns)
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels, "fuses", lambda weight: False)  # masks first, and one weight after the other
+        one_by_one, recorded = trained(ow.SRSTE(0.5), patterns)
     calls: list[int] = []
-    monkeypatch.setattr(kernels, "takes_lists", lambda weight: True)
-    monkeypatch.setattr(kernels, "in_one_pass", lambda weight: True)
+    monkeypatch.setattr(kernels, "batches", lambda weight: True)
+    monkeypatch.setattr(kernels, "fuses", lambda weight: True)
 
     def counting(gradients: Any, *rest: Any) -> None:
         calls.append(len(gradients))
         real(gradients, *rest)
 
-    real = ops.add_decayed_list
-    monkeypatch.setattr(ops, "add_decayed_list", counting)
+    real = foreach.foreach_decay
+    monkeypatch.setattr(foreach, "foreach_decay", counting)
     listed, again = trained(ow.SRSTE(0.5), patterns)
     assert all(torch.equal(a, b) for a, b in zip(one_by_one.parameters(), listed.parameters(), strict=True))
     assert recorded.records == again.records
@@ -57,15 +59,15 @@ def test_lists_train_the_same_weights(patterns: Any, monkeypatch: Any) -> None:
 def counted_lists(monkeypatch: Any) -> list[int]:
     """Lists on a CPU; how long each is that is pruned from now on."""
     calls: list[int] = []
-    monkeypatch.setattr(kernels, "takes_lists", lambda weight: True)
-    monkeypatch.setattr(kernels, "in_one_pass", lambda weight: True)
-    real = ops.prune_list
+    monkeypatch.setattr(kernels, "batches", lambda weight: True)
+    monkeypatch.setattr(kernels, "fuses", lambda weight: True)
+    real = foreach.straight_through
 
     def counting(weights: Any, *rest: Any) -> Any:
         calls.append(len(weights))
         return real(weights, *rest)
 
-    monkeypatch.setattr(ops, "prune_list", counting)
+    monkeypatch.setattr(foreach, "straight_through", counting)
     return calls
 
 
@@ -148,16 +150,14 @@ def test_masks_are_the_same_in_lists(method: Any, monkeypatch: Any) -> None:
     ow.sparsify(model, {"0.weight": "1:4", "*": "2:4"}, method)
     expected = ow.masks(model)
     calls: list[int] = []
-    real = foreach.keep_largest_list
-    monkeypatch.setattr(kernels, "takes_lists", lambda weight: True)
-    monkeypatch.setattr(kernels, "in_one_pass", lambda weight: True)
-    monkeypatch.setattr(
-        foreach, "keep_largest_list", lambda scores, *rest: calls.append(len(scores)) or real(scores, *rest)
-    )
+    real = foreach.foreach_mask
+    monkeypatch.setattr(kernels, "batches", lambda weight: True)
+    monkeypatch.setattr(kernels, "fuses", lambda weight: True)
+    monkeypatch.setattr(foreach, "foreach_mask", lambda scores, *rest: calls.append(len(scores)) or real(scores, *rest))
     found = ow.masks(model)
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], mask) for name, mask in expected.items())
-    assert calls == ([] if method.fixed else [1, 3])
+    assert calls == ([] if method.schedule.stores_mask else [1, 3])
 
 
 @pytest.mark.parametrize(("state", "expected"), [("", True), ("capturing", False), ("compiling", False)])
@@ -165,38 +165,38 @@ def test_no_list_goes_into_a_graph(state: str, expected: bool, monkeypatch: Any)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state == "capturing")
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: state == "compiling")
     weight: Any = SimpleNamespace(is_cuda=True)
-    assert kernels.takes_lists(weight) is expected
+    assert kernels.batches(weight) is expected
 
 
 def test_operators_on_lists_are_those_on_their_members() -> None:
     kept = [torch.rand(shape) < 0.5 for shape in ((3, 5), (8, 8), (0,))]
-    packed = ops.pack_list(kept)
+    packed = ops.foreach_pack(kept)
     assert all(torch.equal(a, pack(b)) for a, b in zip(packed, kept, strict=True))
     others = [pack(torch.rand(mask.shape) < 0.5) for mask in kept]
-    assert ops.packed_sad_list(packed, others) == [packed_sad(a, b) for a, b in zip(packed, others, strict=True)]
-    assert ops.pack_list([]) == ops.packed_sad_list([], []) == []
+    assert ops.foreach_packed_sad(packed, others) == [packed_sad(a, b) for a, b in zip(packed, others, strict=True)]
+    assert ops.foreach_pack([]) == ops.foreach_packed_sad([], []) == []
     with pytest.raises(ValueError, match="packed masks of 2 and 8 bytes"):
-        ops.packed_sad_list(packed[:1], others[1:2])
+        ops.foreach_packed_sad(packed[:1], others[1:2])
 
 
-LISTED = ("keep_largest_list", "prune_list", "add_decayed_list", "pack_list", "packed_sad_list")
+LISTED = ("foreach_mask", "foreach_prune", "foreach_decay", "foreach_pack", "foreach_packed_sad")
 
 
 @pytest.mark.parametrize("name", LISTED)
 def test_fake_kernels_fit(name: str) -> None:
     weights = [torch.randn(4, 8), torch.randn(3, 4, 2)]
-    each = (2, 4, [1, 1], [1, 1], [False, False])
+    each = (2, 4, [1, 1, 0, 1, 1, 0])
     masks = [weight > 0 for weight in weights]
     arguments = {
-        "keep_largest_list": ([weight.abs() for weight in weights], *each),
-        "prune_list": (weights, *each),
-        "add_decayed_list": ([torch.zeros_like(weight) for weight in weights], weights, 0.5, *each),
-        "pack_list": (masks,),
-        "packed_sad_list": ([pack(mask) for mask in masks], [pack(~mask) for mask in masks]),
+        "foreach_mask": ([weight.abs() for weight in weights], *each),
+        "foreach_prune": (weights, *each),
+        "foreach_decay": ([torch.zeros_like(weight) for weight in weights], weights, 0.5, *each),
+        "foreach_pack": (masks,),
+        "foreach_packed_sad": ([pack(mask) for mask in masks], [pack(~mask) for mask in masks]),
     }
     torch.library.opcheck(getattr(torch.ops.openwork, name).default, arguments[name])
 
 
-@pytest.mark.parametrize("name", LISTED)
+@pytest.mark.parametrize("name", LISTED[3:])
 def test_compilers_are_told_that_lists_do_not_fit_cuda_graphs(name: str) -> None:
     assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.openwork, name).default.tags

@@ -184,7 +184,7 @@ def test_training_verifying_and_finalizing(case):
     assert {name: type(module) for name, module in model.named_modules()} == classes
     assert all(each is parameters[name] for name, each in model.named_parameters())
     assert list(dict(model.named_parameters())) == list(parameters)
-    assert ow.verify(model, example, pattern="2:4", **choices).sparse == report.sparse
+    assert ow.verify(model, example, pattern=ow.Selection("2:4", **choices)).sparse == report.sparse
 
 
 def test_checkpoints_load_both_ways(case):

@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pytest
@@ -13,7 +13,9 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import openwork as ow
-from openwork.methods.autograd import masked_gradient, straight_through
+from openwork.methods import Method
+from openwork.methods.schedule import ONCE
+from openwork.nm.masks import apply_mask
 from openwork.training.parametrize import masked_modules, unwrap, weight_name
 
 METHODS = (ow.SRSTE(), ow.STE(), ow.ASP())
@@ -28,37 +30,33 @@ def dense(module, tensor="weight"):
     return module.parametrizations[tensor].original
 
 
-class Counting:
-    """A method that counts how often it masks a weight, and notes the grad mode."""
+@dataclass(frozen=True)
+class Counting(Method):
+    """A method that counts how often it ranks a weight, and notes the grad mode."""
 
     name: ClassVar[str] = "counting"
-    fixed: ClassVar[bool] = False
-    sparse: ClassVar[bool] = True
+    modes: list = field(default_factory=list, compare=False)
 
-    def __init__(self):
-        self.modes = []
-
-    def score(self, weight):
-        return weight.abs()
-
-    def forward(self, weight, keep):
+    def score(self, weight, state):
         self.modes.append(torch.is_grad_enabled())
-        return straight_through(weight, keep)
+        return weight.abs()
 
 
 @dataclass(frozen=True)
-class Signed:
+class Signed(Method):
     """A method with a score of its own: the largest positive weights."""
 
     name: ClassVar[str] = "signed"
-    fixed: ClassVar[bool] = True
-    sparse: ClassVar[bool] = True
 
-    def score(self, weight):
+    @property
+    def schedule(self):
+        return ONCE
+
+    def score(self, weight, state):
         return weight.clamp(min=0)
 
-    def forward(self, weight, keep):
-        return masked_gradient(weight, keep)
+    def backward(self, gradient, mask, phase, state):
+        return apply_mask(gradient, mask)
 
 
 class Repeated(nn.Module):
@@ -80,6 +78,7 @@ class Repeated(nn.Module):
 def counted(model):
     method = Counting()
     ow.sparsify(model, "2:4", method)
+    method.modes.clear()  # of the report
     return method.modes
 
 
@@ -207,7 +206,7 @@ def test_nothing_is_kept_between_forwards():
     for _ in range(3):
         model(torch.randn(2, 8))
     assert len(modes) == 3
-    assert not model.block.parametrizations.weight[0].scope._here.seen
+    assert not model.block.parametrizations.weight[0].cache._here.seen
 
 
 def test_a_write_between_two_reads_of_one_forward_is_seen():
@@ -297,7 +296,7 @@ def test_a_nested_call_of_the_root_ends_no_cache():
     model.between = lambda: inner or inner.append(0) or model(torch.randn(1, 8))
     model(torch.randn(2, 8))
     assert len(modes) <= 2
-    assert not model.block.parametrizations.weight[0].scope._here.seen
+    assert not model.block.parametrizations.weight[0].cache._here.seen
 
 
 def test_two_threads_do_not_share_a_cache():
@@ -353,7 +352,7 @@ def test_a_checkpointed_root_gives_the_gradients_of_a_plain_one():
     dense(model.block).grad = None
     checkpoint(model, x, use_reentrant=False).square().sum().backward()
     torch.testing.assert_close(dense(model.block).grad, plain)
-    assert not model.block.parametrizations.weight[0].scope._here.seen
+    assert not model.block.parametrizations.weight[0].cache._here.seen
 
 
 # Dtypes, devices, strides
@@ -379,9 +378,9 @@ def test_the_mask_is_that_of_the_rounded_weight_that_the_forward_saw():
     layer.weight.data = torch.tensor([[1.0, 1.001, 1.002, 1.003]])  # all equal in bfloat16
     ow.sparsify(layer, "2:4")
     masked = layer.parametrizations.weight[0]
-    assert masked.keep(dense(layer)).tolist() == [[False, False, True, True]]
+    assert masked.mask_of(dense(layer)).tolist() == [[False, False, True, True]]
     masked(dense(layer).to(torch.bfloat16))
-    assert masked.keep(dense(layer)).tolist() == [[True, True, False, False]]
+    assert masked.mask_of(dense(layer)).tolist() == [[True, True, False, False]]
     assert masked.effective(dense(layer)).dtype == torch.float32
 
 

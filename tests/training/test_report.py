@@ -22,7 +22,7 @@ def report_of(model, x, **choices):
 
 
 def test_a_row_counts_weights_bytes_and_macs():
-    row = Row("fc", (8, 16), ow.Pattern(2, 4), "", kept=64, kept_energy=0.9, groups=32, weight_bits=16, macs_dense=128)
+    row = Row("fc", (8, 16), ow.Pattern(2, 4), "", kept=64, retained=0.9, groups=32, weight_bits=16, macs_dense=128)
     assert row.weights == 128
     assert row.density == 0.5
     assert (row.macs_dense, row.macs_sparse) == (128, 64)
@@ -40,13 +40,13 @@ def test_bytes_are_rounded_up():
     assert ow.sparsify(nn.Linear(4, 1), "2:4").rows[0].bytes_sparse == 2 * 4 + 1
 
 
-def test_kept_energy_is_the_kept_share_of_the_squares():
+def test_retained_is_the_kept_share_of_the_squares():
     model = nn.Linear(4, 1, bias=False)
     model.weight.data = torch.tensor([[1.0, -2.0, 3.0, 0.0]])
-    assert ow.sparsify(model, "1:4").rows[0].kept_energy == pytest.approx(9 / 14)
+    assert ow.sparsify(model, "1:4").rows[0].retained == pytest.approx(9 / 14)
     model = nn.Linear(4, 1, bias=False)
     model.weight.data.zero_()
-    assert ow.sparsify(model, "1:4").rows[0].kept_energy == 1
+    assert ow.sparsify(model, "1:4").rows[0].retained == 1
 
 
 def test_totals_cover_every_parameter():
@@ -66,7 +66,7 @@ def test_the_table_shows_shape_pattern_reason_density_energy_parameters_and_macs
     text = str(report_of(model, torch.ones(1, 3, 6, 6)))
     lines = [line.split() for line in text.splitlines()]
     assert lines[0] == ["Sequential,", "sr-ste"]
-    assert " ".join(lines[1]) == "weight shape pattern density kept energy weights bytes MACs reason"
+    assert " ".join(lines[1]) == "weight shape pattern density retained weights bytes MACs reason"
     reason = "reduction axis has 3 weights, not a multiple of 4"
     assert lines[2] == ["0.weight", "8x3x3x3", "dense", "1.000", "1.000", "216", "864", "3.456k", *reason.split()]
     assert lines[3][:4] == ["1.weight", "8x8x1x1", "2:4", "0.500"]
@@ -237,4 +237,4 @@ def test_on_the_meta_device_only_the_energy_is_unknown():
     real = ow.sparsify(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8)), "1:4", remainder="pad")
     assert [(row.kept, row.groups, row.bytes_sparse) for row in report.rows] == [(16, 16, 68), (16, 16, 68)]
     assert [(row.kept, row.groups, row.bytes_sparse) for row in real.rows] == [(16, 16, 68), (16, 16, 68)]
-    assert math.isnan(report.rows[0].kept_energy)
+    assert math.isnan(report.rows[0].retained)

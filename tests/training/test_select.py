@@ -9,7 +9,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 import openwork as ow
 from openwork.nm.groups import Axis
-from openwork.training.select import decide, matches
+from openwork.training.select import decide
+from openwork.training.selection import matches
 
 
 class Experts(nn.Module):
@@ -44,15 +45,15 @@ class Shared(nn.Module):
 
 def reasons(model, pattern="2:4", **choices):
     """Reason by weight; "" where it becomes sparse."""
-    return {each.name: each.reason for each in decide(model, pattern, **choices)}
+    return {each.name: each.reason for each in decide(model, ow.Selection(pattern, **choices))}
 
 
 def axes(model, **choices):
-    return {each.name: each.axis for each in decide(model, "2:4", **choices) if each.pattern}
+    return {each.name: each.axis for each in decide(model, ow.Selection("2:4", **choices)) if each.pattern}
 
 
 def patterns(model, pattern, **choices):
-    return {each.name: str(each.pattern) for each in decide(model, pattern, **choices)}
+    return {each.name: str(each.pattern) for each in decide(model, ow.Selection(pattern, **choices))}
 
 
 @pytest.mark.parametrize(
@@ -180,8 +181,8 @@ def test_remainders_are_skipped_padded_or_refused():
     assert not padded["0.weight"]
     assert padded["2.weight"]  # one weight a group is no pattern
     with pytest.raises(ValueError, match=r"0\.weight \(8, 6\).*remainder='skip' or 'pad'"):
-        decide(model, "2:4", remainder="error")
-    decide(model, "2:4", remainder="error", exclude=["0", "2"])
+        decide(model, ow.Selection("2:4", remainder="error"))
+    decide(model, ow.Selection("2:4", remainder="error", exclude=["0", "2"]))
 
 
 def test_a_padded_group_keeps_its_n_highest_as_well():
@@ -261,12 +262,12 @@ def test_names_leave_out_what_wrappers_put_in():
 def test_choices_that_mean_nothing_are_refused(choices, error, message):
     model = nn.ModuleDict({name: nn.Sequential(nn.Linear(8, 8)) for name in ("first", "second")})
     with pytest.raises(error, match=message):
-        decide(model, **{"pattern": "2:4", **choices})
+        decide(model, ow.Selection(**{"pattern": "2:4", **choices}))
 
 
 def test_a_model_without_matrices_is_refused():
     with pytest.raises(ValueError, match=r"BatchNorm1d has no weight .*\n  it has no parameter of two dims or more"):
-        decide(nn.BatchNorm1d(8), "2:4")
+        decide(nn.BatchNorm1d(8), ow.Selection("2:4"))
 
 
 def test_lazy_modules_are_refused_until_they_know_their_shape():
@@ -275,3 +276,29 @@ def test_lazy_modules_are_refused_until_they_know_their_shape():
         ow.sparsify(model, "2:4")
     model(torch.ones(1, 8))
     assert ow.sparsify(model, "2:4").sparse
+
+
+def test_a_selection_is_what_its_parts_are():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    selection = ow.Selection({"0": "1:4", "1": ow.Pattern(2, 4)}, exclude=["1"])
+    assert ow.sparsify(model, selection, ow.STE()).sparse == {"0.weight": ow.Pattern(1, 4)}
+    assert ow.Selection.of(selection) is selection
+    assert ow.Selection.of("2:4") == ow.Selection(ow.Pattern(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("selection", "keywords", "message"),
+    [
+        (ow.Selection("2:4"), {"exclude": ["0"]}, "beside a Selection: put them into it"),
+        (ow.Selection(exclude=["0"]), {}, "has no pattern; needed the one to make weights sparse at"),
+    ],
+)
+def test_a_selection_stands_alone_and_has_a_pattern(selection, keywords, message):
+    for verb in (ow.sparsify, ow.project):
+        with pytest.raises(ValueError, match=message):
+            verb(nn.Linear(8, 8), selection, **keywords)
+
+
+def test_two_axes_are_not_inferred():
+    with pytest.raises(ValueError, match="transposable=True needs a pattern"):
+        ow.Selection(transposable=True)

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import importlib
 import pickle
 import warnings
 from dataclasses import dataclass
@@ -14,10 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 import openwork as ow
 from openwork.files.packing import pack_weight, unpack_weight
+from openwork.kernels.cuda import algorithm_cache
 from openwork.nm.groups import Axis
 from openwork.nm.masks import kept_per_group
+from openwork.training import accelerated_linear
+from openwork.training import sparse_tensor_cores as module
 
-module = importlib.import_module("openwork.training.sparse_tensor_cores")  # the package has a function of this name
 PATTERN = ow.Pattern(2, 4)
 COUNTS = {"pack": 0, "multiply": 0}
 
@@ -181,22 +182,22 @@ def test_with_an_example_each_layer_is_timed(monkeypatch):
     assert type(fast[2]).__name__ == "ParametrizedLinear"
 
 
-def test_in_a_captured_graph_packing_is_part_of_each_product(monkeypatch):
+def test_in_a_captured_graph_packing_is_part_of_each_matmul(monkeypatch):
     """Replays change weights unseen, so what was packed before a capture, or since, is not trusted."""
     fast, x = net(), batches()[0]
     accelerated(fast)
-    product = fast[0].__dict__["_openwork_product"]
+    matmul = fast[0].__dict__["_openwork_matmul"]
     fast(x), fast(x)
     COUNTS.update(pack=0)
     fast(x)
     assert COUNTS["pack"] == 0
-    monkeypatch.setattr(module, "capturing", lambda tensor: True)
+    monkeypatch.setattr(accelerated_linear, "capturing", lambda tensor: True)
     fast(x)
-    monkeypatch.setattr(module, "capturing", lambda tensor: False)
+    monkeypatch.setattr(accelerated_linear, "capturing", lambda tensor: False)
     before = COUNTS["pack"]
     fast(x)
     assert (before, COUNTS["pack"]) == (3, 6)  # two layers, and one again for the gradient of its input
-    assert copy.deepcopy(product).captured is False
+    assert copy.deepcopy(matmul).captured is False
 
 
 def test_layers_that_do_not_fit_say_why():
@@ -248,8 +249,8 @@ def test_torch_s_own_operators_are_called_as_they_want_it(monkeypatch):
         missing=lambda device: "",
     )
     monkeypatch.setitem(module.BACKENDS, "cusparselt", backend)
-    monkeypatch.setattr(module.semistructured, "read_algorithms", lambda file: {})
-    monkeypatch.setattr(module.semistructured, "remember_algorithm", lambda *entry: None)
+    monkeypatch.setattr(algorithm_cache, "read", lambda file: {})
+    monkeypatch.setattr(algorithm_cache, "add", lambda *entry: None)
     monkeypatch.setattr(module.SparseTensorCores, "check", lambda self, weight: None)
     plain, fast = net(), net()
     assert list(ow.accelerate(fast).sparse) == ["0.weight", "2.weight"]

@@ -172,9 +172,9 @@ def test_scalars_are_the_last_record_in_total() -> None:
         "sad/start": 2.0,
         "sad/last": 8.0,
         "sad/step": 6.0,
-        "churn/start": 0.2,
-        "churn/last": 0.8,
-        "churn/step": 0.6,
+        "flip_rate/start": 0.2,
+        "flip_rate/last": 0.8,
+        "flip_rate/step": 0.6,
     }
 
 

@@ -4,7 +4,7 @@ Every case ends within rounding of `plain_loop`, in float64. That the cases woul
 multiplied is tested as well: by detaching, by other decays, and by the published form inside autograd.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
@@ -14,6 +14,7 @@ from plain_loop import BETAS, DECAY, EPS, LR, MOMENTUM, UPDATES, WEIGHT_DECAY, N
 from torch.nn.utils import clip_grad_norm_
 
 import openwork as ow
+from openwork.methods import Method
 
 CLIP = 0.2
 SRSTE = ow.SRSTE(decay=DECAY)
@@ -239,31 +240,19 @@ def test_a_multiplied_term_ends_elsewhere(kind, factor):
         assert not distance(reference(way, kind, start, decay=factor * DECAY), right) < 1e-2
 
 
-class AuthorsBackward(torch.autograd.Function):
+@dataclass(frozen=True)
+class Authors(Method):
     """The term inside autograd, as the authors' code has it."""
 
-    @staticmethod
-    def forward(ctx, weight, keep):
-        ctx.save_for_backward(weight, keep)
-        return weight * keep
-
-    @staticmethod
-    def backward(ctx, gradient):
-        weight, keep = ctx.saved_tensors
-        return gradient + DECAY * ~keep * weight, None
-
-
-@dataclass(frozen=True)
-class Authors:
     name: ClassVar[str] = "sr-ste inside autograd"
-    fixed: ClassVar[bool] = False
-    sparse: ClassVar[bool] = True
+    weights: dict = field(default_factory=dict, compare=False)
 
-    def score(self, weight):
-        return weight.abs()
+    def forward(self, weight, mask, phase, state):
+        self.weights[mask.data_ptr()] = weight
+        return weight * mask
 
-    def forward(self, weight, keep):
-        return AuthorsBackward.apply(weight, keep)
+    def backward(self, gradient, mask, phase, state):
+        return gradient + DECAY * ~mask * self.weights[mask.data_ptr()]
 
 
 @every_kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import math
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from openwork.utils import torchvision_compat
-from openwork.utils.torchvision_compat import ensure_torchvision, nms, roi_align
+from openwork.utils import torchvision_ops
+from openwork.utils.torchvision_compat import ensure_torchvision, prepare_torchvision
+from openwork.utils.torchvision_ops import nms, roi_align
 
 # --- nms ---------------------------------------------------------------------------------------------------------
 
@@ -84,7 +86,7 @@ def test_batched_nms_of_torchvision_keeps_classes_apart() -> None:
 
 
 def test_examples_in_docstrings() -> None:
-    assert doctest.testmod(torchvision_compat).failed == 0
+    assert doctest.testmod(torchvision_ops).failed == 0
 
 
 # --- roi_align ---------------------------------------------------------------------------------------------------
@@ -204,25 +206,55 @@ def test_ensure_torchvision_is_idempotent() -> None:
     assert ensure_torchvision() is ensure_torchvision() is sys.modules["torchvision"]
 
 
+def run(script: str) -> str:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_ensure_torchvision_repairs_a_failed_import() -> None:
-    """In a fresh process: a plain import, which fails or not by machine; then two calls; then a model runs."""
-    script = """
+    """In a fresh process: a plain import, which fails or not by environment; then two calls; then a model runs."""
+    run("""
 import contextlib, torch
 with contextlib.suppress(RuntimeError):
     import torchvision
-from openwork.utils import torchvision_compat
 from openwork.utils.torchvision_compat import ensure_torchvision
 assert ensure_torchvision() is ensure_torchvision()
 import torchvision
 assert torchvision.extension._has_ops()
 assert torchvision.models.resnet18(num_classes=10).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 assert torchvision.ops.nms(torch.tensor([[0.0, 0, 1, 1]]), torch.ones(1), 0.5).tolist() == [0]
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+""")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "from openwork.integrations.lightning import SparseCallback",
+        "from openwork.integrations.hf_trainer import SparseCallback",
+        "from openwork.integrations.hf_accelerate import SparseRun",
+        "import openwork.recipes, timm, torchmetrics.detection",
+        """
+import contextlib
+with contextlib.suppress(RuntimeError):
+    import torchvision
+from openwork.integrations.lightning import SparseCallback
+""",
+    ],
+)
+def test_what_needs_torchvision_imports_without_a_word_from_the_user(lines: str) -> None:
+    for package in ("lightning", "transformers", "accelerate", "timm"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    run(lines)
+
+
+def test_preparing_does_not_import_torchvision() -> None:
+    assert run("import sys, openwork.integrations, openwork.recipes; print('torchvision' in sys.modules)") == "False\n"
 
 
 def test_missing_torchvision_is_an_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)  # what `import` reads as "there is no such module"
+    prepare_torchvision()
     with pytest.raises(ImportError, match=r"pip install 'openwork\[train\]'"):
         ensure_torchvision()

@@ -19,7 +19,7 @@ from plain_loop import BETAS, DECAY, LR, MOMENTUM, WEIGHT_DECAY, distance
 from works_with.nets import DIMS, NETS, ResNet, batches, loss_of, made, sparse
 
 import openwork as ow
-from openwork.training.parametrize import held_weights
+from openwork.training.parametrize import trained_weights
 
 STEPS, HALF, CLIP, RHO, EPS = 20, 10, 0.2, 0.05, 1e-3
 LATE = ("head", 6)  # these parameters join at this step
@@ -112,7 +112,7 @@ class Training:
         self.model = sparse(kind, way.method).to(way.dtype)
         self.call = way.wrap(self.model, gemms)
         self.optimizers = way.make(self.model)
-        self.handles = [ow.attach(each, self.model) for each in self.optimizers if held_weights(each, self.model)]
+        self.handles = [ow.attach(each, self.model) for each in self.optimizers if trained_weights(each, self.model)]
         self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=way.scaler)
 
     def on(self, batch):
@@ -206,7 +206,7 @@ def resumed(way, kind, saved, data, **ranks):
     return training.weights
 
 
-def demand(row, group, name, way, results):
+def check(row, group, name, way, results):
     """What every combination has to show, and its line in docs/works-with.md."""
     for kind, result in results.items():
         assert result.difference < way.tolerance

@@ -146,7 +146,7 @@ def masks_held_before_the_step():
             fully_shard(model)
         ow.attach(torch.optim.SGD(model.parameters(), lr=LR), model)
         model(torch.randn(4, 16)).sum().backward()
-        counts.append(len(model[0].parametrizations.weight[0].scope._masks()))
+        counts.append(len(model[0].parametrizations.weight[0].cache._masks()))
     return counts
 
 

@@ -154,9 +154,9 @@ def test_lora_on_a_finalized_base_and_what_merging_costs(row, peft):
     merged = model.merge_and_unload()
     assert abs(loss_on(merged, Transformer) - losses["with LoRA, base still 2:4"]) < 1e-4
     with pytest.raises(ow.NotSparse):
-        ow.verify(merged, pattern="2:4", exclude=["head"])
+        ow.verify(merged, pattern=ow.Selection("2:4", exclude=["head"]))
     ow.project(merged, "2:4", exclude=["head"])
-    ow.verify(merged, example(Transformer), pattern="2:4", exclude=["head"])
+    ow.verify(merged, example(Transformer), pattern=ow.Selection("2:4", exclude=["head"]))
     losses["merged and projected to 2:4"] = loss_on(merged, Transformer)
     note = "loss of the transformer: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
     row("Adapters", "LoRA on a finalized base, merged, then `ow.project`", note=note, packages=("peft",))
@@ -182,7 +182,7 @@ def test_int8_weights_of_torchao(row):
     before = loss_on(model, Transformer)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     assert type(model.layers[0].inner.weight) is not torch.nn.Parameter
-    report = ow.verify(model, example(Transformer), pattern="2:4", exclude=["head"])
+    report = ow.verify(model, example(Transformer), pattern=ow.Selection("2:4", exclude=["head"]))
     assert report.sparse.keys() == Transformer.dims.keys()
     after = loss_on(model, Transformer)
     assert abs(after - before) < 0.01
@@ -195,7 +195,7 @@ def test_int8_weights_of_torchao_that_are_dense_are_found():
     model = made(Transformer)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     with pytest.raises(ow.NotSparse, match=r"24 weights are denser"):
-        ow.verify(model, pattern="2:4", exclude=["head"])
+        ow.verify(model, pattern=ow.Selection("2:4", exclude=["head"]))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
@@ -205,11 +205,11 @@ def test_dynamic_quantization_of_torch(row):
     quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8)
     assert abs(loss_on(quantized, Transformer) - loss_on(model, Transformer)) < 0.01
     with pytest.raises(ValueError, match="has no weight that can be sparse") as caught:
-        ow.verify(quantized, pattern="2:4", exclude=["head"])
+        ow.verify(quantized, pattern=ow.Selection("2:4", exclude=["head"]))
     for name in Transformer.dims:
         weight = quantized.get_submodule(name.removesuffix(".weight")).weight().dequantize()
         model.get_parameter(name).data = weight
-    ow.verify(model, pattern="2:4", exclude=["head"])
+    ow.verify(model, pattern=ow.Selection("2:4", exclude=["head"]))
     what = "torch.ao's `quantize_dynamic` on a finalized model"
     row("Quantization", what, note="read back, the weights are 2:4: `module.weight().dequantize()`")
     row(
@@ -228,7 +228,7 @@ def test_export_of_a_finalized_model(row):
         exported = torch.export.export(model, (example(kind),))
         assert torch.equal(exported.module()(example(kind)), model(example(kind)))
         assert list(exported.state_dict) == list(made(kind).state_dict())
-        ow.verify(made_of(kind, exported.state_dict), pattern="2:4", exclude=["head"])
+        ow.verify(made_of(kind, exported.state_dict), pattern=ow.Selection("2:4", exclude=["head"]))
     row("Export", "`torch.export` of a finalized model")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
-from works_with.harness import FOR_THE_PAGE, Way, demand, nets_of, run
+from works_with.harness import FOR_THE_PAGE, Way, check, nets_of, run
 from works_with.nets import ResNet, Transformer, batches, loss_of, made
 
 
@@ -73,14 +73,14 @@ def test_the_whole_model_is_one_graph_compiled_once(row):
         results[kind], graphs, dense = compiled(kind, whole_model, resumes=way.resumes)
         assert dense == {"forward": 1, "backward": 1}
         assert graphs == [dense] * (1 + way.resumes)
-    demand(row, "Compilation", "`torch.compile(model, fullgraph=True)`: one graph, compiled once", way, results)
+    check(row, "Compilation", "`torch.compile(model, fullgraph=True)`: one graph, compiled once", way, results)
 
 
 @pytest.mark.usefixtures("fresh")
 def test_equal_blocks_are_compiled_once(row):
     result, graphs, dense = compiled(Transformer, each_block)
     assert graphs == [dense, dense]
-    demand(row, "Compilation", "each block compiled (regional): as many graphs as dense", Way(), {Transformer: result})
+    check(row, "Compilation", "each block compiled (regional): as many graphs as dense", Way(), {Transformer: result})
 
 
 def compiled_step(training, batch):
@@ -100,7 +100,7 @@ def test_loss_and_backward_in_one_compiled_function(row):
 
     result, graphs, _ = compiled(ResNet, remember, step=compiled_step)
     assert graphs == [{"forward": 1, "backward": 1}] * 2
-    demand(row, "Compilation", "loss and `backward()` in one compiled function", Way(), {ResNet: result})
+    check(row, "Compilation", "loss and `backward()` in one compiled function", Way(), {ResNet: result})
 
 
 @pytest.mark.slow

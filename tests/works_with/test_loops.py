@@ -8,7 +8,7 @@ from integrations.reference import keep_along
 from plain_loop import LR, MOMENTUM, WEIGHT_DECAY, distance, keep_by_sorting
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
-from works_with.harness import CLIP, LATE, RHO, Way, adamw_of, demand, nets_of, plainly, reference, run, sgd_of
+from works_with.harness import CLIP, LATE, RHO, Way, adamw_of, check, nets_of, plainly, reference, run, sgd_of
 from works_with.sam import SAM
 
 import openwork as ow
@@ -196,7 +196,7 @@ ROWS = [pytest.param(group, name, way, id=name) for group, ways in WAYS.items() 
 
 @pytest.mark.parametrize(("group", "name", "way"), ROWS)
 def test_it_takes_the_steps_of_the_equations(row, group, name, way):
-    demand(row, group, name, way, {kind: run(way, kind) for kind in nets_of(way)})
+    check(row, group, name, way, {kind: run(way, kind) for kind in nets_of(way)})
 
 
 @pytest.mark.parametrize(("name", "way"), [pytest.param(*each.values[1:], id=each.id) for each in ROWS])

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from plain_loop import distance
 from sharing import filled_once
 from works_with import ranks
-from works_with.harness import Way, demand, reference
+from works_with.harness import Way, check, reference
 
 import openwork as ow
 
@@ -47,7 +47,7 @@ def test_it_takes_the_steps_of_the_equations(row, two, name):
     kinds = {kind.__name__: kind for kind in (*ranks.nets_of(Way(always=True)), ranks.Feedforward)}
     for found in two:
         results = {kinds[kind]: result for kind, result in found[name].items()}
-        demand(row, "Two processes", name, way, results)
+        check(row, "Two processes", name, way, results)
 
 
 def test_a_lost_term_would_be_seen():

@@ -127,7 +127,7 @@ def test_zero_of_deepspeed(row, deepspeed, stage):
 def trained(method, deepspeed=None, stage=0):
     """What the model says after 20 steps."""
     model, optimizer = net(method)
-    if hasattr(method, "gradient_term"):
+    if method.decay:
         ow.attach(optimizer, model)
     running = engine(deepspeed, model, optimizer, stage)[0] if deepspeed else None
     for _ in range(20):

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from openwork.nm.masks import prune
+from openwork.nm.masks import apply_mask
 from openwork.training.parametrize import plain_name
 
 # A key's own part (after its module's name) -> what stands at the weight's name, as a template for the tensor's name.
@@ -47,7 +47,7 @@ def dense_state_dict(
     weights = {name: state[key] for key, (kind, name) in names.items() if kind == "weight"}
     masks = {name: state[key].bool() for key, (kind, name) in names.items() if kind == "mask"}
     masks |= _sparsifier_masks(sparsifier)
-    _demand_masks(names, masks, sparsifier)
+    _check_masks(names, masks, sparsifier)
     for name, mask in masks.items():
         weights[name] = _masked(name, weights.get(name), mask)
     return weights, masks
@@ -68,17 +68,17 @@ def _plain_keys(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def _named(key: str, state: Mapping[str, Tensor]) -> tuple[str, str]:
     """What a key holds, "weight", "mask" or "nothing", and the weight's name in the plain model."""
     module, own = _split(key)
-    if any(re.fullmatch(each, own) for each in _DROPPED):
+    if any(re.fullmatch(form, own) for form in _DROPPED):
         return "nothing", key
-    for each in _MASKS:
-        found = re.fullmatch(each, own)
+    for form in _MASKS:
+        match = re.fullmatch(form, own)
         # A plain model may have a buffer called attention_mask: a mask has a weight.
-        if found and any(f"{module}{way}" in state for way in _ways(found[1])):
-            return "mask", module + found[1]
-    for each in _WEIGHTS:
-        found = re.fullmatch(each, own)
-        if found and (own.startswith("parametrizations.") or f"{module}{found[1]}_mask" in state):
-            return "weight", module + found[1]
+        if match and any(f"{module}{name}" in state for name in _weight_names(match[1])):
+            return "mask", module + match[1]
+    for form in _WEIGHTS:
+        match = re.fullmatch(form, own)
+        if match and (own.startswith("parametrizations.") or f"{module}{match[1]}_mask" in state):
+            return "weight", module + match[1]
     if own.startswith("parametrizations.") or own.endswith("_orig"):
         raise ValueError(
             f"{key} belongs to a parametrization that is not a mask (weight norm, spectral norm, ...): remove it "
@@ -96,7 +96,7 @@ def _split(key: str) -> tuple[str, str]:
     return module + dot, own
 
 
-def _ways(tensor: str) -> tuple[str, ...]:
+def _weight_names(tensor: str) -> tuple[str, ...]:
     return f"{tensor}_orig", f"parametrizations.{tensor}.original", tensor
 
 
@@ -105,7 +105,7 @@ def _sparsifier_masks(sparsifier: Mapping[str, Any] | None) -> dict[str, Tensor]
     return {name: entry["mask"].bool() for name, entry in entries.items()}
 
 
-def _demand_masks(
+def _check_masks(
     names: Mapping[str, tuple[str, str]], masks: Mapping[str, Tensor], sparsifier: Mapping[str, Any] | None
 ) -> None:
     bare = [name for key, (_, name) in names.items() if key.endswith(".original") and name not in masks]
@@ -117,7 +117,7 @@ def _demand_masks(
         )
     if not masks and not bare:
         raise ValueError(
-            "no mask of a library that is known here: it is a plain state dict; load it as it is, and "
+            "no mask of a library that is known here: it is a plain state dict; load it unmodified, and "
             "ow.verify(model, pattern=...) says whether it is sparse"
         )
     if masks and all(bool(mask.all()) for mask in masks.values()):
@@ -130,4 +130,4 @@ def _masked(name: str, weight: Tensor | None, mask: Tensor) -> Tensor:
         raise ValueError(
             f"{name}: found {found} for a mask of shape {tuple(mask.shape)}; is it the mask of this model?"
         )
-    return prune(weight, mask.to(weight.device))
+    return apply_mask(weight, mask.to(weight.device))

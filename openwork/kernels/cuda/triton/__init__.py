@@ -13,7 +13,8 @@ import os
 import re
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+
+from openwork.utils.torch_private import without_modes
 
 
 def available() -> bool:
@@ -58,11 +59,11 @@ def status() -> str:
 def _failure() -> str:
     """What happens when the smallest kernel runs; empty where all is well. Raises `_ForNow` where that may change."""
     try:
-        from openwork.kernels.cuda.stream.triton import masks
+        from openwork.kernels.cuda.triton import masks
 
-        with _disable_current_modes():  # it may be asked first while a compiler traces with tensors that hold nothing
+        with without_modes():  # it may be asked first while a compiler traces with tensors that hold nothing
             probe = torch.tensor([[1.0, 2.0, 3.0, 4.0]], device="cuda")
-            found = masks.prune(probe, 2, 4, 1, 1, False).tolist()
+            found = masks.foreach_prune([probe], 2, 4, [1, 1, 0])[0].tolist()
     except Exception as error:  # a missing compiler, driver or device function: triton raises many kinds
         said = f"triton does not run here: {type(error).__name__}: {str(error)[:200]}"
         # A capture in another thread forbids what a first launch does; memory may be there later.

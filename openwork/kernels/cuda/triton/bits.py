@@ -14,7 +14,7 @@ from torch import Tensor
 
 from openwork.kernels.cuda.stream import capturing, on_device
 from openwork.kernels.cuda.triton.launch import row_of, table
-from openwork.ops import mask_stats as reference
+from openwork.ops.mask_stats import pack_reference, packed_sad_reference
 
 B = 1024
 
@@ -52,10 +52,10 @@ def _differ(rows, tensors, counts, B: tl.constexpr):
     tl.atomic_add(counts + which, tl.sum(x, axis=0).to(tl.int64))
 
 
-def pack_list(masks: Sequence[Tensor]) -> list[Tensor]:
+def foreach_pack(masks: Sequence[Tensor]) -> list[Tensor]:
     """`openwork.nm.mask_stats.pack` of masks on one device."""
     if capturing(*masks):
-        return reference._pack_list(list(masks))
+        return pack_reference(list(masks))
     flat = [mask.reshape(-1).view(torch.uint8) for mask in masks]
     out = [torch.empty(-(-each.numel() // 8), dtype=torch.uint8, device=each.device) for each in flat]
     rows = [(mask.data_ptr(), bits.data_ptr(), mask.numel()) for mask, bits in zip(flat, out, strict=True)]
@@ -66,10 +66,10 @@ def pack_list(masks: Sequence[Tensor]) -> list[Tensor]:
     return out
 
 
-def packed_sad_list(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+def foreach_packed_sad(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """`openwork.nm.mask_stats.packed_sad` of pairs on one device: int64 (T,)."""
     if capturing(*a):
-        return reference._packed_sad_list(list(a), list(b))
+        return packed_sad_reference(list(a), list(b))
     counts = torch.zeros(len(a), dtype=torch.int64, device=a[0].device)
     a, b = [each.contiguous() for each in a], [each.contiguous() for each in b]
     rows = [(x.data_ptr(), y.data_ptr(), x.numel()) for x, y in zip(a, b, strict=True)]

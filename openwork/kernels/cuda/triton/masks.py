@@ -1,4 +1,4 @@
-"""The mask operators in Triton: one pass over the weight where it lies, for one weight or for a list in one launch.
+"""The mask operators in Triton: one pass over the weight where it lies, a list in one launch.
 
     P = groups that one program takes, M = group size, MP = M rounded up to a power of two, T = tensors in a list
 
@@ -26,8 +26,11 @@ from openwork.kernels.cpu.groups import groups_in_memory, same_strides
 from openwork.kernels.cuda.stream import capturing, on_device
 from openwork.kernels.cuda.triton.floats import INTEGERS, KINDS, WORDS, rounded, to_float32
 from openwork.kernels.cuda.triton.launch import row_of, table
-from openwork.ops import masks as reference
-from openwork.ops.masks import Where, demand_alike, parsed
+from openwork.nm.groups import Axis
+from openwork.nm.masks import apply_mask, magnitude_mask
+from openwork.nm.pattern import Pattern
+from openwork.ops.library import parsed
+from openwork.ops.masks import add_decay, check_alike
 
 KEEP, PRUNE, DECAY = 0, 1, 2
 """What is written: the mask as bytes, the pruned weight, or the gradient with the term added."""
@@ -92,20 +95,20 @@ def _kept(
 @triton.jit
 def _group(
     weight, out, first, lanes, length, inner, rate,
-    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, LIE: tl.constexpr, UNROLLED: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, HOW: tl.constexpr, UNROLLED: tl.constexpr,
     TASK: tl.constexpr, INFINITY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """P groups from group `first` on."""
-    AXIS: tl.constexpr = 0 if LIE == 2 else 1
+    AXIS: tl.constexpr = 0 if HOW == 2 else 1
     lane = first + tl.arange(0, P)
     position = tl.expand_dims(tl.arange(0, MP), 1 - AXIS)
     known = lane < lanes
-    if LIE == 0:
+    if HOW == 0:
         start = lane.to(tl.int64) * M
         size = tl.full([P], M, tl.int32)
         at = position
     else:
-        if LIE == 1:
+        if HOW == 1:
             inner = 1
         groups = (length + M - 1) // M
         row = lane // inner
@@ -114,7 +117,7 @@ def _group(
         size = tl.minimum(length - group * M, M)
         at = position * inner
     inside = tl.expand_dims(known, AXIS) & (position >= 0)
-    if LIE != 0 or M != MP:
+    if HOW != 0 or M != MP:
         inside &= position < tl.expand_dims(size, AXIS)
     weight = tl.expand_dims(weight + start, AXIS) + at
     out = tl.expand_dims(out + start, AXIS) + at
@@ -134,19 +137,19 @@ def _group(
 @triton.jit(do_not_specialize=["lanes", "length", "inner"])
 def _one(
     weight, out, lanes, length, inner, rate,
-    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, LIE: tl.constexpr, UNROLLED: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, HOW: tl.constexpr, UNROLLED: tl.constexpr,
     TASK: tl.constexpr, INFINITY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     _group(
         weight, out, tl.program_id(0) * P, lanes, length, inner, rate,
-        N, M, MP, P, LIE, UNROLLED, TASK, INFINITY, KIND,
+        N, M, MP, P, HOW, UNROLLED, TASK, INFINITY, KIND,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tensors"])
 def _many(
     rows, tensors, rate,
-    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, LIE: tl.constexpr, UNROLLED: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, P: tl.constexpr, HOW: tl.constexpr, UNROLLED: tl.constexpr,
     TASK: tl.constexpr, INFINITY: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """`rows` (T, 6) int64: first program, weight, out (addresses, of 16 bytes each a multiple), groups, length,
@@ -159,11 +162,11 @@ def _many(
     length = tl.load(row + 4).to(tl.int32)
     inner = tl.load(row + 5).to(tl.int32)
     first = (program - tl.load(row).to(tl.int32)) * P
-    _group(weight, out, first, lanes, length, inner, rate, N, M, MP, P, LIE, UNROLLED, TASK, INFINITY, KIND)
+    _group(weight, out, first, lanes, length, inner, rate, N, M, MP, P, HOW, UNROLLED, TASK, INFINITY, KIND)
 
 
-class Lie(NamedTuple):
-    """How the groups of a weight lie, in the numbers that the kernels take."""
+class GroupLayout(NamedTuple):
+    """Where the groups of a weight lie, in the numbers that the kernels take."""
 
     n: int
     m: int
@@ -173,55 +176,84 @@ class Lie(NamedTuple):
     inner: int
 
 
-# --- one weight ----------------------------------------------------------------------------------------------------
+# --- the operators -------------------------------------------------------------------------------------------------
 
 
-def keep_largest(score: Tensor, *where: Any) -> Tensor:
-    lie = _lie(score, where)
-    if lie is None:
-        return reference._keep_largest(score, *where)
-    mask = torch.empty_like(score, dtype=torch.bool)
-    _launch(score, mask.view(torch.uint8), lie, KEEP)
-    return mask
+def foreach_mask(scores: Sequence[Tensor], n: int, m: int, axes: Sequence[int]) -> list[Tensor]:
+    pattern, places = parsed(scores, n, m, axes)
+    masks = [torch.empty_like(score, dtype=torch.bool) for score in scores]
+    for i in _launch(scores, [mask.view(torch.uint8) for mask in masks], pattern, places, KEEP):
+        masks[i] = magnitude_mask(scores[i], pattern, places[i])
+    return masks
 
 
-def prune(weight: Tensor, *where: Any) -> Tensor:
-    lie = _lie(weight, where)
-    if lie is None:
-        return reference._prune(weight, *where)
-    pruned = torch.empty_like(weight)
-    _launch(weight, pruned.view(INTEGERS[weight.dtype]), lie, PRUNE)
+def foreach_prune(weights: Sequence[Tensor], n: int, m: int, axes: Sequence[int]) -> list[Tensor]:
+    pattern, places = parsed(weights, n, m, axes)
+    pruned = [torch.empty_like(weight) for weight in weights]
+    for i in _launch(weights, pruned, pattern, places, PRUNE):
+        pruned[i] = apply_mask(weights[i], magnitude_mask(weights[i].abs(), pattern, places[i]))
     return pruned
 
 
-def add_decayed(gradient: Tensor, weight: Tensor, rate: float, *where: Any) -> None:
-    demand_alike(gradient, weight)
-    lie = _lie(weight, where)
-    if lie is None or not _alike(gradient, weight):
-        return reference._add_decayed(gradient, weight, rate, *where)
-    return _launch(weight, gradient.view(INTEGERS[weight.dtype]), lie, DECAY, rate)
+def foreach_decay(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor], rate: float, n: int, m: int, axes: Sequence[int]
+) -> None:
+    check_alike(gradients, weights)
+    pattern, places = parsed(weights, n, m, axes)
+    for i in _launch(weights, gradients, pattern, places, DECAY, rate):
+        add_decay(gradients[i], weights[i], rate, magnitude_mask(weights[i].abs(), pattern, places[i]))
 
 
-def _lie(weight: Tensor, where: tuple[Any, ...]) -> Lie | None:
-    """How the groups lie; None where the reference must run."""
-    return _lie_at(weight.shape, weight.stride(), *where) if weight.dtype in INTEGERS else None
+# --- launches ------------------------------------------------------------------------------------------------------
+
+
+def group_layout(weight: Tensor, pattern: Pattern, axis: Axis) -> GroupLayout | None:
+    """Where the groups of a weight lie; None where the reference must run."""
+    return layout_at(weight.shape, weight.stride(), pattern, axis) if weight.dtype in INTEGERS else None
 
 
 @functools.lru_cache(maxsize=4096)
-def _lie_at(shape: tuple[int, ...], stride: tuple[int, ...], *where: Any) -> Lie | None:
+def layout_at(shape: tuple[int, ...], stride: tuple[int, ...], pattern: Pattern, axis: Axis) -> GroupLayout | None:
     """Remembered: it takes longer than a launch, and a model asks the same in every step."""
     weight = torch.empty_strided(shape, stride, device="meta")
-    pattern, axis = parsed(weight, *where)
-    found = groups_in_memory(weight, pattern.n, pattern.m, axis)
-    if found is None:
+    groups = groups_in_memory(weight, pattern.n, pattern.m, axis)
+    if groups is None:
         return None
-    n, m, length, inner = pattern.n, pattern.m, found.length, found.inner
-    lanes = found.outer * -(-length // m) * inner
+    n, m, length, inner = pattern.n, pattern.m, groups.length, groups.inner
+    lanes = groups.outer * -(-length // m) * inner
     # The kernels count lanes, and steps within a group, in 32 bits.
     most = max(lanes + _WEIGHTS, length + m, inner, (min(m, length) - 1) * inner)
     if not lanes or most >= 2**31:
         return None
-    return Lie(n, m, STRIDED if inner > 1 else SHORT if length % m else WHOLE, lanes, length, inner)
+    return GroupLayout(n, m, STRIDED if inner > 1 else SHORT if length % m else WHOLE, lanes, length, inner)
+
+
+def _launch(
+    weights: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    pattern: Pattern,
+    axes: Sequence[Axis],
+    task: int,
+    rate: float = 0.0,
+) -> list[int]:
+    """One launch for all weights of a dtype, device and kind of layout; one for each where there is but one weight or a
+    CUDA graph is captured. Returns which weights are left to the reference."""
+    alone = len(weights) == 1 or capturing(*weights)
+    kinds: dict[Any, list[tuple[int, ...]]] = {}
+    left = []
+    for i, (weight, out, axis) in enumerate(zip(weights, outs, axes, strict=True)):
+        layout = group_layout(weight, pattern, axis)
+        addresses = weight.data_ptr(), out.data_ptr()
+        if layout is None or not (same_strides(out, weight) if task == KEEP else _alike(out, weight)):
+            left.append(i)
+        elif alone or any(address % 16 for address in addresses):
+            _launch_one(weight, out, layout, task, rate)
+        else:
+            kinds.setdefault((weight.device, weight.dtype, layout.how), []).append((*addresses, *layout[3:]))
+    for (device, dtype, how), rows in kinds.items():
+        _load_one(device, dtype, pattern.n, pattern.m, how, task)
+        _launch_many(rows, device, dtype, pattern.n, pattern.m, how, task, rate)
+    return left
 
 
 def _alike(out: Tensor, weight: Tensor) -> bool:
@@ -235,75 +267,18 @@ def _sizes(m: int, how: int) -> tuple[int, int]:
     return padded, max(_WEIGHTS // padded, min(_LANES, _LANES * _MOST // padded) if how == STRIDED else 1)
 
 
-def _launch(weight: Tensor, out: Tensor, lie: Lie, task: int, rate: float = 0.0) -> None:
-    MP, P = _sizes(lie.m, lie.how)
+def _launch_one(weight: Tensor, out: Tensor, layout: GroupLayout, task: int, rate: float = 0.0) -> None:
+    MP, P = _sizes(layout.m, layout.how)
     with on_device(weight.device):
-        _one[(max(1, -(-lie.lanes // P)),)](
-            weight.view(INTEGERS[weight.dtype]), out, lie.lanes, lie.length, lie.inner, rate,
-            lie.n, lie.m, MP, P, lie.how, _UNROLLED, task, _INFINITY[weight.dtype], KINDS[weight.dtype],
+        _one[(max(1, -(-layout.lanes // P)),)](
+            weight.view(INTEGERS[weight.dtype]), out if task == KEEP else out.view(INTEGERS[out.dtype]),
+            layout.lanes, layout.length, layout.inner, rate,
+            layout.n, layout.m, MP, P, layout.how, _UNROLLED, task, _INFINITY[weight.dtype], KINDS[weight.dtype],
             num_warps=_LANES // 32, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-# --- lists ---------------------------------------------------------------------------------------------------------
-
-
-def keep_largest_list(scores: Sequence[Tensor], n: int, m: int, *each: Sequence[Any]) -> list[Tensor]:
-    where: list[Where] = list(zip(*each, strict=True))
-    masks = [torch.empty_like(score, dtype=torch.bool) for score in scores]
-    for index in _launch_list(scores, [mask.view(torch.uint8) for mask in masks], n, m, where, KEEP):
-        masks[index] = keep_largest(scores[index], n, m, *where[index])
-    return masks
-
-
-def prune_list(weights: Sequence[Tensor], n: int, m: int, *each: Sequence[Any]) -> list[Tensor]:
-    where: list[Where] = list(zip(*each, strict=True))
-    pruned = [torch.empty_like(weight) for weight in weights]
-    for index in _launch_list(weights, pruned, n, m, where, PRUNE):
-        pruned[index] = prune(weights[index], n, m, *where[index])
-    return pruned
-
-
-def add_decayed_list(
-    gradients: Sequence[Tensor], weights: Sequence[Tensor], rate: float, n: int, m: int, *each: Sequence[Any]
-) -> None:
-    where: list[Where] = list(zip(*each, strict=True))
-    for gradient, weight in zip(gradients, weights, strict=True):
-        demand_alike(gradient, weight)
-    for index in _launch_list(weights, gradients, n, m, where, DECAY, rate):
-        add_decayed(gradients[index], weights[index], rate, n, m, *where[index])
-
-
-def _launch_list(
-    weights: Sequence[Tensor],
-    outs: Sequence[Tensor],
-    n: int,
-    m: int,
-    where: Sequence[Where],
-    task: int,
-    rate: float = 0.0,
-) -> list[int]:
-    """One launch for each dtype, device and way to lie. Returns which tensors it left out: those that it cannot take,
-    and all of them while a CUDA graph is captured."""
-    if capturing(*weights):
-        return list(range(len(weights)))
-    kinds: dict[Any, list[tuple[int, ...]]] = {}
-    left = []
-    for index, (weight, out, at) in enumerate(zip(weights, outs, where, strict=True)):
-        lie = _lie(weight, (n, m, *at))
-        addresses = weight.data_ptr(), out.data_ptr()
-        alike = same_strides(out, weight) if task == KEEP else _alike(out, weight)
-        if lie is None or not alike or any(address % 16 for address in addresses):
-            left.append(index)
-        else:
-            kinds.setdefault((weight.device, weight.dtype, lie.how), []).append((*addresses, *lie[3:]))
-    for (device, dtype, how), rows in kinds.items():
-        _load_one(device, dtype, n, m, how, task)
-        _launch_rows(rows, device, dtype, n, m, how, task, rate)
-    return left
-
-
-def _launch_rows(
+def _launch_many(
     rows: list[tuple[int, ...]],
     device: torch.device,
     dtype: torch.dtype,
@@ -330,5 +305,5 @@ def _load_one(device: torch.device, dtype: torch.dtype, n: int, m: int, how: int
     """Launch `_one` on no groups: so that it is on the GPU when a CUDA graph, into which nothing can be loaded, needs
     it in place of `_many`."""
     nothing = torch.empty(16, dtype=dtype, device=device)
-    out = torch.empty(16, dtype=torch.uint8 if task == KEEP else INTEGERS[dtype], device=device)
-    _launch(nothing, out, Lie(n, m, how, 0, m, 1), task)
+    out = torch.empty(16, dtype=torch.uint8 if task == KEEP else dtype, device=device)
+    _launch_one(nothing, out, GroupLayout(n, m, how, 0, m, 1), task)

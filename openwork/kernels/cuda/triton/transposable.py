@@ -11,6 +11,7 @@ can be fused.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -18,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from openwork.kernels.cuda.stream import on_device
-from openwork.nm.transposable import PAIRS, classes_of_pairs, columns_of
-from openwork.ops.transposable import _keep_transposable
+from openwork.nm.groups import Axis
+from openwork.nm.transposable import PAIRS, classes_of_pairs, columns_of, transposable_mask
+from openwork.ops.library import parsed, parsed_axes
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 _TILES = 128
@@ -97,38 +99,50 @@ def _keep(
             tl.store(keep + start + r * out_step + c * in_step, ((bits >> c) & 1).to(tl.uint8), mask=known)
 
 
-def keep_transposable(score: Tensor, n: int, m: int, dim: int, across: int) -> Tensor:
-    found = keep_2_4(score, dim, across) if (n, m) == (2, 4) else None
-    return _keep_transposable(score, n, m, dim, across) if found is None else found
+def foreach_transposable_mask(
+    scores: Sequence[Tensor], n: int, m: int, axes: Sequence[int], output_axes: Sequence[int]
+) -> list[Tensor]:
+    pattern, reduced = parsed(scores, n, m, axes)
+    masks = []
+    for score, axis, output_axis in zip(scores, reduced, parsed_axes(scores, output_axes), strict=True):
+        mask = mask_2_4(score, axis, output_axis) if (n, m) == (2, 4) else None
+        masks.append(transposable_mask(score, pattern, axis, output_axis) if mask is None else mask)
+    return masks
 
 
-def keep_2_4(score: Tensor, dim: int, across: int) -> Tensor | None:
-    """The mask of a weight whose axes `dim` (reduction) and `across` (output) are multiples of 4: bool, its strides.
-    None where the kernel cannot read the weight as it lies."""
-    if score.dtype not in KINDS or not score.numel() or score.shape[dim] % 4 or score.shape[across] % 4:
+def mask_2_4(score: Tensor, axis: Axis, output_axis: Axis) -> Tensor | None:
+    """The mask of a weight that consists of whole tiles: bool, its strides. None where it does not, or where the kernel
+    cannot read it as it lies."""
+    whole = all(score.shape[each.dim] // each.blocks % 4 == 0 for each in (axis, output_axis))
+    layout = _layout(score, axis.dim, output_axis.dim) if whole else None
+    if score.dtype not in KINDS or not score.numel() or layout is None:
         return None
-    layout = _layout(score, dim, across)
-    if layout is None:
-        return None
-    keep = torch.empty_like(score, dtype=torch.bool)
-    if keep.stride() != score.stride():
+    mask = torch.empty_like(score, dtype=torch.bool)
+    if mask.stride() != score.stride():
         return None
     tiles = score.numel() // 16
     with on_device(score.device):
-        _keep[(triton.cdiv(tiles, _TILES),)](score, keep.view(torch.uint8), tiles, *layout, _TILES)
-    return keep
+        _keep[(triton.cdiv(tiles, _TILES),)](score, mask.view(torch.uint8), tiles, *layout, _TILES)
+    return mask
 
 
-def _layout(score: Tensor, dim: int, across: int) -> tuple[int, ...] | None:
+def _layout(score: Tensor, dim: int, output_axis: int) -> tuple[int, ...] | None:
     """Tiles along the axes, their steps, and what lies densely inside of both: for weights whose memory is
     (outer, the two axes in either order, inner) without gaps."""
     order = sorted(range(score.ndim), key=lambda each: (score.stride(each), score.shape[each] != 1), reverse=True)
     sizes = [score.shape[each] for each in order]
     if any(score.stride(d) != math.prod(sizes[i + 1 :]) for i, d in enumerate(order) if score.shape[d] != 1):
         return None
-    a, b = sorted((order.index(dim), order.index(across)))
+    a, b = sorted((order.index(dim), order.index(output_axis)))
     if b != a + 1:
         return None
     inner = math.prod(sizes[b + 1 :])
     outer_step = sizes[a] * sizes[b] * inner
-    return score.shape[dim] // 4, score.shape[across] // 4, outer_step, score.stride(across), score.stride(dim), inner
+    return (
+        score.shape[dim] // 4,
+        score.shape[output_axis] // 4,
+        outer_step,
+        score.stride(output_axis),
+        score.stride(dim),
+        inner,
+    )

@@ -9,7 +9,7 @@ namespace openwork_tests {
 namespace {
 
 using openwork::Activation;
-using openwork::PanelWeight;
+using openwork::GemmWeight;
 
 int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
@@ -73,9 +73,9 @@ void fill(Random& random, Guarded<float>& x, bool nan) {
 // ---- the kernels themselves ----
 
 template <class Number>
-void run_panel(const Kernels& kernels, Random& random, int32_t dtype) {
+void run_gemm(const Kernels& kernels, Random& random, int32_t dtype) {
   const bool whole = dtype == openwork::kInt8;
-  const int64_t step = whole ? 2 : 1, vectors = random.from(1, kernels.panel_vectors / step) * step;
+  const int64_t step = whole ? 2 : 1, vectors = random.from(1, kernels.gemm_vectors / step) * step;
   const int64_t columns = vectors * kernels.lanes, rows = random.from(1, 9), nnz = random.from(0, 12) * step;
   const int64_t inputs = columns + random.from(0, 300), stride = columns + random.from(0, 3);
   Values values(random, dtype, dtype == openwork::kFloat32 ? 4 : 2, rows * nnz);
@@ -91,14 +91,14 @@ void run_panel(const Kernels& kernels, Random& random, int32_t dtype) {
       memcpy(&each, &number, 4);
     }
   const std::vector<float> before(from.begin(), from.end());
-  openwork::Panel p{};
+  openwork::GemmTile p{};
   p.values = values.memory.data(), p.offsets = offsets.data(), p.rows = rows, p.nnz = nnz, p.x = (const char*)x.data();
   const bool in_place = random.one_in(3);
   p.from = random.one_in(2) ? from.data() : nullptr, p.stride = stride;
   p.bias = !whole && random.one_in(2) ? bias.data() : nullptr;
   p.to = in_place ? from.data() : to.data(), p.vectors = int32_t(vectors);
   p.activation = whole ? openwork::kNone : random_activation(random);
-  kernels.panel(p, dtype);
+  kernels.gemm(p, dtype);
 
   for (int64_t o = 0; o < rows; o++)
     for (int64_t c = 0; c < columns; c++) {
@@ -128,16 +128,16 @@ int64_t index_of(const Guarded<uint32_t>& words, int64_t block, int64_t word_cou
 
 }  // namespace
 
-void test_panel(const Kernels& kernels, Random& random) {
+void test_gemm(const Kernels& kernels, Random& random) {
   const int32_t dtype = random_dtype(random);
-  if (dtype == openwork::kInt8) run_panel<int16_t>(kernels, random, dtype);
-  else run_panel<float>(kernels, random, dtype);
+  if (dtype == openwork::kInt8) run_gemm<int16_t>(kernels, random, dtype);
+  else run_gemm<float>(kernels, random, dtype);
 }
 
-void test_rows(const Kernels& kernels, Random& random) {
+void test_gemv(const Kernels& kernels, Random& random) {
   const int32_t dtype = random_dtype(random), lanes = kernels.lanes;
   const bool whole = dtype == openwork::kInt8;
-  openwork::Rows r{};
+  openwork::Gemv r{};
   r.window = random.of<int32_t>({4, 8, 16, 32});
   r.slots = int32_t(random.one_in(2) ? random.from(1, 2) : random.from(1, r.window));
   r.windows = random.from(1, 20), r.outputs = random.from(1, 3 * lanes), r.blocks = up(r.outputs, lanes) / lanes;
@@ -164,7 +164,7 @@ void test_rows(const Kernels& kernels, Random& random) {
     }
   r.values = values.memory.data(), r.indices = indices.data(), r.x = x.data(), r.y = y.data();
   r.bias = !whole && random.one_in(2) ? bias.data() : nullptr;
-  openwork_rows(&r, dtype);
+  openwork_gemv(&r, dtype);
 
   for (int64_t b = 0; b < r.batch; b++)
     for (int64_t o = 0; o < r.outputs; o++) {
@@ -187,12 +187,12 @@ void test_rows(const Kernels& kernels, Random& random) {
     }
 }
 
-void test_dots(const Kernels& kernels, Random& random) {
+void test_dot_product(const Kernels& kernels, Random& random) {
   const int32_t dtype = random.of({int32_t(openwork::kBFloat16), int32_t(openwork::kInt8)}), lanes = kernels.lanes;
   const bool whole = dtype == openwork::kInt8;
   const int together = whole ? 4 : 2;
   const int64_t window = lanes * together;
-  openwork::Dots d{};
+  openwork::DotProduct d{};
   d.steps = int32_t(random.one_in(2) ? random.from(1, 2) : random.from(1, 9));
   const bool images = random.one_in(2);
   openwork::Pixels p{};
@@ -225,9 +225,9 @@ void test_dots(const Kernels& kernels, Random& random) {
   d.x = !whole ? (const void*)halves.data() : images ? (const void*)bytes.data() : numbers.data(), d.y = whole ? (void*)y.data() : y_halves.data();
   d.bias = random.one_in(2) ? bias.data() : nullptr;
   if (whole) d.scales = scales.data(), d.x_scales = x_scales.data();
-  Guarded<char> packed(random, openwork_dots_scratch(&d, threads), 64);
+  Guarded<char> packed(random, openwork_dot_product_scratch(&d, threads), 64);
   d.packed = packed.data();
-  openwork_dots(&d, dtype, threads);
+  openwork_dot_product(&d, dtype, threads);
 
   const int64_t pixels = p.outH * p.outW;
   for (int64_t b = 0; b < d.batch; b++) {
@@ -297,17 +297,17 @@ void test_quantize(const Kernels&, Random& random) {
 
 namespace {
 
-// A weight in the panel layout, with the input of each slot.
+// A weight in the GEMM layout, with the input of each slot.
 struct Weight {
-  PanelWeight w{};
+  GemmWeight w{};
   std::vector<int64_t> nnz, before;  // of each tile
   std::vector<int64_t> input;        // of each slot
   Values values;
   Guarded<uint16_t> offsets;
   Guarded<float> scales, bias;
 
-  static PanelWeight numbers(Random& random, int64_t columns) {
-    PanelWeight w{};
+  static GemmWeight numbers(Random& random, int64_t columns) {
+    GemmWeight w{};
     w.dtype = openwork::Dtype(random_dtype(random));
     w.m = int32_t(random.one_in(2) ? random.of<int64_t>({2, 4, 8, 16}) : random.from(1, 20));
     w.n = int32_t(random.from(1, w.m));
@@ -317,21 +317,21 @@ struct Weight {
     w.tile = int32_t(w.m * random.from(1, most < 3 ? most : 3));
     return w;
   }
-  static int64_t inputs(const PanelWeight& w, int64_t k) {
+  static int64_t inputs(const GemmWeight& w, int64_t k) {
     const int64_t left = up(w.K, w.m) - k;
     return left < w.tile ? left : w.tile;
   }
-  static int64_t slots(const PanelWeight& w, int64_t k) {
+  static int64_t slots(const GemmWeight& w, int64_t k) {
     const int64_t count = inputs(w, k) / w.m * w.n;
     return w.dtype == openwork::kInt8 ? up(count, 2) : count;
   }
-  static int64_t slots(const PanelWeight& w) {
+  static int64_t slots(const GemmWeight& w) {
     int64_t count = 0;
     for (int64_t k = 0; k < w.K; k += w.tile) count += slots(w, k) * w.O;
     return count;
   }
 
-  Weight(Random& random, const PanelWeight& numbers, int64_t columns)
+  Weight(Random& random, const GemmWeight& numbers, int64_t columns)
       : w(numbers), values(random, w.dtype, w.dtype == openwork::kFloat32 ? 4 : 2, slots(w)), offsets(random, slots(w) + 1),
         scales(random, w.O), bias(random, w.O) {
     fill(random, bias, false);
@@ -382,27 +382,27 @@ float scale_of(const float* x, int64_t count) {
 }
 
 // The input as the layer multiplies it: whole numbers where the weight is int8.
-double as_multiplied(float x, const PanelWeight& w, float scale) {
+double as_multiplied(float x, const GemmWeight& w, float scale) {
   return w.dtype != openwork::kInt8 ? x : std::isnan(scale) ? NAN : std::nearbyint(x / scale);
 }
 
 }  // namespace
 
 void test_linear(const Kernels& kernels, Random& random) {
-  const int64_t columns = int64_t(kernels.lanes) * kernels.panel_vectors;
-  const PanelWeight numbers = Weight::numbers(random, columns);
+  const int64_t columns = int64_t(kernels.lanes) * kernels.gemm_vectors;
+  const GemmWeight numbers = Weight::numbers(random, columns);
   const int64_t K = numbers.K;
   Weight weight(random, numbers, columns);
-  openwork::LinearCall call{};
+  openwork::GemmLinear call{};
   call.weight = weight.w, call.activation = random_activation(random);
   call.B = random.one_in(2) ? random.from(1, 20) : random.from(1, 2 * columns + 1);
   call.x_stride = K + random.from(0, 3), call.y_stride = numbers.O + random.from(0, 3);
   Guarded<float> x(random, (call.B - 1) * call.x_stride + K), y(random, (call.B - 1) * call.y_stride + numbers.O);
   fill(random, x, true);
   call.x = x.data(), call.y = y.data();
-  Guarded<char> scratch(random, openwork_linear_scratch(&call), 64);
+  Guarded<char> scratch(random, openwork_gemm_linear_scratch(&call), 64);
   call.scratch = scratch.data();
-  openwork_linear(&call);
+  openwork_gemm_linear(&call);
 
   for (int64_t b = 0; b < call.B; b++) {
     const float* row = x.data() + b * call.x_stride;
@@ -420,8 +420,8 @@ void test_linear(const Kernels& kernels, Random& random) {
 
 namespace {
 
-openwork::ConvCall random_conv(Random& random, int64_t columns) {
-  openwork::ConvCall c{};
+openwork::GemmConv2d random_conv(Random& random, int64_t columns) {
+  openwork::GemmConv2d c{};
   const int32_t kernel_h = random.of({1, 1, 2, 3, 3, 5});
   c.kernel_w = random.one_in(4) ? 2 : kernel_h;
   c.weight = Weight::numbers(random, columns);
@@ -447,8 +447,8 @@ openwork::ConvCall random_conv(Random& random, int64_t columns) {
 }  // namespace
 
 void test_conv(const Kernels& kernels, Random& random) {
-  const int64_t columns = int64_t(kernels.lanes) * kernels.panel_vectors;
-  openwork::ConvCall c = random_conv(random, columns);
+  const int64_t columns = int64_t(kernels.lanes) * kernels.gemm_vectors;
+  openwork::GemmConv2d c = random_conv(random, columns);
   if (c.H < 1 || c.W < 1) return;
   Weight weight(random, c.weight, columns);
   c.weight = weight.w;
@@ -460,9 +460,9 @@ void test_conv(const Kernels& kernels, Random& random) {
   for (int16_t& each : numbers) each = int16_t(random.from(-127, 127));
   for (float& each : scales) each = random.one_in(16) ? NAN : 0.01f * (1.5f + random.real());
   c.x = whole ? (const void*)numbers.data() : x.data(), c.x_scales = whole ? scales.data() : nullptr, c.y = y.data();
-  Guarded<char> scratch(random, openwork_conv_scratch(&c), 64);
+  Guarded<char> scratch(random, openwork_gemm_conv2d_scratch(&c), 64);
   c.scratch = scratch.data();
-  openwork_conv(&c);
+  openwork_gemm_conv2d(&c);
 
   for (int64_t n = 0; n < c.N; n++)
     for (int64_t o = 0; o < O; o++)

@@ -1,31 +1,32 @@
-"""Which products of an ONNX file multiply by a constant, and how sparse that is along the axis they sum over."""
+"""Which matmuls and convolutions of an ONNX file have a constant operand, and how sparse it is along their sum."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from openwork.files.container import is_text_mapping, strict_json
+from openwork.files.strict_json import is_text_mapping, strict_json
 from openwork.nm.groups import Axis, reduction_size
-from openwork.nm.masks import kept_per_group
+from openwork.nm.masks import too_dense
 from openwork.nm.pattern import Pattern
-from openwork.training.select import matches
+from openwork.training.selection import PatternChoice, Selection
 from openwork.training.verify import NotSparse, tightest
 
-KEY = "openwork"  # in the metadata of the file: {"fc.weight": "2:4"}, what was promised of each constant
+KEY = "openwork"  # in the metadata of the file: {"fc.weight": "2:4"}, what was recorded of each constant
 IN_GEMM = ("Gemm", "Conv")  # where TensorRT looks for sparse tactics
 
 
 @dataclass(frozen=True)
-class Product:
-    """One node that multiplies by a constant, and the constant. `pattern` is what it was held to where `promised`, else
-    the tightest that it satisfies, or None where that is dense. `density` is the share that is not zero."""
+class MatMul:
+    """A node that multiplies by a constant weight (matmul, convolution, RNN), and the weight. `pattern` is what it was
+    held to where `recorded`, else the tightest that it satisfies, or None where that is dense. `density` is the share
+    that is not zero."""
 
     op: str
     name: str
@@ -34,50 +35,41 @@ class Product:
     axis: Axis
     density: float
     pattern: Pattern | None = None
-    promised: bool = False
+    recorded: bool = False
 
 
-def check_onnx(
-    path: str | os.PathLike[str], pattern: str | Pattern | None = None, exclude: Sequence[str] = ()
-) -> tuple[Product, ...]:
-    """Every product by a constant in an ONNX file; raises NotSparse with those that are denser than they should be.
+def check_onnx(path: str | os.PathLike[str], pattern: Selection | PatternChoice | None = None) -> tuple[MatMul, ...]:
+    """Every matmul and convolution by a constant weight of an ONNX file; raises NotSparse with those too dense.
 
-    Held to what `to_onnx` wrote into the file, or to `pattern` (but where M does not divide the axis, and but what the
-    globs in `exclude` name); without either nothing is held, and the tightest pattern of each is found. A constant that
-    is summed over along two axes is held along one of them. Raises ValueError for a file that is not valid ONNX.
+    Held to what `to_onnx` wrote into the file, or to `pattern`, but where M does not divide the axis; without either
+    nothing is held, and the tightest pattern of each is found. A constant that is summed over along two axes is held
+    along one of them. Raises ValueError for a file that is not valid ONNX.
     """
-    model = _loaded(path)
-    promised = _promised(model.metadata_props.get(KEY, "{}"))
-    found: dict[object, Product] = {}
-    broken = dict.fromkeys(promised, "promised by the file, but no product multiplies by it")
-    kept_by = set()
-    for product, mask in products(model):
-        asked = promised.get(product.name)
-        if pattern is not None and not any(matches(glob, product.name) for glob in exclude):
-            asked = Pattern.parse(pattern)
-            asked = asked if reduction_size(product.shape, product.axis) % asked.m == 0 else None
-        problem = _denser(mask, product.axis, asked) if asked else ""
+    selection, model = Selection.of(pattern), _loaded(path)
+    recorded = _recorded(model.metadata_props.get(KEY, "{}"))
+    matmuls: dict[object, MatMul] = {}
+    broken = dict.fromkeys(recorded, "recorded by the file, but nothing multiplies by it")
+    holding = set()
+    for matmul, mask in constant_matmuls(model):
+        required = recorded.get(matmul.name)
+        if (given := selection.pattern_of(matmul.name)) is not None:
+            required = given if reduction_size(matmul.shape, matmul.axis) % given.m == 0 else None
+        problem = too_dense(mask, required, matmul.axis) if required else ""
         if problem:
-            broken[product.name] = problem
-        elif asked:
-            kept_by.add(product.name)
-        found[product.op, product.name, product.axis] = _described(product, mask, None if problem else asked)
-    if broken := {name: problem for name, problem in broken.items() if name not in kept_by}:
+            broken[matmul.name] = problem
+        elif required:
+            holding.add(matmul.name)
+        matmuls[matmul.op, matmul.name, matmul.axis] = _described(matmul, mask, None if problem else required)
+    if broken := {name: problem for name, problem in broken.items() if name not in holding}:
         raise NotSparse(broken)
-    return tuple(found.values())
+    return tuple(matmuls.values())
 
 
-def _denser(mask: Tensor, axis: Axis, asked: Pattern) -> str:
-    kept = kept_per_group(mask, asked, axis)
-    wrong = int((kept > asked.n).sum())
-    return f"{wrong} of {kept.numel()} groups hold more than {asked} (the worst {int(kept.max())})" if wrong else ""
-
-
-def _described(product: Product, mask: Tensor, held: Pattern | None) -> Product:
-    if held is not None:
-        return replace(product, pattern=held, promised=True)
-    tight = tightest(mask, product.axis)
-    return replace(product, pattern=tight if tight.n < tight.m else None)
+def _described(matmul: MatMul, mask: Tensor, required: Pattern | None) -> MatMul:
+    if required is not None:
+        return replace(matmul, pattern=required, recorded=True)
+    tight = tightest(mask, matmul.axis)
+    return replace(matmul, pattern=tight if tight.n < tight.m else None)
 
 
 def _loaded(path: str | os.PathLike[str]) -> Any:
@@ -93,15 +85,15 @@ def _loaded(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{os.fspath(path)} is no valid ONNX file: {str(error)[:500]}") from error
 
 
-def _promised(text: str) -> dict[str, Pattern]:
-    found = strict_json(text)
-    if not is_text_mapping(found):
+def _recorded(text: str) -> dict[str, Pattern]:
+    patterns = strict_json(text)
+    if not is_text_mapping(patterns):
         raise ValueError(f"the metadata {KEY!r} of the file does not map names to patterns: it was damaged")
-    return {name: Pattern.parse(each) for name, each in found.items()}
+    return {name: Pattern.parse(pattern) for name, pattern in patterns.items()}
 
 
-def products(model: Any) -> Iterator[tuple[Product, Tensor]]:
-    """(the product, which of its weights are not zero) of an onnx_ir.Model, also inside of branches and functions."""
+def constant_matmuls(model: Any) -> Iterator[tuple[MatMul, Tensor]]:
+    """(the matmul, which of its weights are not zero) of an onnx_ir.Model, also inside of branches and functions."""
     import onnx_ir
 
     for graph in (model.graph, *model.functions.values()):
@@ -112,7 +104,7 @@ def products(model: Any) -> Iterator[tuple[Product, Tensor]]:
                     name, weight = constant
                     mask = torch.from_numpy(weight != 0)
                     share = float(mask.float().mean())
-                    yield Product(node.op_type, name, tuple(mask.shape), str(weight.dtype), axis(mask), share), mask
+                    yield MatMul(node.op_type, name, tuple(mask.shape), str(weight.dtype), axis(mask), share), mask
 
 
 def _operands(node: Any) -> list[tuple[int, Any]]:
@@ -153,6 +145,6 @@ def _constant(value: Any) -> tuple[str, Any] | None:
     return inner[0], inner[1].transpose(axes)
 
 
-def as_metadata(promised: dict[str, Pattern]) -> str:
+def as_metadata(recorded: dict[str, Pattern]) -> str:
     """What `check_onnx` reads again."""
-    return json.dumps({name: str(each) for name, each in sorted(promised.items())})
+    return json.dumps({name: str(pattern) for name, pattern in sorted(recorded.items())})

@@ -1,4 +1,4 @@
-// Products whose lanes are outputs: for one input (a token), or a few.
+// Matmuls whose lanes are outputs: for one input (a token), or a few.
 //
 // A window of inputs is held in registers. For each slot of the window, a vector of weights (one of each of `kLanes`
 // outputs) meets the inputs that a permutation picks by their indices. N:M gives every output equally many slots in
@@ -47,7 +47,7 @@ inline Float multiply_add(Float value, Float x, Float sum) { return fma(value, x
 // The upper half of each x is zero, so a product of pairs is the product of the lower halves.
 inline Int multiply_add(Int value, Float x, Int sum) { return dot_pairs(sum, (Short)(Int)x, (Short)value); }
 
-inline void finish(const Rows& r, int64_t block, int64_t b, Float sum) {
+inline void finish(const Gemv& r, int64_t block, int64_t b, Float sum) {
   const int64_t at = block * kLanes, left = r.outputs - at;
   float* y = (float*)r.y + b * r.y_stride + at;
   if (left >= kLanes) {
@@ -57,7 +57,7 @@ inline void finish(const Rows& r, int64_t block, int64_t b, Float sum) {
   for (int l = 0; l < left; l++) y[l] = activated(sum + broadcast(r.bias ? r.bias[at + l] : 0), r.activation)[l];
 }
 
-inline void finish(const Rows& r, int64_t block, int64_t b, Int sum) {
+inline void finish(const Gemv& r, int64_t block, int64_t b, Int sum) {
   const int64_t at = block * kLanes, left = r.outputs - at;
   __builtin_memcpy((int32_t*)r.y + b * r.y_stride + at, &sum, 4 * (left < kLanes ? left : kLanes));
 }
@@ -65,17 +65,17 @@ inline void finish(const Rows& r, int64_t block, int64_t b, Int sum) {
 // NB inputs at once. SLOTS is 0 where the slots of a window are only known at run time. One input has four sums for each
 // output, added at the end: the slots of one sum alone would wait for one another.
 template <int WINDOW, int SLOTS, int NB, class Value>
-struct BlockOfRows {
+struct GemvBlock {
   typedef typename Values<Value>::Vector Sum;
   static constexpr int bits = kIndexBits<WINDOW>, in_word = 32 / bits, sums = NB == 1 ? 4 : 1, step = SLOTS ? SLOTS : 4;
-  const Rows& r;
+  const Gemv& r;
   const int slots;
   Values<Value> values;
   const uint32_t* indices;
   const float* x[NB];
   Sum sum[NB][sums] = {};
 
-  BlockOfRows(const Rows& r, int64_t block, int64_t batch) : r(r), slots(SLOTS ? SLOTS : r.slots) {
+  GemvBlock(const Gemv& r, int64_t block, int64_t batch) : r(r), slots(SLOTS ? SLOTS : r.slots) {
     values.at = (const Value*)r.values + block * Values<Value>::size(r.windows * slots);
     indices = r.indices + block * words_of(r.windows, slots, in_word) * kLanes;
     for (int b = 0; b < NB; b++) x[b] = (const float*)r.x + (batch + b) * r.x_stride;
@@ -127,40 +127,40 @@ struct BlockOfRows {
 };
 
 template <int WINDOW, int SLOTS, int NB, class Value>
-inline void block_of_rows(const Rows& r, int64_t block, int64_t batch) {
-  BlockOfRows<WINDOW, SLOTS, NB, Value>(r, block, batch).run(block, batch);
+inline void gemv_block(const Gemv& r, int64_t block, int64_t batch) {
+  GemvBlock<WINDOW, SLOTS, NB, Value>(r, block, batch).run(block, batch);
 }
 
 template <int WINDOW, int SLOTS, class Value>
-void rows_of(const Rows& r, int64_t first, int64_t last) {
+void gemv_of(const Gemv& r, int64_t first, int64_t last) {
   for (int64_t block = first; block < last; block++) {
     int64_t b = 0;
-    for (; b + kRowsBatch <= r.batch; b += kRowsBatch) block_of_rows<WINDOW, SLOTS, kRowsBatch, Value>(r, block, b);
-    for (; b < r.batch; b++) block_of_rows<WINDOW, SLOTS, 1, Value>(r, block, b);
+    for (; b + kGemvBatch <= r.batch; b += kGemvBatch) gemv_block<WINDOW, SLOTS, kGemvBatch, Value>(r, block, b);
+    for (; b < r.batch; b++) gemv_block<WINDOW, SLOTS, 1, Value>(r, block, b);
   }
 }
 
 template <int WINDOW, class Value>
-void rows_of_any_slots(const Rows& r, int64_t first, int64_t last) {
+void gemv_of_any_slots(const Gemv& r, int64_t first, int64_t last) {
   if constexpr (kSlotsUnrolled) {
-    if (r.slots == 1) return rows_of<WINDOW, 1, Value>(r, first, last);
-    if (r.slots == 2) return rows_of<WINDOW, 2, Value>(r, first, last);
+    if (r.slots == 1) return gemv_of<WINDOW, 1, Value>(r, first, last);
+    if (r.slots == 2) return gemv_of<WINDOW, 2, Value>(r, first, last);
   }
-  return rows_of<WINDOW, 0, Value>(r, first, last);
+  return gemv_of<WINDOW, 0, Value>(r, first, last);
 }
 
 template <class Value>
-void rows_of_any_window(const Rows& r, int64_t first, int64_t last) {
+void gemv_of_any_window(const Gemv& r, int64_t first, int64_t last) {
   switch (r.window) {
-    case 4: return rows_of_any_slots<4, Value>(r, first, last);
-    case 8: return rows_of_any_slots<8, Value>(r, first, last);
-    case 16: return rows_of_any_slots<16, Value>(r, first, last);
-    default: return rows_of_any_slots<32, Value>(r, first, last);
+    case 4: return gemv_of_any_slots<4, Value>(r, first, last);
+    case 8: return gemv_of_any_slots<8, Value>(r, first, last);
+    case 16: return gemv_of_any_slots<16, Value>(r, first, last);
+    default: return gemv_of_any_slots<32, Value>(r, first, last);
   }
 }
 
-void rows(const Rows& r, int32_t dtype, int64_t first, int64_t last) {
-  if (dtype == kFloat32) return rows_of_any_window<float>(r, first, last);
-  if (dtype == kBFloat16) return rows_of_any_window<uint16_t>(r, first, last);
-  return rows_of_any_window<int8_t>(r, first, last);
+void gemv(const Gemv& r, int32_t dtype, int64_t first, int64_t last) {
+  if (dtype == kFloat32) return gemv_of_any_window<float>(r, first, last);
+  if (dtype == kBFloat16) return gemv_of_any_window<uint16_t>(r, first, last);
+  return gemv_of_any_window<int8_t>(r, first, last);
 }

@@ -1,11 +1,11 @@
-// Products whose lanes are columns of the input: rows of X^T, tokens or pixels side by side.
+// Matmuls whose lanes are columns of the input: rows of X^T, tokens or pixels side by side.
 //
 // For each kept weight: broadcast it, multiply-add with `vectors` vectors of columns at the input that its offset names.
 // No permutation, any pattern. A tile of K is small enough that its inputs stay in the first-level cache while all
 // outputs pass over them. A load of an offset waits for the cache, and the loads of inputs for it: so each offset is
 // loaded one product ahead, which took the kernel from 70 % to 80 % of peak on Zen 1 (2:4, 8 vectors of 8).
 
-constexpr int kPanelVectors = 8;
+constexpr int kGemmVectors = 8;
 
 inline float value_at(const float* values, int64_t j) { return values[j]; }
 inline float value_at(const uint16_t* values, int64_t j) { return from_bfloat16(values[j]); }
@@ -16,7 +16,7 @@ inline Float activated(Float v, Activation activation) {
 
 // R outputs at once: where vectors are few, sums of one output alone would wait for one another.
 template <int R, int V, class Value>
-inline __attribute__((always_inline)) void outputs_at_once(const Panel& p, int64_t o) {
+inline __attribute__((always_inline)) void outputs_at_once(const GemmTile& p, int64_t o) {
   const Value* values = (const Value*)p.values + o * p.nnz;
   const uint16_t* offsets = p.offsets + o * p.nnz;
   Float sum[R][V];
@@ -45,7 +45,7 @@ inline __attribute__((always_inline)) void outputs_at_once(const Panel& p, int64
 }
 
 template <int V, class Value>
-void panel_of(const Panel p) {  // by value: a store of sums could change what a reference reads
+void gemm_of(const GemmTile p) {  // by value: a store of sums could change what a reference reads
   constexpr int R = V <= 2 ? 4 : V <= 4 ? 2 : 1;
   int64_t o = 0;
   for (; o + R <= p.rows; o += R) outputs_at_once<R, V, Value>(p, o);
@@ -64,7 +64,7 @@ inline void move_sums(Int& low, Int& high, int32_t* at) {
 }
 
 template <int V>
-void panel_of_pairs(const Panel p) {
+void gemm_of_pairs(const GemmTile p) {
   const int32_t* values = (const int32_t*)p.values;
   const uint16_t* offsets = p.offsets;
   for (int64_t o = 0; o < p.rows; o++, values += p.nnz / 2, offsets += p.nnz) {
@@ -86,22 +86,22 @@ void panel_of_pairs(const Panel p) {
 }
 
 template <int V>
-void panel_at(const Panel& p, int32_t dtype) {
-  if (dtype == kFloat32) return panel_of<V, float>(p);
-  if (dtype == kBFloat16) return panel_of<V, uint16_t>(p);
-  if constexpr (V % 2 == 0) return panel_of_pairs<V / 2>(p);
+void gemm_at(const GemmTile& p, int32_t dtype) {
+  if (dtype == kFloat32) return gemm_of<V, float>(p);
+  if (dtype == kBFloat16) return gemm_of<V, uint16_t>(p);
+  if constexpr (V % 2 == 0) return gemm_of_pairs<V / 2>(p);
 }
 
-void panel(const Panel& p, int32_t dtype) {
+void gemm(const GemmTile& p, int32_t dtype) {
   switch (p.vectors) {
-    case 1: return panel_at<1>(p, dtype);
-    case 2: return panel_at<2>(p, dtype);
-    case 3: return panel_at<3>(p, dtype);
-    case 4: return panel_at<4>(p, dtype);
-    case 5: return panel_at<5>(p, dtype);
-    case 6: return panel_at<6>(p, dtype);
-    case 7: return panel_at<7>(p, dtype);
-    default: return panel_at<8>(p, dtype);
+    case 1: return gemm_at<1>(p, dtype);
+    case 2: return gemm_at<2>(p, dtype);
+    case 3: return gemm_at<3>(p, dtype);
+    case 4: return gemm_at<4>(p, dtype);
+    case 5: return gemm_at<5>(p, dtype);
+    case 6: return gemm_at<6>(p, dtype);
+    case 7: return gemm_at<7>(p, dtype);
+    default: return gemm_at<8>(p, dtype);
   }
 }
 

@@ -7,6 +7,7 @@ and exact; what is scaled after that equals the reference bit by bit.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -17,13 +18,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import openwork.kernels as kernels
-from openwork.layouts.layout import WINDOWS, Dots, Panel, Rows, conv_rows, dots, panel, quantized, rows
+from openwork.layouts import DotProduct, Gemm, Gemv
+from openwork.layouts.conv import conv_rows
+from openwork.layouts.cpu import WINDOWS
+from openwork.layouts.layout import Vectors, kind_named
 from openwork.nm.pattern import Pattern
+from openwork.nm.quantize import quantize_weight
 from openwork.ops import sparse_matmul as reference
-from openwork.ops.sparse_matmul import panel_numbers, rows_numbers
 
 ops = torch.ops.openwork
-FLOATS, STORED = [torch.float32, torch.bfloat16], [torch.float32, torch.bfloat16, torch.int8]
+Layout = Gemm | Gemv | DotProduct
+FLOATS, WEIGHT_DTYPES = [torch.float32, torch.bfloat16], [torch.float32, torch.bfloat16, torch.int8]
 many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 patterns = st.one_of(st.sampled_from([2, 4, 8, 16, 32]), st.integers(1, 64)).flatmap(
@@ -42,28 +47,22 @@ def sparse(shape: tuple[int, ...], pattern: Pattern, generator: torch.Generator)
     return weight * keep * (torch.rand(shape, generator=generator) < 0.95)
 
 
-def stored(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def weight_dtype(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """A weight as kernels keep it, and the scales of its outputs where it is int8."""
-    return quantized(weight) if dtype == torch.int8 else (weight.to(dtype), None)
+    return quantize_weight(weight, dtype)
 
 
-def linear(x: Tensor, layout: Panel | Rows | Dots, bias: Tensor | None, relu: bool) -> Tensor:
-    if isinstance(layout, Dots):
-        x = x if layout.scales is not None else x.bfloat16()
-        given = (x, layout.values, layout.positions, layout.scales, bias, rows_numbers(layout))
-        return ops.dots_linear(*given, relu)
-    if isinstance(layout, Rows):
-        return ops.rows_linear(x, layout.values, layout.words, layout.scales, bias, rows_numbers(layout), relu)
-    return ops.panel_linear(x, layout.values, layout.positions, layout.scales, bias, panel_numbers(layout), relu)
+def linear(x: Tensor, layout: Layout, bias: Tensor | None, relu: bool) -> Tensor:
+    x = x.bfloat16() if isinstance(layout, DotProduct) and layout.scales is None else x
+    return getattr(ops, f"{layout.name}_linear")(x, layout.packed, bias, layout.integers, relu)
 
 
-def packed(weight: Tensor, pattern: Pattern, kind: str, dtype: torch.dtype) -> Panel | Rows | Dots:
-    numbers, scales = stored(weight, dtype)
-    if kind == "dots":
-        return dots(numbers, pattern, lanes=kernels.lanes() if kernels.has_dots() else 16, scales=scales)
-    if kind == "rows":
-        return rows(numbers, pattern, lanes=kernels.lanes(), scales=scales)
-    return panel(numbers, pattern, columns=kernels.panel_columns(), scales=scales)
+def packed(weight: Tensor, pattern: Pattern, kind: str, dtype: torch.dtype) -> Layout:
+    numbers, scales = weight_dtype(weight, dtype)
+    vectors = kernels.vectors()
+    if kind == "dot_product" and not vectors.dot_product:
+        vectors = dataclasses.replace(vectors, lanes=16)
+    return kind_named(kind).pack(numbers, scales, pattern, vectors)  # type: ignore[return-value]
 
 
 def within_bound(y: Tensor, product: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> bool:
@@ -75,17 +74,12 @@ def within_bound(y: Tensor, product: Any, x: Tensor, weight: Tensor, bias: Tenso
     return y.shape == exact.shape and bool(((y - exact).abs() <= (terms + 2) * 2.0**-24 * size).all())
 
 
-def good(y: Tensor, x: Tensor, weight: Tensor, layout: Panel | Rows | Dots, bias: Tensor | None, relu: bool) -> bool:
-    if isinstance(layout, Dots):
-        given = (layout.values, layout.positions, layout.scales, bias, rows_numbers(layout), relu)
-        if layout.scales is not None:
-            return torch.equal(y, reference.dots_linear(x, *given))  # type: ignore[operator]
-        return within_bfloat16(y, x.bfloat16().double(), stored(weight, torch.bfloat16)[0].double(), bias, relu)
+def good(y: Tensor, x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None, relu: bool) -> bool:
+    if isinstance(layout, DotProduct) and layout.scales is None:
+        return within_bfloat16(y, x.bfloat16().double(), weight_dtype(weight, torch.bfloat16)[0].double(), bias, relu)
     if layout.scales is None:
-        return within_bound(y, F.linear, x, stored(weight, layout.values.dtype)[0].float(), bias, relu)
-    by = reference.rows_linear if isinstance(layout, Rows) else reference.panel_linear
-    positions, numbers = (layout.words, rows_numbers) if isinstance(layout, Rows) else (layout.positions, panel_numbers)
-    return torch.equal(y, by(x, layout.values, positions, layout.scales, bias, numbers(layout), relu))  # type: ignore[operator]
+        return within_bound(y, F.linear, x, weight_dtype(weight, layout.values.dtype)[0].float(), bias, relu)
+    return torch.equal(y, reference.linear(type(layout), x, layout.packed, bias, layout.integers, relu))
 
 
 def within_bfloat16(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> bool:
@@ -102,7 +96,7 @@ def within_bfloat16(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, r
 @st.composite
 def inputs(draw: st.DrawFn, K: int, generator: torch.Generator) -> Tensor:
     """(..., K) in any order in memory."""
-    B = draw(st.one_of(st.integers(0, 9), st.integers(0, 2 * kernels.panel_columns() + 1)))
+    B = draw(st.one_of(st.integers(0, 9), st.integers(0, 2 * kernels.vectors().columns + 1)))
     how = draw(st.sampled_from(["plain", "plain", "wide", "shifted", "transposed", "three", "none", "same"]))
     x = torch.randn(B, K, generator=generator) * 10.0 ** draw(st.integers(-3, 3))
     if how == "wide":
@@ -122,12 +116,12 @@ def inputs(draw: st.DrawFn, K: int, generator: torch.Generator) -> Tensor:
 
 
 @many
-@given(data=st.data(), pattern=patterns, dtype=st.sampled_from(STORED), kind=st.sampled_from(["panel", "rows"]))
+@given(data=st.data(), pattern=patterns, dtype=st.sampled_from(WEIGHT_DTYPES), kind=st.sampled_from(["gemm", "gemv"]))
 def test_linear_is_the_dense_product(
     isa: str, data: st.DataObject, pattern: Pattern, dtype: torch.dtype, kind: str
 ) -> None:
-    if kind == "rows" and pattern.m not in WINDOWS:
-        kind = "panel"
+    if kind == "gemv" and pattern.m not in WINDOWS:
+        kind = "gemm"
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1), label="seed"))
     O, K = data.draw(st.integers(1, 70), label="O"), data.draw(st.integers(1, 200), label="K")
     x, relu = data.draw(inputs(K, generator), label="x"), data.draw(st.booleans(), label="relu")
@@ -140,42 +134,42 @@ def test_linear_is_the_dense_product(
     assert good(y.reshape(-1, O), x.reshape(-1, K), weight, layout, bias, relu)
 
 
-@pytest.mark.parametrize("dtype", STORED)
-@pytest.mark.parametrize("kind", ["panel", "rows"])
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+@pytest.mark.parametrize("kind", ["gemm", "gemv"])
 def test_every_number_of_columns(isa: str, kind: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, bias = sparse((9, 21), Pattern(2, 4), generator), torch.randn(9, generator=generator)
     layout = packed(weight, Pattern(2, 4), kind, dtype)
-    for B in range(2 * kernels.panel_columns() + 2):
+    for B in range(2 * kernels.vectors().columns + 2):
         x = torch.randn(B, 21, generator=generator)
         assert good(linear(x, layout, bias, False), x, weight, layout, bias, False), B
 
 
-@pytest.mark.parametrize("dtype", STORED)
-@pytest.mark.parametrize("kind", ["panel", "rows"])
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+@pytest.mark.parametrize("kind", ["gemm", "gemv"])
 def test_every_number_of_outputs(isa: str, kind: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    for O in (*range(1, 3 * kernels.lanes() + 2), 255, 256, 257, 300):
+    for O in (*range(1, 3 * kernels.vectors().lanes + 2), 255, 256, 257, 300):
         weight, bias = sparse((O, 24), Pattern(1, 4), generator), torch.randn(O, generator=generator)
         layout = packed(weight, Pattern(1, 4), kind, dtype)
         x = torch.randn(3, 24, generator=generator)
         assert good(linear(x, layout, bias, True), x, weight, layout, bias, True), O
 
 
-@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 @pytest.mark.parametrize("m", [2, 4, 8, 16, 32])
 def test_every_slot_of_a_window(isa: str, m: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(m)
     for n in range(1, m + 1):
         weight = sparse((11, 3 * m + 1), Pattern(n, m), generator)
-        layout = packed(weight, Pattern(n, m), "rows", dtype)
+        layout = packed(weight, Pattern(n, m), "gemv", dtype)
         for B in (1, 2, 9):
             x = torch.randn(B, 3 * m + 1, generator=generator)
             assert good(linear(x, layout, None, False), x, weight, layout, None, False), (n, B)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("kind", ["panel", "rows"])
+@pytest.mark.parametrize("kind", ["gemm", "gemv"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_surfaces(isa: str, kind: str, dtype: torch.dtype, bad: float) -> None:
     """Also through ReLU. A product that is not computed cannot make NaN: pruned weights meet no input."""
@@ -190,7 +184,7 @@ def test_what_is_not_finite_surfaces(isa: str, kind: str, dtype: torch.dtype, ba
     assert bool((y[met].isnan() if bad != bad else y[met] == bad).all())
 
 
-@pytest.mark.parametrize("kind", ["panel", "rows"])
+@pytest.mark.parametrize("kind", ["gemm", "gemv"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_surfaces_in_the_whole_int8_row(isa: str, kind: str, bad: float) -> None:
     layout = packed(sparse((20, 16), Pattern(2, 4), torch.Generator().manual_seed(0)), Pattern(2, 4), kind, torch.int8)
@@ -202,7 +196,7 @@ def test_what_is_not_finite_surfaces_in_the_whole_int8_row(isa: str, kind: str, 
         assert y[3].isnan().all()
 
 
-@pytest.mark.parametrize("kind", ["panel", "rows"])
+@pytest.mark.parametrize("kind", ["gemm", "gemv"])
 def test_int8_inputs_next_to_zero_are_zero(isa: str, kind: str) -> None:
     layout = packed(sparse((20, 16), Pattern(2, 4), torch.Generator().manual_seed(0)), Pattern(2, 4), kind, torch.int8)
     for size in (0.0, 1e-45, 5e-44, 1e-38):
@@ -222,14 +216,16 @@ SHORT = [torch.bfloat16, torch.int8]
     | st.builds(Pattern, st.integers(1, 16).map(lambda half: 2 * half), st.just(32)),
     dtype=st.sampled_from(SHORT),
 )
-def test_dots_are_the_dense_product(isa: str, data: st.DataObject, pattern: Pattern, dtype: torch.dtype) -> None:
+def test_dot_products_are_the_dense_product(
+    isa: str, data: st.DataObject, pattern: Pattern, dtype: torch.dtype
+) -> None:
     """Also without the instructions: there the reference runs."""
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1), label="seed"))
     O, K = data.draw(st.integers(1, 70), label="O"), data.draw(st.integers(1, 200), label="K")
     x, relu = data.draw(inputs(K, generator), label="x"), data.draw(st.booleans(), label="relu")
     bias = torch.randn(O, generator=generator) if data.draw(st.booleans(), label="bias") else None
     weight = sparse((O, K), pattern, generator)
-    layout = packed(weight, pattern, "dots", dtype)
+    layout = packed(weight, pattern, "dot_product", dtype)
     y = linear(x, layout, bias, relu)
     assert y.shape == (*x.shape[:-1], O)
     assert good(y.reshape(-1, O), x.reshape(-1, K), weight, layout, bias, relu)
@@ -237,10 +233,10 @@ def test_dots_are_the_dense_product(isa: str, data: st.DataObject, pattern: Patt
 
 @pytest.mark.parametrize("dtype", SHORT)
 @pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(1, 16)])  # eight steps a window, and one
-def test_dots_of_every_number_of_rows(isa: str, pattern: Pattern, dtype: torch.dtype) -> None:
+def test_dot_products_of_every_number_of_rows(isa: str, pattern: Pattern, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, bias = sparse((49, 133), pattern, generator), torch.randn(49, generator=generator)
-    layout = packed(weight, pattern, "dots", dtype)
+    layout = packed(weight, pattern, "dot_product", dtype)
     for B in (*range(40), 95, 96, 97, 200):
         x = torch.randn(B, 133, generator=generator)
         assert good(linear(x, layout, bias, False), x, weight, layout, bias, False), B
@@ -248,10 +244,10 @@ def test_dots_of_every_number_of_rows(isa: str, pattern: Pattern, dtype: torch.d
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", SHORT)
-def test_dots_on_several_threads(isa: str, dtype: torch.dtype, threads: int) -> None:
+def test_dot_products_on_several_threads(isa: str, dtype: torch.dtype, threads: int) -> None:
     generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
     weight, x = sparse((300, 256), Pattern(2, 4), generator), torch.randn(230, 256, generator=generator)
-    layout = packed(weight, Pattern(2, 4), "dots", dtype)
+    layout = packed(weight, Pattern(2, 4), "dot_product", dtype)
     torch.set_num_threads(threads)
     try:
         assert good(linear(x, layout, None, False), x, weight, layout, None, False)
@@ -260,35 +256,37 @@ def test_dots_on_several_threads(isa: str, dtype: torch.dtype, threads: int) -> 
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_surfaces_from_dots(isa: str, bad: float) -> None:
+def test_what_is_not_finite_surfaces_from_dot_products(isa: str, bad: float) -> None:
     weight = sparse((20, 40), Pattern(2, 4), torch.Generator().manual_seed(0)).abs()
     x = torch.rand(5, 40)
     x[3, 6] = bad
-    y = linear(x, packed(weight, Pattern(2, 4), "dots", torch.bfloat16), None, True)
+    y = linear(x, packed(weight, Pattern(2, 4), "dot_product", torch.bfloat16), None, True)
     assert y[[0, 1, 2, 4]].isfinite().all()
     met = weight[:, 6] != 0
     assert met.any()
     assert not y[3, met].isfinite().any() or bad == -torch.inf
-    y = linear(x, packed(weight, Pattern(2, 4), "dots", torch.int8), None, True)
+    y = linear(x, packed(weight, Pattern(2, 4), "dot_product", torch.int8), None, True)
     assert torch.equal(y.isnan().any(1), torch.arange(5) == 3)
     assert y[3].isnan().all()
 
 
-def test_int8_dots_are_those_of_the_other_kernels(isa: str) -> None:
+def test_int8_dot_products_are_those_of_the_other_kernels(isa: str) -> None:
     """Whole numbers are exact: the choice of a kernel does not change a result."""
     generator = torch.Generator().manual_seed(0)
     weight, x = sparse((40, 100), Pattern(2, 4), generator), torch.randn(30, 100, generator=generator)
-    kinds = ("panel", "rows", "dots")
-    panels, rowed, dotted = (linear(x, packed(weight, Pattern(2, 4), kind, torch.int8), None, True) for kind in kinds)
-    assert torch.equal(dotted, panels)
-    assert torch.equal(dotted, rowed)
+    kinds = ("gemm", "gemv", "dot_product")
+    by_gemm, by_gemv, by_dot_product = (
+        linear(x, packed(weight, Pattern(2, 4), kind, torch.int8), None, True) for kind in kinds
+    )
+    assert torch.equal(by_dot_product, by_gemm)
+    assert torch.equal(by_dot_product, by_gemv)
 
 
 def test_long_int8_sums_do_not_overflow(isa: str) -> None:
     """The largest inputs and weights: with 128 added to inputs a sum passes 2^31 on its way and comes back."""
     K = 2**18
     weight = torch.ones(1, K) * (torch.arange(K) % 2 == 0)
-    y = linear(torch.ones(1, K), packed(weight, Pattern(2, 4), "dots", torch.int8), None, False)
+    y = linear(torch.ones(1, K), packed(weight, Pattern(2, 4), "dot_product", torch.int8), None, False)
     assert y.item() == pytest.approx(K / 2, rel=1e-6)
 
 
@@ -297,7 +295,7 @@ def test_long_int8_sums_do_not_overflow(isa: str) -> None:
 
 def conv(
     x: Tensor,
-    layout: Panel,
+    layout: Gemm,
     bias: Tensor | None,
     kernel: Any,
     stride: Any,
@@ -306,13 +304,13 @@ def conv(
     groups: int,
     relu: bool,
 ) -> Tensor:
-    given = (x, layout.values, layout.positions, layout.scales, bias, panel_numbers(layout))
-    return ops.panel_conv2d(*given, kernel, stride, padding, dilation, groups, relu)
+    geometry = [*kernel, *stride, *padding, *dilation, groups]
+    return ops.gemm_conv2d(x, layout.packed, bias, layout.integers, geometry, relu)
 
 
-def packed_conv(weight: Tensor, pattern: Pattern, dtype: torch.dtype) -> Panel:
-    layout = packed(conv_rows(weight, pattern), pattern, "panel", dtype)
-    assert isinstance(layout, Panel)
+def packed_conv(weight: Tensor, pattern: Pattern, dtype: torch.dtype) -> Gemm:
+    layout = packed(conv_rows(weight, pattern), pattern, "gemm", dtype)
+    assert isinstance(layout, Gemm)
     return layout
 
 
@@ -321,7 +319,12 @@ two = st.lists(st.integers(1, 3), min_size=2, max_size=2)
 
 @many
 @given(
-    data=st.data(), pattern=patterns, dtype=st.sampled_from(STORED), stride=two, dilation=two, groups=st.integers(1, 3)
+    data=st.data(),
+    pattern=patterns,
+    dtype=st.sampled_from(WEIGHT_DTYPES),
+    stride=two,
+    dilation=two,
+    groups=st.integers(1, 3),
 )
 def test_convolution_is_the_dense_one(
     isa: str,
@@ -358,15 +361,15 @@ def test_convolution_is_the_dense_one(
     y = conv(x, layout, bias, *geometry, relu)
     if layout.scales is None:
         product = lambda x, w, b: F.conv2d(x, w, b, stride, padding, dilation, groups)  # noqa: E731
-        assert within_bound(y, product, x, stored(weight, dtype)[0].float(), bias, relu)
+        assert within_bound(y, product, x, weight_dtype(weight, dtype)[0].float(), bias, relu)
     else:
-        given = (x, layout.values, layout.positions, layout.scales, bias, panel_numbers(layout))
-        assert torch.equal(y, reference.panel_conv2d(*given, *geometry, relu))  # type: ignore[operator]
+        given = (x, layout.packed, bias, layout.integers, [*kernel, *stride, *padding, *dilation, groups])
+        assert torch.equal(y, reference.conv2d(Gemm, *given, relu))
     if last and not x.is_contiguous():
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_large_and_small_images_on_several_threads(isa: str, dtype: torch.dtype, threads: int) -> None:
     """Where panels are few all threads gather first, where they are many each gathers for itself."""
@@ -377,16 +380,15 @@ def test_large_and_small_images_on_several_threads(isa: str, dtype: torch.dtype,
     try:
         for size in (3, 40):
             x = torch.randn(2, 12, size, size, generator=generator)
-            given = (x, layout.values, layout.positions, layout.scales, None, panel_numbers(layout))
-            geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1, False)
-            y, expected = ops.panel_conv2d(*given, *geometry), reference.panel_conv2d(*given, *geometry)  # type: ignore[operator]
+            given = (x, layout.packed, None, layout.integers, [3, 3, 1, 1, 1, 1, 1, 1, 1], False)
+            y, expected = ops.gemm_conv2d(*given), reference.conv2d(Gemm, *given)
             assert torch.allclose(y, expected, atol=1e-4)
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 def test_what_is_not_finite_surfaces_from_a_convolution(isa: str, dtype: torch.dtype, bad: float) -> None:
     weight = torch.ones(4, 4, 3, 3) * (torch.arange(4) < 2)[:, None, None]
     x = torch.rand(2, 4, 6, 6)
@@ -402,10 +404,10 @@ def test_what_is_not_finite_surfaces_from_a_convolution(isa: str, dtype: torch.d
 
 
 def test_without_the_library_references_run(no_library: None) -> None:
-    assert (kernels.panel_columns(), kernels.lanes()) == (64, 8)
+    assert kernels.vectors() == Vectors(lanes=8, columns=64, dot_product=False)
     weight = sparse((9, 20), Pattern(2, 4), torch.Generator().manual_seed(0))
     x = torch.randn(3, 20)
-    for kind in ("panel", "rows"):
+    for kind in ("gemm", "gemv"):
         assert torch.allclose(
             linear(x, packed(weight, Pattern(2, 4), kind, torch.float32), None, False), x @ weight.t(), atol=1e-5
         )
@@ -424,8 +426,8 @@ def test_without_the_library_references_run(no_library: None) -> None:
     assert torch.allclose(y, F.conv2d(image, weight[..., None, None]), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["panel", "rows"])
-@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("kind", ["gemm", "gemv"])
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 def test_results_are_float32_whatever_the_defaults_of_torch(isa: str, kind: str, dtype: torch.dtype) -> None:
     weight = sparse((9, 20), Pattern(2, 4), torch.Generator().manual_seed(0))
     layout, x, image = packed(weight, Pattern(2, 4), kind, dtype), torch.randn(3, 20), torch.randn(1, 20, 5, 5)
@@ -445,8 +447,8 @@ def test_results_are_float32_whatever_the_defaults_of_torch(isa: str, kind: str,
 @pytest.mark.parametrize("shape", [(0, 20), (2, 0, 20)])
 def test_no_rows_give_no_rows(isa: str, shape: tuple[int, ...]) -> None:
     weight = sparse((9, 20), Pattern(2, 4), torch.Generator().manual_seed(0))
-    for kind in ("panel", "rows"):
-        for dtype in STORED:
+    for kind in ("gemm", "gemv"):
+        for dtype in WEIGHT_DTYPES:
             y = linear(torch.zeros(shape), packed(weight, Pattern(2, 4), kind, dtype), torch.zeros(9), True)
             assert y.shape == (*shape[:-1], 9)
     image = torch.zeros(0, 20, 5, 5)

@@ -1,57 +1,37 @@
-// Products with a compressed weight: bring the input into the form that the kernels read, cut the work into tasks that
-// threads share, bring the result into the form that the caller reads. Nothing here depends on the instruction set.
-#include <cstdlib>
+// GEMM and convolution with a compressed weight: bring the input into the form that the kernel reads, cut the work into tasks
+// that threads share, bring the result into the form that the caller reads. Nothing here depends on the instruction set.
 #include <cstring>
-#include <new>
 
 #include "api.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace openwork {
 namespace {
 
-int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t parts(int64_t value, int64_t step) { return (value + step - 1) / step; }
-
-// Memory of one thread that grows and stays. WHICH tells two such buffers apart.
-template <int WHICH>
-float* memory(size_t floats) {
-  struct Buffer {
-    float* data = nullptr;
-    size_t size = 0;
-    ~Buffer() { std::free(data); }
-  };
-  thread_local Buffer buffer;
-  if (buffer.size < floats) {
-    std::free(buffer.data);
-    buffer.data = (float*)std::aligned_alloc(64, up(int64_t(floats * 4), 64));
-    if (!buffer.data) throw std::bad_alloc();
-    buffer.size = floats;
-  }
-  return buffer.data;
-}
-
 constexpr int64_t kMostColumns = 128;  // of any instruction set
+// Bytes behind the last tile of inputs: what an offset, of 16 bits, can reach at most. So a damaged weight gives wrong numbers
+// and reads nobody else's memory.
+constexpr int64_t kReach = (1 << 16) + kMostColumns * 4;
 
-int64_t columns_of_panel() { return int64_t(kernels->lanes) * kernels->panel_vectors; }
-int64_t bytes_of_input(const PanelWeight& w) { return w.dtype == kInt8 ? 2 : 4; }
+int64_t gemm_columns() { return int64_t(kernels->lanes) * kernels->gemm_vectors; }
+int64_t bytes_of_input(const GemmWeight& w) { return w.dtype == kInt8 ? 2 : 4; }
 
 // Products of one output in a tile that begins at input k.
-int64_t nnz_of(const PanelWeight& w, int64_t k) {
+int64_t nnz_of(const GemmWeight& w, int64_t k) {
   const int64_t nnz = lesser(w.tile, up(w.K, w.m) - k) / w.m * w.n;
   return w.dtype == kInt8 ? up(nnz, 2) : nnz;
 }
 
 // Outputs [first, last) of some columns, all tiles. `inputs(k)` gives the columns of the tile that begins at input k.
 template <class Inputs>
-void outputs_of(const PanelWeight& w, int64_t first, int64_t last, int64_t vectors, float* sum, Activation activation,
+void outputs_of(const GemmWeight& w, int64_t first, int64_t last, int64_t vectors, float* sum, Activation activation,
                 const Inputs& inputs) {
-  const int64_t columns = columns_of_panel(), value_bytes = w.dtype == kFloat32 ? 4 : 2;
+  const int64_t columns = gemm_columns(), value_bytes = w.dtype == kFloat32 ? 4 : 2;
   int64_t before = 0;
   for (int64_t k = 0; k < w.K; k += w.tile) {
     const int64_t nnz = nnz_of(w, k), at = before + first * nnz;
-    Panel p{};
+    GemmTile p{};
     p.values = (const char*)w.values + at * value_bytes;
     p.offsets = (const uint16_t*)w.offsets + at;
     p.rows = last - first;
@@ -63,7 +43,7 @@ void outputs_of(const PanelWeight& w, int64_t first, int64_t last, int64_t vecto
     p.stride = columns;
     p.vectors = int32_t(vectors);
     p.activation = k + w.tile >= w.K ? activation : kNone;
-    kernels->panel(p, w.dtype);
+    kernels->gemm(p, w.dtype);
     before += w.O * nnz;
   }
 }
@@ -71,9 +51,9 @@ void outputs_of(const PanelWeight& w, int64_t first, int64_t last, int64_t vecto
 float activated(float value, Activation activation) { return activation == kRelu && value < 0 ? 0 : value; }
 
 // int32 sums to floats, in place: the scale of each column of the input and of each output.
-void rescale(const PanelWeight& w, int64_t first, int64_t last, float* sum, int64_t count, const float* column_scales,
+void rescale(const GemmWeight& w, int64_t first, int64_t last, float* sum, int64_t count, const float* column_scales,
              Activation activation) {
-  for (int64_t o = first; o < last; o++, sum += columns_of_panel())
+  for (int64_t o = first; o < last; o++, sum += gemm_columns())
     for (int64_t c = 0; c < count; c++) {
       int32_t whole;
       std::memcpy(&whole, sum + c, 4);
@@ -96,10 +76,10 @@ struct Scratch {
 
 // ---- linear ----
 
-Scratch scratch_of(const LinearCall& call) { return {(float*)call.scratch, (char*)call.scratch + up(call.B * 4, 64)}; }
+Scratch scratch_of(const GemmLinear& call) { return {(float*)call.scratch, (char*)call.scratch + up(call.B * 4, 64)}; }
 
-void pack_panel(const LinearCall& call, int64_t first, int64_t count, char* to, const float* scales) {
-  const int64_t columns = columns_of_panel(), K = call.weight.K, rest = up(K, call.weight.m) - K;
+void pack_panel(const GemmLinear& call, int64_t first, int64_t count, char* to, const float* scales) {
+  const int64_t columns = gemm_columns(), K = call.weight.K, rest = up(K, call.weight.m) - K;
   const int64_t used = up(count, 2 * kernels->lanes), width = lesser(used, columns);
   const float* x = call.x + first * call.x_stride;
   std::memset(to + K * columns * bytes_of_input(call.weight), 0, rest * columns * bytes_of_input(call.weight));
@@ -123,9 +103,9 @@ void pack_panel(const LinearCall& call, int64_t first, int64_t count, char* to, 
   }
 }
 
-void linear(const LinearCall& call) {
-  const PanelWeight& w = call.weight;
-  const int64_t columns = columns_of_panel(), panels = parts(call.B, columns);
+void linear(const GemmLinear& call) {
+  const GemmWeight& w = call.weight;
+  const int64_t columns = gemm_columns(), panels = parts(call.B, columns);
   const int64_t panel_bytes = up(w.K, w.m) * columns * bytes_of_input(w);
   const Scratch scratch = scratch_of(call);
   if (w.dtype == kInt8)
@@ -163,7 +143,7 @@ struct Run {
   int64_t count, image, y, x;
 };
 
-int64_t runs_of(const ConvCall& c, int64_t q, int64_t count, Run* runs) {
+int64_t runs_of(const GemmConv2d& c, int64_t q, int64_t count, Run* runs) {
   const int64_t pixels = c.outH * c.outW, size = c.groups * c.channels * c.H * c.W;
   int64_t found = 0;
   for (int64_t at = 0; at < count; at += runs[found++].count) {
@@ -176,7 +156,7 @@ int64_t runs_of(const ConvCall& c, int64_t q, int64_t count, Run* runs) {
 
 // The pixels of one run in one channel, at one kernel position, which shifts them by (y, x).
 template <class Input>
-void gather_run(const ConvCall& c, const Run& run, const Input* plane, int64_t y, int64_t x, Input* to) {
+void gather_run(const GemmConv2d& c, const Run& run, const Input* plane, int64_t y, int64_t x, Input* to) {
   y += run.y, x += run.x;
   if (y < 0 || y >= c.H) return void(std::memset(to, 0, run.count * sizeof(Input)));
   const Input* from = plane + y * c.W;
@@ -193,8 +173,8 @@ void gather_run(const ConvCall& c, const Run& run, const Input* plane, int64_t y
 
 // Inputs [k, end) of group g for the pixels of some runs, `count` in all.
 template <class Input>
-void gather(const ConvCall& c, int64_t g, int64_t k, int64_t end, const Run* runs, int64_t count, Input* to) {
-  const int64_t columns = columns_of_panel(), padded = up(c.channels, c.weight.m);
+void gather(const GemmConv2d& c, int64_t g, int64_t k, int64_t end, const Run* runs, int64_t count, Input* to) {
+  const int64_t columns = gemm_columns(), padded = up(c.channels, c.weight.m);
   const int64_t width = lesser(up(count, 2 * kernels->lanes), columns);
   int64_t channel = k % padded, column = k / padded % c.kernel_w, row = k / padded / c.kernel_w;
   for (; k < end; k++, to += columns) {
@@ -211,8 +191,8 @@ void gather(const ConvCall& c, int64_t g, int64_t k, int64_t end, const Run* run
 }
 
 // Pixels [q, q + count) of outputs [o, end) from `sum` to y.
-void scatter(const ConvCall& c, int64_t o, int64_t end, int64_t q, int64_t count, const float* sum) {
-  const int64_t columns = columns_of_panel(), pixels = c.outH * c.outW;
+void scatter(const GemmConv2d& c, int64_t o, int64_t end, int64_t q, int64_t count, const float* sum) {
+  const int64_t columns = gemm_columns(), pixels = c.outH * c.outW;
   for (int64_t at = 0; at < count;) {
     const int64_t n = (q + at) / pixels, pixel = (q + at) % pixels, some = lesser(pixels - pixel, count - at);
     float* to = c.y + (n * c.weight.O + o) * pixels + pixel;
@@ -222,9 +202,9 @@ void scatter(const ConvCall& c, int64_t o, int64_t end, int64_t q, int64_t count
 }
 
 template <class Input>
-void conv_of(const ConvCall& c) {
-  const PanelWeight& w = c.weight;
-  const int64_t columns = columns_of_panel(), pixels = c.outH * c.outW, all = c.N * pixels, panels = parts(all, columns);
+void conv_of(const GemmConv2d& c) {
+  const GemmWeight& w = c.weight;
+  const int64_t columns = gemm_columns(), pixels = c.outH * c.outW, all = c.N * pixels, panels = parts(all, columns);
   const int64_t inputs = up(w.K, w.m), outputs = w.O / c.groups, many = c.groups * panels;
   const bool together = many < 2 * c.threads;  // all gather first
   const int64_t block = together ? outputs_of_task(outputs, many) : 512, blocks = parts(outputs, block);
@@ -241,7 +221,7 @@ void conv_of(const ConvCall& c) {
       }
     });
   parallel_for(many * blocks, 1, [&](int64_t first, int64_t last) {
-    float *sum = memory<0>(block * columns), *tile = memory<1>(w.tile * columns), *scales = memory<2>(columns);
+    float *sum = memory<0>(block * columns), *tile = memory<1>(w.tile * columns + kReach / 4), *scales = memory<2>(columns);
     Run runs[kMostColumns];
     for (int64_t task = first; task < last; task++) {
       const int64_t panel = task / blocks, q = panel % panels * columns, count = lesser(columns, all - q), g = panel / panels;
@@ -265,96 +245,20 @@ void conv_of(const ConvCall& c) {
 
 using namespace openwork;
 
-OPENWORK_API int64_t openwork_linear_scratch(const LinearCall* call) {
-  const int64_t columns = columns_of_panel(), K = up(call->weight.K, call->weight.m);
-  return up(call->B * 4, 64) + parts(call->B, columns) * K * columns * bytes_of_input(call->weight);
+OPENWORK_API int64_t openwork_gemm_linear_scratch(const GemmLinear* call) {
+  const int64_t columns = gemm_columns(), K = up(call->weight.K, call->weight.m);
+  return up(call->B * 4, 64) + parts(call->B, columns) * K * columns * bytes_of_input(call->weight) + kReach;
 }
 
-OPENWORK_API void openwork_linear(const LinearCall* call) { linear(*call); }
+OPENWORK_API void openwork_gemm_linear(const GemmLinear* call) { linear(*call); }
 
-OPENWORK_API int64_t openwork_conv_scratch(const ConvCall* c) {
-  const int64_t panels = c->groups * parts(c->N * c->outH * c->outW, columns_of_panel());
+OPENWORK_API int64_t openwork_gemm_conv2d_scratch(const GemmConv2d* c) {
+  const int64_t panels = c->groups * parts(c->N * c->outH * c->outW, gemm_columns());
   if (panels >= 2 * c->threads) return 0;
-  return panels * up(c->weight.K, c->weight.m) * columns_of_panel() * bytes_of_input(c->weight);
+  return panels * up(c->weight.K, c->weight.m) * gemm_columns() * bytes_of_input(c->weight) + kReach;
 }
 
-OPENWORK_API void openwork_conv(const ConvCall* call) {
+OPENWORK_API void openwork_gemm_conv2d(const GemmConv2d* call) {
   if (call->weight.dtype == kInt8) conv_of<int16_t>(*call);
   else conv_of<float>(*call);
-}
-
-// Products of few rows: lanes are outputs. `batch` rows of x, which is padded to whole windows.
-OPENWORK_API void openwork_rows(const Rows* rows, int32_t dtype) {
-  const int64_t work = rows->windows * rows->slots * kernels->lanes * rows->batch;
-  parallel_for(rows->blocks, 1 + 16384 / work, [&](int64_t first, int64_t last) { kernels->rows(*rows, dtype, first, last); });
-}
-
-// Whether the processor has the instructions that `dots` needs.
-OPENWORK_API int32_t openwork_has_dots() { return kernels->dots != nullptr; }
-
-// Some groups of rows at a time, so that they stay in the second-level cache while all outputs pass over them. Where there
-// are enough for all threads each packs its own, into memory of its own; else all pack first, into `packed`.
-constexpr int64_t kTogether = 8;
-
-static bool each_packs(const Dots& d, int64_t threads) { return dots_groups(d) >= 2 * kTogether * threads; }
-
-OPENWORK_API int64_t openwork_dots_scratch(const Dots* d, int64_t threads) {
-  return each_packs(*d, threads) ? 0 : d->batch * d->windows * kernels->lanes * 4;
-}
-
-OPENWORK_API void openwork_dots(const Dots* given, int32_t dtype, int64_t threads) {
-  const Dots& d = *given;
-  const int64_t groups = dots_groups(d), together = parts(groups, parts(groups, kTogether));  // of nearly the same size
-  const int64_t parts_of_all = parts(groups, together), rows = lesser(d.batch, together * kDotsBatch);
-  if (each_packs(d, threads))
-    return parallel_for(parts_of_all, 1, [&](int64_t first, int64_t last) {
-      Dots mine = d;
-      mine.packed = (char*)memory<0>((kTogether * kDotsBatch) * d.windows * kernels->lanes);
-      for (int64_t from = first * together; from < lesser(last * together, groups); from += together) {
-        const int64_t to = lesser(from + together, groups);
-        mine.packed_from = from * d.batch / groups;
-        kernels->pack(mine, dtype, from, to);
-        kernels->dots(mine, dtype, 0, d.blocks, from, to);
-      }
-    });
-  parallel_for(groups, 1 + 16384 / (d.K * kDotsBatch), [&](int64_t first, int64_t last) { kernels->pack(d, dtype, first, last); });
-  const int64_t work = d.windows * d.steps * kernels->lanes * rows;
-  parallel_for(parts_of_all * d.blocks, 1 + 16384 / work, [&](int64_t first, int64_t last) {
-    while (first < last) {
-      const int64_t part = first / d.blocks, end = lesser(last, (part + 1) * d.blocks), from = part * together;
-      const int64_t block = first - part * d.blocks;
-      kernels->dots(d, dtype, block, block + end - first, from, lesser(from + together, groups));
-      first = end;
-    }
-  });
-}
-
-// (N, count) numbers as whole ones plus 128, one scale for each of N. bits: N * pieces of memory.
-OPENWORK_API void openwork_quantize(const float* x, int64_t N, int64_t count, uint8_t* to, float* scales, int32_t* bits) {
-  constexpr int64_t piece = 1 << 14;
-  const int64_t pieces = parts(count, piece);
-  parallel_for(N * pieces, 2, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) {
-      const int64_t at = i % pieces * piece;
-      bits[i] = kernels->largest(x + i / pieces * count + at, lesser(piece, count - at));
-    }
-  });
-  for (int64_t n = 0; n < N; n++) {
-    int32_t most = 0;
-    for (int64_t i = 0; i < pieces; i++) most = most > bits[n * pieces + i] ? most : bits[n * pieces + i];
-    scales[n] = scale_for(most);
-  }
-  parallel_for(N * pieces, 2, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) {
-      const int64_t n = i / pieces, at = n * count + i % pieces * piece;
-      kernels->quantize(x + at, lesser(piece, (n + 1) * count - at), scales[n], to + at);
-    }
-  });
-}
-
-// The sizes of the structs, by number, for a test of the mirror in Python; 0 past the last.
-OPENWORK_API int64_t openwork_size_of(int32_t which) {
-  const int64_t sizes[] = {sizeof(Groups), sizeof(PanelWeight), sizeof(LinearCall), sizeof(ConvCall), sizeof(Rows),
-                           sizeof(Dots),   sizeof(Pixels)};
-  return which < 7 ? sizes[which] : 0;
 }

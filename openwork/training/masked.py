@@ -1,0 +1,232 @@
+"""The parametrization of one weight: what a method makes of it now, and what is kept between forwards.
+
+Sharded weights (torch's DTensor) pass through `openwork.training.dtensor`: masks are chosen on shards that hold whole
+groups, or on the gathered weight; the formulas of a method see plain tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openwork import kernels
+from openwork.methods import Method, Phase
+from openwork.methods.autograd import masked, straight_through
+from openwork.methods.method import State
+from openwork.nm.masks import apply_mask
+from openwork.training.dtensor import by_groups, cuts_groups, elementwise, full_tensor, placed_like
+from openwork.training.forward_cache import ForwardCache
+
+
+class Masked(nn.Module):
+    """Dense weight in, weight of the forward pass out, same shape.
+
+    `end` is what the method's schedule comes to, `phase` what it has in force after `step` optimizer steps, `age` the
+    steps since a stored mask was chosen. `seen_dtype` is the dtype in which the forward pass saw the weight (FSDP2 may
+    hand it in bfloat16): the mask is a function of the weight rounded to it, so that the optimizer step and `verify`
+    find the same mask. `reuses_mask`: the optimizer step takes the mask of the forward. Not of a sharded weight: each
+    process ranks its part once more, instead of holding the masks of all layers.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self, method: Method, end: Phase, cache: ForwardCache, weight: Tensor):
+        super().__init__()
+        self.method, self.end, self.cache = method, end, cache
+        self.seen_dtype = weight.dtype
+        schedule = method.schedule
+        self.reuses_mask = bool(method.decay) and not schedule.stores_mask
+        self._ranks_by_magnitude = not method.overrides("score", "mask")
+        self._straight_through = not method.overrides("forward", "backward")
+        self.step = self.age = 0
+        self.phase = end
+        self.go_to(0)
+        self.register_buffer("mask", None)
+        state = method.state(weight.detach(), end)
+        self.state_names = tuple(state)
+        for name, tensor in state.items():
+            self.register_buffer(f"state_{name}", tensor)
+        if schedule.stores_mask:
+            self.choose_mask(weight)
+
+    @property
+    def state(self) -> State:
+        """What the method keeps for the weight."""
+        return {name: getattr(self, f"state_{name}") for name in self.state_names}
+
+    @property
+    def unfinished(self) -> str:
+        """What the weight is while the method's schedule runs; empty once it has ended."""
+        steps = self.method.schedule.steps
+        if self.step >= steps:
+            return ""
+        return f"{self.phase}: not yet {self.end.pattern} (step {self.step} of {steps})"
+
+    # --- the mask --------------------------------------------------------------------------------------------------
+
+    def mask_of(self, weight: Tensor) -> Tensor:
+        """The mask in force: bool, the shape of `weight`."""
+        if self.mask is not None:
+            return placed_like(self.mask, weight)
+        return self.ranked(weight.detach().to(self.seen_dtype), self.phase)
+
+    def ranked(self, weight: Tensor, phase: Phase) -> Tensor:
+        """The mask that `weight` has by the method's score."""
+
+        def choose(plain: Tensor) -> Tensor:
+            return self.method.mask(self.method.score(plain, self.state), phase)
+
+        return by_groups(choose, weight, phase.axis, phase.pattern.m, gathered=phase.output_axis is not None)
+
+    def mask_at_end(self, weight: Tensor) -> Tensor:
+        """The mask in force, or the one that the end of the schedule would give this weight."""
+        if self.mask is not None and not self.unfinished:
+            return placed_like(self.mask, weight)
+        return self.ranked(weight.detach().to(self.seen_dtype), self.end)
+
+    def choose_mask(self, weight: Tensor) -> None:
+        """Store the mask that `weight` has now."""
+        self.mask, self.age = self.ranked(weight.detach(), self.phase).contiguous(), 0
+
+    # --- the forward pass ------------------------------------------------------------------------------------------
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.seen_dtype != weight.dtype:
+            self.seen_dtype = weight.dtype
+        return self.cache.once(self, weight, self.effective)
+
+    def effective(self, weight: Tensor) -> Tensor:
+        """The weight that the layer multiplies with, computed afresh."""
+        if not self.method.sparse:
+            return weight
+        if self.is_fused(weight):
+            return straight_through([weight], self.phase.pattern, [self.phase.axis])[0]
+        mask = self.mask_of(weight)
+        if self.reuses_mask:
+            self.cache.remember(self, weight, mask)
+        self._check_whole_groups(weight)
+        phase, state = self.phase, self.state
+        return elementwise(lambda w, m: masked(self.method, w, m, phase, state), weight, mask)
+
+    def is_fused(self, weight: Tensor) -> bool:
+        """Whether a kernel does the forward in one pass, mask included: it is that of every method."""
+        return self._straight_through and not isinstance(self.phase.beta, Tensor) and self.is_ranked_fused(weight)
+
+    def is_ranked_fused(self, weight: Tensor) -> bool:
+        """Whether a kernel finds the mask on the way: it is that of the largest magnitudes in the weight's own dtype,
+        and is not stored."""
+        ranked = self._ranks_by_magnitude and self.mask is None and self.phase.output_axis is None
+        return ranked and self.seen_dtype == weight.dtype and kernels.fuses(weight)
+
+    @torch.no_grad()
+    def fold(self, weight: Tensor) -> Tensor:
+        """The weight of the finished model: what the forward uses, or would use at the end of the schedule."""
+        if not self.method.sparse:
+            return weight
+        self._check_whole_groups(weight)
+        state = self.state
+        return elementwise(lambda w, m: self.method.fold(w, m, self.end, state), weight, self.mask_at_end(weight))
+
+    def _check_whole_groups(self, weight: Any) -> None:
+        if not self.method.elementwise and cuts_groups(weight, self.phase.axis, self.phase.pattern.m):
+            raise ValueError(
+                f"{self.method} needs whole groups of {self.phase.pattern.m}, and sharding {weight.placements} of a "
+                f"weight {tuple(weight.shape)} cuts them apart: shard along another axis, or take another method"
+            )
+
+    # --- the optimizer step ----------------------------------------------------------------------------------------
+
+    def add_decay(self, weight: Tensor, scale: Tensor | None = None) -> None:
+        """gradient += decay * weight where the mask of the forward prunes, in place; the sum's second half times
+        `scale` where the gradient is scaled."""
+        gradient: Any = weight.grad
+        reused = self.cache.recall(self, weight)
+        mask = self.mask_of(weight) if reused is None else reused
+        decayed = elementwise(lambda w, m: apply_mask(w, ~m).mul_(self.method.decay), weight, mask)
+        gradient.add_(decayed if scale is None else decayed.mul_(scale.to(decayed.device)))
+
+    @torch.no_grad()
+    def count_step(self, weight: Tensor) -> None:
+        """An optimizer step is done: the schedule goes on, and a stored mask that has served its time is chosen anew,
+        in place, so that compiled graphs find it. Weights that are spread over processes are gathered for it."""
+        schedule, pattern = self.method.schedule, self.phase.pattern
+        if schedule.steps:
+            self.go_to(self.step + 1)
+        if self.mask is None or not schedule.counts_steps:
+            return
+        self.age += 1
+        if self.phase.pattern != pattern or 0 < (schedule.refresh_every or 0) <= self.age:
+            full = full_tensor(weight.detach())
+            mask = self.method.mask(self.method.score(full, self.state), self.phase)
+            self.mask.copy_(placed_like(mask, self.mask))
+            self.age = 0
+
+    def go_to(self, step: int) -> None:
+        """Set the schedule to where it is after so many optimizer steps. While the pattern stays and the mask decays,
+        its beta is a tensor that is written to, so that compiled code stays as it is."""
+        self.step = step
+        now = self.method.schedule.phase(step, self.end)
+        beta = self.phase.beta
+        if now.beta and isinstance(beta, Tensor) and now.pattern == self.phase.pattern:
+            beta.fill_(now.beta)
+        else:
+            self.phase = replace(now, beta=torch.tensor(now.beta, dtype=torch.float64)) if now.beta else now
+
+    # --- the state dict --------------------------------------------------------------------------------------------
+
+    @property
+    def buffers_saved(self) -> dict[str, str]:
+        """What is saved beside the weight: what follows its name in a state dict -> the buffer here."""
+        masks = {} if self.mask is None else {"mask": "mask"}
+        return masks | {name: f"state_{name}" for name in self.state_names}
+
+    @property
+    def counters_saved(self) -> dict[str, int]:
+        """The same of the counters."""
+        schedule = self.method.schedule
+        ages = {"mask_age": self.age} if self.mask is not None and schedule.refresh_every else {}
+        return ages | ({"step": self.step} if schedule.steps else {})
+
+    def saved(self) -> dict[str, Tensor]:
+        """Everything that is saved beside the weight, by what follows its name."""
+        buffers: dict[str, Tensor] = {key: getattr(self, name) for key, name in self.buffers_saved.items()}
+        return buffers | {key: torch.tensor(number) for key, number in self.counters_saved.items()}
+
+    def restart(self, weight: Tensor) -> dict[str, Tensor]:
+        """Begin anew with another dense weight, and return the mask and state that belong to it, by what follows its
+        name in a state dict."""
+        self.age = 0
+        self.go_to(0)
+        state = dict(self.method.state(weight, self.end))
+        return state if self.mask is None else {**state, "mask": self.ranked(weight, self.phase)}
+
+    def extra_repr(self) -> str:
+        parts = [str(self.end.pattern), str(self.method), str(self.end.axis)]
+        parts += [f"output_axis {self.end.output_axis}"] if self.end.output_axis else []
+        return ", ".join(parts + ([self.unfinished] if self.unfinished else []))
+
+
+@dataclass
+class Stepped:
+    """A weight as the hooks of a method see it (`openwork.methods.method.TrainedWeight`)."""
+
+    masked: Masked
+    weight: Tensor
+
+    @property
+    def state(self) -> State:
+        return self.masked.state
+
+    @property
+    def step(self) -> int:
+        return self.masked.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self.masked.go_to(step)
+
+    def mask(self) -> Tensor:
+        return self.masked.mask_of(self.weight)

@@ -1,0 +1,49 @@
+"""What torch has no public name for, in one place, each with what happens where a version of torch lacks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_is_wrapped: Callable[[Tensor], bool] | None = getattr(
+    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None
+)
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether `torch.func` (vmap, grad, jvp) put this tensor in the place of another. True where torch cannot say: the
+    callers then do what is right for every tensor, slower. Since torch 2.0."""
+    return True if _is_wrapped is None else _is_wrapped(tensor)
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """Lets compiled code take what the function returns as a constant. `torch.compiler.assume_constant_result` does
+    the same, and imports the compiler, which takes seconds. A torch that does not read the mark traces the function."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def aot_inductor() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Torch's functions that compile an exported program into a package, and load one. Since torch 2.6; raises
+    RuntimeError without them."""
+    try:
+        from torch._inductor import aoti_compile_and_package, aoti_load_package
+    except ImportError as error:
+        raise RuntimeError(f"torch {torch.__version__} does not write packages of AOTInductor ({error})") from error
+    return aoti_compile_and_package, aoti_load_package
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """Tensors are ordinary ones inside, also while a compiler traces with tensors that hold nothing. Since torch 2.0;
+    without it, what is tried while a compiler traces fails, and is tried again later."""
+    try:
+        from torch.utils._python_dispatch import _disable_current_modes
+    except ImportError:
+        return nullcontext()
+    return _disable_current_modes()

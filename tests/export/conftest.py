@@ -1,5 +1,0 @@
-"""transformers and lightning import torchvision, which may be broken where it was built for another torch."""
-
-from openwork.utils.torchvision_compat import ensure_torchvision
-
-ensure_torchvision()
