@@ -72,7 +72,8 @@ def read_part(file: Path, images: Path, *, masks: bool, skip_bad: bool) -> tuple
                 raise ValueError(f"{file}: {error}; correct it, or add --skip_bad to leave such images out") from None
             skipped += 1
             continue
-        listed = [{**known, "category_id": numbers[known["category_id"]]} for known in entry.annotations]
+        kept = [{k: v for k, v in known.items() if masks or k != "segmentation"} for known in entry.annotations]
+        listed = [{**known, "category_id": numbers[known["category_id"]]} for known in kept]
         entries.append(replace(entry, annotations=listed))
     if not any(entry.annotations for entry in entries):
         raise ValueError(f"{file}: not one image with an object is left ({skipped} of them were left out as bad)")

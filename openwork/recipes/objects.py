@@ -79,12 +79,8 @@ class ShapeImages(Dataset[Sample]):
         scene = self.scene(index)
         corners = boxes_around(torch.from_numpy(scene.masks_NSS)).tolist()
         listed = [
-            {
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "category_id": label,
-                "area": int(mask.sum()),
-                "segmentation": rle.encode(np.asfortranarray(mask, np.uint8)),
-            }
+            {"bbox": [x1, y1, x2 - x1, y2 - y1], "category_id": label, "area": int(mask.sum())}
+            | ({"segmentation": rle.encode(np.asfortranarray(mask, np.uint8))} if self.masks else {})
             for (x1, y1, x2, y2), label, mask in zip(corners, scene.labels_N.tolist(), scene.masks_NSS, strict=True)
         ]
         return coco.Entry(Path(), index, self.size, self.size, listed)

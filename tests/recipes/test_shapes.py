@@ -54,6 +54,7 @@ def test_training_and_validation_show_different_parts_of_the_photographs():
 
 def test_the_truth_of_validation_is_what_is_shown(data):
     truth = data.info.truth
+    assert not any("segmentation" in known for known in shapes(1, 3, 64, False, 0).info.truth["annotations"])
     assert [category["name"] for category in truth["categories"]] == list(CLASSES)
     for index in range(3):
         _, target = data.val[index]
