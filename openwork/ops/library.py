@@ -95,6 +95,6 @@ def has_operators(*tensors: Tensor) -> bool:
     compiling = torch.compiler.is_compiling()
     for tensor in tensors:
         plain = compiling or type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-        if not plain or not (tensor.is_cpu or tensor.is_cuda) or tensor.dtype not in RANKED:
+        if not plain or tensor.device.type not in ("cpu", "cuda") or tensor.dtype not in RANKED:
             return False
     return True
