@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import openwork as ow
-from openwork.cli.export import write_dense
 from openwork.files.checkpoint import describe
+from openwork.files.container import write_tensors
 from openwork.utils.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
@@ -60,9 +60,9 @@ def unzipped(path: Path) -> dict[str, torch.Tensor]:
 def written(model: nn.Module, pattern: str, folder: Path) -> tuple[Path, Path, Path]:
     files = folder / "net.safetensors", folder / "dense.safetensors", folder / "dense.zip"
     ow.save(model, files[0], pattern=pattern)
-    state = ow.load(files[0])
+    state = ow.load_state_dict(files[0])
     first = {id(each): name for name, each in reversed(state.items())}.values()  # tied tensors once, as in the file
-    write_dense({name: each for name, each in state.items() if name in first}, str(files[1]))
+    write_tensors(str(files[1]), {name: each for name, each in state.items() if name in first}, {"format": "pt"})
     with zipfile.ZipFile(files[2], "w", zipfile.ZIP_DEFLATED) as file:
         file.write(files[1], files[1].name)
     return files

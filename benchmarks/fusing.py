@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 import openwork as ow
 from openwork.bench.models import Block
-from openwork.inference.layers import SparseLinear
+from openwork.inference.layers import PackedLinear
+from openwork.layouts import Gemm
 from openwork.utils.torchvision_compat import ensure_torchvision
 
 OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
@@ -64,7 +65,7 @@ def gelu(tokens: int, pattern: str) -> None:
     """The feed-forward part of BERT-base, deployed."""
     up, down = nn.Linear(768, 3072), nn.Linear(3072, 768)
     ow.project(nn.ModuleList([up, down]), pattern)
-    first, second = (SparseLinear(each, ow.Pattern.parse(pattern), "panel", torch.float32) for each in (up, down))
+    first, second = (PackedLinear(each, ow.Pattern.parse(pattern), Gemm, torch.float32) for each in (up, down))
     x = torch.randn(tokens, 768)
     wide = first(x)
     whole: dict[str, Callable[[], object]] = {"all": lambda: second(F.gelu(first(x)))}

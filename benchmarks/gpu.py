@@ -47,11 +47,12 @@ import openwork as ow
 from openwork import kernels
 from openwork.bench.measure import quantile, today, write_csv
 from openwork.bench.models import Encoder
-from openwork.inference.gpu_layers import quantized_input, quantized_weight
 from openwork.inference.layers import PackedLayer
 from openwork.kernels.cuda import cusparselt
+from openwork.kernels.cuda.semi_structured import SemiStructured
 from openwork.nm.groups import Axis
 from openwork.nm.masks import magnitude_mask as defined_mask
+from openwork.nm.quantize import quantize
 from openwork.ops import foreach_decay, foreach_mask, foreach_prune
 from openwork.utils.timing import ABOUT_A_MILLISECOND, as_graph
 
@@ -301,12 +302,12 @@ def of_linear(bench: Bench, dtype: torch.dtype, B: int, K: int, O: int) -> list[
     variants, about, note = dict(dense), {}, {}
     if quantized:
         variants |= dense_int8(x, layer) | dense_fp8(x, layer)
-    for kind, weight_dtype in product_kinds(layer, B, dtype, quantized):
-        if kind in cusparselt.BACKENDS:
+    for kind, weight_dtype in product_kinds(layer, "2:4", B, dtype, quantized):
+        if issubclass(kind, SemiStructured):
             with where_it_is_here():
                 made = packed(layer, "2:4", kind, weight_dtype, x)
-                name = kind if weight_dtype == dtype else f"{kind} {short(weight_dtype)}"
-                algorithms = ", ".join(map(str, made.algorithms.values())) or "-"
+                name = kind.name if weight_dtype == dtype else f"{kind.name} {short(weight_dtype)}"
+                algorithms = ", ".join(map(str, made.packed.algorithms.values())) or "-"
                 variants[name], about[name] = partial(made, x), "2:4"
                 note[name] = f"algorithm {algorithms}" if weight_dtype == dtype else "quantizing the input included"
     times = bench.times(variants)
@@ -355,8 +356,8 @@ def dense_fp8(x: Tensor, layer: nn.Linear) -> dict[str, Callable[[], object]]:
     """The same for float8, with a scale for each row and each output, with its fast accumulation."""
     if not x.is_cuda or torch.cuda.get_device_capability(x.device) < (9, 0):
         return {}
-    left, left_scales = quantized_input(x, torch.float8_e4m3fn)
-    right, right_scales = quantized_weight(layer.weight, torch.float8_e4m3fn)
+    left, left_scales = quantize(x, torch.float8_e4m3fn)
+    right, right_scales = quantize(layer.weight, torch.float8_e4m3fn)
     known = (left, right.t(), left_scales[:, None].contiguous(), right_scales[None].contiguous())
     call = partial(torch._scaled_mm, *known, out_dtype=torch.bfloat16, use_fast_accum=True)
     return {"dense float8, product alone": call}
@@ -373,9 +374,9 @@ def of_decode(bench: Bench, B: int, K: int, O: int, text: str) -> list[Row]:
     layer = sparse_linear(K, O, text, torch.bfloat16, bench.device)
     x = torch.randn(B, K, device=bench.device, dtype=torch.bfloat16)
     made: dict[str, list[Any]] = {"dense": copies(layer, bench)}
-    for kind, weight_dtype in product_kinds(layer, B, torch.bfloat16, quantized=False):
+    for kind, weight_dtype in product_kinds(layer, text, B, torch.bfloat16, quantized=False):
         with where_it_is_here():
-            made[kind] = copies(packed(layer, text, kind, weight_dtype, x), bench)
+            made[kind.name] = copies(packed(layer, text, kind, weight_dtype, x), bench)
     times = bench.times({name: _all_of(each, x, bench.device) for name, each in made.items()}, flush=False)
     each_one = {name: [t / len(made[name]) for t in all_] for name, all_ in times.items()}
     pattern = {name: text for name in made if name != "dense"}
@@ -403,6 +404,7 @@ def _cloned(layer: nn.Module) -> nn.Module:
     for name in ("_parameters", "_buffers"):
         tensors = {key: None if each is None else each.detach().clone() for key, each in getattr(layer, name).items()}
         made.__dict__[name] = tensors
+    made.__dict__["_modules"] = {key: _cloned(each) for key, each in layer._modules.items()}  # type: ignore[arg-type]
     return made
 
 
@@ -434,7 +436,7 @@ def of_model(bench: Bench, name: str, tokens: int, batch: int) -> list[Row]:
     if bench.device.type == "cuda":
         variants["dense compiled"] = partial(torch.compile(copy.deepcopy(dense)), x)
         variants["deployed, compiled"] = partial(torch.compile(copy.deepcopy(fast)), x)
-        models |= {"deployed, compiled": fast, "deployed, graph": deployed(dense, x, cuda_graph=True)}
+        models |= {"deployed, compiled": fast, "deployed, graph": deployed(dense, x, timed_as="graph")}
         variants["dense, graph"] = as_graph(partial(dense, x))
         variants["deployed, graph"] = as_graph(partial(models["deployed, graph"], x))
     times = bench.times(variants, flush=False, launched=False)
@@ -447,10 +449,10 @@ def of_model(bench: Bench, name: str, tokens: int, batch: int) -> list[Row]:
     return bench.rows("models", f"{name}, batch {batch}", times, baselines, dtype="bfloat16", **about)
 
 
-def deployed(model: nn.Module, x: Tensor, cuda_graph: bool = False) -> Any:
+def deployed(model: nn.Module, x: Tensor, timed_as: Any = "eager") -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that dense won, which the rows say
-        made = ow.deploy(model, x, pattern="2:4", cuda_graph=cuda_graph)
+        made = ow.deploy(model, x, pattern="2:4", timed_as=timed_as)
     print(made.deployment)
     return made
 

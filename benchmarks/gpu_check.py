@@ -13,20 +13,22 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import openwork as ow
-from openwork.inference import gpu_layers
-from openwork.inference.gpu_layers import GpuLayer, gpu_module
-from openwork.inference.layers import GpuKind
+import openwork.kernels as kernels
+from openwork.inference.choose import Packed
+from openwork.inference.geometry import form_of
+from openwork.inference.layers import pack_layer
 from openwork.kernels.cuda import cusparselt
-from openwork.kernels.cuda.cusparselt import QUANTIZED
+from openwork.layouts.layout import Kind, Request, kinds_on
 from openwork.nm.groups import Axis
 from openwork.nm.mask_stats import pack, sad
 from openwork.nm.masks import magnitude_mask as defined_mask
+from openwork.nm.quantize import QUANTIZED
 from openwork.nm.transposable import transposable_mask as defined_transposable
 from openwork.ops import (
     foreach_decay,
@@ -232,12 +234,14 @@ def sparse_linear(inputs: int, outputs: int, text: str, dtype: torch.dtype, devi
 
 
 def product_kinds(
-    layer: nn.Module, rows: int, dtype: torch.dtype, quantized: bool = True
-) -> list[tuple[Any, torch.dtype]]:
-    """The kernels that can take a layer here, and in which dtype."""
-    here = partial(gpu_layers.cannot, layer, ow.Pattern(2, 4), rows=rows, transposed=False)
+    layer: Any, text: str, rows: int, dtype: torch.dtype, quantized: bool = True
+) -> list[tuple[Kind, torch.dtype]]:
+    """The kernels of a GPU that can take a layer here, and in which dtype."""
+    pattern, device = ow.Pattern.parse(text), layer.weight.device
+    conv, vectors = form_of(layer, pattern).conv, kernels.vectors()
     dtypes = (dtype, *QUANTIZED) if quantized else (dtype,)
-    return [(kind, each) for kind in get_args(GpuKind) for each in dtypes if not here(kind=kind, weight_dtype=each)]
+    requests = [Request(pattern, dtype, each, device, vectors, conv, rows) for each in dtypes]
+    return [(kind, each.weight_dtype) for kind in kinds_on("cuda") for each in requests if not kind.refusal(each)]
 
 
 def missing(device: torch.device) -> set[str]:
@@ -249,16 +253,16 @@ def missing(device: torch.device) -> set[str]:
 UNSUPPORTED = ("not supported", "architecture mismatch", "not implemented")
 
 
-def packed(layer: nn.Module, text: str, kind: Any, weight_dtype: torch.dtype, x: Tensor) -> GpuLayer:
+def packed(layer: nn.Module, text: str, kind: Kind, weight_dtype: torch.dtype, x: Tensor) -> Packed:
     """The layer by one kernel, its algorithm searched. Raises NotHere where the GPU's library says that it has no
     product of a quantized dtype; any other error is one."""
     try:
-        made = gpu_module(layer, ow.Pattern.parse(text), kind, weight_dtype, transposed=False)
+        made = pack_layer(layer, ow.Pattern.parse(text), kind, weight_dtype)
         made.search(x)
         made(x)
     except RuntimeError as error:
         if weight_dtype in QUANTIZED and any(each in str(error).lower() for each in UNSUPPORTED):
-            raise NotHere(f"{kind} {short(weight_dtype)}: {summary(error)[:160]}") from error
+            raise NotHere(f"{kind.name} {short(weight_dtype)}: {summary(error)[:160]}") from error
         raise
     return made
 
@@ -277,13 +281,13 @@ def close(found: Tensor, expected: Tensor, weight_dtype: torch.dtype) -> None:
 
 def every_kind(
     tally: Tally, name: str, many_rows: Sequence[int] = (16, 64)
-) -> Iterator[tuple[Any, Tensor, Any, torch.dtype, str]]:
+) -> Iterator[tuple[Any, Tensor, Kind, torch.dtype, str]]:
     """A linear layer whose sizes need filling up, an input, and each kernel that takes them: few rows and many."""
     for rows in many_rows:
         layer = sparse_linear(520, 264, "2:4", torch.bfloat16, tally.device)
         x = torch.randn(rows, 520, device=tally.device, dtype=torch.bfloat16)
-        for kind, weight_dtype in product_kinds(layer, rows, torch.bfloat16):
-            yield layer, x, kind, weight_dtype, f"{name}, {kind} {short(weight_dtype)}, {rows} rows"
+        for kind, weight_dtype in product_kinds(layer, "2:4", rows, torch.bfloat16):
+            yield layer, x, kind, weight_dtype, f"{name}, {kind.name} {short(weight_dtype)}, {rows} rows"
 
 
 def products(tally: Tally) -> None:
@@ -295,8 +299,10 @@ def products(tally: Tally) -> None:
     ):
         layer = sparse_linear(inputs, outputs, text, dtype, tally.device)
         x = torch.randn(rows, inputs, device=tally.device, dtype=dtype)
-        for kind, weight_dtype in product_kinds(layer, rows, dtype):
-            with tally.check(f"{kind} {short(weight_dtype)} {text}, {rows} x {inputs} to {outputs}, {short(dtype)}"):
+        for kind, weight_dtype in product_kinds(layer, text, rows, dtype):
+            with tally.check(
+                f"{kind.name} {short(weight_dtype)} {text}, {rows} x {inputs} to {outputs}, {short(dtype)}"
+            ):
                 close(packed(layer, text, kind, weight_dtype, x)(x), exact(layer, x), weight_dtype)
 
 
@@ -308,8 +314,8 @@ def convolutions(tally: Tally) -> None:
         conv = sparse(nn.Conv2d(inputs, 40, **options), "2:4", dtype, tally.device)
         for form in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(2, inputs, 15, 15, device=tally.device).to(dtype, memory_format=form)
-            for kind, weight_dtype in product_kinds(conv, 2 * 15 * 15, dtype):
-                with tally.check(f"{kind} {short(weight_dtype)} {conv}, {short(form)}, {short(dtype)}"):
+            for kind, weight_dtype in product_kinds(conv, "2:4", 2 * 15 * 15, dtype):
+                with tally.check(f"{kind.name} {short(weight_dtype)} {conv}, {short(form)}, {short(dtype)}"):
                     close(packed(conv, "2:4", kind, weight_dtype, x)(x), exact(conv, x), weight_dtype)
 
 

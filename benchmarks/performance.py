@@ -75,8 +75,8 @@ def linear(rows: list[Row]) -> list[str]:
 
 
 def _kernel(row: Row) -> str:
-    """The kernels that lanes of outputs have, by a letter: r, d."""
-    return {"rows": " r", "dots": " d"}.get(row["impl"].split()[0], "")
+    """The kernels that lanes of outputs have, by a letter: v for GEMV, d for dot products."""
+    return {"gemv": " v", "dot_product": " d"}.get(row["impl"].split()[0], "")
 
 
 def models(rows: list[Row]) -> list[str]:

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import openwork as ow
-from openwork.bench.measure import processor, today
+from openwork.bench.measure import today
 from openwork.bench.models import Block
+from openwork.utils.hardware import cpu_name
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_tables import between
@@ -251,7 +252,7 @@ def write_page(source: Path, page: Path = PAGE) -> None:
 
 
 def where(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 

@@ -9,10 +9,10 @@ namespace openwork {
 
 extern const Kernels* kernels;  // of the instruction set in use
 
-// How the weight of a product lies in memory for the panel kernel: tiles of inputs, in each of them all outputs. `tile`
+// How the weight of a matmul lies in memory for the GEMM kernel: tiles of inputs, in each of them all outputs. `tile`
 // inputs make a tile and the last tile is what is left. A tile holds, for each output, tile / m * n values, rounded up to
 // even for int8 (with a zero), and as many offsets: bytes in a tile of inputs that has one row of columns for each.
-struct PanelWeight {
+struct GemmWeight {
   const void* values;       // float32, bfloat16; int16 for int8
   const uint16_t* offsets;  // one more than there are values
   const float* scales;      // int8: (O) else null
@@ -22,21 +22,21 @@ struct PanelWeight {
   int64_t K, O;  // inputs, outputs; of a convolution kernel positions * channels of one group, rounded up to M
 };
 
-struct LinearCall {
-  PanelWeight weight;
+struct GemmLinear {
+  GemmWeight weight;
   const float* x;  // (B, K), rows x_stride apart
   float* y;        // (B, O), rows y_stride apart
-  void* scratch;   // openwork_linear_scratch bytes
+  void* scratch;   // openwork_gemm_linear_scratch bytes
   int64_t B, x_stride, y_stride;
   Activation activation;
 };
 
-struct ConvCall {
-  PanelWeight weight;     // O outputs of all groups
+struct GemmConv2d {
+  GemmWeight weight;     // O outputs of all groups
   const void* x;          // (N, groups * channels, H, W) float32; int8: int16
   const float* x_scales;  // int8: (N) else null
   float* y;               // (N, O, outH, outW)
-  void* scratch;          // openwork_conv_scratch bytes
+  void* scratch;          // openwork_gemm_conv2d_scratch bytes
   int64_t threads;        // that will share the work
   int64_t N, channels, H, W, outH, outW;
   int32_t groups, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w;

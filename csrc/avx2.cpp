@@ -9,7 +9,7 @@
 namespace openwork {
 namespace {
 
-constexpr int kRowsBatch = 4;
+constexpr int kGemvBatch = 4;
 constexpr bool kSlotsUnrolled = true;
 
 inline Float fma(Float a, Float b, Float c) { return (Float)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
@@ -18,7 +18,7 @@ inline Int dot_pairs(Int sum, Short a, Short b) { return sum + (Int)_mm256_madd_
 
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-// What `rows` needs: inputs of one window in registers, from which indices pick one per lane.
+// What `gemv` needs: inputs of one window in registers, from which indices pick one per lane.
 template <int WINDOW> struct Window;
 
 template <> struct Window<4> {  // the low two bits of an index count: four inputs in both halves

@@ -11,7 +11,7 @@
 namespace openwork {
 namespace {
 
-constexpr int kRowsBatch = 8;
+constexpr int kGemvBatch = 8;
 constexpr bool kSlotsUnrolled = true;
 
 inline Float fma(Float a, Float b, Float c) { return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -28,7 +28,7 @@ bool supported() {
 #ifdef __AVX512VNNI__
   if (!__builtin_cpu_supports("avx512vnni")) return false;
 #endif
-#ifdef HAS_DOTS
+#ifdef HAS_DOT_PRODUCT
   if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512bf16")) return false;
 #endif
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -62,8 +62,8 @@ template <> struct Window<32> {
   Float pick(Int index) const { return (Float)_mm512_permutex2var_ps(low, (__m512i)index, high); }
 };
 
-#ifdef HAS_DOTS
-// What `dots` needs: inputs picked by number, of which only as many bits count as there are inputs, and sums of products.
+#ifdef HAS_DOT_PRODUCT
+// What `dot_product` needs: inputs picked by number, of which only as many bits count as there are inputs; sums of products.
 inline Int pick_pairs(Int x, Int index) { return (Int)_mm512_permutexvar_epi16((__m512i)index, (__m512i)x); }
 inline Int pick_quads(Int x, Int index) { return (Int)_mm512_permutexvar_epi8((__m512i)index, (__m512i)x); }
 inline Float add_pairs(Float sum, Int x, Int value) {

@@ -14,6 +14,6 @@ static constexpr Kernels absent() {
 const Kernels ISA_TABLE = absent();
 }  // namespace openwork
 #else
-#define HAS_DOTS
+#define HAS_DOT_PRODUCT
 #include "avx512.cpp"
 #endif

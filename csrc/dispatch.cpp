@@ -30,7 +30,7 @@ static int64_t grain(const Groups& g) { return 1 + kGrain / (int64_t(g.m) * g.in
 using namespace openwork;
 
 // The version of this interface; the loader refuses another.
-OPENWORK_API int32_t openwork_abi() { return 3; }
+OPENWORK_API int32_t openwork_abi() { return 4; }
 
 OPENWORK_API void openwork_use_threads(ParallelFor parallel_for) { parallel_for_of_torch = parallel_for; }
 
@@ -51,7 +51,7 @@ OPENWORK_API const char* openwork_isa(int32_t rank) {
 }
 
 OPENWORK_API int32_t openwork_lanes() { return kernels->lanes; }
-OPENWORK_API int32_t openwork_panel_columns() { return kernels->lanes * kernels->panel_vectors; }
+OPENWORK_API int32_t openwork_gemm_columns() { return kernels->lanes * kernels->gemm_vectors; }
 
 OPENWORK_API void openwork_keep(const Groups* g, int32_t dtype, const void* weight, uint8_t* keep) {
   parallel_for(all_groups(*g), grain(*g),
@@ -71,3 +71,10 @@ OPENWORK_API void openwork_decay(const Groups* g, int32_t dtype, const void* wei
 
 // Float operations done by `rounds` rounds of the fastest loop there is, on the calling thread. result: one vector.
 OPENWORK_API int64_t openwork_peak(int64_t rounds, float* result) { return kernels->peak(rounds, result); }
+
+// The sizes of the structs, by number, for a test of the mirror in Python; 0 past the last.
+OPENWORK_API int64_t openwork_size_of(int32_t which) {
+  const int64_t sizes[] = {sizeof(Groups), sizeof(GemmWeight), sizeof(GemmLinear), sizeof(GemmConv2d),
+                           sizeof(Gemv),   sizeof(DotProduct), sizeof(Pixels)};
+  return which < 7 ? sizes[which] : 0;
+}

@@ -5,20 +5,20 @@ namespace {
 
 #include "floats.inl"
 #include "masks.inl"
-#include "panel.inl"
-#include "rows.inl"
-#ifdef HAS_DOTS
-#include "dots.inl"
+#include "gemm.inl"
+#include "gemv.inl"
+#ifdef HAS_DOT_PRODUCT
+#include "dot_product.inl"
 #else
 constexpr auto pack = nullptr;
-constexpr auto dots = nullptr;
+constexpr auto dot_product = nullptr;
 constexpr auto quantize = nullptr;
 #endif
 
 }  // namespace
 
 extern const Kernels ISA_TABLE;
-const Kernels ISA_TABLE = {ISA_NAME, kLanes, kPanelVectors, keep,      prune,   decay, panel,    rows,
-                           pack,     dots,   quantize,      transpose, largest, peak,  supported};
+const Kernels ISA_TABLE = {ISA_NAME, kLanes, kGemmVectors, keep,     prune,     decay,   gemm, gemv,
+                           pack,     dot_product, quantize, transpose, largest, peak, supported};
 
 }  // namespace openwork

@@ -32,9 +32,9 @@ constexpr float kSmallest = 1.17549435e-38f;  // below it floats lose digits
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
 enum Activation : int32_t { kNone = 0, kRelu = 1 };
 
-// One K-tile of a product whose lanes are columns of the input ("panel"): `rows` outputs with `nnz` products each.
+// One K-tile of a matmul whose lanes are columns of the input ("gemm"): `rows` outputs with `nnz` products each.
 // Product j of an output adds values[j] * x[offsets[j] ...] (bytes) to `vectors` vectors of columns.
-struct Panel {
+struct GemmTile {
   const void* values;       // (rows, nnz), the dtype of the weight; int8: (rows, nnz / 2) pairs of int16
   const uint16_t* offsets;  // (rows, nnz) and one more
   int64_t rows, nnz;
@@ -47,9 +47,9 @@ struct Panel {
   Activation activation;  // applied to what is written
 };
 
-// A product whose lanes are outputs ("rows"): for each slot of a window of inputs, lanes of weights meet inputs that a
+// A matmul whose lanes are outputs ("gemv"): for each slot of a window of inputs, lanes of weights meet inputs that a
 // permutation picks. `blocks` blocks of `lanes` outputs; K padded to whole windows.
-struct Rows {
+struct Gemv {
   const void* values;       // (blocks, slots, lanes); bfloat16: (blocks, slots / 2 rounded up, lanes, 2)
   const uint32_t* indices;  // (blocks, words, lanes): the indices of `slots_per_word` slots in each word, low bits first
   int64_t windows, blocks;
@@ -62,17 +62,17 @@ struct Rows {
   Activation activation;
 };
 
-// Rows that are the output pixels of all images, their inputs numbered kernel position by kernel position, channels
+// Gemv that are the output pixels of all images, their inputs numbered kernel position by kernel position, channels
 // within: pieces of the images, which have their channels last.
 struct Pixels {
   int64_t channels, H, W, outH, outW;
   int32_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w;
 };
 
-// A product whose lanes are outputs and whose inputs are as short as the weights ("dots"): in each 32 bits of a vector two
-// bfloat16, or four int8, of one output meet the inputs that a permutation picks from a window of one vector. Their
+// A matmul whose lanes are outputs and whose inputs are as short as the weights ("dot_product"): in each 32 bits of a vector
+// two bfloat16, or four int8, of one output meet the inputs that a permutation picks from a window of one vector. Their
 // products are added up as one: a step. K padded to whole windows.
-struct Dots {
+struct DotProduct {
   const void* values;      // (blocks, windows, steps, lanes, 4 bytes): two bfloat16 or four int8 of a lane
   const uint8_t* indices;  // bfloat16: (blocks, windows, steps / 2 rounded up, lanes, 2, 2), the last those of two steps;
                            // int8: (blocks, windows, steps, lanes, 4)
@@ -91,10 +91,10 @@ struct Dots {
   Activation activation;
 };
 
-// Rows of inputs that share what is loaded of the weight: groups of nearly the same size. Group g begins at row
+// Gemv of inputs that share what is loaded of the weight: groups of nearly the same size. Group g begins at row
 // g * batch / groups.
-constexpr int kDotsBatch = 12;
-static inline int64_t dots_groups(const Dots& d) { return (d.batch + kDotsBatch - 1) / kDotsBatch; }
+constexpr int kDotProductBatch = 12;
+static inline int64_t dot_product_groups(const DotProduct& d) { return (d.batch + kDotProductBatch - 1) / kDotProductBatch; }
 
 // What the whole numbers of -127 to 127 that stand for some inputs are multiplied with, by the bits of the largest
 // magnitude. NaN where an input is; 1 where there is nothing but zeros, or next to nothing.
@@ -123,17 +123,17 @@ static inline int64_t words_of(int64_t windows, int64_t slots, int64_t in_word) 
 struct Kernels {
   const char* name;
   int32_t lanes;          // float32 in a vector
-  int32_t panel_vectors;  // most vectors of columns that `panel` takes at once
+  int32_t gemm_vectors;  // most vectors of columns that `gemm` takes at once
   // Groups [first, last) of a weight, counted as outer * (length / m, rounded up). Any dtype but int8.
   void (*keep)(const Groups&, int32_t dtype, const void* weight, uint8_t* keep, int64_t first, int64_t last);
   void (*prune)(const Groups&, int32_t dtype, const void* weight, void* out, int64_t first, int64_t last);
   void (*decay)(const Groups&, int32_t dtype, const void* weight, void* grad, float decay, int64_t first, int64_t last);
-  void (*panel)(const Panel&, int32_t dtype);  // float32, bfloat16, int8
-  void (*rows)(const Rows&, int32_t dtype, int64_t first, int64_t last);  // blocks
+  void (*gemm)(const GemmTile&, int32_t dtype);  // float32, bfloat16, int8
+  void (*gemv)(const Gemv&, int32_t dtype, int64_t first, int64_t last);  // blocks
   // bfloat16, int8; null where the processor has no such instructions. Packs groups [from, to), then multiplies them with
   // blocks [first, last).
-  void (*pack)(const Dots&, int32_t dtype, int64_t from, int64_t to);
-  void (*dots)(const Dots&, int32_t dtype, int64_t first, int64_t last, int64_t from, int64_t to);
+  void (*pack)(const DotProduct&, int32_t dtype, int64_t from, int64_t to);
+  void (*dot_product)(const DotProduct&, int32_t dtype, int64_t first, int64_t last, int64_t from, int64_t to);
   void (*quantize)(const float* x, int64_t count, float scale, uint8_t* to);  // whole numbers plus 128
   void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
   int32_t (*largest)(const float* x, int64_t count);  // the bits of the largest magnitude, NaN above all

@@ -9,7 +9,7 @@
 namespace openwork {
 namespace {
 
-constexpr int kRowsBatch = 4;
+constexpr int kGemvBatch = 4;
 inline Float fma(Float a, Float b, Float c) { return (Float)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 bool supported() { return true; }
 

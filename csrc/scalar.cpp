@@ -7,7 +7,7 @@
 namespace openwork {
 namespace {
 
-constexpr int kRowsBatch = 4;
+constexpr int kGemvBatch = 4;
 inline Float fma(Float a, Float b, Float c) { return a * b + c; }
 bool supported() { return true; }
 

@@ -4,10 +4,11 @@ This list is the API.
 """
 
 from openwork.files.checkpoint import load as load
+from openwork.files.checkpoint import load_state_dict as load_state_dict
 from openwork.files.checkpoint import save as save
-from openwork.inference.choose import Plan as Plan
 from openwork.inference.deploy import deploy as deploy
 from openwork.inference.deploy import plan as plan
+from openwork.inference.plan import Plan as Plan
 from openwork.inference.stream import load_deployed as load_deployed
 from openwork.methods import ASP as ASP
 from openwork.methods import SRSTE as SRSTE

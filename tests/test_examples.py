@@ -24,7 +24,7 @@ def test_serve(tmp_path, monkeypatch):
     ow.project(model, "2:4")
     ow.save(model, tmp_path / "net.safetensors", pattern="2:4")
     monkeypatch.setenv("NET", str(tmp_path / "net.safetensors"))
-    chosen = {name: "panel" for name in ow.verify(model, pattern="2:4").sparse if not name.startswith("fc")}
+    chosen = {name: "gemm" for name in ow.verify(model, pattern="2:4").sparse if not name.startswith("fc")}
     monkeypatch.setenv("CHOSEN", json.dumps(chosen))  # timing every layer would take long
     spec = importlib.util.spec_from_file_location("serve", EXAMPLES / "serve.py")
     serve = importlib.util.module_from_spec(spec)

@@ -20,12 +20,13 @@ struct Test {
   int least;  // cases
 };
 
-const Test kTests[] = {{"masks", test_masks, 300}, {"transpose", test_transpose, 60}, {"panel", test_panel, 300},
-                       {"rows", test_rows, 300},   {"dots", test_dots, 400},          {"quantize", test_quantize, 100},
-                       {"linear", test_linear, 150}, {"convolution", test_conv, 400}};
+const Test kTests[] = {{"masks", test_masks, 300},     {"transpose", test_transpose, 60},
+                       {"gemm", test_gemm, 300},       {"gemv", test_gemv, 300},
+                       {"linear", test_linear, 150},   {"dot_product", test_dot_product, 400},
+                       {"quantize", test_quantize, 100}, {"convolution", test_conv, 400}};
 
 bool runs(const Test& test) {  // here: not every processor has dot products
-  return openwork::kernels->dots || (test.run != test_dots && test.run != test_quantize);
+  return openwork::kernels->dot_product || (test.run != test_dot_product && test.run != test_quantize);
 }
 
 double now() {

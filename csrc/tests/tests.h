@@ -8,13 +8,13 @@
 OPENWORK_API const char* openwork_use_isa(const char* name);
 OPENWORK_API const char* openwork_isa(int32_t rank);
 OPENWORK_API void openwork_use_threads(openwork::ParallelFor parallel_for);
-OPENWORK_API int64_t openwork_linear_scratch(const openwork::LinearCall* call);
-OPENWORK_API void openwork_linear(const openwork::LinearCall* call);
-OPENWORK_API int64_t openwork_conv_scratch(const openwork::ConvCall* call);
-OPENWORK_API void openwork_conv(const openwork::ConvCall* call);
-OPENWORK_API void openwork_rows(const openwork::Rows* rows, int32_t dtype);
-OPENWORK_API void openwork_dots(const openwork::Dots* dots, int32_t dtype, int64_t threads);
-OPENWORK_API int64_t openwork_dots_scratch(const openwork::Dots* dots, int64_t threads);
+OPENWORK_API int64_t openwork_gemm_linear_scratch(const openwork::GemmLinear* call);
+OPENWORK_API void openwork_gemm_linear(const openwork::GemmLinear* call);
+OPENWORK_API int64_t openwork_gemm_conv2d_scratch(const openwork::GemmConv2d* call);
+OPENWORK_API void openwork_gemm_conv2d(const openwork::GemmConv2d* call);
+OPENWORK_API void openwork_gemv(const openwork::Gemv* gemv, int32_t dtype);
+OPENWORK_API void openwork_dot_product(const openwork::DotProduct* dot_product, int32_t dtype, int64_t threads);
+OPENWORK_API int64_t openwork_dot_product_scratch(const openwork::DotProduct* dot_product, int64_t threads);
 OPENWORK_API void openwork_quantize(const float* x, int64_t N, int64_t count, uint8_t* to, float* scales, int32_t* bits);
 
 namespace openwork_tests {
@@ -24,9 +24,9 @@ using openwork::Kernels;
 
 void test_masks(const Kernels& kernels, Random& random);
 void test_transpose(const Kernels& kernels, Random& random);
-void test_panel(const Kernels& kernels, Random& random);
-void test_rows(const Kernels& kernels, Random& random);
-void test_dots(const Kernels& kernels, Random& random);
+void test_gemm(const Kernels& kernels, Random& random);
+void test_gemv(const Kernels& kernels, Random& random);
+void test_dot_product(const Kernels& kernels, Random& random);
 void test_quantize(const Kernels& kernels, Random& random);
 void test_linear(const Kernels& kernels, Random& random);
 void test_conv(const Kernels& kernels, Random& random);

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import datetime
 import importlib.metadata
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 
 import openwork.kernels as kernels
 from openwork.kernels.cpu.native import library
+from openwork.utils.hardware import cpu_name
+from openwork.utils.timing import take_turns
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Machine:
+class Roofline:
     """What one run found this machine to do, on the threads in use: float32 operations and copied bytes a second."""
 
     flops: float
@@ -62,7 +64,7 @@ class Machine:
         return max(flops / self.flops, size / self.bandwidth)
 
 
-def machine() -> Machine:
+def roofline() -> Roofline:
     """Peak of the multiply-add loop (times the threads), and of moving 128 MiB: copying, both ways counted, or a dot
     product, whichever is faster."""
     lib, best = library(), 0.0
@@ -75,23 +77,15 @@ def machine() -> Machine:
     target = torch.empty_like(source)
     copying = min(_seconds(lambda: target.copy_(source)) for _ in range(5))
     reading = min(_seconds(lambda: torch.dot(source, target)) for _ in range(5))
-    return Machine(best * torch.get_num_threads() or float("nan"), 2 * source.nbytes / min(copying, reading))
+    return Roofline(best * torch.get_num_threads() or float("nan"), 2 * source.nbytes / min(copying, reading))
 
 
 def alternating(variants: Mapping[str, Callable[[], object]], *, seconds: float, flush: bool) -> dict[str, list[float]]:
     """Times of each, in seconds. They take turns; `flush` writes through the caches before each, so that none finds its
     data there."""
     waste = torch.zeros(16 * 2**20) if flush else None
-    for each in variants.values():
-        each()
-    rounds = max(5, min(100, round(seconds / max(1e-6, sum(_seconds(each) for each in variants.values())))))
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, each in variants.items():
-            if waste is not None:
-                waste.add_(1)
-            times[name].append(_seconds(each))
-    return times
+    before = None if waste is None else partial(waste.add_, 1)
+    return take_turns(variants, seconds, least=5, most=100, before=before)
 
 
 def rows(
@@ -151,17 +145,5 @@ def _seconds(function: Callable[[], object]) -> float:
 
 def _where() -> dict[str, Any]:
     version = importlib.metadata.version("openwork")
-    here = {"threads": torch.get_num_threads(), "machine": processor(), "isa": kernels.status().isa or "none"}
+    here = {"threads": torch.get_num_threads(), "machine": cpu_name(), "isa": kernels.status().isa or "none"}
     return here | {"torch": torch.__version__, "openwork": version, "date": today()}
-
-
-def processor() -> str:
-    """The processor's name: /proc/cpuinfo knows more than the standard library does."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    known = dict(line.split(":", 1) for line in lines if ":" in line)
-    values = {key.strip(): value.strip() for key, value in known.items()}
-    name, family, model = (values.get(key, "?") for key in ("model name", "cpu family", "model"))
-    return f"{name} family {family} model {model}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import subprocess
 import sys
 import tempfile
@@ -15,12 +16,13 @@ import torch
 from torch import nn
 
 from openwork.bench.measure import Row, alternating, rows
-from openwork.inference.choose import Plan
 from openwork.inference.deploy import deploy
 from openwork.inference.fold import fold_batch_norm
+from openwork.inference.plan import Plan
 from openwork.nm.pattern import Pattern
 from openwork.training.sparsify import project
 from openwork.utils.timing import compile_frozen
+from openwork.utils.torchvision_compat import prepare_torchvision
 
 
 class Encoder(nn.Module):
@@ -55,18 +57,9 @@ class Block(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
 
 
-def build(name: str, batch: int) -> tuple[nn.Module, torch.Tensor]:
-    """A model and an example: "resnet50" at 224 pixels (torchvision), "encoder" of 197 tokens (BERT-base, ViT-B)."""
-    torch.manual_seed(0)
-    if name == "encoder":
-        return Encoder().eval(), torch.randn(batch, 197, 768)
-    from openwork.utils.torchvision_compat import ensure_torchvision
-
-    return ensure_torchvision().models.get_model(name, weights=None).eval(), torch.randn(batch, 3, 224, 224)
-
-
 def forward_passes(
     name: str,
+    build: Callable[[int], tuple[nn.Module, torch.Tensor]],
     batches: Sequence[int],
     patterns: Sequence[Pattern],
     weight_dtypes: Sequence[torch.dtype],
@@ -75,13 +68,13 @@ def forward_passes(
     compiled: bool,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Row | Plan]:
-    """Rows of each model in `dtype` and batch, all variants taking turns: dense (eager, channels_last, compiled with
+    """Rows of a model in `dtype` and batch, all variants taking turns: dense (eager, channels_last, compiled with
     frozen weights; where there are int8 weights, linear layers in torch's int8), deployed with weights in each of
-    `weight_dtypes`, and that compiled. Yields the plans of the deployed ones as well. Dense int8 is a baseline of int8
-    alone."""
+    `weight_dtypes`, and that compiled. `build` gives the model and an example of a batch. Yields the plans of the
+    deployed ones as well. Dense int8 is a baseline of int8 alone."""
     for batch in batches:
         torch.compiler.reset()  # some compiled models of one class are too many
-        model, x = build(name, batch)
+        model, x = build(batch)
         model, x = model.to(dtype), x.to(dtype)
         dense = copy.deepcopy(model)
         fold_batch_norm(dense, x)
@@ -140,14 +133,14 @@ def memory(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         torch.save((model, example), f"{folder}/model.pt")
         words = [sys.executable, "-m", "openwork.bench.models", f"{folder}/model.pt", str(torch.get_num_threads())]
+        words.append(type(model).__module__)
         printed = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     return sum(held.values()), int(printed.split()[-1])
 
 
-def _grown(file: str, threads: int) -> int:
-    import openwork.utils.torchvision_compat as compat
-
-    compat.ensure_torchvision()
+def _grown(file: str, threads: int, module: str) -> int:
+    prepare_torchvision()
+    importlib.import_module(module)  # of the model's class: code is no part of what grows
     torch.set_num_threads(threads)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
     before = _kilobytes("VmRSS")
@@ -164,4 +157,4 @@ def _kilobytes(field: str) -> int:
 
 
 if __name__ == "__main__":
-    print(_grown(sys.argv[1], int(sys.argv[2])))
+    print(_grown(sys.argv[1], int(sys.argv[2]), sys.argv[3]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openwork.bench.measure import Machine, Row, alternating, rows
-from openwork.inference.layers import Kind, SparseLinear, kinds_for
-from openwork.kernels import fuses, has_dots
+import openwork.kernels as kernels
+from openwork.bench.measure import Roofline, Row, alternating, rows
+from openwork.inference.layers import pack_layer
+from openwork.kernels import fuses
 from openwork.kernels.cpu.masks import prune_into
 from openwork.kernels.cpu.onednn import prepacked_linear
+from openwork.layouts import Gemm
+from openwork.layouts.layout import Kind, Request, kinds_on
 from openwork.nm.groups import Axis
 from openwork.nm.masks import apply_mask, magnitude_mask
 from openwork.nm.pattern import Pattern
@@ -25,7 +29,7 @@ WEIGHT = (2048, 4096)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-def masks(machine: Machine, patterns: Sequence[Pattern], seconds: float) -> Iterator[Row]:
+def masks(peak: Roofline, patterns: Sequence[Pattern], seconds: float) -> Iterator[Row]:
     """Pruning 8.4 M weights (`WEIGHT`), and the SR-STE term on their gradient, beside a copy of them and the published
     argsort form. Fresh memory costs more than either, so what allocates is compared with what allocates."""
     weight, target = torch.randn(WEIGHT), torch.empty(WEIGHT)
@@ -44,7 +48,7 @@ def masks(machine: Machine, patterns: Sequence[Pattern], seconds: float) -> Iter
             del variants["prune"]
         times = alternating(variants, seconds=seconds, flush=False)
         about = {name: (str(pattern), "float32") for name in variants}
-        bounds = {name: machine.bound(0, passes * weight.nbytes) for name, passes in (("prune", 2), ("SR-STE term", 3))}
+        bounds = {name: peak.bound(0, passes * weight.nbytes) for name, passes in (("prune", 2), ("SR-STE term", 3))}
         fresh = {name: times.pop(name) for name in ("clone", "prune to new memory")}
         yield from rows("mask", shape, times, ["copy"], about, bounds)
         yield from rows("mask", shape, fresh, ["clone"], about, {})
@@ -58,7 +62,7 @@ def _published(weight: Tensor, pattern: Pattern) -> Tensor:
 
 
 def linear(
-    machine: Machine,
+    peak: Roofline,
     shapes: Sequence[tuple[int, int, int]],
     patterns: Sequence[Pattern],
     seconds: float,
@@ -76,22 +80,17 @@ def linear(
         variants = {name: each for name, (_, each) in dense.items()}
         about = {name: ("dense", dtype) for name, (dtype, _) in dense.items()}
         bounds: dict[str, float] = {}
-        for pattern in patterns:
-            for dtype in dtypes:
-                for kind in kinds_for(
-                    weight.to(DTYPES["bfloat16"] if dtype == "bfloat16" else weight.dtype), pattern, DTYPES[dtype]
-                ):
-                    if (kind == "rows" and B > 16) or (kind == "panel" and B < 4):
-                        continue
-                    name = f"{kind} {pattern} {dtype}"
-                    variants[name], size = _product(x, weight, pattern, kind, DTYPES[dtype])
-                    about[name] = (str(pattern), dtype)
-                    flops = 2 * B * K * O * pattern.density / (_SPEED[dtype] if kind == "dots" else 1)
-                    moved = (2 if kind == "dots" and dtype == "bfloat16" else 4) * B * (K + O)
-                    bounds[name] = machine.bound(flops, size + moved)
+        for pattern, dtype in itertools.product(patterns, dtypes):
+            for kind in _kinds(pattern, DTYPES[dtype], B):
+                name, (input_dtype, speed) = f"{kind.name} {pattern} {dtype}", kind.multiplies(DTYPES[dtype])
+                variants[name], size = _packed(x, weight, pattern, kind, DTYPES[dtype])
+                about[name] = (str(pattern), dtype)
+                moved = input_dtype.itemsize * B * (K + O)
+                bounds[name] = peak.bound(2 * B * K * O * pattern.density / speed, size + moved)
+        fast = kernels.vectors().dot_product
         for name, (dtype, _) in dense.items():
             size = DTYPES[dtype].itemsize * K * O + (2 if dtype == "bfloat16" else 4) * B * (K + O)
-            bounds[name] = machine.bound(2 * B * K * O / (_SPEED[dtype] if has_dots() else 1), size)
+            bounds[name] = peak.bound(2 * B * K * O / (_SPEED[dtype] if fast else 1), size)
         times = alternating(variants, seconds=seconds, flush=B <= 16)
         for count, dtype in enumerate(dtypes, 1):
             baselines = [name for name, (precision, _) in dense.items() if precision in dtypes[:count]]
@@ -128,26 +127,32 @@ def _dense(x: Tensor, weight: Tensor, dtypes: Sequence[str]) -> dict[str, tuple[
 
 
 def growth(
-    machine: Machine,
+    peak: Roofline,
     shapes: Mapping[str, Sequence[tuple[int, int, int]]],
     patterns: Sequence[Pattern],
     seconds: float,
 ) -> Iterator[Row]:
     """The same in float32 along series of shapes: `shapes` has them by what grows."""
     for what, series in shapes.items():
-        yield from linear(machine, series, patterns, seconds, op=f"growth with {what}", dtypes=["float32"])
+        yield from linear(peak, series, patterns, seconds, op=f"growth with {what}", dtypes=["float32"])
 
 
-def _product(
+def _kinds(pattern: Pattern, weight_dtype: torch.dtype, rows_: int) -> list[Kind]:
+    """The kernels of this CPU that are made for so many rows. A layer with bfloat16 weights is in bfloat16."""
+    dtype = torch.bfloat16 if weight_dtype == torch.bfloat16 else torch.float32
+    request = Request(pattern, dtype, weight_dtype, torch.device("cpu"), kernels.vectors(), rows=rows_)
+    return [kind for kind in kinds_on("cpu") if rows_ in kind.best_rows and not kind.refusal(request)]
+
+
+def _packed(
     x: Tensor, weight: Tensor, pattern: Pattern, kind: Kind, weight_dtype: torch.dtype
 ) -> tuple[Callable[[], Tensor], int]:
-    """A product with the packed weight, and the bytes of what is packed."""
+    """A matmul with the packed weight, and the bytes of what is packed."""
     sparse = apply_mask(weight, magnitude_mask(weight.abs(), pattern, Axis(1)))
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(sparse, requires_grad=False)
-    made = SparseLinear(layer, pattern, kind, weight_dtype)
-    given = x.to(weight_dtype) if kind == "dots" and weight_dtype == torch.bfloat16 else x
-    return partial(made, given), made.values.nbytes + made.positions.nbytes
+    made = pack_layer(layer, pattern, kind, weight_dtype)
+    return partial(made, x.to(kind.multiplies(weight_dtype)[0])), made.packed.nbytes
 
 
 def layers_alternating(seconds: float, pattern: Pattern = Pattern(2, 4)) -> dict[str, float]:
@@ -157,7 +162,7 @@ def layers_alternating(seconds: float, pattern: Pattern = Pattern(2, 4)) -> dict
     The third is at most a few per cent above the sum of the first two where threads are shared well.
     """
     x, weight = torch.randn(256, 1024), torch.randn(1024, 1024)
-    sparse, _ = _product(x, weight, pattern, "panel", torch.float32)
+    sparse, _ = _packed(x, weight, pattern, Gemm, torch.float32)
     variants: dict[str, Callable[[], object]] = {
         "sparse": sparse,
         "dense": lambda: F.linear(x, weight),

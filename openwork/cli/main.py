@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-USAGE = """\
+from openwork.recipes import TASKS, find
+
+USAGE = f"""\
 openwork: train N:M sparse networks from scratch
 
   openwork train TASK               one network with one method; --help shows every flag and its default
   openwork compare TASK             dense, ASP, STE and SR-STE from the same seeds: one table, one report.html
   openwork report RUN               rebuild report.html of a run or a comparison
   openwork inspect FILE             what a compressed file holds, from its header alone
-  openwork verify FILE              the same after reading all of it; fails if any weight is not as it says
-  openwork verify MODEL.onnx        every product of an ONNX file, held to what the file records, or to --pattern N:M
-  openwork plan MODEL               time each layer dense and sparse on this machine; what ow.deploy would choose
-  openwork bench                    time masks, products, whole models beside their dense baselines; writes CSV
-  openwork export SOURCE --out OUT  a run or a file as ONNX, a program of torch.export, a folder for Hugging Face, ...
+  openwork verify SOURCE            the same after reading all of it; or which N:M the weights of any other checkpoint
+                                    keep, and along which axis; or every GEMM of an ONNX file; --pattern N:M holds to it
+  openwork plan SOURCE              time each layer dense and sparse on this hardware; what ow.deploy would choose
+  openwork bench [SOURCE ...]       time masks, GEMMs, whole models beside their dense baselines; writes CSV
+  openwork export SOURCE --out OUT  as ONNX, a program of torch.export, a folder for Hugging Face, ...
 
-TASK is one of: classification, detection, flow, segmentation, translation.
+SOURCE is module:factory, a run directory, a Hugging Face folder, a compressed file, or a model of torchvision by name.
+TASK is one of: {", ".join(TASKS)}.
 Without --data each trains on something small that needs no download.
 Flags may stand in a YAML file: --config FILE; flags after it override it.
 """
@@ -40,19 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    commands = {
-        "train": train,
-        "compare": compare,
-        "report": report,
-        "inspect": inspect,
-        "verify": verify,
-        "export": export,
-        "plan": plan,
-        "bench": bench,
-    }
-    if name not in commands:
-        raise ValueError(f"there is no command {name!r}; use one of {', '.join(commands)}, or --help")
-    return commands[name]
+    own = {"train": train, "compare": compare, "report": report}
+    others = ("inspect", "verify", "export", "plan", "bench")  # each a function in a module of its name
+    if name in own:
+        return own[name]
+    if name not in others:
+        raise ValueError(f"there is no command {name!r}; use one of {', '.join((*own, *others))}, or --help")
+    return getattr(importlib.import_module(f"openwork.cli.{name}"), name)
 
 
 def _explain(error: Exception) -> str:
@@ -67,8 +65,6 @@ def _explain(error: Exception) -> str:
 
 def _task(words: list[str], verb: str) -> Any:
     """The task that the first word names."""
-    from openwork.recipes import TASKS, find
-
     if words and words[0] in TASKS:
         return find(words[0])
     asked = f"there is no task {words[0]!r}" if words and not words[0].startswith("-") else "a task is missing"
@@ -120,17 +116,19 @@ def compare(words: list[str]) -> int:
 
 
 def _show_table(rows: Sequence[Any], metrics: Sequence[Any]) -> None:
-    from openwork.recipes.summary import cells, header, notes, plain_table
+    from openwork.recipes.summary import notes, table_of
+    from openwork.utils.table import aligned
 
+    header, lines = table_of(rows, metrics)
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        print(plain_table(rows, metrics))
+        print("\n".join(aligned(header, lines)))
     else:
-        table = Table(*header(metrics))
-        for row in rows:
-            table.add_row(*cells(row, metrics))
+        table = Table(*header)
+        for line in lines:
+            table.add_row(*line)
         console = Console()
         wide = console.width if console.is_terminal else 180
         Console(width=wide).print(table)
@@ -145,87 +143,6 @@ def report(words: list[str]) -> int:
 
     print(f"report: {write_report(Path(words[0])).resolve()}")
     return 0
-
-
-def inspect(words: list[str]) -> int:
-    from openwork.files.checkpoint import describe
-
-    return _show_file(words, "inspect", "What a file of ow.save holds, from its header alone.", describe)
-
-
-def export(words: list[str]) -> int:
-    from openwork.cli.export import export as run
-
-    print(run(words))
-    return 0
-
-
-def plan(words: list[str]) -> int:
-    from openwork.bench.command import plan as run
-
-    return run(words)
-
-
-def bench(words: list[str]) -> int:
-    from openwork.bench.command import bench as run
-
-    return run(words)
-
-
-def verify(words: list[str]) -> int:
-    if any(word.endswith(".onnx") for word in words):
-        return _verify_onnx(words)
-    from openwork.files.checkpoint import check
-
-    return _show_file(words, "verify", "Read all of a file of ow.save and check every group of every weight.", check)
-
-
-def _show_file(words: list[str], verb: str, what: str, read: Callable[[str], Sequence[Any]]) -> int:
-    if len(words) != 1 or words[0].startswith("-"):
-        print(f"usage: openwork {verb} FILE\n\n{what}")
-        return 0 if words and words[0] in ("-h", "--help") else 2
-    from openwork.utils.table import aligned
-
-    entries = read(words[0])
-    header = ("tensor", "shape", "dtype", "pattern", "density", "bytes")
-    print("\n".join(aligned(header, [_file_cells(each) for each in entries])))
-    sparse = sum(each.pattern is not None for each in entries)
-    print(f"{sparse} of {len(entries)} tensors compressed, {sum(each.bytes for each in entries):,} bytes of tensors")
-    if verb == "verify":
-        print("verified: every group holds what its pattern says")
-    return 0
-
-
-def _verify_onnx(words: list[str]) -> int:
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        "openwork verify", description="Check every product by a constant of an ONNX file."
-    )
-    parser.add_argument("file", metavar="MODEL.onnx")
-    parser.add_argument("--pattern", help="N:M to hold them to; by default what the file itself records")
-    parser.add_argument("--exclude", nargs="+", default=[], metavar="GLOB", help="weights that --pattern leaves alone")
-    asked = parser.parse_args(words)
-    from openwork.cli.export import product_lines
-    from openwork.export.products import check_onnx
-    from openwork.training.selection import Selection
-
-    found = check_onnx(asked.file, Selection(asked.pattern, exclude=asked.exclude))
-    print("\n".join(product_lines(found)))
-    held = sum(each.recorded for each in found)
-    print(f"verified: {held} of {len(found)} products held to what was {'asked' if asked.pattern else 'recorded'}")
-    if 0 < held < len(found) and not asked.pattern:
-        print("(found): not recorded by the file (the exporter renames the weights of LSTM, GRU, RNN), only seen in it")
-    if not held:
-        print("the file records nothing, so the patterns above are only what was found: give --pattern N:M")
-    return 0
-
-
-def _file_cells(entry: Any) -> tuple[str, ...]:
-    shape = "x".join(map(str, entry.shape)) or "scalar"
-    pattern = f"= {entry.alias_of}" if entry.alias_of else str(entry.pattern or "dense")
-    dtype = str(entry.dtype).removeprefix("torch.")
-    return entry.name, shape, dtype, pattern, f"{entry.density:.3f}", f"{entry.bytes:,}"
 
 
 if __name__ == "__main__":

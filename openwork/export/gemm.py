@@ -1,8 +1,8 @@
-"""Rewrite products with a constant matrix to `Gemm`: TensorRT looks for sparse tactics there and in `Conv` only.
+"""Rewrite matmuls by a constant matrix to `Gemm`: TensorRT looks for sparse tactics there and in `Conv` only.
 
 The exporter writes a linear layer on more than two dims as `MatMul` and `Add`. Here
 
-    x (..., K) -> Reshape (-1, K) -> Gemm with the weight as it is, (O, K) or (K, O), and the bias -> Reshape (..., O)
+    x (..., K) -> Reshape (-1, K) -> Gemm with the unmodified weight, (O, K) or (K, O), and the bias -> Reshape (..., O)
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def matmuls_to_gemms(graph: ir.Graph) -> int:
 
     For the graph as the exporter makes it, before its optimizer folds the transposition of the weight into a copy.
     """
-    found = 0
+    rewritten = 0
     for node in list(graph):
         matrix = _matrix(node.inputs[1]) if node.op_type == "MatMul" else None
         if matrix is not None:
             _rewrite(graph, node, *matrix)
-            found += 1
-    return found
+            rewritten += 1
+    return rewritten
 
 
 def _matrix(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
@@ -45,13 +45,13 @@ def _rewrite(graph: ir.Graph, matmul: ir.Node, weight: ir.Value, transposed: boo
     import onnx_ir as ir
 
     assert weight.const_value is not None
-    K, outs = (int(str(each)) for each in weight.const_value.shape)
+    K, outs = (int(str(size)) for size in weight.const_value.shape)
     if transposed:
         K, outs = outs, K
     inputs, old = [matmul.inputs[0], weight], [matmul]
     add = _add_of_bias(matmul.outputs[0], outs)
     if add is not None:
-        inputs.append(next(each for each in add.inputs if each is not matmul.outputs[0]))
+        inputs.append(next(value for value in add.inputs if value is not matmul.outputs[0]))
         old.append(add)
     new = _gemm(inputs, transposed, outs, K)
     ir.convenience.replace_nodes_and_values(graph, old[-1], old, new, old[-1].outputs, new[-1].outputs)
@@ -71,7 +71,7 @@ def _add_of_bias(value: ir.Value, outs: int) -> ir.Node | None:
 
 
 def _gemm(inputs: Sequence[ir.Value | None], transposed: bool, outs: int, K: int) -> list[ir.Node]:
-    """The nodes that take the place of a product; the last gives its result."""
+    """The nodes that replace a matmul; the last gives its result."""
     import onnx_ir as ir
 
     x, *rest = inputs
@@ -80,11 +80,11 @@ def _gemm(inputs: Sequence[ir.Value | None], transposed: bool, outs: int, K: int
         return [ir.node("Gemm", [x, *rest], attributes)]
     rows, columns = _ints(-1, K), _ints(outs)
     flat = ir.node("Reshape", [x, rows.outputs[0]])
-    product = ir.node("Gemm", [flat.outputs[0], *rest], attributes)
+    gemm = ir.node("Gemm", [flat.outputs[0], *rest], attributes)
     leading = ir.node("Shape", [x], {"start": 0, "end": -1})
     shape = ir.node("Concat", [leading.outputs[0], columns.outputs[0]], {"axis": 0})
-    back = ir.node("Reshape", [product.outputs[0], shape.outputs[0]])
-    return [rows, columns, flat, product, leading, shape, back]
+    back = ir.node("Reshape", [gemm.outputs[0], shape.outputs[0]])
+    return [rows, columns, flat, gemm, leading, shape, back]
 
 
 def _ints(*numbers: int) -> ir.Node:

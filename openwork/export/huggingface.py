@@ -12,7 +12,7 @@ from torch import nn
 
 from openwork.export.outputs import exportable
 from openwork.files.checkpoint import Entry, describe, save
-from openwork.files.container import write
+from openwork.files.container import write_tensors
 from openwork.files.model_state import tensors_by_name, ties
 from openwork.files.reader import FILE
 from openwork.training.parametrize import unwrap
@@ -41,8 +41,8 @@ def to_huggingface(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    held = sparsity_records(unwrap(model))
-    method = method or ", ".join(sorted({record.method.name for _, _, record in held}))
+    records = sparsity_records(unwrap(model))
+    method = method or ", ".join(sorted({record.method.name for _, _, record in records}))
     save(model, folder / FILE, pattern=pattern)
     _write_dense(exportable(model), folder)
     snippet = card(describe(folder / FILE), method)
@@ -52,13 +52,13 @@ def to_huggingface(
 
 def card(entries: Sequence[Entry], method: str = "") -> str:
     """The part of a model card that says how sparse a compressed file is, in Markdown."""
-    sparse = [each for each in entries if each.pattern is not None and not each.alias_of]
-    dense = sum(_dense_bytes(each) for each in entries if not each.alias_of)
-    stored = sum(each.bytes for each in entries)
-    counts = Counter(str(each.pattern) for each in sparse)
+    sparse = [entry for entry in entries if entry.pattern is not None and not entry.alias_of]
+    dense = sum(_dense_bytes(entry) for entry in entries if not entry.alias_of)
+    stored = sum(entry.bytes for entry in entries)
+    counts = Counter(str(entry.pattern) for entry in sparse)
     listed = ", ".join(f"{text} in {n} weights" for text, n in counts.items()) or "none"
-    weights = sum(_size(each) for each in sparse)
-    kept = sum(each.density * _size(each) for each in sparse)
+    weights = sum(_size(entry) for entry in sparse)
+    kept = sum(entry.density * _size(entry) for entry in sparse)
     rows = {
         "pattern": f"{listed} (at most N non-zero of every M consecutive along the input channels)",
         "method": method or "not recorded",
@@ -67,8 +67,10 @@ def card(entries: Sequence[Entry], method: str = "") -> str:
         "compressed file": f"`{FILE}`, {stored:,} bytes of {dense:,} ({stored / max(1, dense):.3f})",
     }
     lines = [_BEGIN, "## N:M sparsity", "", "| | |", "|---|---|"]
-    lines += [f"| {what} | {found} |" for what, found in rows.items()]
-    loads = f"Any library loads `{DENSE}`, dense with exact zeros; `ow.load(folder)` reads the compressed file."
+    lines += [f"| {what} | {text} |" for what, text in rows.items()]
+    loads = (
+        f"Any library loads `{DENSE}`, dense with exact zeros; `ow.load_state_dict(folder)` reads the compressed file."
+    )
     lines += ["", loads]
     return "\n".join([*lines, _END, ""])
 
@@ -79,9 +81,8 @@ def _write_dense(model: Any, folder: Path) -> None:
         give_usual_mode(folder, "*.safetensors")
         return
     tensors = tensors_by_name(model)
-    own = {name: each for name, each in tensors.items() if name not in ties(tensors, {})}
-    layout = {name: (each.dtype, tuple(each.shape)) for name, each in own.items()}
-    write(folder / DENSE, layout, own.items(), {"format": "pt"})
+    own = {name: tensor for name, tensor in tensors.items() if name not in ties(tensors, {})}
+    write_tensors(folder / DENSE, own, {"format": "pt"})
 
 
 def _put_into(path: Path, snippet: str) -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from openwork.export.check import KEY, MatMul, as_metadata, check_onnx, constant_matmuls
 from openwork.export.outputs import arguments, check_equal, exportable, outputs
-from openwork.export.products import KEY, Product, as_metadata, check_onnx, products
 from openwork.files.model_state import Placed, masked_by_name, patterns
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
@@ -32,10 +32,11 @@ _PROTOBUF_LIMIT = 2_000_000_000  # bytes; weights of larger models lie in a seco
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `products`: each product by a constant. `difference`: the largest difference of ONNX Runtime's
-    outputs to the model's, as a share of the largest output; None where onnxruntime is not installed."""
+    """What was written. `matmuls`: each matmul and convolution by a constant weight. `difference`: the largest
+    difference of ONNX Runtime's outputs to the model's, as a share of the largest output; None where onnxruntime is not
+    installed."""
 
-    products: tuple[Product, ...]
+    matmuls: tuple[MatMul, ...]
     difference: float | None
 
 
@@ -47,13 +48,13 @@ def to_onnx(
     pattern: Selection | PatternChoice | None = None,
     dynamic_shapes: Any = None,
 ) -> Exported:
-    """Write a model as ONNX, and check the file before it takes its place: the ONNX checker, N:M along the axis that
-    each product sums over, and ONNX Runtime's outputs for `example`.
+    """Write a model as ONNX, and check the file before it gets its name: the ONNX checker, N:M along the axis that
+    each matmul sums over, and ONNX Runtime's outputs for `example`.
 
     `example` is a tensor, a tuple of arguments or a mapping of keyword arguments. A model that is still sparsified is
     exported as finalized; a plain one is held to `pattern` as in `ow.save`.
     `dynamic_shapes` as in torch.export.export: without it the file takes inputs of the example's shape alone. Weights
-    of more than 2 GB, which one file cannot hold, go to a second one beside it, `path`.<8 hexadecimal digits>.data.
+    of more than 2 GB, which one file cannot hold, go to a second one in the folder, `path`.<8 hexadecimal digits>.data.
     Raises NotSparse, ValueError from the checker, RuntimeError for other outputs, and what torch.onnx.export raises.
     """
     inner = unwrap(model)
@@ -67,10 +68,10 @@ def to_onnx(
     data = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
     with atomic_file(target, ".part.onnx") as part, _deleted_on_error(data):
         _save(exported.model, part, data)
-        found = check_onnx(part)
+        matmuls = check_onnx(part)
         difference = _compare(part, plain, example)
     _delete_former_weights(target, data)
-    return Exported(found, difference)
+    return Exported(matmuls, difference)
 
 
 def _program(model: nn.Module, example: Any, dynamic_shapes: Any) -> Any:
@@ -93,12 +94,12 @@ def _program(model: nn.Module, example: Any, dynamic_shapes: Any) -> Any:
 
 def _kept(model: Any, recorded: Mapping[str, Placed]) -> dict[str, Pattern]:
     """What was recorded of weights that are multiplied under their name, along their axis; a warning names others."""
-    multiplied = {(product.name, product.axis) for product, _ in products(model)}
+    multiplied = {(matmul.name, matmul.axis) for matmul, _ in constant_matmuls(model)}
     kept = {name: pattern for name, (pattern, axis) in recorded.items() if (name, axis) in multiplied}
     if lost := [name for name in recorded if name not in kept]:
         warnings.warn(
             f"the exporter rewrote {', '.join(lost[:3])} ({len(lost)} in all), so the file records nothing of them; "
-            "openwork verify shows what they became, marked (found)",
+            "openwork verify shows what they became, marked (inferred)",
             stacklevel=3,
         )
     return kept
@@ -117,15 +118,15 @@ def _delete_former_weights(target: Path, own: Path) -> None:
     """Delete what held the weights of former files of the name. Each has a name of its own, and goes when no file
     speaks of it any more: so at every moment the file at `target` finds its weights."""
     former = re.compile(re.escape(target.name) + r"\.[0-9a-f]{8}\.data")
-    for each in target.parent.iterdir():
-        if former.fullmatch(each.name) and each != own:
-            each.unlink(missing_ok=True)
+    for file in target.parent.iterdir():
+        if former.fullmatch(file.name) and file != own:
+            file.unlink(missing_ok=True)
 
 
 def _save(model: Any, part: Path, data: Path) -> None:
     import onnx_ir
 
-    size = sum(each.const_value.nbytes for each in model.graph.initializers.values())
+    size = sum(weight.const_value.nbytes for weight in model.graph.initializers.values())
     onnx_ir.save(model, part, external_data=data.name if size > _PROTOBUF_LIMIT else None)
     if data.exists():
         sync(data)
@@ -139,13 +140,13 @@ def _compare(path: Path, model: nn.Module, example: Any) -> float | None:
         return None
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     args, kwargs = arguments(model, example)
-    given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-    needed = [each.name for each in session.get_inputs()]
+    given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    needed = [value.name for value in session.get_inputs()]
     if len(given) != len(needed):
         raise RuntimeError(f"the example has {len(given)} tensors, the file takes {len(needed)}: {', '.join(needed)}")
-    feed = {name: _for_onnx(each) for name, each in zip(needed, given, strict=True)}
-    found = [torch.from_numpy(np.asarray(each)) for each in session.run(None, feed)]
-    return check_equal("ONNX Runtime", found, outputs(model, example))
+    feed = {name: _for_onnx(tensor) for name, tensor in zip(needed, given, strict=True)}
+    results = [torch.from_numpy(np.asarray(array)) for array in session.run(None, feed)]
+    return check_equal("ONNX Runtime", results, outputs(model, example))
 
 
 def _for_onnx(tensor: Tensor) -> Any:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from openwork.training.parametrize import masked_modules, unwrap
 from openwork.training.record import sparsity_records
 from openwork.training.sparsify import finalize
+from openwork.utils.difference import largest_difference
 from openwork.utils.example import quiet, run
 
 # Largest difference of any output, as a share of the largest output: other kernels add up in another order.
@@ -21,10 +22,10 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, tor
 
 
 def exportable(model: nn.Module) -> nn.Module:
-    """The model that is exported: of one in training a finalized copy, which shares nothing; any other as it is.
+    """The model that is exported: of one in training a finalized copy, which shares nothing; any other unmodified.
 
-    A deployed model is exported as it is, too: its modules call operators of `openwork`, which survive `torch.export`.
-    `tests/export/test_program.py` holds them to it.
+    A deployed model is exported unmodified, too: its modules call operators of `openwork`, which survive
+    `torch.export`. `tests/export/test_program.py` holds them to it.
     """
     model = unwrap(model)
     if sparsity_records(model) or any(True for _ in masked_modules(model)):
@@ -44,17 +45,17 @@ def arguments(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str
 def outputs(model: nn.Module, example: Any) -> list[Tensor]:
     """Every tensor that the model returns for an example, in eval mode."""
     with quiet(model):
-        return [each for each in tree_leaves(run(model, example)) if isinstance(each, Tensor)]
+        return [output for output in tree_leaves(run(model, example)) if isinstance(output, Tensor)]
 
 
-def check_equal(what: str, found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def check_equal(what: str, results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest difference, as a share of the largest output. Raises RuntimeError where it is more than rounding."""
-    if [each.shape for each in found] != [each.shape for each in expected]:
-        shapes = [tuple(each.shape) for each in found], [tuple(each.shape) for each in expected]
+    if [output.shape for output in results] != [output.shape for output in expected]:
+        shapes = [tuple(output.shape) for output in results], [tuple(output.shape) for output in expected]
         raise RuntimeError(f"{what} gives outputs of shapes {shapes[0]}, the model {shapes[1]}: nothing was written")
     worst = 0.0
-    for mine, model in zip(found, expected, strict=True):
-        difference = _difference(mine, model)
+    for mine, model in zip(results, expected, strict=True):
+        difference = largest_difference([model], [mine])
         if not difference <= _TOLERANCE.get(model.dtype, 0.0):
             raise RuntimeError(
                 f"{what} gives other outputs than the model (difference {difference:.1e} of the largest): nothing was "
@@ -62,14 +63,3 @@ def check_equal(what: str, found: Sequence[Tensor], expected: Sequence[Tensor]) 
             )
         worst = max(worst, difference)
     return worst
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest finite output; NaN and infinities must be the same in both."""
-    a, b = found.detach().double().cpu(), expected.detach().double().cpu()
-    finite = b.isfinite()
-    if not torch.equal(a[~finite].nan_to_num(7.0), b[~finite].nan_to_num(7.0)) or not a[finite].isfinite().all():
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    return float((a[finite] - b[finite]).abs().max() / b[finite].abs().max().clamp(min=1e-30))

@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 from openwork.export.outputs import arguments, check_equal, exportable, outputs
 from openwork.utils.atomic import atomic_file
 from openwork.utils.example import quiet
+from openwork.utils.torch_private import aot_inductor
 
-_ENDING = ".part.pt2"  # both loaders look at the ending
+_SUFFIX = ".part.pt2"  # both loaders look at the suffix
 
 
 def to_torch_export(
@@ -27,7 +28,7 @@ def to_torch_export(
     outputs, and what torch.export raises.
     """
     plain = exportable(model)
-    with atomic_file(path, _ENDING) as part:
+    with atomic_file(path, _SUFFIX) as part:
         torch.export.save(_anonymous(_traced(plain, example, dynamic_shapes)), part)
         return _difference(plain, example, torch.export.load(part).module())
 
@@ -35,16 +36,15 @@ def to_torch_export(
 def to_aot_inductor(
     model: nn.Module, example: Any, path: str | os.PathLike[str], *, dynamic_shapes: Any = None
 ) -> float:
-    """Write a model compiled for this kind of machine, which `torch._inductor.aoti_load_package(path)` runs without
+    """Write a model compiled for this kind of hardware, which `torch._inductor.aoti_load_package(path)` runs without
     compiling anything; the rest as in `to_torch_export`. Needs a C++ compiler, here but not where it is loaded.
     """
     plain = exportable(model)
-    with atomic_file(path, _ENDING) as part:
+    compile_package, load_package = aot_inductor()
+    with atomic_file(path, _SUFFIX) as part:
         with torch.no_grad():
-            torch._inductor.aoti_compile_and_package(
-                _traced(plain, example, dynamic_shapes), package_path=os.fspath(part)
-            )
-        return _difference(plain, example, torch._inductor.aoti_load_package(os.fspath(part)))
+            compile_package(_traced(plain, example, dynamic_shapes), package_path=os.fspath(part))
+        return _difference(plain, example, load_package(os.fspath(part)))
 
 
 def _traced(model: nn.Module, example: Any, dynamic_shapes: Any) -> torch.export.ExportedProgram:
@@ -65,5 +65,5 @@ def _anonymous(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
 def _difference(model: nn.Module, example: Any, loaded: Any) -> float:
     args, kwargs = arguments(model, example)
     with torch.no_grad():
-        found = [each for each in tree_leaves(loaded(*args, **kwargs)) if isinstance(each, torch.Tensor)]
-    return check_equal("the exported program", found, outputs(model, example))
+        results = [output for output in tree_leaves(loaded(*args, **kwargs)) if isinstance(output, torch.Tensor)]
+    return check_equal("the exported program", results, outputs(model, example))

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar, overload
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ def save(
     >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.0, 0.0, 2.0]]))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(model, f"{folder}/net.safetensors", pattern="2:4")
-    ...     load(f"{folder}/net.safetensors")["weight"]
+    ...     load_state_dict(f"{folder}/net.safetensors")["weight"]
     tensor([[1., 0., 0., 2.]])
     """
     check_little_endian()
@@ -74,11 +74,11 @@ def save(
         )
     aliases = ties(tensors, masked)
     chosen = patterns(model, masked, pattern)
-    chosen = {aliases.get(name, name): each for name, each in chosen.items()}
+    chosen = {aliases.get(name, name): place for name, place in chosen.items()}
     broken = {name: "the weight is gone: its module was replaced" for name in chosen if name not in tensors}
     if broken:
         raise NotSparse(broken)
-    own = {name: each for name, each in tensors.items() if name not in aliases}
+    own = {name: tensor for name, tensor in tensors.items() if name not in aliases}
     sparse = {name: Sparse.of(name, own[name], *chosen[name]) for name in chosen}
     check_free_names([*tensors], sparse)
     write(path, _layout(own, sparse), _contents(own, masked, sparse), metadata(sparse, aliases))
@@ -86,15 +86,15 @@ def save(
 
 def _layout(tensors: Mapping[str, Tensor], sparse: Mapping[str, Sparse]) -> dict[str, Layout]:
     """Dtype and shape of each tensor of the file, by arithmetic alone."""
-    found: dict[str, Layout] = {}
+    layout: dict[str, Layout] = {}
     for name, tensor in tensors.items():
         if name in sparse:
             values_shape, index_bytes = packed_shape(tuple(tensor.shape), sparse[name].pattern, sparse[name].axis)
             layouts = ((tensor.dtype, values_shape), (torch.uint8, (index_bytes,)))
-            found |= zip(sparse[name].parts, layouts, strict=True)
+            layout |= zip(sparse[name].parts, layouts, strict=True)
         else:
-            found[name] = (tensor.dtype, tuple(tensor.shape))
-    return found
+            layout[name] = (tensor.dtype, tuple(tensor.shape))
+    return layout
 
 
 def _contents(
@@ -118,27 +118,26 @@ def _contents(
         raise NotSparse(broken)
 
 
-@overload
-def load(path: Path, into: None = None, *, device: torch.device | str | None = None) -> dict[str, Tensor]: ...
-@overload
-def load(path: Path, into: Model) -> Model: ...
-def load(path: Path, into: nn.Module | None = None, *, device: torch.device | str | None = None) -> object:
-    """The dense state dict in a file, on `device` (the CPU); with `into` that model, filled where it is and returned.
+def load_state_dict(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The dense state dict in a file, on a device.
 
-    `path` may also be a folder with model.openwork.safetensors in it, and, with huggingface_hub installed, an http(s)
-    address or the name of a repository of the Hugging Face Hub, "owner/name". Files and folders that compressed-tensors
+    `path` may also be a folder with model.openwork.safetensors in it, an http(s) address, and, with huggingface_hub
+    installed, the name of a repository of the Hugging Face Hub, "owner/name". Files and folders that compressed-tensors
     wrote as `sparse-24-bitmask` are read too.
+    """
+    with local(path) as here, opened(here) as contents:
+        state = {name: contents.read(name).to(device) for name in contents.tensors}
+        return state | {alias: state[name] for alias, name in contents.aliases.items()}
+
+
+def load(path: Path, into: Model) -> Model:
+    """Fill a model from a file, in place and on its own device, and return it; `path` as in `load_state_dict`.
 
     `into` is a plain model, or a sparsified one, whose masks then agree with the file. Names, shapes and dtypes must
     be equal, and the whole file is checked before anything is written: where ValueError is raised, the model is
     untouched. One tensor is decompressed at a time.
     """
     with local(path) as here, opened(here) as contents:
-        if into is None:
-            state = {name: contents.read(name).to(device or "cpu") for name in contents.tensors}
-            return state | {alias: state[name] for alias, name in contents.aliases.items()}
-        if device is not None:
-            raise ValueError(f"device={device!r} and into=: the tensors go where the model is; leave device out")
         inner = unwrap(into)
         targets, masked = tensors_by_name(inner), masked_by_name(inner)
         check_same(contents, targets, ties(targets, masked))
@@ -164,17 +163,18 @@ def check(path: Path) -> tuple[Entry, ...]:
 
 
 def _entries(contents: Contents) -> tuple[Entry, ...]:
-    found = {name: _entry(name, each, contents) for name, each in contents.tensors.items()}
+    entries = {name: _entry(name, tensor, contents) for name, tensor in contents.tensors.items()}
     aliases = [
-        Entry(alias, found[name].shape, found[name].dtype, found[name].pattern, 0, found[name].density, name)
+        Entry(alias, entries[name].shape, entries[name].dtype, entries[name].pattern, 0, entries[name].density, name)
         for alias, name in contents.aliases.items()
     ]
-    return (*found.values(), *aliases)
+    return (*entries.values(), *aliases)
 
 
-def _entry(name: str, each: Stored | Sparse | Bitmask, contents: Contents) -> Entry:
-    if isinstance(each, Stored):
-        return Entry(name, each.shape, each.dtype, None, each.stop - each.start)
-    parts = [contents.stored[part] for part in each.parts]
-    slots, weights = math.prod(parts[0].shape), math.prod(each.shape)
-    return Entry(name, each.shape, each.dtype, each.pattern, sum(p.stop - p.start for p in parts), slots / weights)
+def _entry(name: str, tensor: Stored | Sparse | Bitmask, contents: Contents) -> Entry:
+    if isinstance(tensor, Stored):
+        return Entry(name, tensor.shape, tensor.dtype, None, tensor.stop - tensor.start)
+    parts = [contents.stored[part] for part in tensor.parts]
+    slots, weights = math.prod(parts[0].shape), math.prod(tensor.shape)
+    size = sum(part.stop - part.start for part in parts)
+    return Entry(name, tensor.shape, tensor.dtype, tensor.pattern, size, slots / weights)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from openwork.files.strict_json import check_unicode, is_shape, is_text_mapping, strict_json
 from openwork.utils.atomic import atomic_file
 
 DTYPES = {
@@ -60,7 +60,6 @@ _ORDER = [
     "BOOL",
 ]
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
-_MOST_DIMS = 64  # numpy's limit; torch has none, and becomes slow
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def write(
     stored, header = _laid_out(layout, metadata)
     with atomic_file(path) as part, open(part, "wb") as file:
         file.write(header)
-        file.truncate(max((each.stop for each in stored.values()), default=len(header)))
+        file.truncate(max((tensor.stop for tensor in stored.values()), default=len(header)))
         missing = dict(stored)
         for name, tensor in contents:
             _put(file, tensor, missing.pop(name))
@@ -128,34 +127,10 @@ def write(
             raise RuntimeError(f"no content was given for {', '.join(missing)}")
 
 
-def strict_json(text: str) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a name given twice, NaN, infinity, depth, and what is not an object."""
-    try:
-        found = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse)
-    except RecursionError:
-        raise ValueError("JSON is nested too deep") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"found a JSON {type(found).__name__}; needed an object")
-    return found
-
-
-def is_text_mapping(found: object) -> bool:
-    """Whether a piece of JSON maps text to text."""
-    return isinstance(found, dict) and all(isinstance(each, str) for pair in found.items() for each in pair)
-
-
-def is_shape(found: object) -> bool:
-    """Whether a piece of JSON is the shape of a tensor that torch can count."""
-    if not isinstance(found, list) or len(found) > _MOST_DIMS or any(type(each) is not int for each in found):
-        return False
-    return all(each >= 0 for each in found) and 8 * math.prod(each for each in found if each) < 2**63
-
-
-def check_unicode(name: str) -> str:
-    """The name, if UTF-8 can write it; else ValueError. (JSON can name halves of surrogate pairs.)"""
-    if any("\ud800" <= letter <= "\udfff" for letter in name):
-        raise ValueError(f"the name {name!r} is not valid Unicode")
-    return name
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """`write` what is in memory already, each tensor under its name."""
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write(path, layout, tensors.items(), metadata)
 
 
 def _laid_out(layout: Mapping[str, Layout], metadata: Mapping[str, str]) -> tuple[dict[str, Stored], bytes]:
@@ -194,7 +169,7 @@ def _stored(name: str, entry: Any, base: int) -> Stored:
         raise ValueError(f"tensor {name!r}: unknown dtype {str(code)[:20]!r}; known are {', '.join(DTYPES)}")
     if not is_shape(shape):
         raise ValueError(f"tensor {name!r}: its shape is not a short list of lengths")
-    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(each) is not int or each < 0 for each in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(at) is not int or at < 0 for at in offsets):
         raise ValueError(f"tensor {name!r}: its data_offsets are not two positions")
     if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[code].itemsize:
         raise ValueError(f"tensor {name!r}: shape {shape} in {code} does not fill {offsets[1] - offsets[0]} bytes")
@@ -202,21 +177,9 @@ def _stored(name: str, entry: Any, base: int) -> Stored:
 
 
 def _check_no_holes(stored: dict[str, Stored], start: int, size: int) -> None:
-    for name, each in sorted(stored.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if each.start != start:
-            raise ValueError(f"tensor {name!r} begins at byte {each.start}, the one before it ends at {start}")
-        start = each.stop
+    for name, tensor in sorted(stored.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if tensor.start != start:
+            raise ValueError(f"tensor {name!r} begins at byte {tensor.start}, the one before it ends at {start}")
+        start = tensor.stop
     if start != size:
         raise ValueError(f"the tensors end at byte {start}, the file at {size}: cut short, or something was added")
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"the name {name!r} is given twice")
-    return found
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")

@@ -15,12 +15,9 @@ from openwork.files.container import (
     CODES,
     DTYPES,
     Stored,
-    check_unicode,
-    is_shape,
-    is_text_mapping,
-    strict_json,
 )
 from openwork.files.packing import PACKABLE, packed_shape, unpack_weight, uses_bitmask
+from openwork.files.strict_json import check_unicode, is_shape, is_text_mapping, strict_json
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
 
@@ -50,19 +47,19 @@ class Sparse:
 
 
 def check_little_endian() -> None:
-    """Raise ValueError on a big-endian machine."""
+    """Raise ValueError on a big-endian processor."""
     if sys.byteorder != "little":
-        raise ValueError("compressed files are little-endian, this machine is not: convert the file on one that is")
+        raise ValueError("compressed files are little-endian, this processor is not: convert the file on one that is")
 
 
 def metadata(sparse: Mapping[str, Sparse], aliases: Mapping[str, str]) -> dict[str, str]:
     """The safetensors metadata of a file."""
-    found = {
+    described = {
         "version": VERSION,
-        "sparse": {name: _described(each) for name, each in sparse.items()},
+        "sparse": {name: _described(weight) for name, weight in sparse.items()},
         "aliases": dict(aliases),
     }
-    return {KEY: json.dumps(found, sort_keys=True, separators=(",", ":"))}
+    return {KEY: json.dumps(described, sort_keys=True, separators=(",", ":"))}
 
 
 def check_free_names(names: Sequence[str], sparse: Iterable[str]) -> None:
@@ -72,13 +69,13 @@ def check_free_names(names: Sequence[str], sparse: Iterable[str]) -> None:
         raise ValueError(f"{name} is the name of a tensor and needed by the format: rename it, or exclude the weight")
 
 
-def _described(each: Sparse) -> dict[str, Any]:
+def _described(weight: Sparse) -> dict[str, Any]:
     return {
-        "pattern": str(each.pattern),
-        "axis": "kernel" if each.axis.flat else {"dim": each.axis.dim, "blocks": each.axis.blocks},
-        "shape": list(each.shape),
-        "dtype": CODES[each.dtype],
-        "packing": _packing(each.pattern),
+        "pattern": str(weight.pattern),
+        "axis": "kernel" if weight.axis.flat else {"dim": weight.axis.dim, "blocks": weight.axis.blocks},
+        "shape": list(weight.shape),
+        "dtype": CODES[weight.dtype],
+        "packing": _packing(weight.pattern),
     }
 
 
@@ -90,36 +87,36 @@ def described(texts: Mapping[str, str], stored: Mapping[str, Stored]) -> tuple[d
     """What the metadata says: compressed weights and aliases. Raises ValueError unless it fits the tensors."""
     if KEY not in texts:
         raise ValueError("not written by ow.save; safetensors.torch.load_file reads ordinary safetensors files")
-    found = strict_json(texts[KEY])
-    if type(found.get("version")) is not int or found["version"] != VERSION:
-        version = str(found.get("version"))[:20]
+    fields = strict_json(texts[KEY])
+    if type(fields.get("version")) is not int or fields["version"] != VERSION:
+        version = str(fields.get("version"))[:20]
         raise ValueError(f"format version {version}; this Openwork reads {VERSION}: install a newer one")
-    _check_fields("the metadata", found, {"version", "sparse", "aliases"})
-    if not isinstance(found["sparse"], dict) or not is_text_mapping(found["aliases"]):
+    _check_fields("the metadata", fields, {"version", "sparse", "aliases"})
+    if not isinstance(fields["sparse"], dict) or not is_text_mapping(fields["aliases"]):
         raise ValueError("the metadata's sparse or aliases are no mapping")
-    sparse = {name: _sparse(name, each, stored) for name, each in found["sparse"].items()}
-    for name in found["aliases"]:
+    sparse = {name: _sparse(name, entry, stored) for name, entry in fields["sparse"].items()}
+    for name in fields["aliases"]:
         check_unicode(name)
-    return sparse, found["aliases"]
+    return sparse, fields["aliases"]
 
 
 def _parts(name: str) -> tuple[str, ...]:
     return name + VALUES, name + INDICES
 
 
-def _sparse(name: str, found: Any, stored: Mapping[str, Stored]) -> Sparse:
+def _sparse(name: str, fields: Any, stored: Mapping[str, Stored]) -> Sparse:
     """One entry of the metadata, held against the tensors that are really there."""
     where = f"weight {name!r}"
-    _check_fields(where, found, {"pattern", "axis", "shape", "dtype", "packing"})
-    if not is_shape(found["shape"]):
+    _check_fields(where, fields, {"pattern", "axis", "shape", "dtype", "packing"})
+    if not is_shape(fields["shape"]):
         raise ValueError(f"{where}: its shape is not a short list of lengths")
-    shape, pattern = tuple(found["shape"]), _pattern(where, found["pattern"])
-    dtype = DTYPES.get(_text(where, found["dtype"]))
+    shape, pattern = tuple(fields["shape"]), _pattern(where, fields["pattern"])
+    dtype = DTYPES.get(_text(where, fields["dtype"]))
     if dtype not in PACKABLE:
-        raise ValueError(f"{where}: dtype {found['dtype'][:20]!r} cannot be compressed")
-    if found["packing"] != _packing(pattern):
+        raise ValueError(f"{where}: dtype {fields['dtype'][:20]!r} cannot be compressed")
+    if fields["packing"] != _packing(pattern):
         raise ValueError(f"{where}: needed packing {_packing(pattern)!r}, the smaller one at {pattern}")
-    axis = _axis(where, found["axis"])
+    axis = _axis(where, fields["axis"])
     try:
         values_shape, index_bytes = packed_shape(shape, pattern, axis)
     except ValueError as error:
@@ -132,31 +129,31 @@ def _sparse(name: str, found: Any, stored: Mapping[str, Stored]) -> Sparse:
     return Sparse(pattern, axis, shape, dtype, _parts(name))
 
 
-def _pattern(where: str, found: Any) -> Pattern:
+def _pattern(where: str, text: Any) -> Pattern:
     try:
-        pattern = Pattern.parse(_text(where, found)[:20])
+        pattern = Pattern.parse(_text(where, text)[:20])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    if str(pattern) != found:
-        raise ValueError(f"{where}: found pattern {found[:20]!r}; it is written '{pattern}'")
+    if str(pattern) != text:
+        raise ValueError(f"{where}: found pattern {text[:20]!r}; it is written '{pattern}'")
     return pattern
 
 
-def _axis(where: str, found: Any) -> Axis:
-    if found == "kernel":
+def _axis(where: str, value: Any) -> Axis:
+    if value == "kernel":
         return Axis(flat=True)
-    _check_fields(f"{where}: its axis", found, {"dim", "blocks"})
-    if type(found["dim"]) is not int or type(found["blocks"]) is not int:
+    _check_fields(f"{where}: its axis", value, {"dim", "blocks"})
+    if type(value["dim"]) is not int or type(value["blocks"]) is not int:
         raise ValueError(f"{where}: its axis is not made of integers")
-    return Axis(found["dim"], found["blocks"])
+    return Axis(value["dim"], value["blocks"])
 
 
-def _check_fields(where: str, found: Any, needed: set[str]) -> None:
-    if not isinstance(found, dict) or found.keys() != needed:
+def _check_fields(where: str, value: Any, needed: set[str]) -> None:
+    if not isinstance(value, dict) or value.keys() != needed:
         raise ValueError(f"{where}: needed exactly the fields {', '.join(sorted(needed))}")
 
 
-def _text(where: str, found: Any) -> str:
-    if not isinstance(found, str):
-        raise ValueError(f"{where}: found {type(found).__name__} where text is needed")
-    return found
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: found {type(value).__name__} where text is needed")
+    return value

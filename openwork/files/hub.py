@@ -1,4 +1,8 @@
-"""Where a model may come from: a path, an http(s) address, a name on the Hugging Face Hub."""
+"""Where a model may come from: a path, an http(s) address, a name on the Hugging Face Hub.
+
+Names of the Hub are huggingface_hub's work. Other addresses are fetched here: `torch.hub.download_url_to_file` limits
+neither the size of an answer nor the time a server may take, and follows redirections of every kind.
+"""
 
 from __future__ import annotations
 

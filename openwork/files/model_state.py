@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from openwork.files.container import CODES
 from openwork.files.reader import Contents
 from openwork.nm.groups import Axis
-from openwork.nm.masks import apply_mask, kept_per_group
+from openwork.nm.masks import apply_mask, too_dense
 from openwork.nm.pattern import Pattern
 from openwork.training.masked import Masked
 from openwork.training.parametrize import plain_name, sparse_weights, weight_name
@@ -33,20 +33,20 @@ def tensors_by_name(model: nn.Module, *, empty: bool = False) -> dict[str, Tenso
     check_not_deployed(model, "reading or writing a file")
     masked = masked_by_name(model)
     named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    own = {weight_name(name) if weight_name(name) in masked else plain_name(name): each for name, each in named}
+    own = {weight_name(name) if weight_name(name) in masked else plain_name(name): tensor for name, tensor in named}
     names = [plain_name(name) for name in model.state_dict(keep_vars=True)]
-    stored = {f"{name}_{key}" for name, each in masked.items() for key in each.saved()}
+    stored = {f"{name}_{key}" for name, masking in masked.items() for key in masking.saved()}
     unknown = [name for name in names if name not in own and name not in stored]
     if unknown:
         raise ValueError(
             f"{', '.join(unknown[:3])} in the state dict of {type(model).__name__} is neither parameter nor buffer, "
             "and a file holds no other: remove it (extra state, state-dict hooks) and keep it elsewhere"
         )
-    found = {name: own[name] for name in names if name in own}
-    for name, each in found.items():
-        if not (empty and each.is_meta):
-            _check_plain_tensor(name, each)
-    return found
+    tensors = {name: own[name] for name in names if name in own}
+    for name, tensor in tensors.items():
+        if not (empty and tensor.is_meta):
+            _check_plain_tensor(name, tensor)
+    return tensors
 
 
 def masked_by_name(model: nn.Module) -> dict[str, Masked]:
@@ -57,13 +57,15 @@ def masked_by_name(model: nn.Module) -> dict[str, Masked]:
 def ties(tensors: Mapping[str, Tensor], masked: Mapping[str, Masked]) -> dict[str, str]:
     """Each further name of a tensor -> its first name. A masked weight is tied to none: others see it unmasked."""
     first: dict[object, str] = {}
-    found = {}
-    for name, each in tensors.items():
-        in_memory = each.numel() and not each.is_meta
-        place = (each.device, each.data_ptr(), each.dtype, each.shape, each.stride()) if in_memory else id(each)
+    aliases = {}
+    for name, tensor in tensors.items():
+        in_memory = tensor.numel() and not tensor.is_meta
+        place = (
+            (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if in_memory else id(tensor)
+        )
         if name not in masked and first.setdefault(place, name) != name:
-            found[name] = first[place]
-    return found
+            aliases[name] = first[place]
+    return aliases
 
 
 def patterns(
@@ -76,31 +78,33 @@ def patterns(
             "the model is sparsified and saved in the patterns that sparsify recorded; pattern= is for plain models"
         )
     if sparsified:
-        own = {name: (each.end.pattern, each.end.axis) for name, each in masked.items() if each.method.sparse}
+        own = {
+            name: (masking.end.pattern, masking.end.axis) for name, masking in masked.items() if masking.method.sparse
+        }
         return recorded_weights(model) | own
     selection = Selection.of(choice)
     if selection.pattern is None:
         return _inferred(model, selection)
     decided = decide(model, selection, dtypes=HELD)
-    return {each.name: (each.pattern, each.axis) for each in decided if each.pattern and each.axis}
+    return {weight.name: (weight.pattern, weight.axis) for weight in decided if weight.pattern and weight.axis}
 
 
 def _inferred(model: nn.Module, selection: Selection) -> dict[str, Placed]:
     decided = decide(model, replace(selection, pattern=Pattern(1, 1)), dtypes=HELD)
-    found = {}
-    for each in decided:
-        if each.pattern and each.axis:
-            tight, bits = tightest(each.weight, each.axis), 8 * each.weight.itemsize
+    places = {}
+    for candidate in decided:
+        if candidate.pattern and candidate.axis:
+            tight, bits = tightest(candidate.weight, candidate.axis), 8 * candidate.weight.itemsize
             if tight.n * bits + tight.index_bits < tight.m * bits:
-                found[each.name] = (tight, each.axis)
-    counts = Counter(str(pattern) for pattern, _ in found.values())
+                places[candidate.name] = (tight, candidate.axis)
+    counts = Counter(str(pattern) for pattern, _ in places.values())
     listed = ", ".join(f"{text} for {n}" for text, n in counts.items()) or "none is sparse"
     warnings.warn(
         f"no pattern was given: inferred from the weights ({listed}, of {len(decided)} weights of two dims or more); "
         "the others are stored dense",
         stacklevel=4,
     )
-    return found
+    return places
 
 
 def check_same(contents: Contents, targets: Mapping[str, Tensor], tied: Mapping[str, str]) -> None:
@@ -111,11 +115,11 @@ def check_same(contents: Contents, targets: Mapping[str, Tensor], tied: Mapping[
         if missing:
             raise ValueError(f"{what} {len(missing)} tensors, such as {', '.join(map(repr, sorted(missing)[:3]))}")
     for name, target in targets.items():
-        each = tensors[aliases.get(name, name)]
-        if (each.shape, each.dtype) != (tuple(target.shape), target.dtype):
+        stored = tensors[aliases.get(name, name)]
+        if (stored.shape, stored.dtype) != (tuple(target.shape), target.dtype):
             raise ValueError(
-                f"{name} is {each.dtype} {each.shape} in the file, {target.dtype} {tuple(target.shape)} in the model: "
-                "build the model of the file's shapes, and convert it with model.to(dtype)"
+                f"{name} is {stored.dtype} {stored.shape} in the file, {target.dtype} {tuple(target.shape)} in the "
+                "model: build the model of the file's shapes, and convert it with model.to(dtype)"
             )
         if any(step == 0 and length > 1 for step, length in zip(target.stride(), target.shape, strict=True)):
             raise ValueError(f"{name} of the model is expanded, so that it cannot be written: make it contiguous")
@@ -127,17 +131,16 @@ def check_same(contents: Contents, targets: Mapping[str, Tensor], tied: Mapping[
 def check_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Masked]) -> None:
     """Raise ValueError where the masks of a sparsified model would change a weight of the file."""
     for name in names:
-        each = masked.get(name)
-        if each is None or not each.method.sparse:
+        masking = masked.get(name)
+        if masking is None or not masking.method.sparse:
             continue
-        end = each.end
-        most = int(kept_per_group(weight, end.pattern, end.axis).max())
-        if most > end.pattern.n:
+        end = masking.end
+        if problem := too_dense(weight, end.pattern, end.axis):
             raise ValueError(
-                f"{name} has {most} non-zeros in a group, the model was sparsified at {end.pattern}: "
-                "load into a plain model, or sparsify at the pattern of the file"
+                f"{name}: {problem}, and the model was sparsified at {end.pattern}: load into a plain model, or "
+                "sparsify at the pattern of the file"
             )
-        if end.output_axis and not torch.equal(apply_mask(weight, each.ranked(weight, end)), weight):
+        if end.output_axis and not torch.equal(apply_mask(weight, masking.ranked(weight, end)), weight):
             raise ValueError(
                 f"{name} is {end.pattern} along its reduction axis but not along its output axis, and the model was "
                 "sparsified with transposable masks: load into a plain model, or sparsify with ow.SRSTE()"
@@ -153,13 +156,13 @@ def fill(names: Sequence[str], weight: Tensor, targets: Mapping[str, Tensor], ma
             masked[name].choose_mask(targets[name])
 
 
-def _check_plain_tensor(name: str, each: Tensor) -> None:
-    if nn.parameter.is_lazy(each) or each.is_meta:
+def _check_plain_tensor(name: str, tensor: Tensor) -> None:
+    if nn.parameter.is_lazy(tensor) or tensor.is_meta:
         raise ValueError(f"{name} has no values: initialize it (one forward, or model.to_empty) first")
-    if each.layout != torch.strided or type(each.detach()) is not Tensor:
+    if tensor.layout != torch.strided or type(tensor.detach()) is not Tensor:
         raise ValueError(
-            f"{name} is a {type(each.detach()).__name__} ({each.layout}); needed an ordinary tensor: gather sharded, "
-            "dequantize quantized weights first"
+            f"{name} is a {type(tensor.detach()).__name__} ({tensor.layout}); needed an ordinary tensor: gather "
+            "sharded, dequantize quantized weights first"
         )
-    if each.dtype not in CODES:
-        raise ValueError(f"{name} is {each.dtype}; a file holds {', '.join(map(str, CODES))}")
+    if tensor.dtype not in CODES:
+        raise ValueError(f"{name} is {tensor.dtype}; a file holds {', '.join(map(str, CODES))}")

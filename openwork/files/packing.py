@@ -76,11 +76,11 @@ def unpack_weight(values: Tensor, indices: Tensor, pattern: Pattern, axis: Axis,
     """
     values_shape, index_bytes = packed_shape(shape, pattern, axis)
     if values.dtype not in PACKABLE or tuple(values.shape) != values_shape:
-        found = f"values are {values.dtype} {tuple(values.shape)}"
-        raise ValueError(f"{found}; a weight of shape {shape} at {pattern} has {values_shape}")
+        problem = f"values are {values.dtype} {tuple(values.shape)}"
+        raise ValueError(f"{problem}; a weight of shape {shape} at {pattern} has {values_shape}")
     if indices.dtype != torch.uint8 or tuple(indices.shape) != (index_bytes,):
-        found = f"indices are {indices.dtype} {tuple(indices.shape)}"
-        raise ValueError(f"{found}; a weight of shape {shape} at {pattern} has uint8 ({index_bytes},)")
+        problem = f"indices are {indices.dtype} {tuple(indices.shape)}"
+        raise ValueError(f"{problem}; a weight of shape {shape} at {pattern} has uint8 ({index_bytes},)")
     K = reduction_size(shape, axis)
     values_GN = integers(values.cpu().contiguous()).reshape(-1, pattern.n).numpy()
     bits_GM = np.zeros((len(values_GN), pattern.m), values_GN.dtype)
@@ -186,7 +186,7 @@ def _positions(code: np.ndarray, groups: int, pattern: Pattern) -> np.ndarray:
 def _fill(bits_GM: np.ndarray, values_GN: np.ndarray, code: np.ndarray, pattern: Pattern) -> None:
     """Put values where the indices say, and check that spare slots lie where `pack_weight` puts them."""
     for start in range(0, len(bits_GM), _CHUNK):
-        part_GM, slots_GN = (each[start : start + _CHUNK] for each in (bits_GM, values_GN))
+        part_GM, slots_GN = (tensor[start : start + _CHUNK] for tensor in (bits_GM, values_GN))
         first, last = (group * pattern.index_bits for group in (start, start + len(part_GM)))
         at = _positions(code[first // 8 : -(-last // 8)], len(part_GM), pattern)
         part_GM.reshape(-1)[at] = slots_GN.reshape(-1)

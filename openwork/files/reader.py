@@ -1,4 +1,4 @@
-"""What a file holds, opened for reading: the compressed file, or what `legacy` knows, in one file or several."""
+"""A checkpoint opened for reading: the compressed file, what `files.foreign` knows, or any safetensors files."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Contents:
     @property
     def tensors(self) -> dict[str, Stored | Sparse | Bitmask]:
         """Every tensor of the model, aliases left out."""
-        parts = {part for each in self.sparse.values() for part in each.parts}
-        return {name: each for name, each in self.stored.items() if name not in parts} | dict(self.sparse)
+        parts = {part for weight in self.sparse.values() for part in weight.parts}
+        return {name: tensor for name, tensor in self.stored.items() if name not in parts} | dict(self.sparse)
 
     def names_of(self, name: str) -> tuple[str, ...]:
         """A tensor's name and its aliases."""
@@ -43,9 +43,9 @@ class Contents:
         name = self.aliases.get(name, name)
         if name not in self.sparse:
             return self.fetch(name)
-        each = self.sparse[name]
+        weight = self.sparse[name]
         try:
-            return each.unpack(*map(self.fetch, each.parts))
+            return weight.unpack(*map(self.fetch, weight.parts))
         except ValueError as error:
             raise ValueError(f"weight {name!r}: {error}") from error
 
@@ -53,12 +53,19 @@ class Contents:
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[Contents]:
     """Open a file, or a folder: its model.openwork.safetensors, or else the files model*.safetensors that a model was
-    cut into (which only `legacy` knows). Headers are checked, tensors are not yet. Errors name the path."""
+    cut into (of compressed-tensors alone). Headers are checked, tensors are not yet. Errors name the path."""
     check_little_endian()
+    with open_files(path, _files(Path(path))) as files:
+        yield _contents(files)
+
+
+@contextmanager
+def open_files(path: str | os.PathLike[str], files: Sequence[Path]) -> Iterator[list[BinaryIO]]:
+    """Open the files of a checkpoint for reading; a ValueError while they are read names its path."""
     with ExitStack() as stack:
-        files = [stack.enter_context(open(each, "rb")) for each in _files(Path(path))]
+        opened_files: list[BinaryIO] = [stack.enter_context(open(file, "rb")) for file in files]
         try:
-            yield _contents(files)
+            yield opened_files
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
@@ -66,31 +73,37 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Contents]:
 def _files(path: Path) -> list[Path]:
     if not path.is_dir() or (path / FILE).exists():
         return [path / FILE if path.is_dir() else path]
-    found = sorted(path.glob("model*.safetensors"))
-    if not found:
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
         raise FileNotFoundError(f"{path} is a folder without {FILE} or model*.safetensors: name the file itself")
-    return found
+    return files
 
 
 def _contents(files: Sequence[BinaryIO]) -> Contents:
-    texts: dict[str, str] = {}
-    found: dict[str, tuple[BinaryIO, Stored]] = {}
-    for file in files:
-        more, tensors = read_header(file)
-        texts |= more
-        for name in tensors.keys() & found.keys():
-            raise ValueError(f"{name!r} lies in two files of the folder: name one of them")
-        found |= {name: (file, each) for name, each in tensors.items()}
+    texts, places = joined(files)
     if KEY in texts and len(files) > 1:
         raise ValueError("several files, and ow.save writes one: name the file itself")
-    stored = {name: each for name, (_, each) in found.items()}
+    stored = {name: tensor for name, (_, tensor) in places.items()}
     sparse: Mapping[str, Sparse | Bitmask] = {} if KEY in texts else bitmasks(stored)
     aliases: dict[str, str] = {}
     if not sparse:
         sparse, aliases = described(texts, stored)
-    contents = Contents(stored, sparse, aliases, lambda name: read_tensor(*found[name]))
+    contents = Contents(stored, sparse, aliases, lambda name: read_tensor(*places[name]))
     _check_distinct(contents)
     return contents
+
+
+def joined(files: Sequence[BinaryIO]) -> tuple[dict[str, str], dict[str, tuple[BinaryIO, Stored]]]:
+    """The metadata of several files, and each tensor with the file that it lies in."""
+    texts: dict[str, str] = {}
+    places: dict[str, tuple[BinaryIO, Stored]] = {}
+    for file in files:
+        more, tensors = read_header(file)
+        texts |= more
+        for name in tensors.keys() & places.keys():
+            raise ValueError(f"{name!r} lies in two files of the folder: name one of them")
+        places |= {name: (file, tensor) for name, tensor in tensors.items()}
+    return texts, places
 
 
 def _check_distinct(contents: Contents) -> None:

@@ -4,39 +4,32 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from openwork.inference.choose import (
-    MARGIN,
-    Plan,
-    machine,
-    measure_layers,
-    on_gpu,
-    sparse_module,
-)
+from openwork.inference.choose import Packed, measure_layers
 from openwork.inference.fold import fold_batch_norm, following_relu, replace
-from openwork.inference.layers import PackedLayer, SparseConv2d
+from openwork.inference.layers import PackedConv2d, PackedLayer, pack_layer
+from openwork.inference.plan import MARGIN, Plan, environment
 from openwork.kernels.cpu.native import warn_without_library
-from openwork.kernels.cuda.cusparselt import QUANTIZED
 from openwork.kernels.cuda.stream import on_device
+from openwork.layouts.layout import kind_named, kinds_on
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
 from openwork.training.record import sparsity_records
 from openwork.training.selection import PatternChoice, Selection
 from openwork.training.sparsify import finalize
 from openwork.training.verify import verify
+from openwork.utils.difference import largest_difference
 from openwork.utils.example import run
 from openwork.utils.timing import as_graph, compile_frozen, fastest, finished
 
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-WEIGHT_DTYPES_ON_GPU = (torch.float16, torch.bfloat16, *QUANTIZED)
+TimedAs = Literal["eager", "graph", "compiled"]
 
 
 def plan(
@@ -57,7 +50,9 @@ def plan(
     with torch.inference_mode(False), on_device(_device(unwrap(model))):
         ready, patterns, weight_dtype = _ready(model, pattern, weight_dtype)
         fold_batch_norm(ready, example)
-        return _plan(ready, example, patterns, weight_dtype)
+        with torch.inference_mode():
+            layers = tuple(timing for timing, _ in measure_layers(ready, example, patterns, weight_dtype))
+        return Plan(layers, weight_dtype, environment(_device(ready)))
 
 
 def deploy(
@@ -66,8 +61,7 @@ def deploy(
     *,
     pattern: Selection | PatternChoice | None = None,
     weight_dtype: torch.dtype | None = None,
-    cuda_graph: bool = False,
-    compiled: bool = False,
+    timed_as: TimedAs = "eager",
 ) -> nn.Module:
     """A copy of the model for inference on the CPU or GPU that it is on, each layer dense or sparse, whichever was
     measured faster; arguments as in `plan`. Batch normalization is folded into the layers before it.
@@ -76,27 +70,29 @@ def deploy(
     warning says so. What was measured is in the result's `deployment`, a `Plan`, with how far outputs on the example
     are from the given model's; of more than rounding explains, a warning says so. The result is saved, loaded, copied
     and pickled like any model: its state dict has dense names and shapes, without normalizations that were folded.
-    `cuda_graph` says that the caller will run it as a CUDA graph: then whole models are timed as graphs, without what
-    launching costs. `compiled` says that the caller will hand it to `torch.compile`: then whole models are timed
-    compiled, with frozen weights (`torch._inductor.config.freezing`, which helps dense products). That takes minutes
-    for a large model, and on a CPU a C++ compiler.
+    `timed_as` says how the caller will run it, and whole models are timed so: "graph", as a CUDA graph, without what
+    launching costs; "compiled", by `torch.compile` with frozen weights (`torch._inductor.config.freezing`, which helps
+    dense products), which takes minutes for a large model, and on a CPU a C++ compiler.
     """
     # Not in inference mode, also where the caller is in it: what is made here can be loaded into later.
     with torch.inference_mode(False), on_device(_device(unwrap(model))):
         dense, patterns, weight_dtype = _ready(model, pattern, weight_dtype)
+        _check_timed_as(timed_as, _device(dense))
         expected = _outputs(dense, example)
         fold_batch_norm(dense, example)
-        found = _plan(dense, example, patterns, weight_dtype)
-        sparse = _converted(copy.deepcopy(dense), found, example)
-        models = {"dense": dense, "sparse": sparse} if found.chosen else {"dense": dense}
-        whole = _whole(models, example, cuda_graph, compiled)
+        with torch.inference_mode():
+            timings = tuple(measure_layers(dense, example, patterns, weight_dtype))
+        measured = Plan(tuple(timing for timing, _ in timings), weight_dtype, environment(_device(dense)))
+        sparse = _converted(copy.deepcopy(dense), measured, [packed for _, packed in timings], example)
+        models = {"dense": dense, "sparse": sparse} if measured.chosen else {"dense": dense}
+        whole = _whole(models, example, timed_as)
         best = _winner(whole)
         result = dense if best.startswith("dense") else sparse
         result = _channels_last(result) if best.endswith("channels_last") else result
-        difference = _difference(expected, _outputs(result, example))
-    found = dataclasses.replace(found, whole=whole, difference=difference, returned=best)
+        difference = largest_difference(expected, _outputs(result, example))
+    measured = dataclasses.replace(measured, whole=whole, difference=difference, returned=best)
     if result is dense:
-        warnings.warn(f"sparse is not faster than dense here: the dense model is returned\n{found}", stacklevel=2)
+        warnings.warn(f"sparse is not faster than dense here: the dense model is returned\n{measured}", stacklevel=2)
     exact = weight_dtype == torch.float32 and all(each.dtype == torch.float32 and each.is_cpu for each in expected)
     if difference > (most := 1e-3 if exact else 0.1):  # rounding of float32 makes 1e-6 or so
         warnings.warn(
@@ -104,7 +100,7 @@ def deploy(
             "before use. Is the model itself reproducible on this example?",
             stacklevel=2,
         )
-    result.deployment = found  # type: ignore[assignment]
+    result.deployment = measured  # type: ignore[assignment]
     return result
 
 
@@ -115,17 +111,13 @@ def _ready(
 ) -> tuple[nn.Module, dict[str, Pattern | str], torch.dtype]:
     """A plain copy in eval mode; for each weight its pattern or why it has none; the dtype to store weights in."""
     inner = unwrap(model)
-    tensors = [*inner.parameters(), *inner.buffers()]
-    where = {each.device for each in tensors}
-    if len(where) > 1 or any(each.type not in ("cpu", "cuda") for each in where):
-        found = ", ".join(sorted(map(str, where)))
-        raise ValueError(f"the model is on {found}; needed one CPU or one GPU: model.to('cuda') or model.to('cpu')")
-    gpu = any(on_gpu(each) for each in where)
-    if not gpu:
+    devices = {each.device for each in (*inner.parameters(), *inner.buffers())}
+    if len(devices) > 1 or any(device.type not in ("cpu", "cuda") for device in devices):
+        where = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"the model is on {where}; needed one CPU or one GPU: model.to('cuda') or model.to('cpu')")
+    if _device(inner).type == "cpu":
         warn_without_library()
-    allowed = WEIGHT_DTYPES_ON_GPU if gpu else WEIGHT_DTYPES
-    if weight_dtype is not None and weight_dtype not in allowed:
-        raise ValueError(f"weight_dtype={weight_dtype}; needed one of {', '.join(map(str, allowed))}")
+    check_weight_dtype(weight_dtype, _device(inner).type)
     weight_dtype = weight_dtype or own_dtype(inner)
     report = verify(inner, pattern=pattern)
     ready = copy.deepcopy(inner)
@@ -133,41 +125,43 @@ def _ready(
     return ready, {row.name: row.pattern or row.reason for row in report.rows}, weight_dtype
 
 
+def check_weight_dtype(weight_dtype: torch.dtype | None, device_type: str) -> None:
+    """Raises ValueError where no kernel of a device keeps weights in a dtype."""
+    allowed = dict.fromkeys(dtype for kind in kinds_on(device_type) for dtype in kind.weight_dtypes)
+    if weight_dtype is not None and weight_dtype not in allowed:
+        raise ValueError(f"weight_dtype={weight_dtype}; needed one of {', '.join(map(str, allowed))}")
+
+
 def own_dtype(model: nn.Module) -> torch.dtype:
     """What weights are stored in where nobody says: on a GPU the dtype of the first; on a CPU bfloat16 where all are,
     else float32."""
     weights = [each for each in (*model.parameters(), *model.buffers()) if each.ndim > 1 and each.is_floating_point()]
-    if any(on_gpu(each.device) for each in weights):
+    if any(each.is_cuda for each in weights):
         return weights[0].dtype
     return torch.bfloat16 if {each.dtype for each in weights} == {torch.bfloat16} else torch.float32
-
-
-def _plan(ready: nn.Module, example: Any, patterns: Mapping[str, Pattern | str], weight_dtype: torch.dtype) -> Plan:
-    with torch.inference_mode():
-        return Plan(measure_layers(ready, example, patterns, weight_dtype), weight_dtype, machine(_device(ready)))
 
 
 def _device(model: nn.Module) -> torch.device:
     return next((each.device for each in model.parameters()), torch.device("cpu"))
 
 
-def _converted(model: nn.Module, found: Plan, example: Any) -> nn.Module:
+def _converted(model: nn.Module, plan: Plan, packed: list[Packed | None], example: Any) -> nn.Module:
     """The model with sparse layers where the plan chose them, which take in the ReLUs that nothing else uses."""
-    followed = following_relu(model, example) if found.chosen else {}
-    for layer in found.layers:
-        if layer.kind is None or layer.pattern is None:
+    followed = following_relu(model, example) if plan.chosen else {}
+    for timing, layer in zip(plan.layers, packed, strict=True):
+        if timing.kind is None or timing.pattern is None:
             continue
-        name = layer.name.rpartition(".")[0]
+        name = timing.name.rpartition(".")[0]
         dense = model.get_submodule(name)
-        made: Any = sparse_module(dense, layer.pattern, layer.kind, found.weight_dtype)
-        if layer.algorithms:
-            made.algorithms = dict(layer.algorithms)
+        if layer is None:  # equal to one that was timed
+            layer = pack_layer(dense, timing.pattern, kind_named(timing.kind), plan.weight_dtype)
+            layer.packed.algorithms = dict(timing.algorithms)
         if name in followed:
-            made.relu = True
+            layer.relu = True
             replace(model, model.get_submodule(followed[name]), nn.Identity())
         if dense is model:
-            return made
-        replace(model, dense, made)
+            return layer
+        replace(model, dense, layer)
     for encoder in (each for each in model.modules() if isinstance(each, nn.TransformerEncoderLayer)):
         if any(isinstance(each, PackedLayer) for each in encoder.children()):
             encoder.activation_relu_or_gelu = 0  # torch's fused path would read the dense weights
@@ -183,27 +177,6 @@ def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
     return [each.clone() for each in found if isinstance(each, Tensor) and each.is_floating_point()]
 
 
-def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
-    """The largest difference over the largest magnitude; infinite where the shapes differ, or what is not finite.
-
-    >>> _difference([torch.tensor([1.0, -4.0])], [torch.tensor([1.0, -3.0])])
-    0.25
-    """
-    if [each.shape for each in expected] != [each.shape for each in found]:
-        return float("inf")
-    pairs = [(a.double(), b.double()) for a, b in zip(expected, found, strict=True) if a.numel()]
-    return max((_share(a, b) for a, b in pairs), default=0.0)
-
-
-def _share(a: Tensor, b: Tensor) -> float:
-    same = (a == b) | (a.isnan() & b.isnan())
-    if same.all():
-        return 0.0
-    apart = torch.where(same, 0.0, (a - b).abs()).max()  # NaN where one is
-    largest = torch.where(a.isfinite(), a.abs(), 0.0).max()
-    return math.inf if apart.isnan() else float(apart / largest)
-
-
 def _winner(whole: Mapping[str, float]) -> str:
     """The fastest; a sparse one only where it is faster than every dense one by more than noise.
 
@@ -215,20 +188,25 @@ def _winner(whole: Mapping[str, float]) -> str:
     return best if whole[best] < MARGIN * whole[dense] else dense
 
 
-def _whole(models: Mapping[str, nn.Module], example: Any, graph: bool, compiled: bool) -> dict[str, float]:
+def _check_timed_as(timed_as: str, device: torch.device) -> None:
+    if timed_as not in get_args(TimedAs):
+        raise ValueError(f"timed_as={timed_as!r}; needed one of {', '.join(map(repr, get_args(TimedAs)))}")
+    if timed_as == "graph" and device.type != "cuda":
+        raise ValueError(f"timed_as='graph' for a model on {device}; needed one on a GPU: model.to('cuda')")
+
+
+def _whole(models: Mapping[str, nn.Module], example: Any, timed_as: str) -> dict[str, float]:
     """Median seconds of one forward of whole models: compiled where the caller will compile them; else images also in
     channels_last."""
-    device = _device(models["dense"])
-    if graph and device.type != "cuda":
-        raise ValueError(f"cuda_graph=True for a model on {device}; needed one on a GPU: model.to('cuda')")
     ready = dict(models)
-    if compiled:
+    if timed_as == "compiled":
         ready = {f"{name}, compiled": compile_frozen(each, example) for name, each in models.items()}
     elif any(isinstance(module, nn.Conv2d) for module in models["dense"].modules()):
         ready |= {f"{name}, channels_last": _channels_last(copy.deepcopy(each)) for name, each in models.items()}
     variants = {name: _forward(each, example) for name, each in ready.items()}
     with torch.inference_mode():
-        if device.type == "cuda":
+        if _device(models["dense"]).type == "cuda":
+            graph = timed_as == "graph"
             variants = {name: finished(as_graph(each) if graph else each) for name, each in variants.items()}
         return fastest(variants, seconds=1.0)
 
@@ -237,8 +215,8 @@ def _channels_last(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.Conv2d:
             module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
-        elif isinstance(module, SparseConv2d):
-            module.channels_last = not module.flat
+        elif isinstance(module, PackedConv2d):
+            module.channels_last = not module.form.flat
     return model
 
 

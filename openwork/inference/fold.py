@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from openwork.inference.layers import SparseConv2d, SparseLinear
+from openwork.inference.layers import PackedConv2d, PackedLinear
 from openwork.utils.example import run
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -76,7 +76,7 @@ def fuse(layer: Any, weight: Tensor, norm: Any) -> tuple[nn.Parameter, nn.Parame
 
 def following_relu(model: nn.Module, example: Any) -> dict[str, str]:
     """Layer -> the `nn.ReLU` module that is its only reader and is used for nothing else."""
-    layers = (*_LAYERS, SparseConv2d, SparseLinear)
+    layers = (*_LAYERS, PackedConv2d, PackedLinear)
     return {pair.layer: pair.follower for pair in _followed(model, example, layers, (nn.ReLU,))}
 
 

@@ -20,17 +20,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+import openwork.kernels as kernels
 from openwork.files.container import Stored
 from openwork.files.foreign.compressed_tensors import Bitmask
 from openwork.files.format import Sparse
 from openwork.files.hub import local
 from openwork.files.model_state import check_same, tensors_by_name, ties
 from openwork.files.reader import Contents, opened
-from openwork.inference.choose import Layer, Plan, has_kernel, machine, measure_layers, sparse_module
-from openwork.inference.deploy import WEIGHT_DTYPES, own_dtype
+from openwork.inference.choose import Packed, measure_layers
+from openwork.inference.deploy import check_weight_dtype, own_dtype
 from openwork.inference.fold import foldable, following_relu, fuse
 from openwork.inference.fold import replace as replace_module
-from openwork.inference.layers import SparseConv2d, SparseLinear, kind_here, kinds_for
+from openwork.inference.geometry import form_of, is_known
+from openwork.inference.layers import PackedLayer, pack_layer
+from openwork.inference.plan import LayerTiming, Plan, environment
+from openwork.layouts.layout import Request, kind_named, kinds_on
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
 from openwork.training.known_layers import known_axis
@@ -66,26 +70,26 @@ def load_deployed(
             "CPU, or ow.load the file into a model there and ow.deploy that"
         )
     weight_dtype = weight_dtype or own_dtype(model)
-    if weight_dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"weight_dtype={weight_dtype}; needed one of {', '.join(map(str, WEIGHT_DTYPES))}")
+    check_weight_dtype(weight_dtype, "cpu")
     with local(path) as here, opened(here) as contents, torch.no_grad():
         streamed = _streamed(contents, model)
         with streamed.running():
             _fold(streamed, example)
             run(streamed.model, example)
-        layers = []
-        for each in _measured(streamed, weight_dtype) if chosen is None else _as_chosen(streamed, chosen, weight_dtype):
-            _settle(streamed, each, weight_dtype)
-            layers.append(each)
-        found = Plan((*layers, *streamed.dense), weight_dtype, machine(), {})
+        timings = []
+        decided = _measured(streamed, weight_dtype) if chosen is None else _as_chosen(streamed, chosen, weight_dtype)
+        for timing, packed in decided:
+            _settle(streamed, timing, packed, weight_dtype)
+            timings.append(timing)
+        plan = Plan((*timings, *streamed.dense), weight_dtype, environment(torch.device("cpu")))
         for name, relu in following_relu(streamed.model, example).items():
             layer = streamed.model.get_submodule(name)
-            if isinstance(layer, SparseLinear | SparseConv2d):
+            if isinstance(layer, PackedLayer):
                 layer.relu = True
                 _put(streamed.model, relu, nn.Identity())
-    if not found.chosen:
-        warnings.warn(f"no layer is faster sparse here: the model is dense\n{found}", stacklevel=2)
-    streamed.model.deployment = found  # type: ignore[assignment]
+    if not plan.chosen:
+        warnings.warn(f"no layer is faster sparse here: the model is dense\n{plan}", stacklevel=2)
+    streamed.model.deployment = plan  # type: ignore[assignment]
     return streamed.model
 
 
@@ -118,7 +122,7 @@ class _Streamed:
 
     model: nn.Module
     layers: dict[Any, _Stream]
-    dense: tuple[Layer, ...]
+    dense: tuple[LayerTiming, ...]
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -167,7 +171,8 @@ def _streamed(contents: Contents, model: nn.Module) -> _Streamed:
             layers[where[0].module] = _Stream(name, where[0].path, each.pattern, partial(contents.read, name))
             continue
         if len(each.shape) > 1:
-            dense.append(Layer(name, each.shape, None if isinstance(each, Stored) else each.pattern, reason=reason))
+            pattern = None if isinstance(each, Stored) else each.pattern
+            dense.append(LayerTiming(name, each.shape, pattern, reason=reason))
         _fill(where, contents.read(name))
     _check_values(ready, set(layers))
     return _Streamed(ready, layers, tuple(dense))
@@ -209,7 +214,7 @@ def _cannot_stream(each: Stored | Sparse | Bitmask, where: list[_Place]) -> str:
     module, path, key = where[0]
     if not path:
         return "it is the whole model"
-    if key != "weight" or not has_kernel(module):
+    if key != "weight" or not is_known(module):
         return f"no kernel for {type(module).__name__}.{key}"
     flat_rows = each.axis.flat and len(each.shape) == 2 and each.shape[1] % each.pattern.m == 0
     along, _ = known_axis(module, key)
@@ -260,18 +265,19 @@ class _Alone(nn.Module):
             self.layer(each)
 
 
-def _measured(streamed: _Streamed, weight_dtype: torch.dtype) -> Iterator[Layer]:
-    """What `ow.plan` finds for each streamed layer."""
-    known: dict[object, Layer] = {}
+def _measured(streamed: _Streamed, weight_dtype: torch.dtype) -> Iterator[tuple[LayerTiming, Packed | None]]:
+    """What `ow.plan` finds for each streamed layer, and the layer packed where it was timed."""
+    known: dict[object, LayerTiming] = {}
     for layer, stream in streamed.layers.items():
         alike = repr(layer), layer.weight.shape, stream.pattern, frozenset(stream.inputs.items())
+        packed = None
         if alike not in known:
-            inputs = [each for form, calls in stream.inputs.items() for each in [_random(*form)] * calls]
+            inputs = [x for form, calls in stream.inputs.items() for x in [_random(*form)] * calls]
+            patterns = {"layer.weight": stream.pattern}
             with stream.at_hand(layer):
-                (known[alike],) = measure_layers(
-                    _Alone(layer), tuple(inputs), {"layer.weight": stream.pattern}, weight_dtype, formats=False
-                )
-        yield replace(known[alike], name=stream.name)
+                measured = measure_layers(_Alone(layer), tuple(inputs), patterns, weight_dtype, formats=False)
+                ((known[alike], packed),) = measured
+        yield replace(known[alike], name=stream.name), packed
 
 
 def _random(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -280,32 +286,45 @@ def _random(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype)
     return torch.empty_strided(shape, stride, dtype=dtype).normal_()
 
 
-def _as_chosen(streamed: _Streamed, chosen: Mapping[str, str], weight_dtype: torch.dtype) -> Iterator[Layer]:
-    """The layers as `chosen` wants them. Raises ValueError where it names what cannot be."""
-    possible = {
-        each.name: kinds_for(layer.weight, each.pattern, weight_dtype, getattr(layer, "groups", 1))
-        for layer, each in streamed.layers.items()
-    }
-    here: dict[str, Any] = {name: kind_here(kind) for name, kind in chosen.items()}  # type: ignore[arg-type]
-    for name, kind in here.items():
-        if kind not in possible.get(name, ()):
-            why = ", ".join(possible.get(name, ())) or "none"
-            raise ValueError(f"chosen: {name!r} by the kernel {kind!r}; for this weight of the file there is: {why}")
+def _as_chosen(
+    streamed: _Streamed, chosen: Mapping[str, str], weight_dtype: torch.dtype
+) -> Iterator[tuple[LayerTiming, None]]:
+    """The layers as `chosen` wants them, by a kernel that stands in where this CPU lacks one. Raises ValueError where
+    it names what cannot be."""
+    vectors = kernels.vectors()
+    kinds = {name: kind_named(kind).stand_in(vectors) for name, kind in chosen.items()}
+    by_name = {each.name: (layer, each.pattern) for layer, each in streamed.layers.items()}
+    for name, kind in kinds.items():
+        possible = _possible(*by_name[name], weight_dtype) if name in by_name else []
+        if kind.name not in possible:
+            raise ValueError(
+                f"chosen: {name!r} by the kernel {kind.name!r}; for this weight of the file there is: "
+                f"{', '.join(possible) or 'none'}"
+            )
     for layer, each in streamed.layers.items():
         shapes = tuple(dict.fromkeys(shape for shape, _, _ in each.inputs))
-        by = next((kind for kind in possible[each.name] if kind == here.get(each.name)), None)
-        yield Layer(each.name, tuple(layer.weight.shape), each.pattern, shapes, kind=by, reason="as chosen")
+        kind_name = kinds[each.name].name if each.name in kinds else None
+        shape = tuple(layer.weight.shape)
+        yield LayerTiming(each.name, shape, each.pattern, shapes, kind=kind_name, reason="as chosen"), None
 
 
-def _settle(streamed: _Streamed, found: Layer, weight_dtype: torch.dtype) -> None:
+def _possible(layer: Any, pattern: Pattern, weight_dtype: torch.dtype) -> list[str]:
+    """The kernels that take a layer, as far as its shape tells."""
+    conv = form_of(layer, pattern).conv
+    request = Request(pattern, layer.weight.dtype, weight_dtype, torch.device("cpu"), kernels.vectors(), conv)
+    return [kind.name for kind in kinds_on("cpu") if not kind.refusal(request)]
+
+
+def _settle(streamed: _Streamed, timing: LayerTiming, packed: Packed | None, weight_dtype: torch.dtype) -> None:
     """Make a streamed layer what was found: a packed one in its place, or a dense one with its weight."""
-    layer, stream = next((layer, each) for layer, each in streamed.layers.items() if each.name == found.name)
-    if found.kind is None:
+    layer, stream = next((layer, each) for layer, each in streamed.layers.items() if each.name == timing.name)
+    if timing.kind is None:
         layer.weight = _parameter(stream.read())
         return
-    with stream.at_hand(layer):
-        made = sparse_module(layer, stream.pattern, found.kind, weight_dtype)
-    _put(streamed.model, stream.path, made)
+    if packed is None:
+        with stream.at_hand(layer):
+            packed = pack_layer(layer, stream.pattern, kind_named(timing.kind), weight_dtype)
+    _put(streamed.model, stream.path, packed)
 
 
 def _put(model: nn.Module, path: str, new: nn.Module) -> None:

@@ -17,7 +17,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 import openwork as ow
-from openwork.integrations.shared import Scalars, save_beside, verify
+from openwork.integrations.shared import Scalars, save_compressed, verify
 
 
 class SparseRun:
@@ -44,7 +44,7 @@ class SparseRun:
         self._scalars = Scalars(self.topology)
         self._hooks = [
             optimizer.optimizer.register_step_post_hook(self._log),
-            accelerator.register_save_state_pre_hook(self._save_beside),
+            accelerator.register_save_state_pre_hook(self._save_compressed),
         ]
         accelerator.register_for_checkpointing(self)
 
@@ -59,7 +59,7 @@ class SparseRun:
         """Verify the model, write `folder`/model.openwork.safetensors, and return the model, plain. The optimizer is
         detached."""
         verify(self.model)
-        self._save_beside([], [], folder)
+        self._save_compressed([], [], folder)
         self.handle.detach()
         for hook in self._hooks:
             hook.remove()
@@ -69,6 +69,6 @@ class SparseRun:
         if scalars := self._scalars.new():
             self.accelerator.log(scalars, step=self.topology.records[-1]["step"])
 
-    def _save_beside(self, models: list[nn.Module], weights: list[dict[str, Any]], folder: str | Path) -> None:
+    def _save_compressed(self, models: list[nn.Module], weights: list[dict[str, Any]], folder: str | Path) -> None:
         if self.accelerator.is_main_process:
-            save_beside(self.model, folder)
+            save_compressed(self.model, folder)

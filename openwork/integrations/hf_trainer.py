@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import ExportableState
 
 import openwork as ow
-from openwork.integrations.shared import Scalars, from_text, save_beside, to_text, verify
+from openwork.integrations.shared import Scalars, from_text, save_compressed, to_text, verify
 
 
 class SparseCallback(TrainerCallback, ExportableState):
@@ -47,8 +47,8 @@ class SparseCallback(TrainerCallback, ExportableState):
             self.handle.detach()
         self.handle = ow.attach(self.trainer.optimizer, self.trainer.model, topology=self.topology)
         kept: Any = state.stateful_callbacks  # what trainer_state.json holds
-        if found := kept.setdefault(type(self).__name__, self.state())["attributes"]["saved"]:
-            self.handle.load_state_dict(from_text(found))
+        if saved := kept.setdefault(type(self).__name__, self.state())["attributes"]["saved"]:
+            self.handle.load_state_dict(from_text(saved))
         self._scalars = Scalars(self.topology)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -57,12 +57,12 @@ class SparseCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         if args.should_save:
-            save_beside(self.trainer.model, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+            save_compressed(self.trainer.model, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         verify(self.trainer.model)
         if args.should_save:
-            save_beside(self.trainer.model, str(args.output_dir))
+            save_compressed(self.trainer.model, str(args.output_dir))
         if self.handle:
             self.handle.detach()
         ow.finalize(self.trainer.model)

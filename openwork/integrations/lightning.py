@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 import openwork as ow
-from openwork.integrations.shared import Scalars, save_beside, verify
+from openwork.integrations.shared import Scalars, save_compressed, verify
 from openwork.training.parametrize import trained_weights
 
 
@@ -40,10 +40,12 @@ class SparseCallback(pl.Callback):
         self._restored = state_dict["handles"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        holding = [each for each in trainer.optimizers if trained_weights(each, pl_module)] or trainer.optimizers[:1]
-        recorders = [self.topology] + [None] * len(holding)
+        sparse = [optimizer for optimizer in trainer.optimizers if trained_weights(optimizer, pl_module)]
+        optimizers = sparse or trainer.optimizers[:1]
+        recorders = [self.topology] + [None] * len(optimizers)
         self.handles = [
-            ow.attach(each, pl_module, topology=recorder) for each, recorder in zip(holding, recorders, strict=False)
+            ow.attach(optimizer, pl_module, topology=recorder)
+            for optimizer, recorder in zip(optimizers, recorders, strict=False)
         ]
         for handle, state in zip(self.handles, self._restored, strict=bool(self._restored)):
             handle.load_state_dict(state)
@@ -58,7 +60,7 @@ class SparseCallback(pl.Callback):
         verify(pl_module)
         checkpoints = trainer.checkpoint_callback
         if trainer.is_global_zero:
-            save_beside(pl_module, Path(getattr(checkpoints, "dirpath", None) or trainer.default_root_dir))
+            save_compressed(pl_module, Path(getattr(checkpoints, "dirpath", None) or trainer.default_root_dir))
         self._restored = self.state_dict()["handles"]
         for handle in self.handles:
             handle.detach()

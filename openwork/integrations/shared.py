@@ -1,4 +1,4 @@
-"""What the trainers' objects share: the file beside a checkpoint, the scalars of a new record, the end of training."""
+"""What the trainers' objects share: the compressed file in a checkpoint's folder, the scalars of a new record."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from openwork.files.reader import FILE as FILE
 from openwork.training.record import sparsity_records
 
 
-def save_beside(model: nn.Module, folder: str | Path) -> None:
+def save_compressed(model: nn.Module, folder: str | Path) -> None:
     """Write the weights that the forward pass uses, compressed, as `folder`/model.openwork.safetensors; `ow.load`
     reads it. Nothing is written for `ow.Dense`, which has no zeros."""
-    if promises_sparsity(model):
+    if is_sparsified(model):
         Path(folder).mkdir(parents=True, exist_ok=True)
         ow.save(model, Path(folder) / FILE)
 
 
 def verify(model: nn.Module) -> None:
     """`ow.verify`, where something was recorded: `ow.Dense` only watches."""
-    if promises_sparsity(model):
+    if is_sparsified(model):
         ow.verify(model)
 
 
-def promises_sparsity(model: nn.Module) -> bool:
+def is_sparsified(model: nn.Module) -> bool:
     return any(record.method.sparse for _, _, record in sparsity_records(model))
 
 

@@ -1,354 +1,202 @@
-"""How kernels want a compressed weight in memory. Made from the dense weight when a layer is deployed, never stored.
+"""A kernel kind is one class: how it wants a compressed weight in memory, which layers it takes, how it multiplies.
 
-    O = outputs, K = inputs, T = slots of one output, L = lanes of a vector, m and n as in the pattern
+    O = outputs, K = inputs, B = rows of input
 
-Three layouts, for products whose lanes are different things (csrc/panel.inl, csrc/rows.inl, csrc/dots.inl):
-
-    Panel   lanes are columns of the input (tokens, pixels): many of them. Any pattern.
-    Rows    lanes are outputs: one input or a few. M in 2, 4, 8, 16, 32.
-    Dots    lanes are outputs, inputs as short as the weights: bfloat16 or int8. M in 2, 4, 8, 16, and 32 with even N.
-
-All keep N slots of every group, zeros included, so all outputs have equally many and no pointers are needed.
+To add one: a subclass of `Layout` in a file of its own, registered by name. What plans, deploys, saves, loads and
+benchmarks asks the registry, and knows no kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from openwork.layouts.conv import ConvGeometry
 from openwork.nm.groups import Axis
-from openwork.nm.masks import kept_per_group, magnitude_mask
+from openwork.nm.masks import magnitude_mask, too_dense
 from openwork.nm.pattern import Pattern
 
-_CACHE = 20 * 1024  # bytes of input that a tile may take of the first-level cache, of which 32 KiB are the smallest
-_CACHE_WIDE = 28 * 1024  # with 128 columns, whose sums cost more: 5 to 10 % faster on Zen 4
+Algorithm = tuple[int, int, int]
+"""One of several by which a library multiplies: three numbers that it understands."""
 _PART = 1 << 18  # weights that are packed at once: bounds temporary memory
-_TOGETHER = {torch.bfloat16: 2, torch.int8: 4}  # numbers in 32 bits
-WINDOWS = {2: 4, 4: 4, 8: 8, 16: 16, 32: 32}
-"""M -> inputs that one permutation chooses from."""
+
+
+class KernelRefused(RuntimeError):
+    """A library does not do what its kind was asked for. The layer stays dense; any other error is one."""
 
 
 @dataclass(frozen=True)
-class Panel:
-    """`values` (T * O,) float32, bfloat16, or int16 holding int8 weights; `positions` (T * O + 1,) int16 holding
-    uint16.
+class Vectors:
+    """The native kernels of this CPU: float32 `lanes` in a vector, `columns` that GEMM takes at once, and whether it
+    has dot products of short numbers. The defaults are those without the native library."""
 
-    The order is tile, output, slot; `tile` inputs make a tile. A position is where the input is in its tile, in bytes:
-    a tile has a row of `columns` numbers (float32, or int16 for int8 weights) for each input. `scales` (O,) are those
-    of int8 weights.
-    """
+    lanes: int = 8
+    columns: int = 64
+    dot_product: bool = False
 
-    values: Tensor
-    positions: Tensor
-    scales: Tensor | None
+
+@dataclass(frozen=True)
+class Request:
+    """A layer that asks for a kernel: its `pattern`, its own `dtype` and the one to keep the weight in; its geometry
+    where it is a convolution; the most `rows` of input it was called with; whether its weight is `finite`."""
+
     pattern: Pattern
-    shape: tuple[int, int]
-    tile: int
-    columns: int
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    device: torch.device
+    vectors: Vectors
+    conv: ConvGeometry | None = None
+    rows: int = 1
+    finite: bool = True
 
 
-@dataclass(frozen=True)
-class Rows:
-    """`values` (O / L, T, L) in float32 or int8, or (O / L, T / 2, L, 2) in bfloat16, two slots side by side;
-    `words` (O / L, words, L) int32: indices, low bits first."""
+class Layout(nn.Module, ABC):
+    """A weight (O, K) as one kernel reads it: tensors, which are buffers, and `numbers`, a named tuple of integers that
+    begins with the pattern and ends with the shape, and for operators a list, `integers`. A module, so that whatever
+    walks a model finds its memory."""
 
-    values: Tensor
-    words: Tensor
-    scales: Tensor | None
-    pattern: Pattern
-    shape: tuple[int, int]
-    lanes: int
+    name: ClassVar[str]
+    device_type: ClassVar[str]
+    weight_dtypes: ClassVar[tuple[torch.dtype, ...]]
+    best_rows: ClassVar[range]
+    """Rows of input that it is made for; it may take others."""
+    times_channels_last: ClassVar[bool] = False
+    """Whether convolutions are timed on images with their channels last as well."""
+    algorithms: Mapping[int, Algorithm] = MappingProxyType({})
+    """By rows of input, the algorithm that was the fastest, where there are several."""
 
+    def __init__(self, tensors: Mapping[str, Tensor | None], numbers: Any):
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.numbers, self.integers = numbers, list(numbers)
+        self.pattern = Pattern(numbers.n, numbers.m)
+        self.shape: tuple[int, int] = (numbers.outputs, numbers.inputs)
 
-@dataclass(frozen=True)
-class Dots:
-    """`values` (O / L, windows, steps, L, 2) bfloat16 or (O / L, windows, steps, L, 4) int8: a window is one vector of
-    inputs, a step the slots that one instruction multiplies and adds. `positions` uint8, where the input of each is in
-    its window: like `values`, but for bfloat16 those of two steps side by side."""
+    @classmethod
+    @abstractmethod
+    def refusal(cls, request: Request) -> str:
+        """Why it cannot take a layer; empty where it can."""
 
-    values: Tensor
-    positions: Tensor
-    scales: Tensor | None
-    pattern: Pattern
-    shape: tuple[int, int]
-    lanes: int
+    @classmethod
+    @abstractmethod
+    def pack(cls, weight: Tensor, scales: Tensor | None, pattern: Pattern, vectors: Vectors) -> Layout:
+        """Of a weight (O, K) in one of `weight_dtypes`, and its scales where it is quantized. Raises ValueError where a
+        group holds more than N non-zeros."""
 
+    @abstractmethod
+    def unpack(self) -> Tensor:
+        """Inverse of `pack`: the weight (O, K), zeros filled in; of a quantized one the quantized numbers."""
 
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight as int8 and one scale an output: (O, ...) -> int8 (O, ...), float32 (O,). weight ~ int8 * scale.
+    @abstractmethod
+    def linear(self, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        """(..., K) to (..., O), in the dtype of x. `bias` (O,) float32."""
 
-    Raises ValueError where the weight is not finite: int8 has no such numbers.
+    def conv2d(self, x: Tensor, bias: Tensor | None, geometry: ConvGeometry, relu: bool) -> Tensor:
+        """(N, C, H, W) to (N, O, ., .), in the dtype of x, by a kind that takes convolutions."""
+        raise TypeError(f"the kernel {self.name} is for linear layers")
 
-    >>> quantized(torch.tensor([[1.27, -0.5]]))
-    (tensor([[127, -50]], dtype=torch.int8), tensor([0.0100]))
-    """
-    scales = scale_of(weight.float().flatten(1).abs().amax(1))
-    if not scales.isfinite().all():
-        raise ValueError(
-            f"the weight {tuple(weight.shape)} holds numbers that are not finite, which int8 cannot: store float32"
-        )
-    return (weight.float() / scales.view(-1, *[1] * (weight.ndim - 1))).round().to(torch.int8), scales
+    @classmethod
+    def multiplies(cls, weight_dtype: torch.dtype) -> tuple[torch.dtype, int]:
+        """What a benchmark's bounds need: the dtype of the inputs that it reads, and how many multiply-adds it does in
+        the time of one in float32."""
+        return torch.float32, 1
 
+    @classmethod
+    def stand_in(cls, vectors: Vectors) -> type[Layout]:
+        """The kind that takes its place on a CPU that lacks it."""
+        return cls
 
-def scale_of(largest: Tensor) -> Tensor:
-    """What whole numbers from -127 to 127 are multiplied with, from the largest magnitude: NaN and infinity stay, zeros
-    and what is next to them (below 2**-126 floats lose digits) give 1.
+    def on(self, vectors: Vectors) -> Layout:
+        """As a CPU with these vectors reads it: itself, or packed anew to the same numbers."""
+        return self
 
-    >>> scale_of(torch.tensor([254.0, 0.0, torch.nan]))
-    tensor([2., 1., nan])
-    """
-    scale = largest / 127
-    return torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    def search(self, x: Tensor, geometry: ConvGeometry | None = None) -> None:
+        """Find the fastest algorithm for an input like this one, where there are several."""
 
+    def take_bias(self, bias: Tensor | None) -> None:
+        """Keep the bias (O,) in the form that the kernel reads, where that is another than float32."""
 
-def panel(weight: Tensor, pattern: Pattern, *, columns: int, scales: Tensor | None = None) -> Panel:
-    """The panel layout of a weight (O, K) in float32, bfloat16, or int8 with its `scales`.
+    def take(self, other: Layout) -> None:
+        """The weight of another one of this kind and shape, in the memory of this one where it fits: a CUDA graph may
+        read it there."""
+        for name, tensor in other._buffers.items():
+            before = self._buffers.get(name)
+            if before is None or tensor is None or before.is_inference() or not _same_form(before, tensor):
+                self.register_buffer(name, tensor, persistent=False)
+            else:
+                before.copy_(tensor)
+        self.numbers, self.integers = other.numbers, other.integers
 
-    `columns` are those that the kernel takes at once. Raises ValueError where a group holds more than N non-zeros.
-    """
-    _check_packable(weight)
-    O, K = weight.shape
-    int8 = weight.dtype == torch.int8
-    tile, row = tile_of(weight.dtype, pattern, columns), columns * _input_bytes(weight.dtype)
-    tiles = [
-        slots_of(len(inputs), pattern, int8) for inputs in torch.arange(-(-K // pattern.m) * pattern.m).split(tile)
-    ]
-    total = O * sum(stored for _, stored in tiles)
-    values = weight.new_zeros(total, dtype=torch.int16 if int8 else weight.dtype)
-    positions = torch.zeros(total + 1, dtype=torch.int16, device=weight.device)
-    for first, part, keep in _parts(weight, pattern, -K % pattern.m):
-        at, outputs = 0, slice(first, first + len(part))
-        for each, kept, (count, stored) in zip(part.split(tile, 1), keep.split(tile, 1), tiles, strict=True):
-            place = slice(at, at + O * stored)
-            values[place].view(O, stored)[outputs, :count] = each[kept].view(-1, count).to(values.dtype)
-            position = torch.arange(each.shape[1], device=weight.device) * row
-            wrapped = torch.where(position < 2**15, position, position - 2**16).to(torch.int16)
-            positions[place].view(O, stored)[outputs, :count] = wrapped.expand_as(kept)[kept].view(-1, count)
-            at += O * stored
-    return Panel(values, positions, scales, pattern, (O, K), tile, columns)
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self.buffers())
 
-
-def from_panel(layout: Panel) -> Tensor:
-    """Inverse of `panel`: the dense weight (O, K), zeros filled in; of an int8 weight the int8 numbers."""
-    O, K = layout.shape
-    int8 = layout.values.dtype == torch.int16
-    row = layout.columns * _input_bytes(torch.int8 if int8 else torch.float32)
-    dense = layout.values.new_zeros(O, -(-K // layout.pattern.m) * layout.pattern.m)
-    positions = (layout.positions.long() & 0xFFFF) // row
-    at = 0
-    for part in dense.split(layout.tile, dim=1):
-        count, stored = slots_of(part.shape[1], layout.pattern, int8)
-        values = layout.values[at : at + O * stored].view(O, stored)[:, :count]
-        position = positions[at : at + O * stored].view(O, stored)[:, :count]
-        part.scatter_(1, position, values)
-        at += O * stored
-    dense = dense[:, :K].contiguous()
-    return dense.to(torch.int8) if int8 else dense
+    def __repr__(self) -> str:
+        return f"{self.name}({self.pattern}, {self.shape})"
 
 
-def slots_of(inputs: int, pattern: Pattern, int8: bool) -> tuple[int, int]:
-    """Slots of one output in a tile of so many inputs, and how many are stored.
+Kind = type[Layout]
+AnyKind = TypeVar("AnyKind", bound=Kind)
 
-    >>> slots_of(24, Pattern(1, 8), int8=True)
-    (3, 4)
-    """
-    count = inputs // pattern.m * pattern.n
-    return count, count + (count % 2 if int8 else 0)
+KINDS: dict[str, Kind] = {}
+"""The kinds by name, in the order in which they are tried."""
 
 
-def tile_of(dtype: torch.dtype, pattern: Pattern, columns: int) -> int:
-    """How many inputs make a tile, a multiple of M: so that what all outputs read stays in the cache."""
-    # Of few products a tile the sums cost more than cache misses: sparser weights have larger tiles (measured).
-    cache = max(_CACHE_WIDE if columns > 64 else _CACHE, _CACHE * (0.25 / pattern.density) ** 1.5)
-    row = columns * _input_bytes(dtype)
-    return max(1, int(min(0xFFFF, cache) // row) // pattern.m) * pattern.m  # positions have 16 bits
+def register(kind: AnyKind) -> AnyKind:
+    """Make a kind known by its name. Raises ValueError where another bears it."""
+    if KINDS.setdefault(kind.name, kind) is not kind:
+        raise ValueError(f"two kernel kinds are named {kind.name!r}: {KINDS[kind.name].__qualname__} is one")
+    return kind
 
 
-def conv_rows(weight: Tensor, pattern: Pattern) -> Tensor:
-    """A convolution's weight (O, C, R, S) as that of a product: (O, R * S * C), channels innermost, C padded to M."""
-    return torch.nn.functional.pad(weight.movedim(1, -1), (0, -weight.shape[1] % pattern.m)).flatten(1)
+def kinds_on(device_type: str) -> list[Kind]:
+    """Those for tensors of a device."""
+    return [kind for kind in KINDS.values() if kind.device_type == device_type]
 
 
-def from_conv_rows(rows: Tensor, channels: int, kernel: tuple[int, int]) -> Tensor:
-    """Inverse of `conv_rows`: (O, R * S * C) -> (O, C, R, S)."""
-    return rows.view(len(rows), *kernel, -1)[..., :channels].movedim(-1, 1).contiguous()
+def kind_named(name: str) -> Kind:
+    if name not in KINDS:
+        raise ValueError(f"no kernel is named {name!r}; there are {', '.join(KINDS)}")
+    return KINDS[name]
 
 
-def rows(weight: Tensor, pattern: Pattern, *, lanes: int, scales: Tensor | None = None) -> Rows:
-    """The rows layout of a weight (O, K) in float32, bfloat16, or int8 with its `scales`. Raises ValueError where a
-    group holds more than N non-zeros, or for an M without a permutation."""
-    if pattern.m not in WINDOWS:
-        raise ValueError(f"M={pattern.m} has no layout by rows; needed one of {', '.join(map(str, WINDOWS))}")
-    _check_packable(weight)
-    (O, K), window = weight.shape, WINDOWS[pattern.m]
-    values, words = [], []
-    for _, part, keep in _parts(weight, pattern, -K % window, lanes):
-        blocks, windows = len(part) // lanes, part.shape[1] // window
-        kept = part[keep].view(blocks, lanes, -1).transpose(1, 2)
-        values.append(_paired(kept) if weight.dtype == torch.bfloat16 else kept.contiguous())
-        index = (torch.arange(part.shape[1], device=weight.device) % window).expand_as(keep)[keep]
-        words.append(_words(index.view(blocks, lanes, windows, -1), window))
-    return Rows(torch.cat(values), torch.cat(words), scales, pattern, (O, K), lanes)
+def numbers_of(kind: Any, numbers: Sequence[int]) -> Any:
+    """The integers of a layout by name. Raises ValueError where there are too many or too few."""
+    fields = kind.Numbers._fields
+    if len(numbers) != len(fields):
+        raise ValueError(f"{len(numbers)} numbers of a layout, {list(numbers)}; {kind.name} needs {', '.join(fields)}")
+    return kind.Numbers(*numbers)
 
 
-def from_rows(layout: Rows) -> Tensor:
-    """Inverse of `rows`: the dense weight, zeros filled in; of an int8 weight the int8 numbers."""
-    O, K = layout.shape
-    window = WINDOWS[layout.pattern.m]
-    slots = window // layout.pattern.m * layout.pattern.n
-    blocks, lanes, windows = layout.words.shape[0], layout.lanes, -(-K // window)
-    index = _indices(layout.words, window, slots)[..., : windows * slots].reshape(blocks * lanes, windows, slots)
-    values = layout.values.transpose(2, 3).flatten(1, 2) if layout.values.ndim == 4 else layout.values
-    values = values[:, : windows * slots].transpose(1, 2).reshape(blocks * lanes, windows, slots)
-    dense = values.new_zeros(blocks * lanes, windows, window).scatter_(2, index, values)
-    return dense.view(blocks * lanes, -1)[:O, :K].contiguous()
+def _same_form(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype
 
 
-def _paired(values: Tensor) -> Tensor:
-    """(blocks, T, L) -> (blocks, T / 2 rounded up, L, 2)."""
-    blocks, count, lanes = values.shape
-    even = torch.nn.functional.pad(values, (0, 0, 0, count % 2))
-    return even.reshape(blocks, -1, 2, lanes).transpose(2, 3).contiguous()
-
-
-def dots(weight: Tensor, pattern: Pattern, *, lanes: int, scales: Tensor | None = None) -> Dots:
-    """The dots layout of a weight (O, K) in bfloat16, or int8 with its `scales`. Raises ValueError where a group holds
-    more than N non-zeros, or for an M that the vectors are no multiple of."""
-    sizes = dots_sizes(weight.dtype, pattern, lanes)
-    _check_packable(weight)
-    values, positions = [], []
-    for _, part, keep in _parts(weight, pattern, -weight.shape[1] % sizes.window, lanes):
-        index = torch.arange(part.shape[1], dtype=torch.uint8, device=weight.device) % sizes.window
-        each = (_steps(kept.view(-1, lanes, part.shape[1] // sizes.window, sizes.slots), sizes)
-                for kept in (part[keep], index.expand_as(keep)[keep]))  # fmt: skip
-        values.append(next(each).contiguous())
-        positions.append(_two_steps(next(each)) if weight.dtype == torch.bfloat16 else next(each).contiguous())
-    return Dots(torch.cat(values), torch.cat(positions), scales, pattern, (weight.shape[0], weight.shape[1]), lanes)
-
-
-def from_dots(layout: Dots) -> Tensor:
-    """Inverse of `dots`: the dense weight, zeros filled in; of an int8 weight the int8 numbers."""
-    (O, K), lanes = layout.shape, layout.lanes
-    sizes = dots_sizes(layout.values.dtype, layout.pattern, lanes)
-    positions = layout.positions
-    if layout.values.dtype == torch.bfloat16:
-        positions = positions.view(*positions.shape[:2], -1, lanes * 2, 2).transpose(-1, -2)
-        positions = positions.flatten(2, 3)[:, :, : sizes.steps].reshape(layout.values.shape)
-    values, index = (each.permute(0, 3, 1, 2, 4).flatten(3) for each in (layout.values, positions))
-    dense = values.new_zeros(*values.shape[:3], sizes.window).scatter_(3, index.long() % sizes.window, values)
-    return dense.flatten(2).flatten(0, 1)[:O, :K].contiguous()
-
-
-@dataclass(frozen=True)
-class DotsSizes:
-    """Inputs of a window; slots of one output in it; steps that take them, `together` a step."""
-
-    window: int
-    slots: int
-    steps: int
-    together: int
-
-
-def dots_sizes(dtype: torch.dtype, pattern: Pattern, lanes: int) -> DotsSizes:
-    """Raises ValueError where there is no such layout.
-
-    >>> dots_sizes(torch.bfloat16, Pattern(2, 4), lanes=16)
-    DotsSizes(window=32, slots=16, steps=8, together=2)
-    """
-    together = _TOGETHER.get(dtype, 0)
-    if not has_dots_layout(dtype, pattern, lanes):
-        raise ValueError(
-            f"{dtype} at {pattern} has no layout by dots; needed bfloat16 or int8, M one of "
-            f"{', '.join(map(str, WINDOWS))}, and slots that fill whole steps"
-        )
-    window = lanes * together
-    slots = window // pattern.m * pattern.n
-    return DotsSizes(window, slots, slots // together, together)
-
-
-def has_dots_layout(dtype: torch.dtype, pattern: Pattern, lanes: int) -> bool:
-    """Whether the slots of a window fill whole steps.
-
-    >>> has_dots_layout(torch.int8, Pattern(1, 16), lanes=16), has_dots_layout(torch.int8, Pattern(1, 32), lanes=16)
-    (True, False)
-    """
-    together = _TOGETHER.get(dtype, 0)
-    if not together or pattern.m not in WINDOWS or lanes * together % pattern.m:
-        return False
-    return lanes * together // pattern.m * pattern.n % together == 0
-
-
-def _steps(slots: Tensor, sizes: DotsSizes) -> Tensor:
-    """(blocks, L, windows, slots) -> (blocks, windows, steps, L, together)."""
-    return slots.unflatten(3, (sizes.steps, sizes.together)).permute(0, 2, 3, 1, 4)
-
-
-def _two_steps(positions: Tensor) -> Tensor:
-    """(blocks, windows, steps, L, 2) -> (blocks, windows, steps / 2 rounded up, L, 2, 2): the last those of two
-    steps."""
-    even = torch.nn.functional.pad(positions, (0, 0, 0, 0, 0, positions.shape[2] % 2))
-    return even.unflatten(2, (-1, 2)).permute(0, 1, 2, 4, 5, 3).contiguous()
-
-
-def index_bits(window: int) -> int:
-    """Bits of an index in a word: as many as the permutation reads, rounded up so that words divide evenly."""
-    return {4: 2, 8: 4, 16: 4, 32: 8}[window]
-
-
-def _words(index: Tensor, window: int) -> Tensor:
-    """Indices (blocks, L, windows, slots) -> int32 (blocks, words, L). A word holds whole windows, or a window
-    words."""
-    bits = index_bits(window)
-    in_word = 32 // bits
-    slots = index.shape[-1]
-    if slots > in_word:
-        index = torch.nn.functional.pad(index, (0, -slots % in_word))
-        index = index.reshape(*index.shape[:2], -1, in_word)
-    else:
-        together = in_word // slots
-        index = torch.nn.functional.pad(index, (0, 0, 0, -index.shape[2] % together))
-        index = index.reshape(*index.shape[:2], -1, together * slots)
-    word = (index << torch.arange(index.shape[-1], device=index.device) * bits).sum(-1)
-    return torch.where(word < 2**31, word, word - 2**32).to(torch.int32).transpose(1, 2).contiguous()
-
-
-def _indices(words: Tensor, window: int, slots: int) -> Tensor:
-    """Inverse of `_words`, spare bits left out: (blocks, words, L) -> int64 (blocks, L, slots in order)."""
-    bits = index_bits(window)
-    in_word = 32 // bits
-    used = in_word // slots * slots if slots <= in_word else in_word
-    index = (words.transpose(1, 2).long().unsqueeze(-1) >> torch.arange(used, device=words.device) * bits) & (
-        window - 1
-    )
-    if slots > in_word:
-        index = index.reshape(*index.shape[:2], -1, -(-slots // in_word) * in_word)[..., :slots]
-    return index.flatten(2)
-
-
-def _parts(weight: Tensor, pattern: Pattern, more: int, lanes: int = 1) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Some outputs at a time, so that packing takes little memory beside the weight: the first, their weights with
-    `more` inputs and whole `lanes` of outputs, and which of them have slots."""
-    together = max(1, _PART // (lanes * weight.shape[1])) * lanes
-    for first, part in enumerate(weight.split(together)):
-        padded = torch.nn.functional.pad(part, (0, more, 0, -len(part) % lanes))
-        most = int(kept_per_group(padded, pattern, Axis(1)).max())
-        if most > pattern.n:
-            raise ValueError(f"a group of the weight {tuple(weight.shape)} holds {most} non-zeros; needed {pattern}")
-        magnitude = padded.float().abs() if weight.dtype == torch.int8 else padded.abs()
-        yield first * together, padded, magnitude_mask(magnitude, pattern, Axis(1))
-
-
-def _input_bytes(dtype: torch.dtype) -> int:
-    return 2 if dtype == torch.int8 else 4
-
-
-def _check_packable(weight: Tensor) -> None:
+def check_packable(weight: Tensor, dtypes: Sequence[torch.dtype]) -> None:
     if weight.ndim != 2 or not weight.numel():
         raise ValueError(
             f"weight of shape {tuple(weight.shape)}; a layout needs one of outputs and inputs, at least one of each"
         )
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.int8):
-        raise TypeError(f"weight of {weight.dtype}; kernels take float32, bfloat16 and int8")
+    if weight.dtype not in dtypes:
+        raise TypeError(f"weight of {weight.dtype}; needed one of {', '.join(map(str, dtypes))}")
+
+
+def parts(weight: Tensor, pattern: Pattern, more: int, lanes: int = 1) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Some outputs at a time, so that packing takes little memory beside the weight: the first, their weights with
+    `more` inputs and whole `lanes` of outputs, and which of them have slots: exactly N of each group."""
+    together = max(1, _PART // (lanes * weight.shape[1])) * lanes
+    for first, part in enumerate(weight.split(together)):
+        padded = F.pad(part, (0, more, 0, -len(part) % lanes))
+        keep = magnitude_mask(padded.float().abs() if weight.dtype == torch.int8 else padded.abs(), pattern, Axis(1))
+        if bool((padded != 0).logical_and_(~keep).any()):
+            problem = too_dense(weight, pattern, Axis(1))
+            raise ValueError(f"the weight {tuple(weight.shape)} is not {pattern}: {problem}")
+        yield first * together, padded, keep

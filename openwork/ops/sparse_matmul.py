@@ -1,214 +1,94 @@
-"""Products with a compressed weight as operators: schema, reference, fake kernel. `openwork.kernels` has faster ones.
+"""Matmuls with a compressed weight as operators: schema, reference, fake kernel. `openwork.kernels` has faster ones.
 
-A layout travels as its tensors and a list of numbers, so that a compiler or an exporter can carry it. Inputs and
-outputs are float32, but for those of dots with bfloat16 weights, where they are bfloat16; the callers
-(`openwork.inference.layers`) cast. `relu` is applied to the result.
+One operator a layout, all with the same arguments. `packed` and `numbers` are the tensors and integers of the layout
+(`openwork.layouts`), so that a compiler or an exporter can carry it; `geometry` is that of the convolution. `relu` is
+applied to the result, which has the dtype of `x`. `checked` says that the layer has looked at the contents of `packed`,
+as it does once, when it packs or is loaded; without it the operator looks at every call.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openwork.layouts.layout import Dots, Panel, Rows, from_conv_rows, from_dots, from_panel, from_rows, scale_of
-from openwork.nm.pattern import Pattern
-from openwork.ops.library import library
+from openwork.layouts import DotProduct, Gemm, Gemv, SkinnyExpand, SkinnyGather
+from openwork.layouts.conv import ConvGeometry, from_conv_rows
+from openwork.layouts.layout import numbers_of
+from openwork.nm.quantize import quantize_to_whole
+from openwork.ops.library import library, reference
 
-_LAYOUT = "Tensor values, Tensor positions, Tensor? scales, Tensor? bias, int[] layout"
-library.define(f"panel_linear(Tensor x, {_LAYOUT}, bool relu) -> Tensor")
-library.define(f"rows_linear(Tensor x, {_LAYOUT}, bool relu) -> Tensor")
-library.define(f"dots_linear(Tensor x, {_LAYOUT}, bool relu) -> Tensor")
-library.define(
-    f"panel_conv2d(Tensor x, {_LAYOUT}, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
-    "bool relu) -> Tensor"
-)
-library.define(
-    f"dots_conv2d(Tensor x, {_LAYOUT}, int[] kernel, int[] stride, int[] padding, int[] dilation, bool relu) -> Tensor"
-)
+_PACKED = "Tensor x, Tensor[] packed, Tensor? bias, int[] numbers"
 
 
-def panel_numbers(layout: Panel) -> list[int]:
-    """The numbers of a layout, for the operators: n, m, tile, columns, then the shape of the weight."""
-    return [layout.pattern.n, layout.pattern.m, layout.tile, layout.columns, *layout.shape]
-
-
-def rows_numbers(layout: Rows | Dots) -> list[int]:
-    """n, m, lanes, then the shape of the weight."""
-    return [layout.pattern.n, layout.pattern.m, layout.lanes, *layout.shape]
-
-
-def panel_of(values: Tensor, positions: Tensor, scales: Tensor | None, numbers: list[int]) -> Panel:
-    n, m, tile, columns, O, K = numbers
-    return Panel(values, positions, scales, Pattern(n, m), (O, K), tile, columns)
-
-
-def rows_of(values: Tensor, words: Tensor, scales: Tensor | None, numbers: list[int]) -> Rows:
-    n, m, lanes, O, K = numbers
-    return Rows(values, words, scales, Pattern(n, m), (O, K), lanes)
-
-
-def dots_of(values: Tensor, positions: Tensor, scales: Tensor | None, numbers: list[int]) -> Dots:
-    n, m, lanes, O, K = numbers
-    return Dots(values, positions, scales, Pattern(n, m), (O, K), lanes)
-
-
-def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Dynamic quantization of the input, one scale for all but the first dim: (B, ...) -> whole floats, scales (B,).
-
-    >>> quantized_rows(torch.tensor([[1.0, -0.5]]))
-    (tensor([[127., -64.]]), tensor([0.0079]))
-    """
-    scales = scale_of(x.flatten(1).abs().amax(1))
-    return (x / scales.view(-1, *[1] * (x.ndim - 1))).round(), scales
-
-
-@torch.library.impl(library, "panel_linear", "CompositeExplicitAutograd")
-def panel_linear(
+def linear(
+    kind: Any,
     x: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    scales: Tensor | None,
+    packed: Sequence[Tensor],
     bias: Tensor | None,
-    layout: list[int],
+    numbers: Sequence[int],
     relu: bool,
+    checked: bool = False,
 ) -> Tensor:
-    return _linear(x, from_panel(panel_of(values, positions, scales, layout)), scales, bias, relu)
-
-
-@torch.library.impl(library, "rows_linear", "CompositeExplicitAutograd")
-def rows_linear(
-    x: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    layout: list[int],
-    relu: bool,
-) -> Tensor:
-    return _linear(x, from_rows(rows_of(values, positions, scales, layout)), scales, bias, relu)
-
-
-@torch.library.impl(library, "dots_linear", "CompositeExplicitAutograd")
-def dots_linear(
-    x: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    layout: list[int],
-    relu: bool,
-) -> Tensor:
-    return _linear(x.float(), from_dots(dots_of(values, positions, scales, layout)), scales, bias, relu).to(x.dtype)
-
-
-def _linear(x: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None, relu: bool) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
+    """The reference of every kind: (..., K) to (..., O) by the dense weight, in float32."""
+    layout = kind.of(packed, numbers)
+    scales, flat = getattr(layout, "scales", None), x.reshape(-1, x.shape[-1]).float()
+    weight, added = layout.unpack(), None if bias is None else bias.float()
     if scales is None:
-        y = F.linear(flat, weight.float(), bias)
+        y = F.linear(flat, weight.float(), added)
     else:
-        whole, input_scales = quantized_rows(flat) if len(flat) else (flat, flat.new_empty(0))
+        whole, input_scales = quantize_to_whole(flat) if len(flat) else (flat, flat.new_empty(0))
         sums = F.linear(whole.double(), weight.double()).float()  # whole numbers below 2**53: exact
-        y = sums * (input_scales[:, None] * scales) + (0 if bias is None else bias)
-    return (y.relu() if relu else y).reshape(*x.shape[:-1], len(weight))
+        y = sums * (input_scales[:, None] * scales) + (0 if added is None else added)
+    return (y.relu() if relu else y).reshape(*x.shape[:-1], len(weight)).to(x.dtype)
 
 
-@torch.library.impl(library, "panel_conv2d", "CompositeExplicitAutograd")
-def panel_conv2d(
+def conv2d(
+    kind: Any,
     x: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    scales: Tensor | None,
+    packed: Sequence[Tensor],
     bias: Tensor | None,
-    layout: list[int],
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    numbers: Sequence[int],
+    geometry: Sequence[int],
     relu: bool,
+    checked: bool = False,
 ) -> Tensor:
-    rows = from_panel(panel_of(values, positions, scales, layout))
-    return _conv2d(x, rows, scales, bias, kernel, stride, padding, dilation, groups, relu)
-
-
-@torch.library.impl(library, "dots_conv2d", "CompositeExplicitAutograd")
-def dots_conv2d(
-    x: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    layout: list[int],
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    relu: bool,
-) -> Tensor:
-    rows = from_dots(dots_of(values, positions, scales, layout))
-    return _conv2d(x.float(), rows, scales, bias, kernel, stride, padding, dilation, 1, relu).to(x.dtype)
-
-
-def _conv2d(
-    x: Tensor,
-    rows: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    relu: bool,
-) -> Tensor:
-    weight = from_conv_rows(rows, x.shape[1] // groups, (kernel[0], kernel[1]))
+    """(N, C, H, W) to (N, O, ., .) by the dense weight, in float32."""
+    layout, form = kind.of(packed, numbers), ConvGeometry.of(geometry)
+    rest = (form.stride, form.padding, form.dilation, form.groups)
+    image, scales = x.float(), layout.scales
+    weight = from_conv_rows(layout.unpack(), x.shape[1] // form.groups, form.kernel)
     if scales is None:
-        y = F.conv2d(x, weight.float(), bias, stride, padding, dilation, groups)
+        y = F.conv2d(image, weight.float(), bias, *rest)
     else:
-        whole, input_scales = quantized_rows(x) if len(x) else (x, x.new_empty(0))
-        sums = F.conv2d(whole.double(), weight.double(), None, stride, padding, dilation, groups).float()
+        whole, input_scales = quantize_to_whole(image) if len(image) else (image, image.new_empty(0))
+        sums = F.conv2d(whole.double(), weight.double(), None, *rest).float()
         y = sums * (input_scales[:, None] * scales)[..., None, None] + (0 if bias is None else bias[:, None, None])
-    y = y.relu() if relu else y
-    return y.contiguous(memory_format=torch.channels_last) if channels_last(x) else y.contiguous()
+    y = (y.relu() if relu else y).to(x.dtype)
+    return y.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else y.contiguous()
 
 
-@torch.library.register_fake("openwork::panel_linear")
-def _(x, values, positions, scales, bias, layout, relu):  # type: ignore[no-untyped-def]
-    _check_one_device(x, values, positions, scales, bias)
-    return x.new_empty(*x.shape[:-1], layout[4])
+def is_channels_last(x: Tensor) -> bool:
+    """Whether an image batch lies in memory with its channels last, and in no other order as well."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-@torch.library.register_fake("openwork::rows_linear")
-def _(x, values, positions, scales, bias, layout, relu):  # type: ignore[no-untyped-def]
-    _check_one_device(x, values, positions, scales, bias)
-    return x.new_empty(*x.shape[:-1], layout[3])
-
-
-@torch.library.register_fake("openwork::dots_linear")
-def _(x, values, positions, scales, bias, layout, relu):  # type: ignore[no-untyped-def]
-    _check_one_device(x, values, positions, scales, bias)
-    return x.new_empty(*x.shape[:-1], layout[3])
-
-
-@torch.library.register_fake("openwork::panel_conv2d")
-def _(x, values, positions, scales, bias, layout, kernel, stride, padding, dilation, groups, relu):  # type: ignore[no-untyped-def]
-    _check_one_device(x, values, positions, scales, bias)
-    return _fake_conv2d(x, layout[4], kernel, stride, padding, dilation)
-
-
-@torch.library.register_fake("openwork::dots_conv2d")
-def _(x, values, positions, scales, bias, layout, kernel, stride, padding, dilation, relu):  # type: ignore[no-untyped-def]
-    _check_one_device(x, values, positions, scales, bias)
-    return _fake_conv2d(x, layout[3], kernel, stride, padding, dilation)
+def _fake_linear(kind: Any, x: Tensor, packed: Any, bias: Any, numbers: Any, relu: bool, checked: bool = False) -> Any:
+    _check_one_device(x, *packed, bias)
+    return x.new_empty(*x.shape[:-1], numbers_of(kind, numbers).outputs)
 
 
 def _fake_conv2d(
-    x: Tensor, O: int, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
+    kind: Any, x: Tensor, packed: Any, bias: Any, numbers: Any, geometry: Any, relu: bool, checked: bool = False
 ) -> Tensor:
-    size = [conv_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
-    y = x.new_empty(x.shape[0], O, *size)
-    return y.contiguous(memory_format=torch.channels_last) if channels_last(x) else y
+    _check_one_device(x, *packed, bias)
+    size = ConvGeometry.of(geometry).output_size(x.shape[2], x.shape[3])
+    y = x.new_empty(x.shape[0], numbers_of(kind, numbers).outputs, *size)
+    return y.contiguous(memory_format=torch.channels_last) if is_channels_last(x) else y
 
 
 def _check_one_device(*tensors: Tensor | None) -> None:
@@ -217,15 +97,13 @@ def _check_one_device(*tensors: Tensor | None) -> None:
         raise ValueError(f"the input and the packed weight are on {', '.join(sorted(devices))}; needed one device")
 
 
-def conv_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Outputs of a convolution along one dim.
-
-    >>> conv_size(224, 7, 2, 3, 1)
-    112
-    """
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+def _define(kind: Any, name: str, more: str, function: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
+    library.define(f"{name}({_PACKED}{more}, bool relu, bool checked=False) -> Tensor")
+    reference(name)(partial(function, kind))
+    torch.library.register_fake(f"openwork::{name}", partial(fake, kind), lib=library)
 
 
-def channels_last(x: Tensor) -> bool:
-    """Whether an image batch lies in memory with its channels last, and in no other order as well."""
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+for each in (Gemm, Gemv, DotProduct, SkinnyGather, SkinnyExpand):
+    _define(each, f"{each.name}_linear", "", linear, _fake_linear)
+for each in (Gemm, DotProduct):
+    _define(each, f"{each.name}_conv2d", ", int[] geometry", conv2d, _fake_conv2d)

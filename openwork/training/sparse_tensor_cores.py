@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from openwork.kernels.cuda import cusparselt
-from openwork.kernels.cuda.cusparselt import BACKENDS
+from openwork.kernels.cuda.cusparselt import BACKENDS, within_2_4
 from openwork.kernels.cuda.stream import on_device
-from openwork.nm.pattern import Pattern
+from openwork.layouts.layout import Algorithm
 from openwork.training.accelerated_linear import Engine, SparseMatmul, accelerated_class
 from openwork.training.masked import Masked
 from openwork.training.parametrize import sparse_weights, unwrap
@@ -60,7 +60,7 @@ class SparseTensorCores:
     `check` does that once."""
 
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-    algorithms: dict[tuple[Any, ...], cusparselt.Algorithm] = field(default_factory=dict, compare=False)
+    algorithms: dict[tuple[Any, ...], Algorithm] = field(default_factory=dict, compare=False)
 
     def pack(self, weight: Tensor) -> cusparselt.Packed:
         weight = weight.contiguous()
@@ -145,15 +145,6 @@ def _unfit(module: nn.Module, tensor_name: str, masked: Masked, weight: Tensor) 
     if any(length % _MULTIPLE for length in weight.shape):
         return f"shape {tuple(weight.shape)}: needed multiples of {_MULTIPLE}"
     return ""
-
-
-def within_2_4(pattern: Pattern) -> bool:
-    """Whether weights of this pattern are 2:4 as well.
-
-    >>> [within_2_4(Pattern(*each)) for each in ((2, 4), (1, 4), (1, 2), (2, 8), (4, 8), (1, 3))]
-    [True, True, True, True, False, False]
-    """
-    return (pattern.n <= 2 and pattern.m % 4 == 0) or (pattern.n, pattern.m) == (1, 2)
 
 
 def _check_tensor_cores(device: torch.device) -> None:

@@ -10,9 +10,9 @@ DEPLOYED = "_openwork_deployed"
 
 def check_not_deployed(model: nn.Module, verb: str) -> None:
     """Refuse a deployed model where its weights must be at hand, and say what to do instead."""
-    found = [name for name, module in model.named_modules() if hasattr(module, DEPLOYED)]
-    if found:
+    layers = [name for name, module in model.named_modules() if hasattr(module, DEPLOYED)]
+    if layers:
         raise ValueError(
-            f"{verb}: {len(found)} layers are deployed ({found[0]}, ...), their weights packed for this machine; "
+            f"{verb}: {len(layers)} layers are deployed ({layers[0]}, ...), their weights packed for this hardware; "
             "do it with the model that was deployed, or load this one's state dict into a plain model"
         )

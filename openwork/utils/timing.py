@@ -19,20 +19,36 @@ ABOUT_A_MILLISECOND = 2_000_000
 
 
 def fastest(variants: Mapping[str, Callable[[], object]], seconds: float = 0.1) -> dict[str, float]:
-    """The median time of each, in seconds. They take turns, so that a busy moment meets all of them."""
+    """The median time of each, in seconds, of about so many seconds for each."""
+    times = take_turns(variants, seconds * len(variants), least=3, most=50)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def take_turns(
+    variants: Mapping[str, Callable[[], object]],
+    seconds: float,
+    *,
+    least: int,
+    most: int,
+    before: Callable[[], object] | None = None,
+) -> dict[str, list[float]]:
+    """The times of each, in seconds, `least` to `most` of them, in about `seconds` in all. They take turns, so that a
+    busy moment meets all of them. `before` is called before each, and its time is not counted."""
     for each in variants.values():
         each()
     start = time.perf_counter()
     for each in variants.values():
         each()
-    rounds = max(3, min(50, round(seconds * len(variants) / (time.perf_counter() - start))))
+    rounds = max(least, min(most, round(seconds / max(1e-6, time.perf_counter() - start))))
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, each in variants.items():
+            if before is not None:
+                before()
             start = time.perf_counter()
             each()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) for name, each in times.items()}
+    return times
 
 
 def fastest_on_gpu(

@@ -29,6 +29,16 @@ def constant_when_compiled(function: Function) -> Function:
     return function
 
 
+def aot_inductor() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Torch's functions that compile an exported program into a package, and load one. Since torch 2.6; raises
+    RuntimeError without them."""
+    try:
+        from torch._inductor import aoti_compile_and_package, aoti_load_package
+    except ImportError as error:
+        raise RuntimeError(f"torch {torch.__version__} does not write packages of AOTInductor ({error})") from error
+    return aoti_compile_and_package, aoti_load_package
+
+
 def without_modes() -> AbstractContextManager[Any]:
     """Tensors are ordinary ones inside, also while a compiler traces with tensors that hold nothing. Since torch 2.0;
     without it, what is tried while a compiler traces fails, and is tried again later."""

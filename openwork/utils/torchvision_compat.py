@@ -19,6 +19,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -89,7 +90,7 @@ def _announce_operators() -> None:
     """
     # By importlib, since `torchvision.ops.roi_align` as an attribute is the function of that name.
     for name in ("torchvision.extension", "torchvision.ops.roi_align"):
-        module = importlib.import_module(name)
+        module: Any = importlib.import_module(name)
         if not hasattr(module, "_has_ops"):
             raise RuntimeError(
                 f"the operators of torchvision do not load beside torch {torch.__version__}, and {name} does not say "

@@ -41,7 +41,7 @@ def path(tmp_path):
 
 def test_the_file_that_attacks_bend_is_good(path):
     path.write_bytes(good())
-    state = ow.load(path)
+    state = ow.load_state_dict(path)
     assert state["fc.weight"].tolist() == [[1, 0, 0, 2, 0, 0, 0, 0], [0, 3, 4, 0, 0, 0, 5, 0]]
     assert state["conv.weight"].flatten().tolist() == [0, 1, 0, -2, 0, 0, 3]
     assert state["other"] is state["fc.bias"]
@@ -55,7 +55,7 @@ def test_refused(path, name):
     path.write_bytes(content)
     model = Net()
     before = {key: each.clone() for key, each in model.state_dict().items()}
-    for read in (ow.load, check, lambda path: ow.load(path, into=model)):
+    for read in (ow.load_state_dict, check, lambda path: ow.load(path, into=model)):
         with pytest.raises(ValueError, match=complaint) as caught:
             read(path)
         assert str(caught.value).startswith(str(path))
@@ -86,7 +86,7 @@ def test_names_are_never_paths(tmp_path, name):
     tensors = {name + end: TENSORS["fc.weight" + end] for end in (".values", ".indices")}
     path.write_bytes(file(*header_and_data(tensors, {"version": 1, "sparse": {name: entry}, "aliases": {}})))
     before = sorted(tmp_path.rglob("*"))
-    assert list(ow.load(path)) == [name]
+    assert list(ow.load_state_dict(path)) == [name]
     model = nn.Linear(8, 2)
     with pytest.raises(ValueError, match="the model lacks 1 tensors") as caught:
         ow.load(path, into=model)
@@ -105,12 +105,12 @@ folder = pathlib.Path(sys.argv[2])
 for i, (content, _) in enumerate(ALL.values()):
     (folder / str(i)).write_bytes(content)
 (folder / "good").write_bytes(good())
-ow.load(folder / "good")
+ow.load_state_dict(folder / "good")
 now = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + (64 << 20), now + (64 << 20)))
 for i in range(len(ALL)):
     try:
-        ow.load(folder / str(i))
+        ow.load_state_dict(folder / str(i))
     except ValueError:
         continue
     raise SystemExit(f"{list(ALL)[i]} was read")
@@ -144,7 +144,7 @@ def test_a_file_that_shrinks_while_it_is_read(path):
 def hold(path: Path) -> bool:
     """Read a file in every way; whatever is accepted must be consistent. Whether it was."""
     try:
-        state = ow.load(path)
+        state = ow.load_state_dict(path)
     except ValueError:
         with pytest.raises(ValueError, match="net"):
             check(path)

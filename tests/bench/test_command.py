@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 import openwork as ow
 from openwork.bench import command, models, operators
-from openwork.bench.measure import Machine, Row, alternating, quantile, rows, write_csv
+from openwork.bench.measure import Roofline, Row, alternating, quantile, rows, write_csv
 from openwork.cli.main import main
 from openwork.kernels.cpu import native
 
@@ -22,7 +24,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(operators, "WEIGHT", (16, 64))
     monkeypatch.setattr(command, "SHAPES", ((32, 64, 48), (2, 64, 48)))
-    monkeypatch.setattr(command, "machine", lambda: Machine(1e9, 1e9))
+    monkeypatch.setattr(command, "roofline", lambda: Roofline(1e9, 1e9))
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -62,9 +64,9 @@ def test_operators(capsys):
     linear = [row for row in found if row["op"] == "linear" and row["threads"] == "1"]
     assert {row["shape"] for row in linear} == {"B=32 K=64 O=48", "B=2 K=64 O=48"}
     few = {row["impl"] for row in linear if row["shape"].startswith("B=2 ")}
-    assert {f"rows {p} {d}" for p in ("2:4", "1:8") for d in ("float32", "bfloat16", "int8")} <= few
+    assert {f"gemv {p} {d}" for p in ("2:4", "1:8") for d in ("float32", "bfloat16", "int8")} <= few
     assert "torch bfloat16" in few
-    assert not any(name.startswith("panel") for name in few)
+    assert not any(name.startswith("gemm") for name in few)
     for row in found:
         times = [float(row[name]) for name in ("p20_us", "p50_us", "p80_us")]
         assert times == sorted(times)
@@ -95,15 +97,16 @@ def test_without_the_library_nothing_is_timed_that_does_nothing(monkeypatch):
 
 
 def test_whole_models(monkeypatch, capsys):
-    def build(name, batch):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval(), torch.randn(batch, 8, 6, 6)
+    def net():
+        return nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
 
-    monkeypatch.setattr(models, "build", build)
+    monkeypatch.setitem(sys.modules, "made", types.SimpleNamespace(net=net))
     monkeypatch.setattr(models, "memory", lambda model, example: (1_000_000, 2_000_000))
     words = [
         "bench",
-        "net",
+        "made:net",
+        "--input",
+        "1x8x6x6",
         "--patterns",
         "2:4",
         "--batches",
@@ -117,7 +120,7 @@ def test_whole_models(monkeypatch, capsys):
     ]
     assert main([*words, "--no-compile", "--weight-dtype", "float32", "int8"]) == 0
     found = read("bench.csv")
-    assert [(row["op"], row["shape"]) for row in found] == [("net", "batch 1")] * 4 + [("net", "batch 2")] * 4
+    assert [(row["op"], row["shape"]) for row in found] == [("made:net", "batch 1")] * 4 + [("made:net", "batch 2")] * 4
     assert [row["impl"] for row in found[:4]] == [
         "dense eager",
         "dense channels_last",
@@ -133,10 +136,10 @@ def test_whole_models(monkeypatch, capsys):
 
 def test_whole_models_in_bfloat16_and_with_torchs_int8(monkeypatch):
     monkeypatch.setattr(models, "memory", lambda model, example: (1, 2))
-    monkeypatch.setattr(
-        models, "build", lambda name, batch: (nn.Sequential(nn.Linear(32, 16)), torch.randn(batch, 4, 32))
-    )
-    words = ["bench", "net", "--patterns", "2:4", "--batches", "1", "--threads", "1", "--seconds", "0", "--no-compile"]
+    made = types.SimpleNamespace(net=lambda: nn.Sequential(nn.Linear(32, 16)))
+    monkeypatch.setitem(sys.modules, "made", made)
+    words = ["bench", "made:net", "--input", "1x4x32", "--patterns", "2:4", "--batches", "1"]
+    words += ["--threads", "1", "--seconds", "0", "--no-compile"]
     assert main([*words, "--dtype", "bfloat16"]) == 0
     found = {row["impl"]: row for row in read("bench.csv")}
     assert set(found) == {"dense eager", "deployed 2:4 bfloat16"}
@@ -148,13 +151,13 @@ def test_whole_models_in_bfloat16_and_with_torchs_int8(monkeypatch):
 
 
 def test_each_precision_is_compared_with_those_that_round_no_more():
-    rows = list(operators.linear(Machine(1e9, 1e9), [(8, 64, 48)], [ow.Pattern(2, 4)], 0))
+    rows = list(operators.linear(Roofline(1e9, 1e9), [(8, 64, 48)], [ow.Pattern(2, 4)], 0))
     assert {row.baseline.split()[1] for row in rows if row.dtype == "float32"} == {"float32"}
     assert {row.baseline.split()[1] for row in rows if row.dtype == "bfloat16"} <= {"float32", "bfloat16"}
     assert [row.impl for row in rows if row.dtype == "float32"][:2] == ["torch float32", "oneDNN float32"]
     names = [row.impl for row in rows]
     assert len(names) == len(set(names))
-    assert any("dots" in name for name in names) == ow.kernels.has_dots()
+    assert any("dot_product" in name for name in names) == ow.kernels.vectors().dot_product
 
 
 @pytest.mark.slow
@@ -191,8 +194,8 @@ def test_quantiles():
 
 
 def test_bounds():
-    assert Machine(flops=100.0, bandwidth=10.0).bound(200, 10) == 2
-    assert Machine(flops=100.0, bandwidth=10.0).bound(200, 50) == 5
+    assert Roofline(flops=100.0, bandwidth=10.0).bound(200, 10) == 2
+    assert Roofline(flops=100.0, bandwidth=10.0).bound(200, 50) == 5
 
 
 def test_csv_replaces_the_file(tmp_path):

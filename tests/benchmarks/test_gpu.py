@@ -23,8 +23,11 @@ from torch.nn import functional as F
 
 import openwork as ow
 from openwork.bench import command
-from openwork.inference import gpu_layers
+from openwork.inference.layers import PackedLinear
 from openwork.kernels.cuda import cusparselt
+from openwork.layouts import Gemm
+from openwork.layouts.layout import KINDS
+from openwork.layouts.skinny import Skinny
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -330,7 +333,7 @@ def test_only_what_a_library_does_not_support_is_let_pass(message: str, stored: 
     stand_in["pack"] = fails
     layer = gpu_check.sparse_linear(64, 32, "2:4", torch.bfloat16, CPU)
     with pytest.raises(RuntimeError if here else gpu_check.NotHere, match=message[:20]):
-        gpu_check.packed(layer, "2:4", "cusparselt", stored, torch.randn(32, 64).bfloat16())
+        gpu_check.packed(layer, "2:4", KINDS["cusparselt"], stored, torch.randn(32, 64).bfloat16())
 
 
 # --- copies and labels -----------------------------------------------------------------------------------------------
@@ -341,14 +344,16 @@ def test_copies_exceed_the_cache_by_what_is_packed(text: str, monkeypatch: Any) 
     monkeypatch.setattr(gpu, "cache_to_exceed", lambda bench: 1_000_000)
     layer = gpu_check.sparse_linear(256, 128, text, torch.bfloat16, CPU)
     x = torch.randn(3, 256).bfloat16()
-    packed = gpu_check.packed(layer, text, "gather", torch.bfloat16, x)
-    monkeypatch.setattr(gpu_layers, "thin", lambda *_: pytest.fail("packed once more"))
+    packed = gpu_check.packed(layer, text, KINDS["skinny_gather"], torch.bfloat16, x)
+    monkeypatch.setattr(Skinny, "pack", lambda *_: pytest.fail("packed once more"))
     made = gpu.copies(packed, TINY)
     held = sum(each.nbytes for each in packed.buffers())
     assert held < layer.weight.nbytes * (0.7 if text == "2:4" else 0.2)
     assert len(made) * held >= 1_000_000 > (len(made) - 1) * held
     assert (
-        len({each.values.data_ptr() for each in made}) == len({each.positions.data_ptr() for each in made}) == len(made)
+        len({each.packed.values.data_ptr() for each in made})
+        == len({each.packed.indices.data_ptr() for each in made})
+        == len(made)
     )
     assert all(torch.equal(each(x), packed(x)) for each in made)
     dense = gpu.copies(layer, TINY)
@@ -367,7 +372,7 @@ def test_a_model_is_named_by_what_deploy_returned(wins: bool, monkeypatch: Any) 
     def deploy(model: nn.Module, x: Tensor, **_: Any) -> Any:
         made = copy.deepcopy(model)
         for each in made.blocks if wins else ():
-            each.up = ow.inference.layers.SparseLinear(each.up, ow.Pattern(2, 4), "panel", torch.bfloat16)
+            each.up = PackedLinear(each.up, ow.Pattern(2, 4), Gemm, torch.bfloat16)
         made.deployment = SimpleNamespace(chosen=dict.fromkeys(range(8), "cusparselt"))
         return made
 

@@ -35,7 +35,7 @@ def file(tmp_path, monkeypatch):
     return model
 
 
-GIVEN = ["--model", "made:network", "--input", "2,16"]
+GIVEN = ["--model", "made:network", "--input", "2x16"]
 
 
 def test_onnx_and_its_verification(file, capsys):
@@ -48,9 +48,9 @@ def test_onnx_and_its_verification(file, capsys):
     shape = onnx.load("net.onnx").graph.input[0].type.tensor_type.shape
     assert shape.dim[0].dim_param
     assert main(["verify", "net.onnx"]) == 0
-    assert "verified: 1 of 2 products held to what was recorded" in capsys.readouterr().out
+    assert "verified: 1 of 2 matmuls held to what was recorded" in capsys.readouterr().out
     assert main(["verify", "net.onnx", "--pattern", "2:4"]) == 2
-    assert "2.weight: 8 of 8 groups hold more than 2:4" in capsys.readouterr().err
+    assert "2.weight: 8 of 8 groups hold more than 2 of 4" in capsys.readouterr().err
     assert main(["verify", "net.onnx", "--pattern", "2:4", "--exclude", "2.*"]) == 0
 
     model = onnx.load("net.onnx")
@@ -58,7 +58,7 @@ def test_onnx_and_its_verification(file, capsys):
     weight.CopyFrom(numpy_helper.from_array(np.ones((8, 16), np.float32), "0.weight"))
     onnx.save(model, "bent.onnx")
     assert main(["verify", "bent.onnx"]) == 2
-    assert "0.weight: 32 of 32 groups hold more than 2:4 (the worst 4)" in capsys.readouterr().err
+    assert "0.weight: 32 of 32 groups hold more than 2 of 4 (the worst 4)" in capsys.readouterr().err
     del model.metadata_props[:]
     onnx.save(model, "silent.onnx")
     assert main(["verify", "silent.onnx"]) == 0
@@ -79,7 +79,7 @@ def test_a_program_and_a_folder(file, capsys):
     assert torch.equal(torch.export.load("net.pt2").module()(x), file(x))
     assert main(["export", "net.safetensors", "--out", "folder", *GIVEN]) == 0
     assert "## N:M sparsity" in capsys.readouterr().out
-    assert torch.equal(ow.load("folder")["0.weight"], file[0].weight)
+    assert torch.equal(ow.load_state_dict("folder")["0.weight"], file[0].weight)
 
 
 def test_aot_is_asked_for_by_name(file, monkeypatch, capsys):
@@ -99,7 +99,7 @@ def test_a_run_knows_its_network(tmp_path, capsys):
     assert main(["export", run, "--out", str(tmp_path / "net.onnx"), "--dynamic-batch"]) == 0
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "net.onnx")]) == 0
-    assert "verified: 9 of 10 products" in capsys.readouterr().out
+    assert "verified: 9 of 10 matmuls" in capsys.readouterr().out
     assert main(["export", run, "--out", str(tmp_path / "dense.safetensors")]) == 0
     assert main(["export", run, "--out", str(tmp_path / "folder")]) == 0
     assert "| method | sr-ste |" in capsys.readouterr().out
@@ -108,15 +108,18 @@ def test_a_run_knows_its_network(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["net.safetensors", "--out", "net.tflite"], "does not say the form by its ending; add --to {onnx,torch,aot"),
-        (["net.safetensors", "--out", "net.onnx"], "holds weights and no network: add --model"),
-        (["net.safetensors", "--out", "net.onnx", "--model", "made:network"], "holds weights and no network"),
-        (["net.safetensors", "--out", "o.onnx", "--model", "made", "--input", "1"], "needed package.module:function"),
+        (["net.safetensors", "--out", "net.tflite"], "does not say the form by its suffix; add --to {onnx,torch,aot"),
+        (
+            ["net.safetensors", "--out", "net.onnx"],
+            "is weights and no model: add --model MODULE:FACTORY",
+        ),
+        (["net.safetensors", "--out", "net.onnx", "--model", "made:network"], "what its input is: add --input SHAPE"),
+        (["net.safetensors", "--out", "o.onnx", "--model", "made", "--input", "1"], "needed package.module:factory"),
         (["net.safetensors", "--out", "o.onnx", "--model", "made:nothing", "--input", "1"], "--model made:nothing: "),
         (["net.safetensors", "--out", "o.onnx", "--model", "made:number", "--input", "1"], "gives a int; needed an nn"),
         (
-            ["net.safetensors", "--out", "o.onnx", "--model", "made:network", "--input", "2x16"],
-            "needed sizes with commas",
+            ["net.safetensors", "--out", "o.onnx", "--model", "made:network", "--input", "2,16"],
+            "--input 2,16: needed sizes with 'x' between them",
         ),
         (["missing.safetensors", "--out", "dense.safetensors"], "No such file"),
     ],

@@ -20,7 +20,7 @@ def test_a_plain_module(tmp_path):
     dense = load_file(tmp_path / "out" / "model.safetensors")
     assert set(dense) == {"0.weight", "0.bias", "1.weight", "2.weight"}
     assert all(torch.equal(each, model.state_dict()[name]) for name, each in dense.items())
-    loaded = ow.load(tmp_path / "out")
+    loaded = ow.load_state_dict(tmp_path / "out")
     assert all(torch.equal(each, loaded[name]) for name, each in model.state_dict().items())
     for part in ("2:4 in 1 weights, 1:8 in 1 weights", "| method | sr-ste |", "| 0.3125 |"):
         assert part in card

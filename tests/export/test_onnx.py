@@ -1,4 +1,4 @@
-"""ONNX files: zeros where the patterns say, products where TensorRT looks, outputs that ONNX Runtime agrees with."""
+"""ONNX files: zeros where the patterns say, matmuls where TensorRT looks, outputs that ONNX Runtime agrees with."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from openwork.cli.main import main
 from openwork.export import check_onnx, to_onnx
 from openwork.export import onnx as exporting
 from openwork.export.outputs import check_equal
-from openwork.inference.layers import SparseLinear
+from openwork.inference.layers import PackedLinear
+from openwork.layouts import Gemm
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
 
 class Net(nn.Module):
-    """Every way to a product that a linear layer takes: 2 and 3 dims, one weight twice, attention, no bias."""
+    """Every way to a matmul that a linear layer takes: 2 and 3 dims, one weight twice, attention, no bias."""
 
     def __init__(self):
         super().__init__()
@@ -74,10 +75,10 @@ def test_a_network(path, dynamic):
 
     onnx.checker.check_model(path, full_check=True)
     assert done.difference < 1e-5
-    assert {each.name: (each.op, str(each.pattern), each.recorded) for each in done.products} == {
+    assert {each.name: (each.op, str(each.pattern), each.recorded) for each in done.matmuls} == {
         name: ("Conv" if name == "conv.weight" else "Gemm", "2:4", True) for name in WEIGHTS
     }
-    assert check_onnx(path) == done.products
+    assert check_onnx(path) == done.matmuls
     found = constants(path)
     for name in WEIGHTS[1:]:  # conv.weight is scaled by the BatchNorm that was folded into it
         assert np.array_equal(found[name], model.state_dict()[name].numpy())
@@ -93,7 +94,7 @@ def test_a_sparsified_model_is_exported_as_finalized_and_left_alone(path):
     before = {name: each.clone() for name, each in model.named_parameters()}
     x = torch.randn(3, 16)
     done = to_onnx(model, x, path)
-    assert {each.name: str(each.pattern) for each in done.products} == {"0.weight": "1:4", "2.weight": "2:8"}
+    assert {each.name: str(each.pattern) for each in done.matmuls} == {"0.weight": "1:4", "2.weight": "2:8"}
     torch.testing.assert_close(ran(path, x)[0], model(x))
     assert all(torch.equal(each, before[name]) for name, each in model.named_parameters())
     assert model.training
@@ -140,18 +141,18 @@ class Forms(nn.Module):
         )
 
 
-def test_every_form_of_a_product(path):
+def test_every_form_of_a_matmul(path):
     model = Forms()
     where = {"w": 0, "experts": 1}
     ow.project(model, "2:4", axis=where, exclude=["wide"])
     x = torch.randn(3, 4, 8)
     done = to_onnx(model, x, path, pattern=ow.Selection({"w": "2:4", "experts": "2:4"}, axis=where))
-    assert {each.name for each in done.products if each.recorded} == {"w", "experts"}
+    assert {each.name for each in done.matmuls if each.recorded} == {"w", "experts"}
     nodes = [node.op_type for node in onnx.load(path).graph.node]
     assert nodes.count("MatMul") == 1  # the batched one
     for mine, theirs in zip(ran(path, x), model(x), strict=True):
         torch.testing.assert_close(mine, theirs)
-    assert {(each.op, each.axis.dim) for each in done.products} == {("Gemm", 0), ("Gemm", 1), ("MatMul", 1)}
+    assert {(each.op, each.axis.dim) for each in done.matmuls} == {("Gemm", 0), ("Gemm", 1), ("MatMul", 1)}
 
 
 def test_convolutions_of_other_kinds_and_recurrent_layers(path, capsys):
@@ -172,19 +173,21 @@ def test_convolutions_of_other_kinds_and_recurrent_layers(path, capsys):
     assert any(
         "rewrote gru.weight_hh_l0" in str(each.message) or "rewrote lstm" in str(each.message) for each in caught
     )
-    assert [(each.op, str(each.pattern)) for each in done.products] == [
+    assert [(each.op, str(each.pattern)) for each in done.matmuls] == [
         (op, "2:4") for op in ("LSTM", "LSTM", "GRU", "GRU", "ConvTranspose", "Conv")
     ]
-    assert {each.name for each in done.products if each.recorded} == {"up.weight", "conv.weight"}
+    assert {each.name for each in done.matmuls if each.recorded} == {"up.weight", "conv.weight"}
     assert main(["verify", str(path)]) == 0
     *table, other, verified, note = capsys.readouterr().out.splitlines()
     assert [line.split()[3:-1] for line in table[1:]] == [
-        [op, "2:4", *["(found)"] * (op in ("LSTM", "GRU"))]
+        [op, "2:4", *["(inferred)"] * (op in ("LSTM", "GRU"))]
         for op in ("LSTM", "LSTM", "GRU", "GRU", "ConvTranspose", "Conv")
     ]
     assert other.startswith("not Gemm or Conv, so TensorRT takes no sparse tactic: ")
-    assert verified == "verified: 2 of 6 products held to what was recorded"
-    assert note.startswith("(found): not recorded by the file (the exporter renames the weights of LSTM, GRU, RNN)")
+    assert verified == "verified: 2 of 6 matmuls held to what was recorded"
+    assert note.startswith(
+        "(inferred): from the weights; the file records none (the exporter renames those of LSTM, GRU, RNN)"
+    )
 
 
 def test_a_transformer_of_transformers(path):
@@ -193,7 +196,7 @@ def test_a_transformer_of_transformers(path):
     model = transformers.GPT2LMHeadModel(config).eval()
     ow.project(model, "2:4", exclude=["lm_head", "*wte*", "*wpe*"])
     done = to_onnx(model, {"input_ids": torch.tensor([[3, 1, 2]])}, path, pattern={"*.h.*": "2:4"})
-    sparse = {each.name: (each.op, each.axis.dim) for each in done.products if each.recorded}
+    sparse = {each.name: (each.op, each.axis.dim) for each in done.matmuls if each.recorded}
     names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert sparse == {f"transformer.h.0.{name}.weight": ("Gemm", 0) for name in names}  # Conv1D: (in, out)
 
@@ -202,7 +205,7 @@ def test_bfloat16_is_checked_without_being_run(path):
     model = nn.Linear(8, 4, dtype=torch.float16)
     ow.project(model, "2:4")
     done = to_onnx(model, torch.randn(2, 8, dtype=torch.float16), path, pattern="2:4")
-    assert [(each.dtype, str(each.pattern)) for each in done.products] == [("float16", "2:4")]
+    assert [(each.dtype, str(each.pattern)) for each in done.matmuls] == [("float16", "2:4")]
 
 
 def test_the_file_tells_nothing_of_the_machine(path, tmp_path):
@@ -283,7 +286,7 @@ def test_a_file_and_its_second_file_belong_together_at_every_moment(path, monkey
 
 def test_a_denser_model_is_refused_and_the_old_file_stays(path):
     path.write_bytes(b"old")
-    with pytest.raises(ow.NotSparse, match=r"weight: 8 of 8 groups hold more than 2:4 \(the worst 4\)"):
+    with pytest.raises(ow.NotSparse, match=r"weight: 8 of 8 groups hold more than 2 of 4 \(the worst 4\)"):
         to_onnx(nn.Linear(8, 4), torch.randn(2, 8), path, pattern="2:4")
     assert path.read_bytes() == b"old"
     assert [each.name for each in path.parent.iterdir()] == [path.name]
@@ -292,7 +295,7 @@ def test_a_denser_model_is_refused_and_the_old_file_stays(path):
 def test_a_deployed_model_is_refused_by_name(path):
     layer = nn.Linear(8, 4)
     ow.project(layer, "2:4")
-    model = nn.Sequential(SparseLinear(layer, ow.Pattern(2, 4), "panel", torch.float32))
+    model = nn.Sequential(PackedLinear(layer, ow.Pattern(2, 4), Gemm, torch.float32))
     with pytest.raises(
         ValueError, match=r"exporting to ONNX: 1 layers are deployed \(0, \.\.\.\).*the model that was deployed"
     ):
@@ -385,8 +388,8 @@ def test_the_axis_is_that_of_the_sum(path):
     }
     for node, constant in forms.values():
         written(path, [node], {"w": np.ascontiguousarray(constant)}, openwork='{"w": "2:4"}')
-        (product,) = check_onnx(path)
-        assert product.recorded
+        (matmul,) = check_onnx(path)
+        assert matmul.recorded
         wrong = np.ascontiguousarray(np.abs(constant) + 1)
         with pytest.raises(ow.NotSparse):
             check_onnx(written(path, [node], {"w": wrong}, openwork='{"w": "2:4"}'))
@@ -401,8 +404,8 @@ def test_constants_are_seen_through_what_moves_them(path):
         helper.make_node("Identity", ["t"], ["i"]),
         helper.make_node("MatMul", ["x", "i"], ["y"]),
     ]
-    (product,) = check_onnx(written(path, nodes, {}))
-    assert (product.name, product.shape, str(product.pattern)) == ("c", (8, 4), "2:4")
+    (matmul,) = check_onnx(written(path, nodes, {}))
+    assert (matmul.name, matmul.shape, str(matmul.pattern)) == ("c", (8, 4), "2:4")
 
 
 def test_branches_are_looked_into(path):
@@ -412,15 +415,15 @@ def test_branches_are_looked_into(path):
 
     nodes = [helper.make_node("If", ["flag"], ["y"], then_branch=branch("a"), else_branch=branch("b"))]
     weight = np.ascontiguousarray(two_four().T)
-    (product,) = check_onnx(written(path, nodes, {"flag": np.array(True), "w": weight}))
-    assert str(product.pattern) == "2:4"
+    (matmul,) = check_onnx(written(path, nodes, {"flag": np.array(True), "w": weight}))
+    assert str(matmul.pattern) == "2:4"
 
 
-def test_broken_promises_are_found(path):
+def test_a_file_denser_than_it_records_is_found(path):
     node = helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)
-    with pytest.raises(ow.NotSparse, match="gone: recorded by the file, but no product multiplies by it"):
+    with pytest.raises(ow.NotSparse, match="gone: recorded by the file, but nothing multiplies by it"):
         check_onnx(written(path, [node], {"w": two_four()}, openwork='{"w": "2:4", "gone": "2:4"}'))
-    with pytest.raises(ow.NotSparse, match="more than 1:4"):
+    with pytest.raises(ow.NotSparse, match="more than 1 of 4"):
         check_onnx(written(path, [node], {"w": two_four()}, openwork='{"w": "1:4"}'))
     for text, complaint in (("[1]", "needed an object"), ('{"w": 1}', "does not map"), ('{"w": "9:4"}', "pattern")):
         with pytest.raises(ValueError, match=complaint):

@@ -12,7 +12,8 @@ from torch.export import Dim
 
 import openwork as ow
 from openwork.export import program, to_aot_inductor, to_torch_export
-from openwork.inference.layers import SparseConv2d, SparseLinear
+from openwork.inference.layers import pack_layer
+from openwork.layouts import Gemm, Gemv
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
@@ -50,10 +51,9 @@ class Deployed(nn.Module):
         plain = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 16), nn.Linear(16, 4)])
         ow.project(plain, "2:4")
         pattern, weight_dtype = ow.Pattern(2, 4), torch.float32
-        self.conv = SparseConv2d(plain[0], pattern, "panel", weight_dtype)
+        self.conv = pack_layer(plain[0], pattern, Gemm, weight_dtype)
         self.up, self.down = (
-            SparseLinear(layer, pattern, kind, weight_dtype)
-            for layer, kind in zip(plain[1:], ("panel", "rows"), strict=True)
+            pack_layer(layer, pattern, kind, weight_dtype) for layer, kind in zip(plain[1:], (Gemm, Gemv), strict=True)
         )
 
     def forward(self, x):
@@ -91,7 +91,7 @@ def test_a_deployed_model_is_exported_and_needs_the_import_of_its_operators(tmp_
     done = in_a_fresh_process(tmp_path, "export operator", path, model, x)
     assert done.stdout == "equal\n", done.stderr
     done = in_a_fresh_process(tmp_path, "export", path, model, x)
-    assert "openwork.panel_conv2d" in done.stderr
+    assert "openwork.gemm_conv2d" in done.stderr
     assert done.stdout == ""
 
 

@@ -57,7 +57,7 @@ def path(tmp_path):
 def test_read(path, R, C, dtype):
     weight = sparse(R, C, dtype) if dtype.is_floating_point else (sparse(R, C) * 40).to(dtype)
     written(path, {"layer.fc": weight}, {"layer.fc.bias": torch.ones(R)})
-    state = ow.load(path)
+    state = ow.load_state_dict(path)
     assert state.keys() == {"layer.fc.weight", "layer.fc.bias"}
     found = state["layer.fc.weight"]
     assert found.dtype == dtype
@@ -82,7 +82,7 @@ def test_the_names_of_older_files(path):
         parts = {f"{base}.{end}".lstrip("."): each for end, each in encoded(weight).items()}
         save_file(parts, path)
         if base:
-            assert list(ow.load(path)) == ["weight" if base == "weight" else "fc.weight"]
+            assert list(ow.load_state_dict(path)) == ["weight" if base == "weight" else "fc.weight"]
 
 
 def test_a_model_in_several_files(tmp_path):
@@ -90,27 +90,27 @@ def test_a_model_in_several_files(tmp_path):
     save_file({"fc.compressed": parts["compressed"]}, tmp_path / "model-00001-of-00002.safetensors")
     rest = {"fc.bitmask": parts["bitmask"], "fc.shape": parts["shape"], "fc.bias": torch.ones(4)}
     save_file(rest, tmp_path / "model-00002-of-00002.safetensors")
-    state = ow.load(tmp_path)
+    state = ow.load_state_dict(tmp_path)
     assert torch.equal(state["fc.weight"], weight)
     assert torch.equal(state["fc.bias"], torch.ones(4))
     with pytest.raises(ValueError, match=r"fc\.compressed, .*load the folder|missing; load the folder"):
-        ow.load(tmp_path / "model-00002-of-00002.safetensors")
+        ow.load_state_dict(tmp_path / "model-00002-of-00002.safetensors")
     save_file({"fc.bias": torch.ones(4)}, tmp_path / "model-00003-of-00002.safetensors")
     with pytest.raises(ValueError, match="lies in two files"):
-        ow.load(tmp_path)
+        ow.load_state_dict(tmp_path)
 
 
 def test_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"without model\.openwork\.safetensors"):
-        ow.load(tmp_path)
+        ow.load_state_dict(tmp_path)
     model = nn.Linear(8, 4)
     ow.project(model, "2:4")
     ow.save(model, tmp_path / "model-1.safetensors", pattern="2:4")
     save_file({"more": torch.ones(2)}, tmp_path / "model-2.safetensors")
     with pytest.raises(ValueError, match=r"several files, and ow\.save writes one"):
-        ow.load(tmp_path)
+        ow.load_state_dict(tmp_path)
     ow.save(model, tmp_path / "model.openwork.safetensors", pattern="2:4")
-    assert torch.equal(ow.load(tmp_path)["weight"], model.weight)
+    assert torch.equal(ow.load_state_dict(tmp_path)["weight"], model.weight)
 
 
 BENT = {
@@ -139,7 +139,7 @@ def test_bent_files_are_refused(path, name):
         parts[end] = change and change(parts.get(end))
     save_file({f"fc.{end}": each for end, each in parts.items() if each is not None}, path)
     with pytest.raises(ValueError, match=complaint) as caught:
-        ow.load(path)
+        ow.load_state_dict(path)
     assert str(caught.value).startswith(str(path))
 
 
@@ -156,7 +156,7 @@ def test_bytes_changed_anywhere(path, data):
         content[at] = data.draw(st.sampled_from([0, 255, content[at] ^ 1, *b'09",:{}[]eE-']))
     path.write_bytes(content)
     try:
-        state = ow.load(path)
+        state = ow.load_state_dict(path)
     except ValueError:
         return
     for each in describe(path):

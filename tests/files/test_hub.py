@@ -67,13 +67,13 @@ def served(tmp_path, model):
 
 def test_an_address(served, model):
     address, files, _ = served
-    assert torch.equal(ow.load(f"{address}/net.safetensors")["weight"], model.weight)
+    assert torch.equal(ow.load_state_dict(f"{address}/net.safetensors")["weight"], model.weight)
     twin = ow.load(f"{address}/net.safetensors", into=nn.Linear(8, 4))
     assert torch.equal(twin.weight, model.weight)
     assert [str(each.pattern) for each in describe(f"{address}/net.safetensors") if each.pattern] == ["2:4"]
     files["/bent.safetensors"] = files["/net.safetensors"][:-1] + b"\0"
     with pytest.raises(ValueError, match=f"{address}/bent.safetensors: .*not ascending"):
-        ow.load(f"{address}/bent.safetensors")
+        ow.load_state_dict(f"{address}/bent.safetensors")
 
 
 def test_a_name_of_the_hub(served, model, tmp_path, monkeypatch):
@@ -85,10 +85,10 @@ def test_a_name_of_the_hub(served, model, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     files[f"/org/net/resolve/main/{FILE}"] = files["/net.safetensors"]
-    assert torch.equal(ow.load("org/net")["weight"], model.weight)
+    assert torch.equal(ow.load_state_dict("org/net")["weight"], model.weight)
     assert f"/org/net/resolve/main/{FILE}" in asked
     with pytest.raises(FileNotFoundError, match="no file org/other here, and no model of that name"):
-        ow.load("org/other")
+        ow.load_state_dict("org/other")
 
 
 class Hub:
@@ -112,13 +112,13 @@ def test_a_repository_of_several_files_is_read_as_a_folder(tmp_path, model, monk
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", hub)
     ow.save(model, tmp_path / "model.safetensors", pattern="2:4")
-    assert torch.equal(ow.load("org/net")["weight"], model.weight)
+    assert torch.equal(ow.load_state_dict("org/net")["weight"], model.weight)
 
 
 def test_without_huggingface_hub_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match=r"there is no file org/net.*pip install huggingface_hub"):
-        ow.load("org/net")
+        ow.load_state_dict("org/net")
 
 
 # --- servers that lie, stall or lead astray -----------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_bodies_that_are_not_as_declared(misbehaving, model, tmp_path):
         answer(content, length="many"),
     ):
         set_answer(good)
-        assert torch.equal(ow.load(address)["weight"], model.weight)
+        assert torch.equal(ow.load_state_dict(address)["weight"], model.weight)
     for bad, error, complaint in (
         (answer(content, length=10**15), OSError, "could not be fetched: it has 10{15} bytes, half of the disk is"),
         (answer(content, length=10**30), OSError, "could not be fetched: it has 10{30} bytes"),
@@ -185,7 +185,7 @@ def test_bodies_that_are_not_as_declared(misbehaving, model, tmp_path):
     ):
         set_answer(bad)
         with pytest.raises(error, match=complaint):
-            ow.load(address)
+            ow.load_state_dict(address)
 
 
 def test_an_endless_body_stops_at_half_of_the_disk(misbehaving, monkeypatch):
@@ -199,7 +199,7 @@ def test_an_endless_body_stops_at_half_of_the_disk(misbehaving, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10 << 20))
     set_answer(endless)
     with pytest.raises(OSError, match=r"it has more than \d+ bytes, half of the disk is 5242880: set TMPDIR"):
-        ow.load(address)
+        ow.load_state_dict(address)
 
 
 def test_slow_servers_are_given_up(misbehaving, monkeypatch):
@@ -222,7 +222,7 @@ def test_slow_servers_are_given_up(misbehaving, monkeypatch):
     for each, complaint in ((silent, "timed out"), (stalling, "timed out"), (trickling, "which is too slow")):
         set_answer(each)
         with pytest.raises(OSError, match=f"could not be fetched: .*{complaint}"):
-            ow.load(address)
+            ow.load_state_dict(address)
     gone.set()
 
 
@@ -237,7 +237,7 @@ def test_redirections_stay_on_the_web(misbehaving, target):
 
     set_answer(elsewhere)
     with pytest.raises(OSError, match=f"{address} could not be fetched: .*([lL]eads|Redirection) to .*{target}"):
-        ow.load(address)
+        ow.load_state_dict(address)
 
 
 def test_redirections_are_followed_but_not_from_https_to_http_nor_forever(misbehaving, model, tmp_path):
@@ -252,9 +252,9 @@ def test_redirections_are_followed_but_not_from_https_to_http_nor_forever(misbeh
         return handler.end_headers()
 
     set_answer(elsewhere)
-    assert torch.equal(ow.load(address)["weight"], model.weight)
+    assert torch.equal(ow.load_state_dict(address)["weight"], model.weight)
     with pytest.raises(OSError, match="infinite loop"):
-        ow.load(f"{address}/loop")
+        ow.load_state_dict(f"{address}/loop")
     request = urllib.request.Request("https://127.0.0.1/net")
     with pytest.raises(ValueError, match="only addresses of https are followed"):
         hub._Redirects().redirect_request(request, None, 302, "", {}, "http://127.0.0.1/net")
@@ -262,7 +262,7 @@ def test_redirections_are_followed_but_not_from_https_to_http_nor_forever(misbeh
 
 def test_nobody_there(misbehaving, capsys):
     with pytest.raises(OSError, match=r"http://127\.0\.0\.1:1/net could not be fetched: .*[Cc]onnection refused"):
-        ow.load("http://127.0.0.1:1/net")
+        ow.load_state_dict("http://127.0.0.1:1/net")
     assert main(["inspect", "http://127.0.0.1:1/net"]) == 2
     assert capsys.readouterr().err.startswith("openwork: http://127.0.0.1:1/net could not be fetched")
 
@@ -272,6 +272,6 @@ def test_paths_stay_paths(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org").mkdir()
     ow.save(model, "org/net", pattern="2:4")
-    assert torch.equal(ow.load("org/net")["weight"], model.weight)
+    assert torch.equal(ow.load_state_dict("org/net")["weight"], model.weight)
     with pytest.raises(FileNotFoundError, match=r"org/other\.safetensors"):
-        ow.load("org/other.safetensors")
+        ow.load_state_dict("org/other.safetensors")

@@ -9,7 +9,7 @@ from torch.ao.pruning import WeightNormSparsifier
 from torch.nn.utils import parametrizations, prune
 
 import openwork as ow
-from openwork.files.foreign.pruning_masks import dense_state_dict
+from openwork.files.foreign import dense_state_dict
 
 
 def net():
@@ -167,7 +167,7 @@ def test_masks_before_pruning_are_told():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (net().state_dict(), "it is a plain state dict; load it as it is"),
+        (net().state_dict(), "it is a plain state dict; load it unmodified"),
         ({"epoch": 3, "model": {}}, "'epoch', 'model' hold no tensors: this is a whole checkpoint"),
         (parametrizations.weight_norm(nn.Linear(4, 4)).state_dict(), "not a mask"),
         (nn.utils.spectral_norm(nn.Linear(4, 4)).state_dict(), "not a mask"),

@@ -14,9 +14,10 @@ from fake_times import say
 from torch import nn
 
 import openwork as ow
-from openwork.inference.layers import SparseConv2d, SparseLinear
+from openwork.inference.layers import PackedConv2d, PackedLinear
 from openwork.recipes.models import allow_torchvision
 from openwork.utils import timing
+from openwork.utils.difference import largest_difference
 
 X = torch.randn(2, 8, 9, 9)
 
@@ -56,7 +57,7 @@ def net(pattern="2:4"):
 
 @pytest.fixture
 def sparse_wins(monkeypatch):
-    say(monkeypatch, panel=0.5, rows=0.6, sparse=0.5)
+    say(monkeypatch, gemm=0.5, gemv=0.6, sparse=0.5)
 
 
 def deploy(model, x=X, **options):
@@ -71,8 +72,8 @@ def test_the_same_outputs(weight_dtype, pattern, sparse_wins):
     model = net(pattern)
     before = copy.deepcopy(model.state_dict())
     fast = deploy(model, pattern=ow.Selection(pattern, exclude=["down"]), weight_dtype=weight_dtype)
-    kinds = {name: type(each) for name, each in fast.named_modules() if isinstance(each, SparseConv2d | SparseLinear)}
-    assert kinds == {"stem.0": SparseConv2d, "grouped": SparseConv2d, "line": SparseConv2d, "up": SparseLinear}
+    kinds = {name: type(each) for name, each in fast.named_modules() if isinstance(each, PackedConv2d | PackedLinear)}
+    assert kinds == {"stem.0": PackedConv2d, "grouped": PackedConv2d, "line": PackedConv2d, "up": PackedLinear}
     assert not any(isinstance(each, nn.BatchNorm2d | nn.ReLU) for each in fast.modules())
     assert [fast.stem[0].relu, fast.grouped.relu, fast.up.relu] == [True, False, True]
     expected, found = model(X).detach(), fast(X)
@@ -95,21 +96,21 @@ def test_it_compiles_whole(sparse_wins):
     model = net()
     for weight_dtype in (torch.float32, torch.int8):
         fast = ow.deploy(model, X, pattern=ow.Selection("2:4", exclude=["down"]), weight_dtype=weight_dtype)
-        assert any(isinstance(each, SparseConv2d) for each in fast.modules())
+        assert any(isinstance(each, PackedConv2d) for each in fast.modules())
         compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
             torch.testing.assert_close(compiled(X), fast(X))
 
 
-@pytest.mark.skipif(not ow.kernels.has_dots(), reason="needs AVX-512 with BF16, VBMI and VNNI")
+@pytest.mark.skipif(not ow.kernels.vectors().dot_product, reason="needs AVX-512 with BF16, VBMI and VNNI")
 def test_a_model_in_bfloat16(monkeypatch):
-    """Everything but the grouped convolution by dots; outputs as far from float64's as the dense model's own."""
-    say(monkeypatch, panel=0.8, rows=0.8, dots=0.5, sparse=0.5)
+    """Everything but the grouped convolution by dot products; outputs as far from float64's as the dense model's."""
+    say(monkeypatch, gemm=0.8, gemv=0.8, dot_product=0.5, sparse=0.5)
     model = net().bfloat16()
     x = X.bfloat16()
     fast = ow.deploy(model, x, pattern=ow.Selection("2:4", exclude=["down"]))
-    kinds = {name: each.kind for name, each in fast.named_modules() if isinstance(each, SparseConv2d | SparseLinear)}
-    assert kinds == {"stem.0": "dots", "grouped": "panel", "line": "dots", "up": "dots"}
+    kinds = {name: each.kind for name, each in fast.named_modules() if isinstance(each, PackedConv2d | PackedLinear)}
+    assert kinds == {"stem.0": "dot_product", "grouped": "gemm", "line": "dot_product", "up": "dot_product"}
     exact = copy.deepcopy(model).double()(x.double())
     with torch.no_grad():
         y, dense = fast(x), model(x)
@@ -120,15 +121,15 @@ def test_a_model_in_bfloat16(monkeypatch):
 
 def test_what_will_be_compiled_is_compared_compiled(monkeypatch):
     """Dense models gain more by it: here enough to win."""
-    say(monkeypatch, panel=0.5, rows=0.5, sparse=0.5, **{"dense, compiled": 0.4})
+    say(monkeypatch, gemm=0.5, gemv=0.5, sparse=0.5, **{"dense, compiled": 0.4})
     model, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval(), torch.randn(4, 16)
     ow.project(model, "2:4")
     fast = ow.deploy(model, x, pattern="2:4")
     assert fast.deployment.returned == "sparse"
     with pytest.warns(UserWarning, match="sparse is not faster than dense here"):
-        dense = ow.deploy(model, x, pattern="2:4", compiled=True)
+        dense = ow.deploy(model, x, pattern="2:4", timed_as="compiled")
     assert dense.deployment.whole == {"dense, compiled": 0.4, "sparse, compiled": 0.5}
-    assert not any(isinstance(each, SparseLinear) for each in dense.modules())
+    assert not any(isinstance(each, PackedLinear) for each in dense.modules())
     compiled = timing.compile_frozen(fast, x)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
@@ -136,20 +137,20 @@ def test_what_will_be_compiled_is_compared_compiled(monkeypatch):
 
 
 def test_dense_is_kept_where_sparse_loses(monkeypatch):
-    say(monkeypatch, panel=2.0, rows=2.0)
+    say(monkeypatch, gemm=2.0, gemv=2.0)
     model = net()
     with pytest.warns(UserWarning, match=r"(?s)^sparse is not faster than dense here: the dense model is .*\n0 of 5 "):
         fast = ow.deploy(model, X, pattern=ow.Selection("2:4", exclude=["down"]))
     assert fast.deployment.chosen == {}
     assert set(fast.deployment.whole) == {"dense", "dense, channels_last"}
-    assert not any(isinstance(each, SparseConv2d | SparseLinear | nn.BatchNorm2d) for each in fast.modules())
+    assert not any(isinstance(each, PackedConv2d | PackedLinear | nn.BatchNorm2d) for each in fast.modules())
     torch.testing.assert_close(fast(X), model(X), atol=1e-5, rtol=1e-5)
 
 
 def test_only_winners_are_converted(monkeypatch):
-    say(monkeypatch, panel=0.5, rows=2.0, oneDNN=0.4, sparse=0.5)
+    say(monkeypatch, gemm=0.5, gemv=2.0, oneDNN=0.4, sparse=0.5)
     fast = deploy(net(), pattern=ow.Selection("2:4", exclude=["down"]))
-    assert {name for name, each in fast.named_modules() if isinstance(each, SparseConv2d | SparseLinear)} == {
+    assert {name for name, each in fast.named_modules() if isinstance(each, PackedConv2d | PackedLinear)} == {
         "stem.0",
         "grouped",
         "line",
@@ -159,11 +160,11 @@ def test_only_winners_are_converted(monkeypatch):
 
 @pytest.mark.parametrize(("sparse", "wins"), [(0.96, True), (0.98, False)])
 def test_the_whole_model_is_measured_too(monkeypatch, sparse, wins):
-    say(monkeypatch, panel=0.5, rows=0.5, sparse=sparse)
+    say(monkeypatch, gemm=0.5, gemv=0.5, sparse=sparse)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fast = ow.deploy(net(), X, pattern=ow.Selection("2:4", exclude=["down"]))
-    assert any(isinstance(each, SparseConv2d) for each in fast.modules()) == wins
+    assert any(isinstance(each, PackedConv2d) for each in fast.modules()) == wins
     assert [str(each.message)[:37] for each in caught] == ["sparse is not faster than dense here:"] * (not wins)
     assert "whole model, dense, channels_last: 1000.00 ms" in str(fast.deployment)
     assert f"whole model, sparse: {sparse * 1000:.2f} ms" in str(fast.deployment)
@@ -171,13 +172,13 @@ def test_the_whole_model_is_measured_too(monkeypatch, sparse, wins):
 
 @pytest.mark.parametrize("best", ["dense, channels_last", "sparse, channels_last", "sparse"])
 def test_the_memory_format_that_was_fastest(monkeypatch, best):
-    say(monkeypatch, panel=0.5, torch=1.0, **{best: 0.1})
+    say(monkeypatch, gemm=0.5, torch=1.0, **{best: 0.1})
     model = shaken(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)))
     ow.project(model, "2:4", exclude=["1"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fast = ow.deploy(model, X, pattern=ow.Selection("2:4", exclude=["1"]))
-    assert type(fast[0]) is (SparseConv2d if "sparse" in best else nn.Conv2d)
+    assert type(fast[0]) is (PackedConv2d if "sparse" in best else nn.Conv2d)
     assert fast[1].weight.is_contiguous(memory_format=torch.channels_last) == ("last" in best)
     assert fast(X).is_contiguous(memory_format=torch.channels_last) == ("last" in best)
     assert getattr(fast[0], "channels_last", "last" in best) == ("last" in best)  # also where no dense one is left
@@ -189,7 +190,7 @@ def test_a_sparsified_model_is_finalized_in_a_copy(sparse_wins):
     ow.sparsify(model, "2:4", exclude=["down"])
     fast = deploy(model)
     torch.testing.assert_close(fast(X), model(X), atol=1e-5, rtol=1e-5)
-    assert isinstance(fast.up, SparseLinear)
+    assert isinstance(fast.up, PackedLinear)
     assert ow.masks(model)  # and goes on training
     assert model.up.weight.requires_grad
 
@@ -213,7 +214,7 @@ def test_one_layer_alone(whole, sparse_wins):
     ow.project(whole, "2:4")
     x = torch.randn(3, 8) if isinstance(whole, nn.Linear) else torch.randn(3, 8, 7)
     fast = deploy(whole, x, pattern="2:4")
-    assert isinstance(fast, SparseConv2d | SparseLinear)
+    assert isinstance(fast, PackedConv2d | PackedLinear)
     with torch.no_grad():
         torch.testing.assert_close(fast(x), whole(x), atol=1e-5, rtol=1e-5)
     assert fast.deployment.chosen
@@ -223,7 +224,7 @@ def test_a_layer_under_two_names_is_replaced_under_both(sparse_wins):
     model = Named(nn.Linear(8, 8))
     ow.project(model, "2:4")
     fast = deploy(model, torch.randn(3, 8), pattern="2:4")
-    assert isinstance(fast.first, SparseLinear)
+    assert isinstance(fast.first, PackedLinear)
     assert fast.chain[0] is fast.first
     x = torch.randn(3, 8)
     with torch.no_grad():
@@ -248,8 +249,8 @@ def test_torchs_fused_encoder_layer_runs_the_sparse_weights(sparse_wins, monkeyp
     x = torch.randn(2, 5, 8)
     fast = deploy(model, x, pattern="2:4")
     calls = []
-    usual = SparseLinear.forward
-    monkeypatch.setattr(SparseLinear, "forward", lambda self, x: calls.append(1) or usual(self, x))
+    usual = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: calls.append(1) or usual(self, x))
     with torch.inference_mode():
         torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-5)
     assert len(calls) == 4
@@ -263,7 +264,7 @@ def test_a_model_of_transformers(sparse_wins):
     ow.project(model, "2:4", exclude=["*wte*", "*wpe*", "lm_head*"])
     ids = {"input_ids": torch.arange(6)[None]}
     fast = deploy(model, ids, pattern=ow.Selection("2:4", exclude=["*wte*", "*wpe*", "lm_head*"]))
-    assert isinstance(fast.transformer.h[1].mlp.c_fc, SparseLinear)
+    assert isinstance(fast.transformer.h[1].mlp.c_fc, PackedLinear)
     assert len(fast.deployment.chosen) == 8
     with torch.no_grad():
         torch.testing.assert_close(fast(**ids).logits, model(**ids).logits, atol=1e-4, rtol=1e-4)
@@ -355,7 +356,7 @@ def test_random_numbers_are_the_same_for_both(sparse_wins):
 
 
 def difference(expected, found):
-    return sys.modules["openwork.inference.deploy"]._difference(expected, found)
+    return largest_difference(expected, found)
 
 
 def test_differences():

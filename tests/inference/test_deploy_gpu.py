@@ -24,12 +24,14 @@ from torch.nn import functional as F
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
 import openwork as ow
-from openwork.inference import choose, gpu_layers
-from openwork.inference.gpu_layers import GpuConv2d, GpuLayer, GpuLinear
-from openwork.kernels.cuda import cusparselt
+from openwork.inference import choose
+from openwork.inference.layers import PackedLayer, pack_layer
+from openwork.kernels.cuda import algorithm_cache, cusparselt
 from openwork.kernels.cuda.cusparselt import BACKENDS, Backend
+from openwork.layouts.layout import KINDS, kinds_on
 from openwork.nm.groups import Axis
 from openwork.nm.masks import apply_mask, magnitude_mask
+from openwork.nm.quantize import quantize
 
 deploy = sys.modules["openwork.inference.deploy"]  # the name `openwork.inference.deploy` is the function
 SEARCHES: list[tuple[int, int]] = []
@@ -81,7 +83,7 @@ def stand_in(monkeypatch: Any, tmp_path: Path) -> None:
     cutlass = dataclasses.replace(real, product=cutlass_product, missing=lambda _: "")
     monkeypatch.setattr(cusparselt, "BACKENDS", {"cusparselt": PLAIN, "cutlass": cutlass})
     for module in (choose, deploy):
-        monkeypatch.setattr(module, "on_gpu", lambda device: True)
+        monkeypatch.setattr(module, "kinds_on", lambda device_type: kinds_on("cuda"))
     monkeypatch.setenv("OPENWORK_CACHE", str(tmp_path))
     SEARCHES.clear()
 
@@ -94,6 +96,10 @@ def sparse(layer: Any, pattern: str = "2:4", dtype: torch.dtype = torch.bfloat16
     return layer
 
 
+def packed(layer: Any, kind: str = "cusparselt", weight_dtype: torch.dtype = torch.bfloat16) -> Any:
+    return pack_layer(layer, ow.Pattern(2, 4), KINDS[kind], weight_dtype)
+
+
 def close(found: Tensor, expected: Tensor, tolerance: float = 0.02) -> bool:
     error = (found.double() - expected.double()).norm()
     return found.shape == expected.shape and bool(error <= tolerance * expected.double().norm())
@@ -102,12 +108,12 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 0.02) -> bool:
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["cusparselt", "cutlass", "gather", "expand"])
+@pytest.mark.parametrize("kind", ["cusparselt", "cutlass", "skinny_gather", "skinny_expand"])
 @pytest.mark.parametrize(("inputs", "outputs", "bias"), [(64, 32, True), (52, 17, True), (128, 40, False)])
 @pytest.mark.parametrize("rows", [(1,), (3, 5), (16,), ()])
 def test_a_linear_layer(kind: Any, inputs: int, outputs: int, bias: bool, rows: Any) -> None:
     layer = sparse(nn.Linear(inputs, outputs, bias=bias))
-    made = GpuLinear(layer, ow.Pattern(2, 4), kind, torch.bfloat16)
+    made = packed(layer, kind)
     x = torch.randn(*rows, inputs).bfloat16()
     assert close(made(x), layer(x))
     assert torch.equal(made.weight, layer.weight)
@@ -129,7 +135,7 @@ CONVS = {
 @pytest.mark.parametrize("last", [False, True])
 def test_a_convolution(name: str, last: bool) -> None:
     conv = sparse(copy.deepcopy(CONVS[name]))
-    made = GpuConv2d(conv, ow.Pattern(2, 4), "cusparselt", torch.bfloat16)
+    made = packed(conv)
     x = torch.randn(2, conv.in_channels, *([9] * len(conv.kernel_size))).bfloat16()
     x = x.to(memory_format=torch.channels_last) if last and x.ndim == 4 else x
     assert close(made(x), conv(x))
@@ -138,16 +144,16 @@ def test_a_convolution(name: str, last: bool) -> None:
 
 
 def test_one_pixel_of_images_with_channels_last_is_not_copied() -> None:
-    made = GpuConv2d(sparse(nn.Conv2d(16, 16, 1)), ow.Pattern(2, 4), "cusparselt", torch.bfloat16)
+    made = packed(sparse(nn.Conv2d(16, 16, 1)))
     x = torch.randn(2, 16, 5, 5).bfloat16().to(memory_format=torch.channels_last)
-    assert made._rows(x).data_ptr() == x.data_ptr()
+    assert made.packed._rows(x, made.form.conv).data_ptr() == x.data_ptr()
     assert made(x).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.int8, torch.float8_e4m3fn])
 def test_quantized(weight_dtype: torch.dtype) -> None:
     layer = sparse(nn.Linear(96, 40))
-    made, x = GpuLinear(layer, ow.Pattern(2, 4), "cusparselt", weight_dtype), torch.randn(5, 96).bfloat16()
+    made, x = packed(layer, weight_dtype=weight_dtype), torch.randn(5, 96).bfloat16()
     assert close(made(x), layer(x), 0.02 if weight_dtype == torch.int8 else 0.06)
     assert close(made.weight, layer.weight, 0.02 if weight_dtype == torch.int8 else 0.04)
     assert torch.equal(made.weight == 0, layer.weight == 0)
@@ -155,7 +161,7 @@ def test_quantized(weight_dtype: torch.dtype) -> None:
 
 def test_float32_is_stored_in_bfloat16_where_asked() -> None:
     layer = sparse(nn.Linear(64, 32), dtype=torch.float32)
-    made, x = GpuLinear(layer, ow.Pattern(2, 4), "cusparselt", torch.bfloat16), torch.randn(4, 64)
+    made, x = packed(layer), torch.randn(4, 64)
     assert made(x).dtype == torch.float32
     assert close(made(x), layer(x))
 
@@ -164,16 +170,16 @@ def test_a_library_that_packs_wrongly_is_found(monkeypatch: Any) -> None:
     wrong = dataclasses.replace(PLAIN, pack=lambda weight: plain_pack(weight.flip(1)))
     monkeypatch.setattr(cusparselt, "BACKENDS", {"cusparselt": wrong})
     with pytest.raises(RuntimeError, match=r"plain torch packs \d+ of 2048 weights \(32, 64\) wrongly"):
-        GpuLinear(sparse(nn.Linear(64, 32)), ow.Pattern(2, 4), "cusparselt", torch.bfloat16)
+        packed(sparse(nn.Linear(64, 32)))
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["cusparselt", "cutlass", "gather"])
+@pytest.mark.parametrize("kind", ["cusparselt", "cutlass", "skinny_gather"])
 def test_states_hold_the_dense_weight_and_nothing_packed(kind: Any) -> None:
     layer = sparse(nn.Linear(64, 32))
-    made = GpuLinear(layer, ow.Pattern(2, 4), kind, torch.bfloat16)
+    made = packed(layer, kind)
     state = made.state_dict()
     assert list(state) == ["weight", "bias"]
     assert all(torch.equal(state[name], each) for name, each in layer.state_dict().items())
@@ -184,14 +190,14 @@ def test_states_hold_the_dense_weight_and_nothing_packed(kind: Any) -> None:
 
 
 def test_a_state_that_is_not_sparse_is_refused() -> None:
-    made = GpuLinear(sparse(nn.Linear(64, 32)), ow.Pattern(2, 4), "cusparselt", torch.bfloat16)
-    with pytest.raises((ValueError, RuntimeError), match="4 non-zeros in four neighbours"):
+    made = packed(sparse(nn.Linear(64, 32)))
+    with pytest.raises((ValueError, RuntimeError), match=r"groups hold more than 2 of 4 .*: sparse tensor cores"):
         made.load_state_dict(nn.Linear(64, 32).state_dict())
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch.save", "deepcopy"])
 def test_copies_pack_again(how: str, monkeypatch: Any) -> None:
-    made = GpuLinear(sparse(nn.Linear(64, 32)), ow.Pattern(2, 4), "cusparselt", torch.bfloat16)
+    made = packed(sparse(nn.Linear(64, 32)))
     x = torch.randn(4, 64).bfloat16()
     made.search(x)
     packs = []
@@ -201,12 +207,12 @@ def test_copies_pack_again(how: str, monkeypatch: Any) -> None:
         again = copy.deepcopy(made)
     else:
         data = pickle.dumps(made) if how == "pickle" else _saved(made)
-        assert made.__getstate__()["_buffers"].keys() == {"bias"}
+        assert made.packed.__getstate__()["_buffers"].keys() == {"scales", "kernel_bias"}
         monkeypatch.setattr(cusparselt, "BACKENDS", {"cusparselt": counting})
         again = pickle.loads(data) if how == "pickle" else torch.load(io.BytesIO(data), weights_only=False)
     assert packs == [1]
     assert torch.equal(again(x), made(x))
-    assert again.algorithms == {4: SEARCHED}
+    assert again.packed.algorithms == {4: SEARCHED}
 
 
 def _saved(made: nn.Module) -> bytes:
@@ -216,7 +222,7 @@ def _saved(made: nn.Module) -> bytes:
 
 
 def test_moves_and_casts_are_refused() -> None:
-    made = GpuLinear(sparse(nn.Linear(64, 32)), ow.Pattern(2, 4), "cusparselt", torch.bfloat16)
+    made = packed(sparse(nn.Linear(64, 32)))
     for move in (lambda: made.to(torch.float16), lambda: made.to("meta")):
         with pytest.raises(
             TypeError, match=r"packed for cpu in torch.bfloat16: convert or move the model, then deploy"
@@ -234,20 +240,20 @@ def test_moves_and_casts_are_refused() -> None:
         ("2:4", torch.bfloat16, ""),
         ("1:4", torch.bfloat16, ""),
         ("1:2", torch.bfloat16, ""),
-        ("4:8", torch.bfloat16, "non-zeros in four neighbours: sparse tensor cores take two"),
+        ("4:8", torch.bfloat16, "groups hold more than 2 of 4 (the worst 4): sparse tensor cores multiply 2:4"),
         ("2:4", torch.float32, "no sparse product of torch.float32"),
     ],
 )
 def test_what_sparse_tensor_cores_take(pattern: str, weight_dtype: torch.dtype, reason: str) -> None:
     weight = sparse(nn.Linear(64, 32), pattern).weight
-    found = cusparselt.cannot(weight, "cusparselt", weight_dtype)
+    found = cusparselt.refusal("cusparselt", weight_dtype, weight.device) or cusparselt.weight_refusal(weight)
     assert reason in found if reason else found == ""
 
 
 def test_numbers_that_are_not_finite_are_not_packed() -> None:
     weight = sparse(nn.Linear(64, 32)).weight
     weight[0, int(weight[0].abs().argmax())] = torch.nan
-    assert "not finite" in cusparselt.cannot(weight, "cusparselt", torch.bfloat16)
+    assert "not finite" in cusparselt.weight_refusal(weight)
 
 
 def test_the_real_backends_are_missing_here() -> None:
@@ -285,13 +291,16 @@ def clock(monkeypatch: Any, **times: float) -> None:
 
 
 def test_a_plan_takes_what_was_fastest(monkeypatch: Any) -> None:
-    clock(monkeypatch, cusparselt=0.5, cutlass=0.6, gather=0.4)
+    clock(monkeypatch, cusparselt=0.5, cutlass=0.6, skinny_gather=0.4)
     plan = ow.plan(net(), torch.randn(2, 4, 8, 8).bfloat16(), pattern="2:4")
     kinds = {each.name: (each.kind, each.reason) for each in plan.layers}
     assert kinds["stem.weight"] == ("cusparselt", "")
     assert kinds["mix.weight"] == ("cusparselt", "")
-    assert kinds["first.weight"] == ("gather", "")
-    assert kinds["grouped.weight"] == (None, "a convolution in 2 groups: sparse tensor cores multiply one matrix")
+    assert kinds["first.weight"] == ("skinny_gather", "")
+    assert kinds["grouped.weight"] == (
+        None,
+        "skinny GEMM is for linear layers; a convolution in 2 groups: sparse tensor cores multiply one matrix",
+    )
     assert plan.weight_dtype == torch.bfloat16
 
 
@@ -309,11 +318,11 @@ def test_dense_stays_where_it_wins(monkeypatch: Any) -> None:
 
 
 def test_other_patterns_have_the_kernels_for_few_rows(monkeypatch: Any) -> None:
-    clock(monkeypatch, expand=0.5)
+    clock(monkeypatch, skinny_expand=0.5)
     plan = ow.plan(net("4:8"), torch.randn(2, 4, 8, 8).bfloat16(), pattern=ow.Selection("4:8", exclude=["stem"]))
-    assert plan.chosen == {"first.weight": "expand", "last.weight": "expand"}
+    assert plan.chosen == {"first.weight": "skinny_expand", "last.weight": "skinny_expand"}
     (mix,) = [each for each in plan.layers if each.name == "mix.weight"]
-    assert mix.reason.startswith("4 non-zeros in four neighbours")
+    assert "4:8 is not within 2:4, which sparse tensor cores multiply" in mix.reason
 
 
 def test_an_operator_that_fails_leaves_the_layer_dense(monkeypatch: Any) -> None:
@@ -323,17 +332,29 @@ def test_an_operator_that_fails_leaves_the_layer_dense(monkeypatch: Any) -> None
     broken = dataclasses.replace(PLAIN, product=fails)
     monkeypatch.setattr(cusparselt, "BACKENDS", {"cusparselt": broken})
     clock(monkeypatch)
-    monkeypatch.setattr(choose, "get_args", lambda _: ("cusparselt",))
+    monkeypatch.setattr(choose, "kinds_on", lambda _: [KINDS["cusparselt"]])
     plan = ow.plan(net(), torch.randn(2, 4, 8, 8).bfloat16(), pattern="2:4")
     assert plan.chosen == {}
     assert "cusparselt: CUDA error: operation not supported" in {each.reason for each in plan.layers}
+
+
+@pytest.mark.parametrize("error", [TypeError, IndexError, AssertionError, ValueError])
+def test_an_error_that_is_no_refusal_of_a_library_is_ours(error: type[Exception], monkeypatch: Any) -> None:
+    def fails(*_: Any) -> Tensor:
+        raise error("a bug of ours")
+
+    monkeypatch.setattr(cusparselt, "BACKENDS", {"cusparselt": dataclasses.replace(PLAIN, product=fails)})
+    monkeypatch.setattr(choose, "kinds_on", lambda _: [KINDS["cusparselt"]])
+    clock(monkeypatch)
+    with pytest.raises(error, match="a bug of ours"):
+        ow.plan(net(), torch.randn(2, 4, 8, 8).bfloat16(), pattern="2:4")
 
 
 def test_a_deployed_model_is_the_model(monkeypatch: Any) -> None:
     clock(monkeypatch, cusparselt=0.5)
     model, x = net(), torch.randn(2, 4, 8, 8).bfloat16()
     fast = ow.deploy(model, x, pattern="2:4")
-    layers = [each for each in fast.modules() if isinstance(each, GpuLayer)]
+    layers = [each for each in fast.modules() if isinstance(each, PackedLayer)]
     assert len(layers) == 4
     assert fast.stem.relu
     assert close(fast(x), model(x), 0.03)
@@ -370,7 +391,7 @@ def test_a_dense_model_that_was_returned_says_so(monkeypatch: Any) -> None:
     assert fast.deployment.returned == "dense"
     assert fast.deployment.chosen == {}
     assert "returned: dense" in str(fast.deployment)
-    assert not any(isinstance(each, GpuLayer) for each in fast.modules())
+    assert not any(isinstance(each, PackedLayer) for each in fast.modules())
 
 
 def test_an_algorithm_that_the_library_refuses_is_replaced_by_its_own_choice(monkeypatch: Any) -> None:
@@ -381,7 +402,7 @@ def test_an_algorithm_that_the_library_refuses_is_replaced_by_its_own_choice(mon
 
     monkeypatch.setitem(cusparselt.BACKENDS, "cusparselt", dataclasses.replace(PLAIN, product=picky))  # type: ignore[arg-type]
     layer, x = sparse(nn.Linear(64, 32)), torch.randn(4, 64).bfloat16()
-    made = GpuLinear(layer, ow.Pattern(2, 4), "cusparselt", torch.bfloat16)
+    made = packed(layer)
     made.search(x)
     with pytest.warns(UserWarning, match=r"refuses algorithm \[7, 2, 1\] for \(8, 64\) by 32 outputs.*NOT_SUPPORTED"):
         assert close(made(x), layer(x))
@@ -390,25 +411,25 @@ def test_an_algorithm_that_the_library_refuses_is_replaced_by_its_own_choice(mon
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.int8])
 def test_a_new_state_is_packed_where_the_old_one_was(weight_dtype: torch.dtype) -> None:
     """A captured graph goes on reading there."""
-    made, other = (GpuLinear(sparse(nn.Linear(64, 32)), ow.Pattern(2, 4), "cusparselt", weight_dtype) for _ in range(2))
-    before = {name: each.data_ptr() for name, each in made._buffers.items() if each is not None}
+    made, other = (packed(sparse(nn.Linear(64, 32)), weight_dtype=weight_dtype) for _ in range(2))
+    before = {name: each.data_ptr() for name, each in made.named_buffers()}
     made.load_state_dict(other.state_dict())
-    assert {name: each.data_ptr() for name, each in made._buffers.items() if each is not None} == before
+    assert {name: each.data_ptr() for name, each in made.named_buffers()} == before
     x = torch.randn(4, 64).bfloat16()
     assert close(made(x), other(x))
 
 
 def test_training_through_a_deployed_layer_is_refused() -> None:
     x = torch.randn(2, 8, 5, 5).bfloat16().requires_grad_()
-    made = GpuConv2d(sparse(nn.Conv2d(8, 16, 1)), ow.Pattern(2, 4), "cusparselt", torch.bfloat16)
-    with pytest.raises(RuntimeError, match="GpuConv2d is for inference, and its input requires grad"):
+    made = packed(sparse(nn.Conv2d(8, 16, 1)))
+    with pytest.raises(RuntimeError, match="PackedConv2d is for inference, and its input requires grad"):
         made(x)
     with torch.no_grad():
         made(x)
 
 
 def test_a_pickled_layer_that_comes_back_without_a_gpu_says_what_to_do(monkeypatch: Any) -> None:
-    data = pickle.dumps(GpuLinear(sparse(nn.Linear(64, 32)), ow.Pattern(2, 4), "cusparselt", torch.bfloat16))
+    data = pickle.dumps(packed(sparse(nn.Linear(64, 32))))
     monkeypatch.setattr(cusparselt, "BACKENDS", BACKENDS)
     with pytest.raises(RuntimeError, match=r"comes back on cpu: .*Load it onto a GPU.*save its state dict"):
         pickle.loads(data)
@@ -416,21 +437,22 @@ def test_a_pickled_layer_that_comes_back_without_a_gpu_says_what_to_do(monkeypat
 
 def test_the_operator_compiles(monkeypatch: Any) -> None:
     layer = sparse(nn.Linear(64, 32))
-    made, x = GpuLinear(layer, ow.Pattern(2, 4), "cusparselt", torch.bfloat16), torch.randn(4, 64).bfloat16()
+    made, x = packed(layer), torch.randn(4, 64).bfloat16()
     made.search(x)
     compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), made(x))
 
 
-@pytest.mark.parametrize("name", ["semi_structured_linear", "thin_linear"])
+@pytest.mark.parametrize("name", ["semi_structured_linear", "skinny_gather_linear"])
 def test_fake_kernels_fit(name: str) -> None:
-    kind = "cutlass" if name.startswith("semi") else "gather"
-    made = GpuLinear(sparse(nn.Linear(64, 32)), ow.Pattern(2, 4), kind, torch.bfloat16)
+    kind = "cutlass" if name.startswith("semi") else "skinny_gather"
+    made = packed(sparse(nn.Linear(64, 32)), kind)
     x = torch.randn(8, 64).bfloat16()
+    layout = made.packed
     if kind == "cutlass":
-        arguments = (x, made.values, made.positions, made.packed_bias, kind, 32, [0, 1, -1], torch.bfloat16)
+        arguments = (x, layout.values, layout.meta, layout.kernel_bias, kind, 32, [0, 1, -1], torch.bfloat16)
     else:
-        arguments = (x, made.values, made.positions, made.packed_bias, made._thin().numbers, False, False)
+        arguments = (x, [layout.values, layout.indices], layout.kernel_bias, layout.integers, False, False)
     torch.library.opcheck(getattr(torch.ops.openwork, name).default, arguments)
 
 
@@ -439,8 +461,8 @@ def test_what_cannot_be_stored_or_captured_is_refused(monkeypatch: Any) -> None:
     model, x = net(), torch.randn(2, 4, 8, 8).bfloat16()
     with pytest.raises(ValueError, match=r"weight_dtype=torch.float32; needed one of torch.float16"):
         ow.deploy(model, x, pattern="2:4", weight_dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"cuda_graph=True for a model on cpu; needed one on a GPU"):
-        ow.deploy(model, x, pattern="2:4", cuda_graph=True)
+    with pytest.raises(ValueError, match=r"timed_as='graph' for a model on cpu; needed one on a GPU"):
+        ow.deploy(model, x, pattern="2:4", timed_as="graph")
 
 
 # --- algorithms ------------------------------------------------------------------------------------------------------
@@ -449,13 +471,13 @@ def test_what_cannot_be_stored_or_captured_is_refused(monkeypatch: Any) -> None:
 def test_algorithms_are_searched_once_for_each_shape(tmp_path: Path) -> None:
     layer = sparse(nn.Linear(64, 32))
     for _ in range(2):
-        made = GpuLinear(layer, ow.Pattern(2, 4), "cusparselt", torch.bfloat16)
+        made = packed(layer)
         made.search(torch.randn(3, 64).bfloat16())
         made.search(torch.randn(2, 50, 64).bfloat16())
     assert SEARCHES == [(8, 64), (104, 64)]
-    assert made.algorithms == {3: SEARCHED, 100: SEARCHED}
-    made.algorithms = {3: (5, 1, -1), 100: (6, 1, -1)}
-    assert [made.algorithm_for(rows)[0] for rows in (1, 3, 40, 60, 1000)] == [5, 5, 5, 6, 6]
+    assert made.packed.algorithms == {3: SEARCHED, 100: SEARCHED}
+    made.packed.algorithms = {3: (5, 1, -1), 100: (6, 1, -1)}
+    assert [made.packed.algorithm_for(rows)[0] for rows in (1, 3, 40, 60, 1000)] == [5, 5, 5, 6, 6]
     (of_machine,) = json.loads((tmp_path / "openwork" / "algorithms.json").read_text()).values()
     kept = "torch.bfloat16 to torch.bfloat16, bias"
     assert of_machine == {f"32x64x8 {kept}": [*SEARCHED], f"32x64x104 {kept}": [*SEARCHED]}
@@ -468,7 +490,7 @@ def test_a_damaged_file_of_algorithms_is_searched_again(tmp_path: Path, text: st
     file = tmp_path / "openwork" / "algorithms.json"
     file.parent.mkdir()
     file.write_text(text)
-    made = GpuLinear(sparse(nn.Linear(64, 32)), ow.Pattern(2, 4), "cusparselt", torch.bfloat16)
+    made = packed(sparse(nn.Linear(64, 32)))
     if "a" in text:
         made.search(torch.randn(3, 64).bfloat16())
     else:
@@ -486,9 +508,9 @@ def test_without_a_home_algorithms_are_kept_nowhere(monkeypatch: Any) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "expanduser", homeless)
-    made = GpuLinear(sparse(nn.Linear(64, 32)), ow.Pattern(2, 4), "cusparselt", torch.bfloat16)
+    made = packed(sparse(nn.Linear(64, 32)))
     made.search(torch.randn(3, 64).bfloat16())
-    assert made.algorithms == {3: SEARCHED}
+    assert made.packed.algorithms == {3: SEARCHED}
 
 
 def test_the_version_is_that_of_the_installed_library(monkeypatch: Any) -> None:
@@ -506,17 +528,17 @@ def test_the_version_is_that_of_the_installed_library(monkeypatch: Any) -> None:
         found = {"nvidia-cusparselt-cu12": expected} if expected.count(".") == 3 else {}
         cusparselt._lt_number.cache_clear()
         assert BACKENDS["cusparselt"].version() == f"cuSPARSELt {expected}"
-        assert ("install nvidia-cusparselt 0.8.1" in cusparselt.version_warning(torch.device("cpu"))) is slow
+        assert ("install nvidia-cusparselt 0.8.1" in cusparselt.version_warning(torch.device("cuda"))) is slow
     cusparselt._lt_number.cache_clear()
 
 
 def test_a_folder_that_cannot_be_written_is_said(monkeypatch: Any, tmp_path: Path) -> None:
     (tmp_path / "openwork").write_text("a file")
     with pytest.warns(UserWarning, match="cannot be written"):
-        cusparselt.remember_algorithm(cusparselt.algorithms_file(), "m", "k", SEARCHED)
+        algorithm_cache.add(algorithm_cache.file_of_user(), "m", "k", SEARCHED)
 
 
 def test_the_fp8_scale_reaches_the_largest_number() -> None:
-    made, scales = gpu_layers.quantized_input(torch.tensor([[1.0, -0.5], [0.0, 0.0]]), torch.float8_e4m3fn)
+    made, scales = quantize(torch.tensor([[1.0, -0.5], [0.0, 0.0]]), torch.float8_e4m3fn)
     assert made.float().tolist() == [[448.0, -224.0], [0.0, 0.0]]
     assert torch.allclose(scales[0], torch.tensor(1 / 448))

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.multiprocessing import get_context
 
 import openwork as ow
-from openwork.inference.layers import SparseConv2d, SparseLinear, symmetric_padding
+from openwork.inference.geometry import symmetric_padding
+from openwork.inference.layers import pack_layer
 from openwork.kernels.cpu import native
-from openwork.layouts.layout import has_dots_layout
+from openwork.layouts.dot_product import step_refusal
+from openwork.layouts.layout import kind_named
 from openwork.utils.deployed import check_not_deployed
 
 STATUS = ow.kernels.status()
@@ -72,16 +74,14 @@ CONV = {
 
 
 def kinds(layer: nn.Module, pattern: ow.Pattern, weight_dtype: torch.dtype = torch.float32) -> list[str]:
-    """Those of float32 layers; int8's dots also on instruction sets without them, where they are slow."""
-    fits = has_dots_layout(weight_dtype, pattern, ow.kernels.lanes())
-    found = ["panel", *["rows"] * (layer.weight.ndim == 2 and pattern.m in (2, 4, 8, 16, 32))]
-    return [*found, *["dots"] * (fits and weight_dtype == torch.int8 and getattr(layer, "groups", 1) == 1)]
+    """Those of float32 layers; int8's dot products also on instruction sets without them, where they are slow."""
+    fits = not step_refusal(weight_dtype, pattern, ow.kernels.vectors().lanes)
+    found = ["gemm", *["gemv"] * (layer.weight.ndim == 2 and pattern.m in (2, 4, 8, 16, 32))]
+    return [*found, *["dot_product"] * (fits and weight_dtype == torch.int8 and getattr(layer, "groups", 1) == 1)]
 
 
 def deployed(layer: nn.Module, pattern: ow.Pattern, kind: str, weight_dtype: torch.dtype) -> nn.Module:
-    if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        return SparseConv2d(layer, pattern, kind, weight_dtype)
-    return SparseLinear(layer, pattern, kind, weight_dtype, transposed=not isinstance(layer, nn.Linear))
+    return pack_layer(layer, pattern, kind_named(kind), weight_dtype)
 
 
 def check(layer: nn.Module, made: nn.Module, x: Tensor, weight_dtype: torch.dtype) -> None:
@@ -128,14 +128,14 @@ def test_convolutions(name, weight_dtype, isa):
 def test_channels_that_the_pattern_does_not_divide(isa):
     layer = nn.Conv2d(6, 4, 3, padding=1).eval().requires_grad_(False)
     layer.weight[:, 1::2] = 0  # 2:4 as far as groups go, the last of 2
-    check(layer, SparseConv2d(layer, P24, "panel", torch.float32), torch.randn(2, 6, 5, 5), torch.float32)
+    check(layer, deployed(layer, P24, "gemm", torch.float32), torch.randn(2, 6, 5, 5), torch.float32)
     layer = nn.Linear(10, 4).eval().requires_grad_(False)
     layer.weight[:, 1::2] = 0
-    for kind in ("panel", "rows"):
-        check(layer, SparseLinear(layer, P24, kind, torch.float32), torch.randn(3, 10), torch.float32)
+    for kind in ("gemm", "gemv"):
+        check(layer, deployed(layer, P24, kind, torch.float32), torch.randn(3, 10), torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["panel", "dots"])
+@pytest.mark.parametrize("kind", ["gemm", "dot_product"])
 def test_an_input_with_other_channels_is_refused(kind, isa):
     """Also where both numbers are the same rounded up to M."""
     made = deployed(projected(nn.Conv2d(8, 4, 3)), P24, kind, torch.int8)
@@ -144,7 +144,7 @@ def test_an_input_with_other_channels_is_refused(kind, isa):
             made(torch.randn(2, channels, 5, 5))
 
 
-@pytest.mark.parametrize("kind", ["panel", "rows"])
+@pytest.mark.parametrize("kind", ["gemm", "gemv"])
 def test_relu_is_applied(kind, isa):
     layer = projected(nn.Linear(16, 8))
     made, x = deployed(layer, P24, kind, torch.float32), torch.randn(5, 16)
@@ -156,7 +156,7 @@ def test_relu_is_applied(kind, isa):
 
 def test_inputs_by_keyword_and_in_bfloat16():
     layer = projected(nn.Linear(16, 8)).bfloat16()
-    made, x = deployed(layer, P24, "panel", torch.float32), torch.randn(5, 16).bfloat16()
+    made, x = deployed(layer, P24, "gemm", torch.float32), torch.randn(5, 16).bfloat16()
     torch.testing.assert_close(made(input=x), layer(input=x), atol=0.02, rtol=0.02)
     assert made.weight.dtype == made(x).dtype == torch.bfloat16
     assert torch.equal(made.weight, layer.weight)
@@ -178,7 +178,7 @@ def test_layers_in_bfloat16_round_once_more_than_float32(name, isa):
     """Products of bfloat16 numbers, summed in float32: the layer's output but for the last of its 8 bits."""
     make, shape = BFLOAT16[name]
     layer, x = projected(make()).bfloat16(), torch.randn(shape).bfloat16()
-    made = deployed(layer, P24, "dots", torch.bfloat16)
+    made = deployed(layer, P24, "dot_product", torch.bfloat16)
     exact, size = copy.deepcopy(layer).double(), copy.deepcopy(layer).double()
     for each in size.parameters():
         each.data.abs_()
@@ -243,12 +243,12 @@ def test_a_state_dict_is_loaded(name):
 
 def test_states_that_do_not_fit_are_refused():
     layer = projected(nn.Linear(24, 10))
-    made = deployed(layer, P24, "panel", torch.float32)
+    made = deployed(layer, P24, "gemm", torch.float32)
     x, before = torch.randn(3, 24), None
     before = made(x)
     dense = nn.Linear(24, 10).state_dict()
     for state, message in (
-        (dense, r"weight: a group of the weight \(10, 24\) holds 4 non-zeros; needed 2:4; deploy the model"),
+        (dense, r"weight: the weight \(10, 24\) is not 2:4: 60 of 60 groups hold more than .*; deploy the model"),
         ({**dense, "weight": torch.zeros(10, 20)}, r"weight is \(10, 20\); the layer that was deployed has \(10, 24\)"),
         ({"bias": dense["bias"]}, 'Missing key.s. in state_dict: "weight"'),
         ({**layer.state_dict(), "extra": dense["bias"]}, 'Unexpected key.s. in state_dict: "extra"'),
@@ -283,17 +283,17 @@ def test_pickles_are_packed_anew_for_another_instruction_set(name):
     if made.weight_dtype == torch.int8:
         half = copy.deepcopy(layer).bfloat16()
         made = deployed(half, P24, made.kind, torch.int8)  # its dtype has fewer digits than int8 numbers with a scale
-    numbers, y, data = made._numbers(), made(x), pickle.dumps(made)
+    numbers, y, data = made.packed.unpack(), made(x), pickle.dumps(made)
     try:
         ow.kernels.use_isa("scalar")
-        if made.kind == "dots":  # there is no kernel, and the reference takes any
+        if made.kind == "dot_product":  # there is no kernel, and the reference takes any
             torch.testing.assert_close(made(x), y, atol=1e-6, rtol=1e-6)
         else:
             with pytest.raises(RuntimeError, match="packed for vectors of another size"):
                 made(x)
         there = pickle.loads(data)
         torch.testing.assert_close(there(x), y, atol=1e-6, rtol=1e-6)
-        assert torch.equal(there._numbers(), numbers)
+        assert torch.equal(there.packed.unpack(), numbers)
         back = pickle.dumps(there)
     finally:
         ow.kernels.use_isa(STATUS.isa)
@@ -333,8 +333,8 @@ def _answer(model, x, queue):
 
 def test_a_spawned_process_runs_it():
     """It gets the model through shared memory."""
-    model = nn.Sequential(deployed(projected(nn.Linear(24, 16)), P24, "panel", torch.float32), nn.ReLU(),
-                          deployed(projected(nn.Linear(16, 8)), P24, "rows", torch.bfloat16))  # fmt: skip
+    model = nn.Sequential(deployed(projected(nn.Linear(24, 16)), P24, "gemm", torch.float32), nn.ReLU(),
+                          deployed(projected(nn.Linear(16, 8)), P24, "gemv", torch.bfloat16))  # fmt: skip
     x, context = torch.randn(3, 24), get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_answer, args=(model, x, queue))
@@ -349,36 +349,38 @@ def test_a_spawned_process_runs_it():
 
 
 def test_moves_and_casts():
-    made = deployed(projected(nn.Linear(8, 4)), P24, "panel", torch.float32)
+    made = deployed(projected(nn.Linear(8, 4)), P24, "gemm", torch.float32)
     assert made.to("cpu") is made.float() is made.eval() is made
     for move in (lambda: made.half(), lambda: made.double(), lambda: made.to("meta"), lambda: made.to(torch.bfloat16)):
-        with pytest.raises(TypeError, match=r"^SparseLinear is packed for this CPU in torch\.float32: conv"):
+        with pytest.raises(TypeError, match=r"^PackedLinear is packed for cpu in torch\.float32: conv"):
             move()
     assert made(torch.zeros(1, 8)).dtype == torch.float32
 
 
 def test_gradients_are_refused_and_say_what_to_do():
-    made = deployed(projected(nn.Linear(8, 4)), P24, "panel", torch.float32)
+    made = deployed(projected(nn.Linear(8, 4)), P24, "gemm", torch.float32)
     x = torch.randn(2, 8, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"SparseLinear is for inference, and its input requires grad: call "):
+    with pytest.raises(RuntimeError, match=r"PackedLinear is for inference, and its input requires grad: call "):
         made(x)
     with torch.no_grad():
         made(x)
     with torch.inference_mode():
         made(x)
-    conv = SparseConv2d(projected(nn.Conv2d(4, 4, 1)), P24, "panel", torch.float32)
-    with pytest.raises(RuntimeError, match="SparseConv2d is for inference"):
+    conv = deployed(projected(nn.Conv2d(4, 4, 1)), P24, "gemm", torch.float32)
+    with pytest.raises(RuntimeError, match="PackedConv2d is for inference"):
         conv(torch.randn(1, 4, 2, 2, requires_grad=True))
 
 
 def test_a_weight_that_is_not_of_the_pattern():
-    with pytest.raises(ValueError, match=r"a group of the weight \(4, 8\) holds 4 non-zeros; needed 2:4"):
-        deployed(nn.Linear(8, 4), P24, "panel", torch.float32)
+    with pytest.raises(
+        ValueError, match=r"the weight \(4, 8\) is not 2:4: 8 of 8 groups hold more than 2 of 4 .the worst 4"
+    ):
+        deployed(nn.Linear(8, 4), P24, "gemm", torch.float32)
 
 
 def test_verbs_that_need_the_weights_refuse_deployed_models(tmp_path):
-    net = nn.Sequential(deployed(projected(nn.Linear(8, 4)), P24, "panel", torch.float32))
-    expected = r"1 layers are deployed \(0, \.\.\.\), their weights packed for this machine; do it with the model"
+    net = nn.Sequential(deployed(projected(nn.Linear(8, 4)), P24, "gemm", torch.float32))
+    expected = r"1 layers are deployed \(0, \.\.\.\), their weights packed for this hardware; do it with the model"
     for verb in (
         lambda: ow.sparsify(net, "2:4"),
         lambda: ow.verify(net, pattern="2:4"),
@@ -412,5 +414,5 @@ def test_padding(options, expected):
 
 
 def test_the_text_says_what_it_is():
-    made = deployed(projected(nn.Linear(8, 4)), P24, "rows", torch.bfloat16)
-    assert repr(made) == "SparseLinear(2:4, (4, 8), torch.bfloat16, rows)"
+    made = deployed(projected(nn.Linear(8, 4)), P24, "gemv", torch.bfloat16)
+    assert repr(made) == "PackedLinear(2:4, (4, 8), torch.bfloat16, gemv)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import pickle
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import openwork as ow
-from openwork.inference.layers import SparseConv2d, SparseLinear
+from openwork.inference.layers import PackedConv2d, PackedLinear
 from openwork.utils import timing
 from openwork.utils.torchvision_compat import ensure_torchvision
 
@@ -85,28 +86,28 @@ def equal(fast: nn.Module, model: nn.Module, x: torch.Tensor = EXAMPLE, **tolera
         torch.testing.assert_close(fast(x), model(x), **(tolerance or {"rtol": 1e-4, "atol": 1e-5}))
 
 
-@pytest.mark.parametrize("kinds", [("panel", "panel"), ("rows", "panel"), ("rows", None), (None, None)])
+@pytest.mark.parametrize("kinds", [("gemm", "gemm"), ("gemv", "gemm"), ("gemv", None), (None, None)])
 @pytest.mark.filterwarnings("ignore:no layer is faster")
 def test_every_choice_gives_the_outputs_of_the_dense_model(path, saved, kinds):
     up, down = kinds
-    chosen = {"conv.weight": "panel", "wide.weight": down, "up.weight": up, "down.weight": down}
+    chosen = {"conv.weight": "gemm", "wide.weight": down, "up.weight": up, "down.weight": down}
     chosen = {name: kind for name, kind in chosen.items() if kind}
     fast = ow.load_deployed(path, without_values(), EXAMPLE, chosen=chosen)
     equal(fast, saved)
     equal(fast, saved, torch.randn(3, 3, 5, 7))
     assert fast.deployment.chosen == chosen
-    assert isinstance(fast.conv, SparseConv2d)
+    assert isinstance(fast.conv, PackedConv2d)
     assert fast.conv.relu
     assert isinstance(fast.norm, nn.Identity)
     assert isinstance(fast.relu, nn.Identity)
     assert isinstance(fast.last, nn.Identity)
-    assert isinstance(fast.up, SparseLinear if up else nn.Linear)
+    assert isinstance(fast.up, PackedLinear if up else nn.Linear)
     assert isinstance(fast.stem, nn.Conv2d)
     reasons = {each.name: each.reason for each in fast.deployment.layers}
     assert reasons == {**dict.fromkeys(NAMES, "as chosen"), "stem.weight": "dense in the file"}
 
 
-def sparse_wins(monkeypatch, kind: str = "panel") -> dict[str, float]:
+def sparse_wins(monkeypatch, kind: str = "gemm") -> dict[str, float]:
     """Let one kernel be the fastest: which one is on so small a net is noise."""
     times = {"torch": 2.0, kind: 1.0}
     monkeypatch.setattr(timing, "fastest", lambda variants: {name: times.get(name, 3.0) for name in variants})
@@ -118,7 +119,7 @@ def test_it_is_what_deploy_makes(path, saved, monkeypatch):
     monkeypatch.setattr(sys.modules["openwork.inference.deploy"], "_whole", lambda *_: {"dense": 2.0, "sparse": 1.0})
     by_model = ow.deploy(saved, EXAMPLE, pattern=ow.Selection("2:4", exclude=["stem"]))
     by_file = ow.load_deployed(path, Net(), EXAMPLE)
-    assert by_file.deployment.chosen == by_model.deployment.chosen == dict.fromkeys(NAMES, "panel")
+    assert by_file.deployment.chosen == by_model.deployment.chosen == dict.fromkeys(NAMES, "gemm")
     theirs, ours = by_model.state_dict(), by_file.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -152,8 +153,8 @@ def test_layers_are_measured_as_the_example_reaches_them(path):
 def test_a_layer_that_is_faster_is_sparse_and_one_that_is_not_is_dense_aloud(path, saved, monkeypatch):
     times = sparse_wins(monkeypatch)
     fast = ow.load_deployed(path, Net(), EXAMPLE)
-    assert fast.deployment.chosen == dict.fromkeys(NAMES, "panel")
-    times["panel"] = 4.0
+    assert fast.deployment.chosen == dict.fromkeys(NAMES, "gemm")
+    times["gemm"] = 4.0
     with pytest.warns(UserWarning, match="no layer is faster sparse here: the model is dense") as caught:
         dense = ow.load_deployed(path, Net(), EXAMPLE)
     assert caught[0].filename == __file__
@@ -163,7 +164,7 @@ def test_a_layer_that_is_faster_is_sparse_and_one_that_is_not_is_dense_aloud(pat
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.int8])
 def test_weights_are_kept_in_fewer_bits(path, saved, weight_dtype):
-    fast = ow.load_deployed(path, Net(), EXAMPLE, chosen=dict.fromkeys(NAMES, "panel"), weight_dtype=weight_dtype)
+    fast = ow.load_deployed(path, Net(), EXAMPLE, chosen=dict.fromkeys(NAMES, "gemm"), weight_dtype=weight_dtype)
     assert fast.conv.weight_dtype == weight_dtype
     equal(fast, saved, rtol=0.1, atol=0.1)
     with pytest.raises(ValueError, match=r"weight_dtype=torch\.float16; needed one of"):
@@ -173,7 +174,7 @@ def test_weights_are_kept_in_fewer_bits(path, saved, weight_dtype):
 def test_the_model_is_left_alone_and_its_weights_are_those_of_the_file(path, saved):
     model = Net().train()
     before = {name: each.clone() for name, each in model.state_dict().items()}
-    fast = ow.load_deployed(path, model, EXAMPLE, chosen={"up.weight": "rows"})
+    fast = ow.load_deployed(path, model, EXAMPLE, chosen={"up.weight": "gemv"})
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
     assert model.training
     assert type(model.up) is nn.Linear
@@ -186,7 +187,7 @@ def test_the_model_is_left_alone_and_its_weights_are_those_of_the_file(path, sav
 
 
 def test_what_was_chosen_survives_json_and_the_result_pickle(path, saved):
-    first = ow.load_deployed(path, Net(), EXAMPLE, chosen={"up.weight": "rows", "conv.weight": "panel"})
+    first = ow.load_deployed(path, Net(), EXAMPLE, chosen={"up.weight": "gemv", "conv.weight": "gemm"})
     again = ow.load_deployed(path, Net(), EXAMPLE, chosen=json.loads(json.dumps(first.deployment.chosen)))
     with torch.inference_mode():
         assert torch.equal(again(EXAMPLE), first(EXAMPLE))
@@ -194,12 +195,13 @@ def test_what_was_chosen_survives_json_and_the_result_pickle(path, saved):
 
 
 def test_what_another_processor_chose_is_done_by_the_kernel_that_is_here(path, saved, monkeypatch):
-    monkeypatch.setattr(ow.kernels, "has_dots", lambda: False)
+    here = dataclasses.replace(ow.kernels.vectors(), dot_product=False)
+    monkeypatch.setattr(ow.kernels, "vectors", lambda: here)
     fast = ow.load_deployed(
-        path, Net(), EXAMPLE, chosen={"up.weight": "dots", "conv.weight": "dots"}, weight_dtype=torch.int8
+        path, Net(), EXAMPLE, chosen={"up.weight": "dot_product", "conv.weight": "dot_product"}, weight_dtype=torch.int8
     )
-    assert fast.deployment.chosen == {"up.weight": "panel", "conv.weight": "panel"}
-    assert {fast.up.kind, fast.conv.kind} == {"panel"}
+    assert fast.deployment.chosen == {"up.weight": "gemm", "conv.weight": "gemm"}
+    assert {fast.up.kind, fast.conv.kind} == {"gemm"}
 
 
 class Odd(nn.Module):
@@ -228,8 +230,8 @@ def test_what_no_kernel_takes_is_dense_for_a_reason(path):
     ow.save(model, path, pattern=ow.Selection("2:4", exclude=["embed", "head"]))
     x = torch.arange(6).view(1, 6)
     with pytest.raises(ValueError, match="kernels pad with zeros"):
-        ow.load_deployed(path, without_values(Odd), x, chosen={"mirror.weight": "panel"})
-    fast = ow.load_deployed(path, without_values(Odd), x, chosen={"fc.weight": "panel"})
+        ow.load_deployed(path, without_values(Odd), x, chosen={"mirror.weight": "gemm"})
+    fast = ow.load_deployed(path, without_values(Odd), x, chosen={"fc.weight": "gemm"})
     equal(fast, model, x)
     assert fast.b.weight is fast.a.weight
     reasons = {each.name: each.reason for each in fast.deployment.layers}
@@ -256,7 +258,7 @@ def test_an_encoder_layer_of_torch(path):
     ow.save(model, path, pattern="2:4")
     x = torch.randn(2, 5, 16)
     names = ("0.linear1.weight", "0.linear2.weight")
-    fast = ow.load_deployed(path, without_values(make), x, chosen=dict.fromkeys(names, "panel"))
+    fast = ow.load_deployed(path, without_values(make), x, chosen=dict.fromkeys(names, "gemm"))
     equal(fast, model, x)
 
 
@@ -270,8 +272,8 @@ def test_layers_of_transformers_that_keep_their_weights_transposed(path):
     ids = {"input_ids": torch.tensor([[3, 1, 2]])}
     names = [f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
     twin = transformers.GPT2LMHeadModel(config)
-    fast = ow.load_deployed(path, twin, ids, chosen=dict.fromkeys(names, "rows"))
-    assert isinstance(fast.transformer.h[0].mlp.c_fc, SparseLinear)
+    fast = ow.load_deployed(path, twin, ids, chosen=dict.fromkeys(names, "gemv"))
+    assert isinstance(fast.transformer.h[0].mlp.c_fc, PackedLinear)
     assert fast.lm_head.weight is fast.transformer.wte.weight
     with torch.inference_mode():
         torch.testing.assert_close(fast(**ids).logits, model(**ids).logits, rtol=1e-4, atol=1e-5)
@@ -291,10 +293,10 @@ def test_an_example_on_another_device_is_refused(tmp_path):
         ow.load_deployed(tmp_path / "none.safetensors", Net(), (EXAMPLE.to("meta"),))
 
 
-@pytest.mark.parametrize("chosen", [{"stem.weight": "panel"}, {"conv.weight": "rows"}, {"gone": "panel"}])
+@pytest.mark.parametrize("chosen", [{"stem.weight": "gemm"}, {"conv.weight": "gemv"}, {"gone": "gemm"}])
 def test_a_choice_that_cannot_be_is_named(path, saved, chosen):
     ((name, kind),) = chosen.items()
-    there = "panel" if name == "conv.weight" else "none"
+    there = "gemm" if name == "conv.weight" else "none"
     with pytest.raises(ValueError, match=f"chosen: '{name}' by the kernel '{kind}'; .* there is: {there}"):
         ow.load_deployed(path, Net(), EXAMPLE, chosen=chosen)
 
@@ -310,7 +312,7 @@ def test_models_that_do_not_fit_are_refused(path, saved):
         model = Net()
     with pytest.raises(ValueError, match=r"\.shift is on meta and not in the file \(a buffer that is not persistent\)"):
         ow.load_deployed(path, model, EXAMPLE)
-    fast = ow.load_deployed(path, Net(), EXAMPLE, chosen={"up.weight": "rows"})
+    fast = ow.load_deployed(path, Net(), EXAMPLE, chosen={"up.weight": "gemv"})
     with pytest.raises(ValueError, match="layers are deployed"):
         ow.load_deployed(path, fast, EXAMPLE)
 
@@ -320,7 +322,7 @@ def test_a_damaged_weight_is_found_before_a_kernel_sees_it(path, saved):
     content[-1] ^= 0xFF
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"net\.safetensors: weight '.*damaged"):
-        ow.load_deployed(path, Net(), EXAMPLE, chosen=dict.fromkeys(NAMES, "panel"))
+        ow.load_deployed(path, Net(), EXAMPLE, chosen=dict.fromkeys(NAMES, "gemm"))
 
 
 PEAK = """
@@ -344,7 +346,7 @@ def test_memory_holds_the_packed_layers_and_one_dense_one(path):
     one = nn.Linear(2048, 2048, bias=False)
     ow.project(one, "1:4")
     ow.save(nn.Sequential(*(copy.deepcopy(one) for _ in range(8))), path, pattern="1:4")
-    chosen = {f"{i}.weight": "panel" if i % 2 else "rows" for i in range(8)}
+    chosen = {f"{i}.weight": "gemm" if i % 2 else "gemv" for i in range(8)}
     arguments = [sys.executable, "-c", PEAK, str(path), json.dumps(chosen)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401
-import integrations.conftest  # noqa: F401
 
 if __name__ == "__main__":
     which, folder, after = sys.argv[1:]

@@ -99,7 +99,9 @@ def test_what_leaves_training_is_sparse(tmp_path):
 
 
 def test_a_broken_promise_is_found_at_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("openwork.integrations.hf_accelerate.save_beside", lambda *_: None)  # which verifies as well
+    monkeypatch.setattr(
+        "openwork.integrations.hf_accelerate.save_compressed", lambda *_: None
+    )  # which verifies as well
     accelerate = loop.accelerator()
     model, optimizer, _ = loop.prepared(accelerate, nets.sparse(KIND), 1)
     sparse = SparseRun(accelerate, model, optimizer)

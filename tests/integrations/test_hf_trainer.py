@@ -142,7 +142,7 @@ def test_what_leaves_training_is_sparse(row, tmp_path):
 
 
 def test_a_broken_promise_is_found_at_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("openwork.integrations.hf_trainer.save_beside", lambda *_: None)  # which verifies as well
+    monkeypatch.setattr("openwork.integrations.hf_trainer.save_compressed", lambda *_: None)  # verifies, too
     trainer = hf.sparse_trainer(hf.arguments(tmp_path), steps=2)
     trainer.model.transformer.h[1].mlp.c_fc = hf.gpt2().transformer.h[1].mlp.c_fc  # and its mask is gone
     with pytest.raises(ow.NotSparse, match=r"h\.1\.mlp\.c_fc"):

@@ -118,7 +118,7 @@ def test_the_compressed_file_holds_the_final_net(tmp_path):
 
 
 def test_a_broken_promise_is_found_at_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("openwork.integrations.lightning.save_beside", lambda *_: None)  # which verifies as well
+    monkeypatch.setattr("openwork.integrations.lightning.save_compressed", lambda *_: None)  # verifies, too
     module = lit.Module(nets.sparse(nets.ResNet))
     module.net.two = torch.nn.Conv2d(16, 16, 1)  # and its mask is gone
     with pytest.raises(ow.NotSparse, match=r"two\.weight"):

@@ -17,8 +17,8 @@ from triton.compiler import compile as compile_kernel
 
 from openwork.kernels.cuda.triton import bits, masks, skinny, transposable
 from openwork.kernels.cuda.triton.floats import KINDS, WORDS
+from openwork.layouts.skinny import index_bits
 from openwork.nm.pattern import Pattern
-from openwork.ops.skinny import index_bits
 
 UNFUSED = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -53,14 +53,14 @@ KERNELS = {
 }
 
 
-def thin_kernel(name: str, dtype: torch.dtype, n: int, m: int, rows: int) -> tuple:
+def skinny_kernel(name: str, dtype: torch.dtype, n: int, m: int, rows: int) -> tuple:
     function, expand = getattr(skinny, name), name == "_expand"
     BO, BG = skinny.tile(n, m, rows, expand)
-    types = dict.fromkeys(("x", "values"), "*i16") | {"words": "*i32", "parts": "*fp32"}
+    types = dict.fromkeys(("x", "values"), "*i16") | {"indices": "*i32", "parts": "*fp32"}
     types |= dict.fromkeys(("B", "K", "OP", "groups", "share"), "i32")
     fixed = {"N": n, "M": m, "BITS": index_bits(Pattern(n, m)), "KIND": KINDS[dtype], "BG": BG, "BO": BO}
     fixed |= {"MP": 1 << (m - 1).bit_length()} if expand else {"BP": 1 << (rows - 1).bit_length()}
-    return function, types, fixed, ("x", "values", "words", "parts", "K", "OP"), {"num_warps": 4}
+    return function, types, fixed, ("x", "values", "indices", "parts", "K", "OP"), {"num_warps": 4}
 
 
 TILES = {"score": "*bf16", "keep": "*u8"} | dict.fromkeys(("tiles", "tiles_in", "tiles_out"), "i32")
@@ -68,11 +68,11 @@ TILES |= dict.fromkeys(("outer_step", "out_step", "in_step", "inner"), "i32")
 FINISH = {"parts": "*fp32", "bias": "*i16", "y": "*i16"} | dict.fromkeys(("B", "O", "OP", "count"), "i32")
 
 KERNELS |= {
-    "gather 2:4 bfloat16, 1 row": thin_kernel("_gather", torch.bfloat16, 2, 4, 1),
-    "gather 1:16 float16, 16 rows": thin_kernel("_gather", torch.float16, 1, 16, 16),
-    "gather 32:64 bfloat16, 1 row": thin_kernel("_gather", torch.bfloat16, 32, 64, 1),
-    "expand 32:64 bfloat16": thin_kernel("_expand", torch.bfloat16, 32, 64, 16),
-    "expand 2:4 bfloat16": thin_kernel("_expand", torch.bfloat16, 2, 4, 16),
+    "gather 2:4 bfloat16, 1 row": skinny_kernel("_gather", torch.bfloat16, 2, 4, 1),
+    "gather 1:16 float16, 16 rows": skinny_kernel("_gather", torch.float16, 1, 16, 16),
+    "gather 32:64 bfloat16, 1 row": skinny_kernel("_gather", torch.bfloat16, 32, 64, 1),
+    "expand 32:64 bfloat16": skinny_kernel("_expand", torch.bfloat16, 32, 64, 16),
+    "expand 2:4 bfloat16": skinny_kernel("_expand", torch.bfloat16, 2, 4, 16),
     "finish": (
         skinny._finish, FINISH, {"BIAS": True, "RELU": True, "KIND": KINDS[torch.bfloat16], "BO": 256}, ("parts",), {},
     ),

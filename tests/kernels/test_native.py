@@ -32,11 +32,11 @@ def test_structs_have_one_size_in_c_and_in_python() -> None:
     lib = native.library()
     structs = (
         native.Groups,
-        native.PanelWeight,
-        native.LinearCall,
-        native.ConvCall,
-        native.Rows,
-        native.Dots,
+        native.GemmWeight,
+        native.GemmLinear,
+        native.GemmConv2d,
+        native.Gemv,
+        native.DotProduct,
         native.Pixels,
     )
     assert [lib.openwork_size_of(i) for i in range(8)] == [*map(ctypes.sizeof, structs), 0]

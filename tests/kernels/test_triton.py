@@ -87,7 +87,8 @@ def test_a_kernel_is_compiled_once_for_all_sizes(file: str, kernel: str, sizes: 
         "foreach_pack",
         "foreach_packed_sad",
         "foreach_transposable_mask",
-        "thin_linear",
+        "skinny_gather_linear",
+        "skinny_expand_linear",
     ],
 )
 def test_cuda_tensors_are_led_to_triton(name: str) -> None:

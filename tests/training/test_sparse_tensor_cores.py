@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import openwork as ow
 from openwork.files.packing import pack_weight, unpack_weight
+from openwork.kernels.cuda import algorithm_cache
 from openwork.nm.groups import Axis
 from openwork.nm.masks import kept_per_group
 from openwork.training import accelerated_linear
@@ -248,8 +249,8 @@ def test_torch_s_own_operators_are_called_as_they_want_it(monkeypatch):
         missing=lambda device: "",
     )
     monkeypatch.setitem(module.BACKENDS, "cusparselt", backend)
-    monkeypatch.setattr(module.cusparselt, "read_algorithms", lambda file: {})
-    monkeypatch.setattr(module.cusparselt, "remember_algorithm", lambda *entry: None)
+    monkeypatch.setattr(algorithm_cache, "read", lambda file: {})
+    monkeypatch.setattr(algorithm_cache, "add", lambda *entry: None)
     monkeypatch.setattr(module.SparseTensorCores, "check", lambda self, weight: None)
     plain, fast = net(), net()
     assert list(ow.accelerate(fast).sparse) == ["0.weight", "2.weight"]

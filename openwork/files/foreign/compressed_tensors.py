@@ -53,13 +53,13 @@ class Bitmask:
 
 def bitmasks(stored: Mapping[str, Stored]) -> dict[str, Bitmask]:
     """The compressed weights of a file by dense name, from its header alone; none where it has no bitmasks."""
-    found: dict[str, Bitmask] = {}
-    for each in stored:
-        base = each.removesuffix(_MASK)
-        if base != each:
+    weights: dict[str, Bitmask] = {}
+    for part in stored:
+        base = part.removesuffix(_MASK)
+        if base != part:
             name = base if base.rpartition(".")[2] == "weight" else f"{base}.weight".lstrip(".")
-            found[name] = _bitmask(base, stored)
-    return found
+            weights[name] = _bitmask(base, stored)
+    return weights
 
 
 def _bitmask(base: str, stored: Mapping[str, Stored]) -> Bitmask:

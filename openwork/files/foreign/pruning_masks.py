@@ -68,17 +68,17 @@ def _plain_keys(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def _named(key: str, state: Mapping[str, Tensor]) -> tuple[str, str]:
     """What a key holds, "weight", "mask" or "nothing", and the weight's name in the plain model."""
     module, own = _split(key)
-    if any(re.fullmatch(each, own) for each in _DROPPED):
+    if any(re.fullmatch(form, own) for form in _DROPPED):
         return "nothing", key
-    for each in _MASKS:
-        found = re.fullmatch(each, own)
+    for form in _MASKS:
+        match = re.fullmatch(form, own)
         # A plain model may have a buffer called attention_mask: a mask has a weight.
-        if found and any(f"{module}{way}" in state for way in _ways(found[1])):
-            return "mask", module + found[1]
-    for each in _WEIGHTS:
-        found = re.fullmatch(each, own)
-        if found and (own.startswith("parametrizations.") or f"{module}{found[1]}_mask" in state):
-            return "weight", module + found[1]
+        if match and any(f"{module}{name}" in state for name in _weight_names(match[1])):
+            return "mask", module + match[1]
+    for form in _WEIGHTS:
+        match = re.fullmatch(form, own)
+        if match and (own.startswith("parametrizations.") or f"{module}{match[1]}_mask" in state):
+            return "weight", module + match[1]
     if own.startswith("parametrizations.") or own.endswith("_orig"):
         raise ValueError(
             f"{key} belongs to a parametrization that is not a mask (weight norm, spectral norm, ...): remove it "
@@ -96,7 +96,7 @@ def _split(key: str) -> tuple[str, str]:
     return module + dot, own
 
 
-def _ways(tensor: str) -> tuple[str, ...]:
+def _weight_names(tensor: str) -> tuple[str, ...]:
     return f"{tensor}_orig", f"parametrizations.{tensor}.original", tensor
 
 
@@ -117,7 +117,7 @@ def _check_masks(
         )
     if not masks and not bare:
         raise ValueError(
-            "no mask of a library that is known here: it is a plain state dict; load it as it is, and "
+            "no mask of a library that is known here: it is a plain state dict; load it unmodified, and "
             "ow.verify(model, pattern=...) says whether it is sparse"
         )
     if masks and all(bool(mask.all()) for mask in masks.values()):

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-_ABI = 3
+from openwork.layouts.layout import Vectors
+
+_ABI = 4
 _FILE = Path(__file__).with_name("libopenwork.so")
 
 
@@ -28,8 +30,8 @@ class Groups(Structure):
     _fields_ = (("outer", c_int64), ("length", c_int64), ("inner", c_int64), ("n", c_int32), ("m", c_int32))
 
 
-class PanelWeight(Structure):
-    """The weight of a product whose lanes are columns of the input: see csrc/api.h."""
+class GemmWeight(Structure):
+    """The weight of a matmul whose lanes are columns of the input: see csrc/api.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("values", "offsets", "scales", "bias")),
@@ -38,18 +40,18 @@ class PanelWeight(Structure):
     )
 
 
-class LinearCall(Structure):
+class GemmLinear(Structure):
     _fields_ = (
-        ("weight", PanelWeight),
+        ("weight", GemmWeight),
         *((name, c_void_p) for name in ("x", "y", "scratch")),
         *((name, c_int64) for name in ("B", "x_stride", "y_stride")),
         ("activation", c_int32),
     )
 
 
-class ConvCall(Structure):
+class GemmConv2d(Structure):
     _fields_ = (
-        ("weight", PanelWeight),
+        ("weight", GemmWeight),
         *((name, c_void_p) for name in ("x", "x_scales", "y", "scratch")),
         *((name, c_int64) for name in ("threads", "N", "channels", "H", "W", "outH", "outW")),
         *((name, c_int32) for name in ("groups", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w")),
@@ -58,8 +60,8 @@ class ConvCall(Structure):
     )
 
 
-class Rows(Structure):
-    """A product whose lanes are outputs: see csrc/kernels.h."""
+class Gemv(Structure):
+    """A matmul whose lanes are outputs: see csrc/kernels.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("values", "indices")),
@@ -74,7 +76,7 @@ class Rows(Structure):
 
 
 class Pixels(Structure):
-    """Rows that are the output pixels of images: see csrc/kernels.h."""
+    """Gemv that are the output pixels of images: see csrc/kernels.h."""
 
     _fields_ = (
         *((name, c_int64) for name in ("channels", "H", "W", "outH", "outW")),
@@ -83,8 +85,8 @@ class Pixels(Structure):
     )
 
 
-class Dots(Structure):
-    """A product whose lanes are outputs and whose inputs are as short as the weights: see csrc/kernels.h."""
+class DotProduct(Structure):
+    """A matmul whose lanes are outputs and whose inputs are as short as the weights: see csrc/kernels.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("values", "indices")),
@@ -108,20 +110,20 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "openwork_use_isa": (c_char_p, (c_char_p,)),
     "openwork_isa": (c_char_p, (c_int32,)),
     "openwork_lanes": (c_int32, ()),
-    "openwork_panel_columns": (c_int32, ()),
+    "openwork_gemm_columns": (c_int32, ()),
     "openwork_size_of": (c_int64, (c_int32,)),
     "openwork_keep": (None, (POINTER(Groups), c_int32, c_void_p, c_void_p)),
     "openwork_prune": (None, (POINTER(Groups), c_int32, c_void_p, c_void_p)),
     "openwork_decay": (None, (POINTER(Groups), c_int32, c_void_p, c_void_p, c_float)),
     "openwork_peak": (c_int64, (c_int64, c_void_p)),
-    "openwork_linear_scratch": (c_int64, (POINTER(LinearCall),)),
-    "openwork_linear": (None, (POINTER(LinearCall),)),
-    "openwork_conv_scratch": (c_int64, (POINTER(ConvCall),)),
-    "openwork_conv": (None, (POINTER(ConvCall),)),
-    "openwork_rows": (None, (POINTER(Rows), c_int32)),
-    "openwork_has_dots": (c_int32, ()),
-    "openwork_dots": (None, (POINTER(Dots), c_int32, c_int64)),
-    "openwork_dots_scratch": (c_int64, (POINTER(Dots), c_int64)),
+    "openwork_gemm_linear_scratch": (c_int64, (POINTER(GemmLinear),)),
+    "openwork_gemm_linear": (None, (POINTER(GemmLinear),)),
+    "openwork_gemm_conv2d_scratch": (c_int64, (POINTER(GemmConv2d),)),
+    "openwork_gemm_conv2d": (None, (POINTER(GemmConv2d),)),
+    "openwork_gemv": (None, (POINTER(Gemv), c_int32)),
+    "openwork_has_dot_product": (c_int32, ()),
+    "openwork_dot_product": (None, (POINTER(DotProduct), c_int32, c_int64)),
+    "openwork_dot_product_scratch": (c_int64, (POINTER(DotProduct), c_int64)),
     "openwork_quantize": (None, (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p)),
 }
 
@@ -161,6 +163,14 @@ def warn_without_library() -> None:
 def library() -> Any:
     """The native library, or None."""
     return _open()[0]
+
+
+def vectors() -> Vectors:
+    """What weights are packed for: the vectors of the instruction set in use."""
+    lib = library()
+    if lib is None:
+        return Vectors()
+    return Vectors(lib.openwork_lanes(), lib.openwork_gemm_columns(), bool(lib.openwork_has_dot_product()))
 
 
 def use_isa(name: str | None) -> str:

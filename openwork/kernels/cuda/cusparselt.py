@@ -1,12 +1,11 @@
 """2:4 products on NVIDIA's sparse tensor cores, by operators that torch has without a public name. They are named here
-alone; where they are missing no weight is taken, and `cannot` says why.
+alone; where they are missing no weight is taken, and `refusal` says why.
 
     B = rows of input, O = outputs, K = inputs
 
 A backend packs a weight (O, K) whose groups of four hold at most two non-zeros, and multiplies (B, K) by it. What it
 packs belongs to a library version and a GPU, so it is never stored: `unpack` gives the weight back. cuSPARSELt has
-several algorithms for each shape, and splits sums in several ways; which is fastest is searched once and kept in a file
-of the user's cache.
+several algorithms for each shape, and splits sums in several ways; which is fastest is searched once and kept.
 """
 
 from __future__ import annotations
@@ -14,27 +13,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-import json
-import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from openwork.kernels.cuda import algorithm_cache
+from openwork.layouts.layout import Algorithm, KernelRefused
 from openwork.nm.groups import Axis
-from openwork.nm.masks import kept_per_group
+from openwork.nm.masks import too_dense
 from openwork.nm.pattern import Pattern
+from openwork.nm.quantize import QUANTIZED
 from openwork.ops.library import library
 
 PATTERN = Pattern(2, 4)
-QUANTIZED = (torch.int8, torch.float8_e4m3fn)
-Algorithm = tuple[int, int, int]
-"""Of cuSPARSELt: its number, into how many parts sums are split, and how the parts are added."""
 DEFAULT: Algorithm = (0, 1, -1)
+"""An algorithm of cuSPARSELt: its number, into how many parts sums are split, and how the parts are added."""
 _SLOW_ON_HOPPER = "0.8.0"  # of cuSPARSELt: slower on H100 and L4, repaired in 0.8.1 (NVIDIA's release notes)
 PACKAGES = ("nvidia-cusparselt-cu13", "nvidia-cusparselt-cu12")
 
@@ -152,10 +149,10 @@ BACKENDS: Mapping[str, Backend] = {
 }
 
 
-def cannot(weight: Tensor, backend: str, weight_dtype: torch.dtype) -> str:
-    """Why a backend cannot take a weight (O, K); empty where it can.
+def refusal(backend: str, weight_dtype: torch.dtype, device: torch.device) -> str:
+    """Why a backend multiplies by no weight in a dtype there; empty where it does.
 
-    >>> cannot(torch.zeros(16, 16), "cusparselt", torch.float32)
+    >>> refusal("cusparselt", torch.float32, torch.device("cpu"))
     'torch has no sparse product of torch.float32: choose weight_dtype=torch.bfloat16, or convert the model'
     """
     known = BACKENDS[backend]
@@ -163,13 +160,32 @@ def cannot(weight: Tensor, backend: str, weight_dtype: torch.dtype) -> str:
         return (
             f"torch has no sparse product of {weight_dtype}: choose weight_dtype=torch.bfloat16, or convert the model"
         )
-    missing = known.missing(weight.device)
-    if missing:
-        return missing
-    most = int(kept_per_group(weight, PATTERN, Axis(1)).max()) if weight.numel() else 0
-    if most > 2:
-        return f"{most} non-zeros in four neighbours: sparse tensor cores take two"
+    return known.missing(device)
+
+
+def weight_refusal(weight: Tensor) -> str:
+    """Why no sparse tensor core multiplies by a weight (O, K); empty where one does."""
+    if problem := too_dense(weight, PATTERN, Axis(1)):
+        return f"{problem}: sparse tensor cores multiply {PATTERN}"
     return "" if bool(weight.isfinite().all()) else "the weight holds numbers that are not finite"
+
+
+def within_2_4(pattern: Pattern) -> bool:
+    """Whether weights of this pattern are 2:4 as well.
+
+    >>> [within_2_4(Pattern(*each)) for each in ((2, 4), (1, 4), (1, 2), (2, 8), (4, 8), (1, 3))]
+    [True, True, True, True, False, False]
+    """
+    return (pattern.n <= 2 and pattern.m % 4 == 0) or (pattern.n, pattern.m) == (1, 2)
+
+
+@contextlib.contextmanager
+def library_calls() -> Iterator[None]:
+    """An error of the library is its refusal."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise KernelRefused(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -185,19 +201,21 @@ class Packed:
 
 def pack(weight: Tensor, backend: str) -> Packed:
     """Pack a weight (O, K) in a dtype of the backend, filled up with zeros to the shape that it needs, and compare what
-    comes out again: a library that packs something else is found here. Raises RuntimeError then, and ValueError for a
+    comes out again: a library that packs something else is found here. Raises KernelRefused then, and ValueError for a
     weight or a device that the backend does not take."""
     O, K = weight.shape
-    reason = cannot(weight.float(), backend, weight.dtype)
+    reason = refusal(backend, weight.dtype, weight.device) or weight_refusal(weight.float())
     if reason:
         raise ValueError(f"a weight {tuple(weight.shape)} on {weight.device} cannot be packed by {backend}: {reason}")
     rows, columns, _ = BACKENDS[backend].units[weight.dtype]
     padded = _padded(weight, (-K % columns, -O % rows))
-    made = Packed(*BACKENDS[backend].pack(padded), backend, (O, K), tuple(padded.shape))  # type: ignore[arg-type]
+    with library_calls():
+        values, meta = BACKENDS[backend].pack(padded)
+    made = Packed(values, meta, backend, (O, K), (padded.shape[0], padded.shape[1]))
     again = unpack(made)
     if not torch.equal(again.float(), weight.float()):
         wrong = int((again.float() != weight.float()).sum())
-        raise RuntimeError(
+        raise KernelRefused(
             f"{BACKENDS[backend].version()} packs {wrong} of {weight.numel()} weights {tuple(weight.shape)} wrongly on "
             f"{weight.device}: leave the layer dense, and report it to PyTorch"
         )
@@ -247,13 +265,14 @@ def _semi_structured_linear(
         y = known.product(whole, packed, meta, bias, outputs, tuple(algorithm), out)
     except RuntimeError as error:
         if tuple(algorithm) == DEFAULT:
-            raise
+            raise KernelRefused(str(error)) from error
         warnings.warn(
             f"{known.version()} refuses algorithm {algorithm} for {tuple(whole.shape)} by {outputs} outputs, which was "
             f"searched for other rows or by another library, and its own choice is taken: {error}",
             stacklevel=2,
         )
-        y = known.product(whole, packed, meta, bias, outputs, DEFAULT, out)
+        with library_calls():
+            y = known.product(whole, packed, meta, bias, outputs, DEFAULT, out)
     return y[:B]
 
 
@@ -271,9 +290,6 @@ def _padded(matrix: Tensor, more: tuple[int, int]) -> Tensor:
     return wide
 
 
-# --- the fastest algorithm ------------------------------------------------------------------------------------------
-
-
 def algorithm_for(x: Tensor, packed: Packed, bias: Tensor | None, out: torch.dtype) -> Algorithm:
     """The fastest algorithm for these rows: from the file, or searched now and written there."""
     known = BACKENDS[packed.backend]
@@ -281,68 +297,24 @@ def algorithm_for(x: Tensor, packed: Packed, bias: Tensor | None, out: torch.dty
     whole = _padded(x, (packed.padded[1] - x.shape[1], -len(x) % units)).contiguous()
     shape = f"{packed.padded[0]}x{packed.padded[1]}x{len(whole)}"
     key = f"{shape} {packed.values.dtype} to {out}{'' if bias is None else ', bias'}"
-    found = read_algorithms(algorithms_file()).get(machine(x.device), {}).get(key)
-    if found is None:
-        found = known.search(whole, packed.values, packed.meta, bias, packed.padded[0], out)
-        remember_algorithm(algorithms_file(), machine(x.device), key, found)
-    return found
+    file, where = algorithm_cache.file_of_user(), environment(x.device)
+    algorithm = algorithm_cache.read(file).get(where, {}).get(key)
+    if algorithm is None:
+        with library_calls():
+            algorithm = known.search(whole, packed.values, packed.meta, bias, packed.padded[0], out)
+        algorithm_cache.add(file, where, key, algorithm)
+    return algorithm
 
 
-def machine(device: torch.device) -> str:
+def environment(device: torch.device) -> str:
     """What an algorithm belongs to: GPU, cuSPARSELt, torch."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return f"{name}, {BACKENDS['cusparselt'].version()}, torch {torch.__version__}"
 
 
-def algorithms_file() -> Path | None:
-    """Where algorithms are kept: OPENWORK_CACHE, or the user's cache; None where the user has no home."""
-    folder = os.environ.get("OPENWORK_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    try:
-        return Path(folder).expanduser() / "openwork" / "algorithms.json"
-    except RuntimeError:
-        return None
-
-
-def read_algorithms(file: Path | None) -> dict[str, dict[str, Algorithm]]:
-    """Machine -> shape -> algorithm. A damaged file counts as empty, and a warning says so."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file else {}
-        return {
-            str(machine): {str(key): tuple(each) for key, each in entries.items() if _is_algorithm(each)}
-            for machine, entries in found.items()
-        }
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, AttributeError) as error:
-        warnings.warn(f"{file} cannot be read ({error}): algorithms are searched again", stacklevel=2)
-        return {}
-
-
-def _is_algorithm(each: object) -> bool:
-    return isinstance(each, list) and [type(number) for number in each] == [int] * 3 and each[0] >= 0
-
-
-def remember_algorithm(file: Path | None, where: str, key: str, algorithm: Algorithm) -> None:
-    """Add one entry; readers see the file before or after, whole. Of two who write at once one is searched again."""
-    if file is None:
-        return
-    found = read_algorithms(file)
-    found.setdefault(where, {})[key] = algorithm
-    beside = file.with_suffix(f".{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(found, indent=1, sort_keys=True), encoding="utf-8")
-        beside.replace(file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        warnings.warn(f"{file} cannot be written ({error}): algorithms are searched in each process", stacklevel=2)
-
-
 def version_warning(device: torch.device) -> str:
-    """What is known to be wrong with the cuSPARSELt at hand; empty if nothing is."""
-    with contextlib.suppress(Exception):
-        slow = _lt_number().startswith(_SLOW_ON_HOPPER)
-        if slow and torch.cuda.get_device_capability(device) in ((9, 0), (8, 9)):
-            return "cuSPARSELt 0.8.0 is slow on this GPU: install nvidia-cusparselt 0.8.1 or newer"
+    """What is known to be wrong with the cuSPARSELt at hand for a GPU; empty if nothing is."""
+    slow = _lt_number().startswith(_SLOW_ON_HOPPER)
+    if slow and torch.cuda.get_device_capability(device) in ((9, 0), (8, 9)):
+        return "cuSPARSELt 0.8.0 is slow on this GPU: install nvidia-cusparselt 0.8.1 or newer"
     return ""

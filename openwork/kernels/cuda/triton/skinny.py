@@ -1,4 +1,4 @@
-"""Products of up to 16 rows with an N:M weight in Triton: `openwork.ops.skinny` has layout and reference.
+"""Products of up to 16 rows with an N:M weight in Triton: `openwork.layouts.skinny` has the layout.
 
     BO = outputs of a program, BG = groups that it takes at once, BP = rows of input rounded up, MP = M rounded up
 
@@ -11,40 +11,44 @@ powers of two.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from openwork.kernels.cuda.stream import on_device
 from openwork.kernels.cuda.triton.floats import INTEGERS, KINDS, rounded, to_float32
+from openwork.layouts.layout import KernelRefused, numbers_of
+from openwork.layouts.skinny import ROWS, SkinnyExpand, SkinnyGather, check, index_bits
 from openwork.nm.pattern import Pattern
-from openwork.ops.skinny import ROWS, check_layout, index_bits
-from openwork.ops.skinny import thin_linear as reference
+from openwork.ops.sparse_matmul import linear as reference
 
 _EXPANDED = 64  # of the largest M whose groups become a dense tile
 _UNROLLED = tl.constexpr(8)  # slots; more are a loop, whose code does not grow with them
 
 
 @triton.jit
-def _slots(values, words, g, column, inside, slot, groups, OP, N: tl.constexpr, BITS: tl.constexpr):
+def _slots(values, indices, g, column, inside, slot, groups, OP, N: tl.constexpr, BITS: tl.constexpr):
     """Values (as integers) and indices of one slot of groups g: both [BG, BO]."""
     value = tl.load(values + (slot * groups + g)[:, None].to(tl.int64) * OP + column[None, :], mask=inside, other=0)
     at = g * N + slot
     per: tl.constexpr = 32 // BITS
-    word = tl.load(words + (at // per)[:, None].to(tl.int64) * OP + column[None, :], mask=inside, other=0)
+    word = tl.load(indices + (at // per)[:, None].to(tl.int64) * OP + column[None, :], mask=inside, other=0)
     return value, (word >> (at % per * BITS)[:, None]) & ((1 << BITS) - 1)
 
 
 @triton.jit
 def _added(
-    total, x, values, words, g, column, inside, row, slot, B, K, OP, groups,
+    total, x, values, indices, g, column, inside, row, slot, B, K, OP, groups,
     N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """`total` [BP, BG, BO] and what one slot of groups g adds."""
-    value, index = _slots(values, words, g, column, inside, slot, groups, OP, N, BITS)
+    value, index = _slots(values, indices, g, column, inside, slot, groups, OP, N, BITS)
     k = g[:, None] * M + index
     there = (row < B)[:, None, None] & (inside & (k < K))[None, :, :]
     taken = tl.load(x + row[:, None, None] * K + k[None, :, :], mask=there, other=0)
@@ -53,18 +57,18 @@ def _added(
 
 @triton.jit
 def _placed(
-    tile, values, words, g, column, inside, position, slot, OP, groups, N: tl.constexpr, BITS: tl.constexpr
+    tile, values, indices, g, column, inside, position, slot, OP, groups, N: tl.constexpr, BITS: tl.constexpr
 ):  # fmt: skip
     """`tile` [BG, MP, BO] with one slot of groups g in its place. Spare slots hold zero at an index that no other slot
     has, so "or" puts each where it belongs."""
-    value, index = _slots(values, words, g, column, inside, slot, groups, OP, N, BITS)
+    value, index = _slots(values, indices, g, column, inside, slot, groups, OP, N, BITS)
     here = index[:, None, :] == position[None, :, None]
     return tile | tl.where(here, value[:, None, :], tl.zeros_like(value)[:, None, :])
 
 
 @triton.jit(do_not_specialize=["B", "groups", "share"])
 def _gather(
-    x, values, words, parts, B, K, OP, groups, share,
+    x, values, indices, parts, B, K, OP, groups, share,
     N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
     BP: tl.constexpr, BG: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
@@ -80,12 +84,12 @@ def _gather(
         if N <= _UNROLLED:
             for slot in tl.static_range(N):
                 total = _added(
-                    total, x, values, words, g, column, inside, row, slot, B, K, OP, groups, N, M, BITS, KIND
+                    total, x, values, indices, g, column, inside, row, slot, B, K, OP, groups, N, M, BITS, KIND
                 )
         else:
             for slot in range(N):
                 total = _added(
-                    total, x, values, words, g, column, inside, row, slot, B, K, OP, groups, N, M, BITS, KIND
+                    total, x, values, indices, g, column, inside, row, slot, B, K, OP, groups, N, M, BITS, KIND
                 )
     known = (row < B)[:, None] & (column < OP)[None, :]
     tl.store(parts + (part * B + row)[:, None] * OP + column[None, :], tl.sum(total, axis=1), mask=known)
@@ -93,7 +97,7 @@ def _gather(
 
 @triton.jit(do_not_specialize=["B", "groups", "share"])
 def _expand(
-    x, values, words, parts, B, K, OP, groups, share,
+    x, values, indices, parts, B, K, OP, groups, share,
     N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
     MP: tl.constexpr, BG: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
@@ -110,10 +114,10 @@ def _expand(
         tile = tl.zeros([BG, MP, BO], values.dtype.element_ty)
         if N <= _UNROLLED:
             for slot in tl.static_range(N):
-                tile = _placed(tile, values, words, g, column, inside, position, slot, OP, groups, N, BITS)
+                tile = _placed(tile, values, indices, g, column, inside, position, slot, OP, groups, N, BITS)
         else:
             for slot in range(N):
-                tile = _placed(tile, values, words, g, column, inside, position, slot, OP, groups, N, BITS)
+                tile = _placed(tile, values, indices, g, column, inside, position, slot, OP, groups, N, BITS)
         k = tl.reshape(g[:, None] * M + position[None, :], [BG * MP])
         used = tl.reshape(((g < last)[:, None]) & (position < M)[None, :], [BG * MP]) & (k < K)
         there = (row < B)[:, None] & used[None, :]
@@ -143,14 +147,28 @@ def _finish(
     tl.store(y + row * O + column, rounded(total, KIND), mask=known)
 
 
-def thin_linear(
-    x: Tensor, values: Tensor, words: Tensor, bias: Tensor | None, layout: list[int], expand: bool, relu: bool
+def skinny_gather_linear(
+    x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, numbers: Sequence[int], relu: bool, checked: bool = False
 ) -> Tensor:
-    check_layout(x, values, words, bias, layout)
-    n, m, O, K = layout
+    return _linear(x, packed, bias, numbers, relu, expand=False)
+
+
+def skinny_expand_linear(
+    x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, numbers: Sequence[int], relu: bool, checked: bool = False
+) -> Tensor:
+    return _linear(x, packed, bias, numbers, relu, expand=True)
+
+
+def _linear(
+    x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, numbers: Sequence[int], relu: bool, *, expand: bool
+) -> Tensor:
+    layout = SkinnyExpand if expand else SkinnyGather
+    named = numbers_of(layout, numbers)
+    check(x, packed, bias, named)
+    (values, indices), (n, m, O, K) = packed, named
     B, kind = len(x), KINDS[values.dtype]
     if not 0 < B <= ROWS:
-        return reference(x, values, words, bias, layout, expand, relu)
+        return reference(layout, x, packed, bias, numbers, relu)
     word, bits, groups, OP = INTEGERS[values.dtype], index_bits(Pattern(n, m)), values.shape[1], values.shape[2]
     BO, BG = tile(n, m, B, expand)
     columns = triton.cdiv(OP, BO)
@@ -158,17 +176,19 @@ def thin_linear(
     share = triton.cdiv(groups, count)
     parts = torch.empty(count, B, OP, dtype=torch.float32, device=x.device)
     y = torch.empty(B, O, dtype=x.dtype, device=x.device)
-    numbers: Any = (B, K, OP, groups, share, n, m, bits, kind)
-    tensors = (x.contiguous().view(word), values.view(word), words, parts)
-    with on_device(x.device):
-        if expand:
-            _expand[(columns, count)](*tensors, *numbers, triton.next_power_of_2(m), BG, BO, num_warps=4)
-        else:
-            _gather[(columns, count)](*tensors, *numbers, triton.next_power_of_2(B), BG, BO, num_warps=4)
-        added = parts if bias is None else bias.view(word)  # any address where there is none
-        _finish[(triton.cdiv(O, 256), B)](
-            parts, added, y.view(word), B, O, OP, count, bias is not None, relu, kind, 256
-        )  # fmt: skip
+    sizes: Any = (B, K, OP, groups, share, n, m, bits, kind)
+    tensors = (x.contiguous().view(word), values.view(word), indices, parts)
+    added = parts if bias is None else bias.view(word)  # any address where there is none
+    finish = (parts, added, y.view(word), B, O, OP, count, bias is not None, relu, kind, 256)
+    try:
+        with on_device(x.device):
+            if expand:
+                _expand[(columns, count)](*tensors, *sizes, triton.next_power_of_2(m), BG, BO, num_warps=4)
+            else:
+                _gather[(columns, count)](*tensors, *sizes, triton.next_power_of_2(B), BG, BO, num_warps=4)
+            _finish[(triton.cdiv(O, 256), B)](*finish)
+    except (CompilationError, OutOfResources, PTXASError) as error:
+        raise KernelRefused(f"Triton: {error}") from error
     return y
 
 

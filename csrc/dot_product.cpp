@@ -1,0 +1,70 @@
+// Matmuls with inputs as short as the weights, bfloat16 or int8: groups of rows and blocks of outputs, shared among threads.
+#include "api.h"
+#include "memory.h"
+#include "threads.h"
+
+using namespace openwork;
+
+// Whether the processor has the instructions that `dot_product` needs.
+OPENWORK_API int32_t openwork_has_dot_product() { return kernels->dot_product != nullptr; }
+
+// Some groups of rows at a time, so that they stay in the second-level cache while all outputs pass over them. Where there
+// are enough for all threads each packs its own, into memory of its own; else all pack first, into `packed`.
+constexpr int64_t kTogether = 8;
+
+static bool each_packs(const DotProduct& d, int64_t threads) { return dot_product_groups(d) >= 2 * kTogether * threads; }
+
+OPENWORK_API int64_t openwork_dot_product_scratch(const DotProduct* d, int64_t threads) {
+  return each_packs(*d, threads) ? 0 : d->batch * d->windows * kernels->lanes * 4;
+}
+
+OPENWORK_API void openwork_dot_product(const DotProduct* given, int32_t dtype, int64_t threads) {
+  const DotProduct& d = *given;
+  const int64_t groups = dot_product_groups(d), together = parts(groups, parts(groups, kTogether));  // of nearly the same size
+  const int64_t parts_of_all = parts(groups, together), rows = lesser(d.batch, together * kDotProductBatch);
+  if (each_packs(d, threads))
+    return parallel_for(parts_of_all, 1, [&](int64_t first, int64_t last) {
+      DotProduct mine = d;
+      mine.packed = (char*)memory<0>((kTogether * kDotProductBatch) * d.windows * kernels->lanes);
+      for (int64_t from = first * together; from < lesser(last * together, groups); from += together) {
+        const int64_t to = lesser(from + together, groups);
+        mine.packed_from = from * d.batch / groups;
+        kernels->pack(mine, dtype, from, to);
+        kernels->dot_product(mine, dtype, 0, d.blocks, from, to);
+      }
+    });
+  parallel_for(groups, 1 + 16384 / (d.K * kDotProductBatch),
+               [&](int64_t first, int64_t last) { kernels->pack(d, dtype, first, last); });
+  const int64_t work = d.windows * d.steps * kernels->lanes * rows;
+  parallel_for(parts_of_all * d.blocks, 1 + 16384 / work, [&](int64_t first, int64_t last) {
+    while (first < last) {
+      const int64_t part = first / d.blocks, end = lesser(last, (part + 1) * d.blocks), from = part * together;
+      const int64_t block = first - part * d.blocks;
+      kernels->dot_product(d, dtype, block, block + end - first, from, lesser(from + together, groups));
+      first = end;
+    }
+  });
+}
+
+// (N, count) numbers as whole ones plus 128, one scale for each of N. bits: N * pieces of memory.
+OPENWORK_API void openwork_quantize(const float* x, int64_t N, int64_t count, uint8_t* to, float* scales, int32_t* bits) {
+  constexpr int64_t piece = 1 << 14;
+  const int64_t pieces = parts(count, piece);
+  parallel_for(N * pieces, 2, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) {
+      const int64_t at = i % pieces * piece;
+      bits[i] = kernels->largest(x + i / pieces * count + at, lesser(piece, count - at));
+    }
+  });
+  for (int64_t n = 0; n < N; n++) {
+    int32_t most = 0;
+    for (int64_t i = 0; i < pieces; i++) most = most > bits[n * pieces + i] ? most : bits[n * pieces + i];
+    scales[n] = scale_for(most);
+  }
+  parallel_for(N * pieces, 2, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) {
+      const int64_t n = i / pieces, at = n * count + i % pieces * piece;
+      kernels->quantize(x + at, lesser(piece, (n + 1) * count - at), scales[n], to + at);
+    }
+  });
+}

@@ -1,0 +1,33 @@
+"""The command `openwork inspect`: what a compressed file holds, from its header alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from openwork.files.checkpoint import Entry, describe
+from openwork.utils.table import aligned
+
+
+def inspect(words: Sequence[str]) -> int:
+    """List the tensors of a file of ow.save (or of a folder with one, as a run directory is), from its header alone."""
+    parser = argparse.ArgumentParser("openwork inspect", description=inspect.__doc__)
+    parser.add_argument("file", metavar="FILE")
+    print(file_table(describe(parser.parse_args(words).file)))
+    return 0
+
+
+def file_table(entries: Sequence[Entry]) -> str:
+    """The tensors of a compressed file, and how many of them are compressed."""
+    header = ("tensor", "shape", "dtype", "pattern", "density", "bytes")
+    sparse = sum(entry.pattern is not None for entry in entries)
+    size = sum(entry.bytes for entry in entries)
+    summary = f"{sparse} of {len(entries)} tensors compressed, {size:,} bytes of tensors"
+    return "\n".join([*aligned(header, [_cells(entry) for entry in entries]), summary])
+
+
+def _cells(entry: Entry) -> tuple[str, ...]:
+    shape = "x".join(map(str, entry.shape)) or "scalar"
+    pattern = f"= {entry.alias_of}" if entry.alias_of else str(entry.pattern or "dense")
+    dtype = str(entry.dtype).removeprefix("torch.")
+    return entry.name, shape, dtype, pattern, f"{entry.density:.3f}", f"{entry.bytes:,}"

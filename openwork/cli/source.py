@@ -1,0 +1,238 @@
+"""One way to name a model on the command line, and an example of its input."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from openwork.files.checkpoint import describe, load
+from openwork.nm.pattern import Pattern
+from openwork.training.selection import Selection
+
+FORMS = """\
+SOURCE names a model:
+  package.module:factory  a function or class that makes it, with --input (its code is run, as by any import)
+  a run directory         of openwork train, which knows the model, an input and the patterns
+  a Hugging Face folder   config.json of transformers and *.safetensors; --input, if the configuration does not say it
+  a compressed file       of ow.save, or what else ow.load reads (a folder, an http(s) address, a name on the Hugging
+                          Face Hub), with --model package.module:factory and --input
+  a name alone            a model of torchvision with random weights, such as resnet50, at 3x224x224; or encoder,
+                          that of BERT-base and ViT-B at 197 tokens
+
+--input gives the shape of each argument, with 'x' between sizes, a dtype other than float32 after ':', and a name
+before '=' for keyword arguments: 1x3x224x224, or ids=1x128:int64 mask=1x128:bool. Its numbers are random.
+"""
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_TOKENS = 128  # of an example for a language model
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model in eval mode, an example of its input, and what is known of its sparsity: the `selection` that it is held
+    to, None where nobody says. `random` weights were never trained."""
+
+    name: str
+    model: nn.Module
+    example: Any
+    selection: Selection | None = None
+    method: str = ""
+    random: bool = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """SOURCE's --model and --input."""
+    parser.add_argument(
+        "--model", default="", metavar="MODULE:FACTORY", help="what makes the model of a compressed file"
+    )
+    parser.add_argument("--input", nargs="+", default=(), metavar="SHAPE", help="of each argument, such as 1x3x224x224")
+
+
+def open_model(source: str, *, model: str = "", shapes: Sequence[str] = ()) -> Source:
+    """The model that SOURCE names. Raises ValueError that says what was found and which forms there are."""
+    path = Path(source)
+    if (path / "config.yaml").exists():
+        opened = _of_run(path, shapes)
+    elif (path / "config.json").exists() and not model:
+        opened = _of_transformers(path, shapes)
+    elif ":" in source and not path.exists() and not re.match("https?://", source, re.IGNORECASE):
+        opened = Source(source, make(source, "SOURCE"), _needed_example(source, shapes))
+    elif model:
+        opened = _of_file(source, model, shapes)
+    elif path.exists() or "/" in source or path.suffix:
+        raise _unknown(source)
+    else:
+        opened = _by_name(source)
+    opened.model.eval()
+    return opened
+
+
+def with_batch(example: Any, batch: int) -> Any:
+    """The first sample of each tensor of an example, `batch` times.
+
+    >>> with_batch({"x": torch.tensor([[1.0], [2.0]])}, 3)["x"].tolist()
+    [[1.0], [1.0], [1.0]]
+    """
+    return tree_map_only(Tensor, lambda tensor: torch.cat([tensor[:1]] * batch), example)
+
+
+def example_of(shapes: Sequence[str]) -> Any:
+    """Random numbers of the shapes that --input gives: one tensor, a tuple of them, or a mapping where they have names.
+
+    >>> example_of(["2x3"]).shape, example_of(["a=1x2:int64"])["a"].dtype
+    (torch.Size([2, 3]), torch.int64)
+    """
+    generator = torch.Generator().manual_seed(0)
+    named = [(name, _random(text, generator)) for name, text in (_split_name(shape) for shape in shapes)]
+    names = [name for name, _ in named if name]
+    if names and len(names) < len(named):
+        raise ValueError(f"--input {' '.join(shapes)}: needed names for all of them, or for none")
+    if names:
+        return dict(named)
+    return named[0][1] if len(named) == 1 else tuple(tensor for _, tensor in named)
+
+
+def _split_name(text: str) -> tuple[str, str]:
+    name, _, shape = text.rpartition("=")
+    return name, shape
+
+
+def _random(text: str, generator: torch.Generator) -> Tensor:
+    match = re.fullmatch(r"(\d+(?:x\d+)*)(?::(\w+))?", text)
+    if not match or (match[2] or "float32") not in _DTYPES:
+        raise ValueError(
+            f"--input {text}: needed sizes with 'x' between them, such as 1x3x224x224, and perhaps one of "
+            f"{', '.join(_DTYPES)} after ':'"
+        )
+    sizes, dtype = [int(size) for size in match[1].split("x")], getattr(torch, match[2] or "float32")
+    if dtype.is_floating_point:
+        return torch.randn(sizes, generator=generator).to(dtype)
+    if dtype == torch.bool:
+        return torch.ones(sizes, dtype=dtype)
+    return torch.randint(2, sizes, generator=generator).to(dtype)
+
+
+def make(name: str, what: str = "--model") -> nn.Module:
+    """What package.module:factory makes; modules of the current folder are found."""
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(f"{what} {name}: needed package.module:factory")
+    with _current_folder():
+        try:
+            factory: Callable[[], Any] = getattr(importlib.import_module(module), function)
+        except (ModuleNotFoundError, AttributeError) as error:
+            if isinstance(error, ModuleNotFoundError) and not module.startswith(error.name or "?"):
+                raise
+            raise ValueError(f"{what} {name}: {error}") from error
+        torch.manual_seed(0)
+        model = factory()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{what} {name} gives a {type(model).__name__}; needed an nn.Module")
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _current_folder() -> Any:
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def _needed_example(source: str, shapes: Sequence[str]) -> Any:
+    if not shapes:
+        raise ValueError(f"{source} does not say what its input is: add --input SHAPE, such as 1x3x224x224")
+    return example_of(shapes)
+
+
+def _of_run(folder: Path, shapes: Sequence[str]) -> Source:
+    from openwork.recipes.recipe import load_run
+
+    net, example, config = load_run(folder)
+    selection = None if config.method == "dense" else Selection(config.pattern, exclude=config.exclude)
+    return Source(str(folder), net, example_of(shapes) if shapes else example, selection, config.method)
+
+
+def _of_file(source: str, factory: str, shapes: Sequence[str]) -> Source:
+    example = _needed_example(source, shapes)
+    model = load(source, into=make(factory))
+    patterns: dict[str, str | Pattern] = {
+        entry.name: entry.pattern for entry in describe(source) if entry.pattern and not entry.alias_of
+    }
+    return Source(source, model, example, Selection(patterns) if patterns else None)
+
+
+def _of_transformers(folder: Path, shapes: Sequence[str]) -> Source:
+    """The class that the configuration names, with the weights and in the dtype that are stored. Nothing is fetched."""
+    from openwork.utils.torchvision_compat import prepare_torchvision
+
+    prepare_torchvision()
+    import transformers
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "model_type" not in config:
+        raise ValueError(f"{folder / 'config.json'} has no model_type: it is no configuration of transformers")
+    name = next(iter(config.get("architectures") or []), "")
+    cls = getattr(transformers, name, None) or transformers.AutoModel
+    model = cls.from_pretrained(folder, local_files_only=True, dtype="auto", use_safetensors=True).eval()
+    model.config.use_cache = False
+    return Source(str(folder), model, example_of(shapes) if shapes else _example_for(model))
+
+
+def _example_for(model: Any) -> Mapping[str, Tensor]:
+    """An input made from a model's configuration: tokens or pixels."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    text = config.get_text_config()
+    if model.main_input_name == "input_ids" and hasattr(text, "vocab_size"):
+        tokens = min(_TOKENS, getattr(text, "max_position_embeddings", _TOKENS))
+        ids = torch.randint(text.vocab_size, (1, tokens), generator=generator)
+        return {"input_ids": ids} | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
+    if model.main_input_name == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
+        shape = (1, getattr(config, "num_channels", 3), config.image_size, config.image_size)
+        return {"pixel_values": torch.randn(shape, generator=generator).to(model.dtype)}
+    raise ValueError(f"the configuration of {type(model).__name__} does not say what its input is: add --input SHAPE")
+
+
+def _by_name(name: str) -> Source:
+    torch.manual_seed(0)
+    if name == "encoder":
+        from openwork.bench import models
+
+        return Source(name, models.Encoder(), torch.randn(1, 197, 768), random=True)
+    from openwork.utils.torchvision_compat import ensure_torchvision
+
+    known = ensure_torchvision().models
+    try:
+        model = known.get_model(name, weights=None)
+    except ValueError as error:
+        raise ValueError(f"{name} is no file or folder here, and no model of torchvision: {error}; {_HELP}") from error
+    return Source(name, model, torch.randn(1, 3, 224, 224), random=True)
+
+
+_HELP = "--help lists what names a model"
+
+
+def _unknown(source: str) -> ValueError:
+    path = Path(source)
+    if path.is_dir():
+        names = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
+        return ValueError(
+            f"{source} is a folder with {names}; needed a run's config.yaml, transformers' config.json, or --model "
+            f"MODULE:FACTORY for a compressed file in it; {_HELP}"
+        )
+    if path.exists() or "/" in source:
+        return ValueError(f"{source} is weights and no model: add --model MODULE:FACTORY and --input SHAPE; {_HELP}")
+    return ValueError(f"there is no {source}; {_HELP}")

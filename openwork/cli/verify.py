@@ -1,0 +1,118 @@
+"""The command `openwork verify`: whether files and models are as sparse as they, or you, say."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from openwork.cli.inspect import file_table
+from openwork.cli.source import FORMS, add_arguments, open_model
+from openwork.files.checkpoint import check
+from openwork.files.hub import local
+from openwork.files.plain import opened_plain, plain_files
+from openwork.files.reader import FILE, opened
+from openwork.files.weight_patterns import WeightPattern, weight_patterns
+from openwork.nm.pattern import Pattern
+from openwork.training.selection import Selection
+from openwork.utils.table import aligned
+
+_ABOUT = f"""\
+Check a file or a model, as sparse as it says; exit status 0 where all holds.
+
+  a compressed file or a folder with one: reads all of it and checks every group of every weight; with --pattern holds
+    every weight to it besides
+  any other safetensors file, or a Hugging Face folder (with an index, too): which N:M its weights keep and along which
+    axis, read one weight at a time; with --pattern the exit status is 1 if a weight does not keep it
+  an ONNX file: every GEMM and convolution by a constant, held to what the file records, or to --pattern
+  a model (package.module:factory, or what else is named below, together with --input): what its GEMMs multiply
+
+{FORMS}"""
+
+
+def verify(words: Sequence[str]) -> int:
+    """Runs the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        "openwork verify", description=_ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("--pattern", metavar="N:M", help="hold weights to it; by default to what the source records")
+    parser.add_argument("--include", nargs="+", default=(), metavar="GLOB", help="only these weights (of files)")
+    parser.add_argument("--exclude", nargs="+", default=(), metavar="GLOB", help="weights that --pattern leaves alone")
+    add_arguments(parser)
+    asked = parser.parse_args(words)
+    pattern = Pattern.parse(asked.pattern) if asked.pattern else None
+    if asked.source.endswith(".onnx"):
+        return _verify_onnx(asked.source, pattern, asked.exclude)
+    if asked.input or asked.model or (":" in asked.source and "//" not in asked.source):
+        return _verify_model(asked, pattern)
+    with local(asked.source) as path:
+        return _verify_weights(Path(path), pattern, asked.include, asked.exclude)
+
+
+def _verify_weights(path: Path, pattern: Pattern | None, include: Sequence[str], exclude: Sequence[str]) -> int:
+    """The compressed file, the ordinary ones, or both where a folder has both."""
+    has_compressed = path.is_dir() and (path / FILE).exists()
+    plain = plain_files(path)
+    status = 0
+    if has_compressed or not plain:
+        print(file_table(check(path)))
+        print("verified: every group holds what its pattern says")
+        if pattern or include or exclude:
+            with opened(path) as contents:
+                status = _report(weight_patterns(contents, pattern, include, exclude), pattern)
+    if plain:
+        with opened_plain(path) as contents:
+            weights = weight_patterns(contents, pattern, include, exclude)
+        status = max(status, _report(weights, pattern))
+    return status
+
+
+def _report(weights: Sequence[WeightPattern], pattern: Pattern | None) -> int:
+    print("\n".join(aligned(("weight", "shape", "dtype", "pattern", "along"), [_cells(weight) for weight in weights])))
+    keeping = [weight for weight in weights if weight.axes]
+    counts = Counter(f"{weight.pattern} along {' and '.join(weight.axes)}" for weight in keeping)
+    listed = "".join(f"; {text}: {count}" for text, count in counts.most_common())
+    print(f"{len(keeping)} of {len(weights)} weights {f'are {pattern}' if pattern else 'have a pattern'}{listed}")
+    if not pattern:
+        return 0
+    dense = [weight.name for weight in weights if not weight.axes and weight.divisible]
+    skipped = [weight.name for weight in weights if not weight.axes and not weight.divisible]
+    if skipped:
+        print(f"not held to {pattern}, which does not divide them: {', '.join(skipped)}")
+    if dense:
+        print(f"not {pattern}: {', '.join(dense)}")
+        return 1
+    print(f"verified: {pattern}" if keeping else f"no weight can be {pattern}")
+    return 0 if keeping else 1
+
+
+def _cells(weight: WeightPattern) -> tuple[str, ...]:
+    shape, dtype = "x".join(map(str, weight.shape)), str(weight.dtype).removeprefix("torch.")
+    pattern = str(weight.pattern) if weight.axes else "-"
+    return weight.name, shape, dtype, pattern, ", ".join(weight.axes) or weight.problem
+
+
+def _verify_model(asked: argparse.Namespace, pattern: Pattern | None) -> int:
+    from openwork.training.verify import verify as verify_model
+
+    source = open_model(asked.source, model=asked.model, shapes=asked.input)
+    selection = Selection(pattern, exclude=asked.exclude) if pattern or source.selection is None else source.selection
+    print(verify_model(source.model, source.example, pattern=selection))
+    return 0
+
+
+def _verify_onnx(file: str, pattern: Pattern | None, exclude: Sequence[str]) -> int:
+    from openwork.cli.export import matmul_table
+    from openwork.export.check import check_onnx
+
+    matmuls = check_onnx(file, Selection(pattern, exclude=exclude))
+    print("\n".join(matmul_table(matmuls)))
+    checked = sum(matmul.recorded for matmul in matmuls)
+    print(f"verified: {checked} of {len(matmuls)} matmuls held to what was {'asked' if pattern else 'recorded'}")
+    if 0 < checked < len(matmuls) and not pattern:
+        print("(inferred): from the weights; the file records none (the exporter renames those of LSTM, GRU, RNN)")
+    if not checked:
+        print("the file records nothing, so the patterns above are inferred from the weights: give --pattern N:M")
+    return 0

@@ -1,0 +1,85 @@
+"""What was measured of each layer, and what is chosen: the tables of `openwork.plan` and `openwork.deploy`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+import openwork.kernels as kernels
+from openwork.kernels.cuda import cusparselt
+from openwork.layouts.layout import Algorithm
+from openwork.nm.pattern import Pattern
+from openwork.utils.table import aligned
+
+MARGIN = 0.97
+"""A sparse layer is chosen where it takes less than this share of the dense time: below, it may be noise."""
+
+
+@dataclass(frozen=True)
+class LayerTiming:
+    """One weight of a plan. Times in seconds for one forward of the example, all calls of the layer; `dense` is the
+    best of those measured, named by `dense_by`; `kind` names the kernel chosen, None where the layer stays dense, and
+    `reason` says why. `algorithms`: by rows of input, the one that the kernel was timed with, where it has several."""
+
+    name: str
+    shape: tuple[int, ...]
+    pattern: Pattern | None
+    inputs: tuple[tuple[int, ...], ...] = ()
+    dense: float = 0.0
+    dense_by: str = ""
+    sparse: float = 0.0
+    kind: str | None = None
+    reason: str = ""
+    algorithms: Mapping[int, Algorithm] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """Dense time over sparse time: above 1 where sparse is faster."""
+        return self.dense / self.sparse if self.sparse else 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` measured, layer by layer. `str()` is a table. Only `deploy` measures the rest: `whole` are the times
+    of whole models in seconds, `returned` names the one that it returned, and `difference` is how far its outputs are
+    from those of the model it got, on the example: the largest difference over the largest magnitude."""
+
+    layers: tuple[LayerTiming, ...]
+    weight_dtype: torch.dtype
+    environment: str
+    whole: Mapping[str, float] = field(default_factory=dict)
+    difference: float | None = None
+    returned: str = ""
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """The kernel of each weight that runs sparse: of none where the dense model was returned."""
+        dense = self.returned.startswith("dense")
+        return {layer.name: layer.kind for layer in self.layers if layer.kind and not dense}
+
+    def __str__(self) -> str:
+        header = ["weight", "shape", "pattern", "inputs", "dense us", "by", "sparse us", "ratio", "choice", "reason"]
+        lines = [_cells(layer) for layer in self.layers]
+        whole = [f"whole model, {name}: {seconds * 1e3:.2f} ms" for name, seconds in self.whole.items()]
+        whole += [f"returned: {self.returned}"] if self.returned else []
+        summary = f"{len(self.chosen)} of {len(self.layers)} weights run sparse, stored in {self.weight_dtype}"
+        if self.difference is not None:
+            whole.append(f"outputs differ from the given model's by {self.difference:.1g} of the largest")
+        return "\n".join([self.environment, *aligned(header, lines), summary, *whole])
+
+
+def environment(device: torch.device) -> str:
+    """What the times of a plan belong to."""
+    if device.type == "cuda":
+        warned = cusparselt.version_warning(device)
+        return cusparselt.environment(device) + (f" ({warned})" if warned else "")
+    return f"{torch.get_num_threads()} threads, torch {torch.__version__}, {kernels.status()}"
+
+
+def _cells(layer: LayerTiming) -> list[str]:
+    inputs = " ".join("x".join(map(str, shape)) for shape in layer.inputs)
+    times = [f"{layer.dense * 1e6:.0f}", layer.dense_by, f"{layer.sparse * 1e6:.0f}", f"{layer.ratio:.2f}"]
+    cells = [layer.name, "x".join(map(str, layer.shape)), str(layer.pattern or "-"), inputs]
+    return [*cells, *(times if layer.inputs else ["-"] * 4), layer.kind or "dense", layer.reason]
