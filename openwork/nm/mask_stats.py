@@ -84,5 +84,5 @@ def packed_sad(a: Tensor, b: Tensor) -> int:
 def _eights(data: Tensor) -> Tensor:
     """Bytes as int64, eight in each, zeros after the last."""
     rest = -data.numel() % 8
-    whole = torch.nn.functional.pad(data, (0, rest)) if rest else data
-    return (whole if whole.storage_offset() % 8 == 0 else whole.clone()).view(torch.int64)
+    padded = torch.nn.functional.pad(data, (0, rest)) if rest else data
+    return (padded if padded.storage_offset() % 8 == 0 else padded.clone()).view(torch.int64)

@@ -30,8 +30,8 @@ def best_approximate(score_TMM: Tensor, pattern: Pattern) -> Tensor:
         return torch.zeros_like(score_TMM, dtype=torch.bool)
     score_TMM = score_TMM / score_TMM.amax((1, 2), keepdim=True).clamp(min=torch.finfo(score_TMM.dtype).tiny)
     plan_TMM = transport_plan(score_TMM, pattern.n)
-    keep_TMM = completed(rounded(plan_TMM + 1e-3 * score_TMM, pattern.n), score_TMM, pattern.n)
-    return improved(keep_TMM, score_TMM)
+    mask_TMM = completed(rounded(plan_TMM + 1e-3 * score_TMM, pattern.n), score_TMM, pattern.n)
+    return improved(mask_TMM, score_TMM)
 
 
 def transport_plan(
@@ -69,7 +69,7 @@ def rounded(plan_TMM: Tensor, n: int) -> Tensor:
     return torch.zeros_like(taken_ET.t()).scatter_(1, order_TE, taken_ET.t()).view(T, M, M)
 
 
-def completed(keep_TMM: Tensor, score_TMM: Tensor, n: int) -> Tensor:
+def completed(mask_TMM: Tensor, score_TMM: Tensor, n: int) -> Tensor:
     """A mask that keeps at most N, filled up to exactly N in every row and column of each tile.
 
     As long as a row and a column lack entries, either an entry where such two meet is free and is added; or each such
@@ -79,62 +79,62 @@ def completed(keep_TMM: Tensor, score_TMM: Tensor, n: int) -> Tensor:
     N - 1, of which row i is one that does not keep j'. So j' would lack entries too, and (i, j') would have been free
     to add.
     """
-    keep_TMM = keep_TMM.clone()
+    mask_TMM = mask_TMM.clone()
     while True:
-        lacking = (keep_TMM.sum(2) < n).any(1).nonzero()[:, 0]
+        lacking = (mask_TMM.sum(2) < n).any(1).nonzero()[:, 0]
         if not len(lacking):
-            return keep_TMM
-        keep_TMM[lacking] = _with_one_more(keep_TMM[lacking], score_TMM[lacking], n)
+            return mask_TMM
+        mask_TMM[lacking] = _with_one_more(mask_TMM[lacking], score_TMM[lacking], n)
 
 
-def _with_one_more(keep: Tensor, score: Tensor, n: int) -> Tensor:
-    T, M, _ = keep.shape
-    short_row, short_column = keep.sum(2) < n, keep.sum(1) < n
-    every = torch.arange(T, device=keep.device)
-    free = short_row[:, :, None] & short_column[:, None, :] & ~keep
+def _with_one_more(mask: Tensor, score: Tensor, n: int) -> Tensor:
+    T, M, _ = mask.shape
+    short_row, short_column = mask.sum(2) < n, mask.sum(1) < n
+    every = torch.arange(T, device=mask.device)
+    free = short_row[:, :, None] & short_column[:, None, :] & ~mask
     addable = free.flatten(1).any(1)
     best = _first_best(score, free)
     i, j = short_row.int().argmax(1), short_column.int().argmax(1)
-    swaps = keep & ~keep[every, i][:, None, :] & ~keep[every, :, j][:, :, None]
+    swaps = mask & ~mask[every, i][:, None, :] & ~mask[every, :, j][:, :, None]
     gain = score[every, i][:, None, :] + score[every, :, j][:, :, None] - score
     swap = _first_best(gain, swaps)
-    keep = keep.clone()
-    keep[every[addable], (best // M)[addable], (best % M)[addable]] = True
+    mask = mask.clone()
+    mask[every[addable], (best // M)[addable], (best % M)[addable]] = True
     every, i, j, swap = every[~addable], i[~addable], j[~addable], swap[~addable]
-    keep[every, swap // M, swap % M] = False
-    keep[every, i, swap % M] = True
-    keep[every, swap // M, j] = True
-    return keep
+    mask[every, swap // M, swap % M] = False
+    mask[every, i, swap % M] = True
+    mask[every, swap // M, j] = True
+    return mask
 
 
 def _first_best(value_TMM: Tensor, allowed_TMM: Tensor) -> Tensor:
     return value_TMM.masked_fill(~allowed_TMM, -torch.inf).flatten(1).argmax(1)
 
 
-def improved(keep_TMM: Tensor, score_TMM: Tensor, *, sweeps: int = _SWEEPS) -> Tensor:
+def improved(mask_TMM: Tensor, score_TMM: Tensor, *, sweeps: int = _SWEEPS) -> Tensor:
     """A mask of no smaller sum, where any two rows, and any two columns, have shared their entries in the best way."""
     for _ in range(sweeps):
-        before = keep_TMM
-        keep_TMM = _rows_exchanged(keep_TMM, score_TMM)
-        keep_TMM = _rows_exchanged(keep_TMM.mT, score_TMM.mT).mT
-        if torch.equal(keep_TMM, before):
+        before = mask_TMM
+        mask_TMM = _rows_exchanged(mask_TMM, score_TMM)
+        mask_TMM = _rows_exchanged(mask_TMM.mT, score_TMM.mT).mT
+        if torch.equal(mask_TMM, before):
             break
-    return keep_TMM
+    return mask_TMM
 
 
-def _rows_exchanged(keep_TMM: Tensor, score_TMM: Tensor) -> Tensor:
+def _rows_exchanged(mask_TMM: Tensor, score_TMM: Tensor) -> Tensor:
     """Every two rows in turn, M / 2 pairs of them at a time. Of the columns that only one of the two keeps, each row
     takes as many as it had, those that it gains most from."""
-    keep_TMM = keep_TMM.clone()
-    for a, b in rounds(keep_TMM.shape[1]):
-        one, two = keep_TMM[:, a], keep_TMM[:, b]
+    mask_TMM = mask_TMM.clone()
+    for a, b in rounds(mask_TMM.shape[1]):
+        one, two = mask_TMM[:, a], mask_TMM[:, b]
         either = one ^ two
         gain = (score_TMM[:, a] - score_TMM[:, b]).masked_fill(~either, -torch.inf)
         rank = gain.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         mine = either & (rank < (one & either).sum(-1, keepdim=True))
-        keep_TMM[:, a] = mine | (one & two)
-        keep_TMM[:, b] = (either & ~mine) | (one & two)
-    return keep_TMM
+        mask_TMM[:, a] = mine | (one & two)
+        mask_TMM[:, b] = (either & ~mine) | (one & two)
+    return mask_TMM
 
 
 def rounds(m: int) -> list[tuple[list[int], list[int]]]:
@@ -144,10 +144,10 @@ def rounds(m: int) -> list[tuple[list[int], list[int]]]:
     [([0, 1], [3, 2]), ([0, 3], [2, 1]), ([0, 2], [1, 3])]
     """
     players = [*range(m), *([-1] if m % 2 else [])]
-    found = []
+    pairings = []
     for _ in range(len(players) - 1):
         half = len(players) // 2
         pairs = [pair for pair in zip(players[:half], players[: half - 1 : -1], strict=True) if -1 not in pair]
-        found.append(([a for a, _ in pairs], [b for _, b in pairs]))
+        pairings.append(([a for a, _ in pairs], [b for _, b in pairs]))
         players = [players[0], players[-1], *players[1:-1]]
-    return found
+    return pairings

@@ -93,7 +93,7 @@ def best_tiles(score_TMM: Tensor, pattern: Pattern) -> Tensor:
     part = _PART.get(score_TMM.device.type, _PART_ELSEWHERE)
     solve = best_2_4 if (pattern.n, pattern.m) == (2, 4) else _best_listed if pattern.m <= _EXACT else best_approximate
     parts = score_TMM.split(part) if len(score_TMM) else (score_TMM,)
-    return torch.cat([solve(finite(each), pattern) for each in parts])
+    return torch.cat([solve(finite(part), pattern) for part in parts])
 
 
 def finite(score: Tensor) -> Tensor:
@@ -173,11 +173,11 @@ def columns_of(p: int, q: int) -> tuple[int, ...]:
 @functools.cache
 def classes_of_pairs() -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
     """(columns, combinations 6 p + q with those columns) of the 19 classes, the largest first."""
-    found: dict[tuple[int, ...], list[int]] = {}
+    members: dict[tuple[int, ...], list[int]] = {}
     for p, q in itertools.product(range(6), repeat=2):
-        found.setdefault(columns_of(p, q), []).append(6 * p + q)
-    classes = [(columns, tuple(members)) for columns, members in found.items()]
-    return tuple(sorted(classes, key=lambda each: -len(each[1])))
+        members.setdefault(columns_of(p, q), []).append(6 * p + q)
+    classes = [(columns, tuple(combinations)) for columns, combinations in members.items()]
+    return tuple(sorted(classes, key=lambda entry: -len(entry[1])))
 
 
 def _best_listed(score_TMM: Tensor, pattern: Pattern) -> Tensor:
@@ -199,12 +199,12 @@ def all_masks(pattern: Pattern) -> Tensor:
     [24, 90, 24, 1]
     """
     rows = list(itertools.combinations(range(pattern.m), pattern.n))
-    found = [
+    masks = [
         [[column in row for column in range(pattern.m)] for row in mask]
         for mask in itertools.product(rows, repeat=pattern.m)
         if all(sum(column in row for row in mask) == pattern.n for column in range(pattern.m))
     ]
-    return torch.tensor(found)
+    return torch.tensor(masks)
 
 
 def _padded(score: Tensor, short: list[tuple[int, int]]) -> Tensor:

@@ -6,6 +6,7 @@ file of this room. `openwork.kernels.registry` says which faster kernels run it 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -51,35 +52,49 @@ def numbers(pattern: Pattern, axes: Sequence[Axis]) -> tuple[int, int, list[int]
 
 def axis_numbers(axes: Sequence[Axis]) -> list[int]:
     """The dim, blocks and flat of each axis, one after the other."""
-    return [number for axis in axes for number in (axis.dim, axis.blocks, int(axis.flat))]
+    flat: list[int] = []
+    for axis in axes:
+        flat += (axis.dim, axis.blocks, int(axis.flat))
+    return flat
 
 
-def parsed(weights: Sequence[Tensor], n: int, m: int, axes: Sequence[int]) -> tuple[Pattern, list[Axis]]:
+def parsed(weights: Sequence[Tensor], n: int, m: int, axes: Sequence[int]) -> tuple[Pattern, tuple[Axis, ...]]:
     """What the numbers of an operator mean. Raises ValueError where they do not fit the weights."""
-    return Pattern(n, m), parsed_axes(weights, axes)
+    return _pattern(n, m), parsed_axes(weights, axes)
 
 
-def parsed_axes(weights: Sequence[Tensor], axes: Sequence[int]) -> list[Axis]:
+def parsed_axes(weights: Sequence[Tensor], axes: Sequence[int]) -> tuple[Axis, ...]:
     """The axis of each weight from its three numbers. Raises ValueError where they do not fit the weights."""
-    if len(axes) != 3 * len(weights):
-        raise ValueError(f"{len(axes)} numbers for the axes of {len(weights)} weights; needed three for each")
-    return [_axis_of(weight, *axes[3 * i : 3 * i + 3]) for i, weight in enumerate(weights)]
+    places = _axes(tuple(axes))
+    if len(places) != len(weights):
+        raise ValueError(f"numbers for {len(places)} axes, and {len(weights)} weights; needed as many")
+    for weight, axis in zip(weights, places, strict=True):
+        fits = axis.flat or (0 <= axis.dim < weight.ndim and axis.blocks >= 1)
+        if not fits or (axis.blocks > 1 and weight.shape[axis.dim] % axis.blocks):
+            raise ValueError(
+                f"{axis} does not fit shape {tuple(weight.shape)}: needed one of its dims, in equal blocks"
+            )
+    return places
 
 
-def _axis_of(weight: Tensor, dim: int, blocks: int, flat: int) -> Axis:
-    if not flat and not (0 <= dim < weight.ndim and blocks >= 1 and weight.shape[dim] % blocks == 0):
-        raise ValueError(
-            f"{Axis(dim, blocks)} does not fit shape {tuple(weight.shape)}: needed one of its dims, in equal blocks"
-        )
-    return Axis(dim, blocks, bool(flat))
+# Remembered: a model asks the same in every step, and a small weight is masked in less time.
+@functools.lru_cache(maxsize=1024)
+def _pattern(n: int, m: int) -> Pattern:
+    return Pattern(n, m)
+
+
+@functools.lru_cache(maxsize=1024)
+def _axes(numbers: tuple[int, ...]) -> tuple[Axis, ...]:
+    if len(numbers) % 3:
+        raise ValueError(f"{len(numbers)} numbers for axes; needed three for each")
+    return tuple(Axis(dim, blocks, bool(flat)) for dim, blocks, flat in zip(*[iter(numbers)] * 3, strict=True))
 
 
 def has_operators(*tensors: Tensor) -> bool:
     """Whether tensors are plain ones, for which there are operators: subclasses have their own rules."""
     compiling = torch.compiler.is_compiling()
-    return all(
-        (compiling or type(tensor) in (Tensor, torch.nn.Parameter))
-        and tensor.device.type in ("cpu", "cuda")
-        and tensor.dtype in RANKED
-        for tensor in tensors
-    )
+    for tensor in tensors:
+        plain = compiling or type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+        if not plain or tensor.device.type not in ("cpu", "cuda") or tensor.dtype not in RANKED:
+            return False
+    return True

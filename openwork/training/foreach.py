@@ -18,15 +18,17 @@ from openwork.ops import foreach_decay, foreach_mask
 from openwork.training.parametrize import SparseWeight, sparse_weights
 
 
-def masks_of(sparse: Iterable[SparseWeight]) -> list[Tensor]:
+def masks_of(weights: Iterable[SparseWeight]) -> list[Tensor]:
     """The mask in force of each weight."""
-    sparse = list(sparse)
+    weights = list(weights)
     masks: dict[int, Tensor] = {}
-    for (_, _, pattern), indices in _alike(sparse, [each.masked.is_ranked_fused(each.weight) for each in sparse]):
-        scores = [sparse[i].weight.detach().abs() for i in indices]
-        axes = [sparse[i].masked.phase.axis for i in indices]
+    for (_, _, pattern), indices in _alike(
+        weights, [sparse.masked.is_ranked_fused(sparse.weight) for sparse in weights]
+    ):
+        scores = [weights[i].weight.detach().abs() for i in indices]
+        axes = [weights[i].masked.phase.axis for i in indices]
         masks |= zip(indices, foreach_mask(scores, pattern, axes), strict=True)
-    return [masks[i] if i in masks else each.masked.mask_of(each.weight) for i, each in enumerate(sparse)]
+    return [masks[i] if i in masks else sparse.masked.mask_of(sparse.weight) for i, sparse in enumerate(weights)]
 
 
 def prune_ahead(root: nn.Module) -> None:
@@ -36,13 +38,13 @@ def prune_ahead(root: nn.Module) -> None:
     later.
     """
     ahead = [
-        each
-        for each in sparse_weights(root)
-        if each.masked.cache.wants(each.masked)
-        and type(each.weight) is nn.Parameter
-        and each.masked.method.sparse
-        and each.masked.is_fused(each.weight)
-        and kernels.batches(each.weight)
+        sparse
+        for sparse in sparse_weights(root)
+        if sparse.masked.cache.wants(sparse.masked)
+        and type(sparse.weight) is nn.Parameter
+        and sparse.masked.method.sparse
+        and sparse.masked.is_fused(sparse.weight)
+        and kernels.batches(sparse.weight)
     ]
     for (_, _, pattern), indices in _alike(ahead, [True] * len(ahead)):
         axes = [ahead[i].masked.phase.axis for i in indices]
@@ -51,17 +53,17 @@ def prune_ahead(root: nn.Module) -> None:
             ahead[i].masked.cache.give(ahead[i].masked, ahead[i].weight, weight)
 
 
-def add_decay(sparse: Iterable[SparseWeight], scale: Tensor | None) -> None:
+def add_decay(weights: Iterable[SparseWeight], scale: Tensor | None) -> None:
     """gradient += decay * weight where a method with a decay prunes; the sum's second half times `scale`."""
-    sparse = [each for each in sparse if each.weight.grad is not None and each.masked.method.decay]
-    fused = [scale is None and _gradient_fused(each) for each in sparse]
-    for (_, rate, pattern), indices in _alike(sparse, fused):
-        weights = [sparse[i].weight for i in indices]
-        gradients: Any = [weight.grad for weight in weights]
-        foreach_decay(gradients, weights, rate, pattern, [sparse[i].masked.phase.axis for i in indices])
-    for each, done in zip(sparse, fused, strict=True):
+    weights = [sparse for sparse in weights if sparse.weight.grad is not None and sparse.masked.method.decay]
+    fused = [scale is None and _gradient_fused(sparse) for sparse in weights]
+    for (_, rate, pattern), indices in _alike(weights, fused):
+        dense = [weights[i].weight for i in indices]
+        gradients: Any = [weight.grad for weight in dense]
+        foreach_decay(gradients, dense, rate, pattern, [weights[i].masked.phase.axis for i in indices])
+    for sparse, done in zip(weights, fused, strict=True):
         if not done:
-            each.masked.add_decay(each.weight, scale)
+            sparse.masked.add_decay(sparse.weight, scale)
 
 
 def _gradient_fused(sparse: SparseWeight) -> bool:
@@ -71,10 +73,10 @@ def _gradient_fused(sparse: SparseWeight) -> bool:
     return ranked and gradient.dtype == sparse.weight.dtype and kernels.fuses(gradient)
 
 
-def _alike(sparse: list[SparseWeight], chosen: list[bool]) -> list[tuple[tuple[Any, float, Pattern], list[int]]]:
+def _alike(weights: list[SparseWeight], chosen: list[bool]) -> list[tuple[tuple[Any, float, Pattern], list[int]]]:
     """The chosen weights, by (device, decay, pattern)."""
     lists: dict[Any, list[int]] = defaultdict(list)
-    for i, (each, taken) in enumerate(zip(sparse, chosen, strict=True)):
+    for i, (sparse, taken) in enumerate(zip(weights, chosen, strict=True)):
         if taken:
-            lists[each.weight.device, each.masked.method.decay, each.masked.phase.pattern].append(i)
+            lists[sparse.weight.device, sparse.masked.method.decay, sparse.masked.phase.pattern].append(i)
     return list(lists.items())

@@ -1,10 +1,10 @@
-"""Run a method's part of training inside `optimizer.step()`: the gradient term, counters, topology.
+"""Run a method's part of training inside `optimizer.step()`: decay, schedule, hooks, topology.
 
-The term is added once per step, outside autograd, after whatever the loop did to the gradients: unscaling, reducing,
-accumulating, clipping. Four cases need care, each tested:
+The decay of pruned weights is added to the gradient once per step, outside autograd, after whatever the loop did to the
+gradients: unscaling, reducing, accumulating, clipping. Four cases need care, each tested:
 
 - `step(closure)`: the gradients do not exist before the closure ran, so the closure is wrapped;
-- a fused optimizer under GradScaler receives scaled gradients and unscales them itself: the term is scaled as well;
+- a fused optimizer under GradScaler receives scaled gradients and unscales them itself: the decay is scaled as well;
 - a step skipped for overflow counts nothing;
 - distributed checkpointing runs a step with zero gradients and learning rate 0 to create the optimizer state.
 """
@@ -149,21 +149,21 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
     Call it after `sparsify` and once per optimizer; the training loop stays as it is. `model` may be wrapped in DDP or
     compiled, `optimizer` may be wrapped by Accelerate. Raises ValueError when the model is not sparsified, the
     optimizer holds none of its sparse weights, is attached already, or is LBFGS with a line search (which evaluates
-    losses that lack the term).
+    losses that lack the decay).
     """
     model, optimizer = unwrap(model), unwrapped(optimizer)
-    found = sparsity_records(model)
-    if not found and any(masked_modules(model)):
+    records = sparsity_records(model)
+    if not records and any(masked_modules(model)):
         raise ValueError(
             f"{type(model).__name__} is only part of a sparsified model: hand ow.attach the model that ow.sparsify got"
         )
-    if not found:
+    if not records:
         raise ValueError(
             f"{type(model).__name__} is not sparsified: call ow.sparsify(model, pattern) before ow.attach; "
             "to resume a sparse run, sparsify first and then load the checkpoint"
         )
-    if any(record.watch.attached.get(optimizer) for _, _, record in found):
-        raise ValueError(f"this {type(optimizer).__name__} is attached already: the term would be added twice")
+    if any(record.watch.attached.get(optimizer) for _, _, record in records):
+        raise ValueError(f"this {type(optimizer).__name__} is attached already: the decay would be added twice")
     trained = trained_weights(optimizer, model)
     if not trained:
         raise ValueError(
@@ -173,7 +173,7 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
     check_supported(optimizer)
     for sparse in trained:
         sparse.masked.reuses_mask = sparse.masked.reuses_mask and not is_sharded(sparse.weight)
-    for _, _, record in found:
+    for _, _, record in records:
         record.watch.attached[optimizer] = True
     return Handle(optimizer, model, topology)
 

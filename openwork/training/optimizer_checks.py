@@ -18,7 +18,7 @@ def check_supported(optimizer: Optimizer) -> None:
         )
     if isinstance(optimizer, LBFGS) and any(group["line_search_fn"] for group in optimizer.param_groups):
         raise ValueError(
-            "LBFGS with a line search evaluates losses that lack the method's term; use line_search_fn=None"
+            "LBFGS with a line search evaluates losses that lack the method's decay; use line_search_fn=None"
         )
 
 
@@ -61,11 +61,11 @@ def check_fitting_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     saved = [state["state"].get(index, {}) for group in state["param_groups"] for index in group["params"]]
     for key in {key: None for values in saved for key in values}:
         tensors = {i: values[key] for i, values in enumerate(saved) if isinstance(values.get(key), Tensor)}
-        found = {i: tuple(tensor.shape) for i, tensor in tensors.items() if tensor.ndim and i < len(shapes)}
-        wrong = [i for i, shape in found.items() if shape != shapes[i]]
-        if wrong and Counter(found.values()) <= Counter(shapes):
+        stored = {i: tuple(tensor.shape) for i, tensor in tensors.items() if tensor.ndim and i < len(shapes)}
+        wrong = [i for i, shape in stored.items() if shape != shapes[i]]
+        if wrong and Counter(stored.values()) <= Counter(shapes):
             raise ValueError(
-                f"optimizer state {key!r} of parameter {wrong[0]} has shape {found[wrong[0]]}, the parameter "
+                f"optimizer state {key!r} of parameter {wrong[0]} has shape {stored[wrong[0]]}, the parameter "
                 f"{shapes[wrong[0]]}: build the optimizer after ow.sparsify, in the run that saves and in "
                 "the run that loads (sparsify changes the order of the parameters)"
             )

@@ -70,10 +70,10 @@ def unmask_weights(module: nn.Module) -> None:
 
 def masked_weights(module: nn.Module) -> list[tuple[str, Masked, nn.Parameter]]:
     """The (tensor name, Masked, dense weight) of one module; none for a module that `mask_weights` left alone."""
-    lists: Any = module._modules.get("parametrizations")
-    if lists is None or "_openwork" not in module.__dict__:
+    parametrizations: Any = module._modules.get("parametrizations")
+    if parametrizations is None or "_openwork" not in module.__dict__:
         return []
-    return [(name, each[0], each.original) for name, each in lists.items()]
+    return [(name, steps[0], steps.original) for name, steps in parametrizations.items()]
 
 
 def masked_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

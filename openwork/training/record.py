@@ -31,8 +31,11 @@ class SparsityRecord:
 
 def sparsity_records(model: nn.Module) -> list[tuple[str, nn.Module, SparsityRecord]]:
     """The (name, module, record) of every module in `model` that was handed to `sparsify`."""
-    found = [(name, each) for name, each in model.named_modules() if "_openwork_record" in each.__dict__]
-    return [(name, each, each.__dict__["_openwork_record"]) for name, each in found]
+    return [
+        (name, module, module.__dict__["_openwork_record"])
+        for name, module in model.named_modules()
+        if "_openwork_record" in module.__dict__
+    ]
 
 
 def recorded_weights(model: nn.Module) -> dict[str, tuple[Pattern, Axis]]:

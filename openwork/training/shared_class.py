@@ -40,8 +40,8 @@ def shared_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
 
 def _rebuild(original: Any, names: tuple[str, ...]) -> nn.Module:
-    made = shared_class(original, names)
-    return made.__new__(made)
+    sparse_class = shared_class(original, names)
+    return sparse_class.__new__(sparse_class)
 
 
 def _read_through(name: str) -> property:

@@ -68,8 +68,8 @@ class Topology:
         missing = [step for step in (a, b) if step not in self.snapshots]
         if missing:
             raise ValueError(f"no masks of steps {missing}; there are {sorted(self.snapshots)} (all, with keep=True)")
-        found = _sads(self.snapshots[a], self.snapshots[b])
-        return found | {"": sum(found.values())}
+        sads = _sads(self.snapshots[a], self.snapshots[b])
+        return sads | {"": sum(sads.values())}
 
     def scalars(self) -> dict[str, float]:
         """The last record in total, for a logger: SAD in weights and the flip rate as a share, by span."""
@@ -115,8 +115,8 @@ def _by_device(
     a: Mapping[str, Tensor], b: Mapping[str, Tensor], function: Callable[[list[Tensor], list[Tensor]], list[Any]]
 ) -> Iterator[tuple[str, Any]]:
     """What `function` makes of all pairs of tensors on one device, by name, in the order of `b`."""
-    found: dict[str, Any] = dict.fromkeys(b)
-    for device in {each.device for each in b.values()}:
-        here = {name: each for name, each in b.items() if each.device == device}
-        found |= zip(here, function([a[name].to(device) for name in here], list(here.values())), strict=True)
-    yield from found.items()
+    results: dict[str, Any] = dict.fromkeys(b)
+    for device in {mask.device for mask in b.values()}:
+        here = {name: mask for name, mask in b.items() if mask.device == device}
+        results |= zip(here, function([a[name].to(device) for name in here], list(here.values())), strict=True)
+    yield from results.items()

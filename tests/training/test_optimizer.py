@@ -472,7 +472,7 @@ def test_attaching_twice_is_refused():
     model = sparse_net()
     optimizer = SGD(model.parameters())
     ow.attach(optimizer, model)
-    with pytest.raises(ValueError, match="this SGD is attached already: the term would be added twice"):
+    with pytest.raises(ValueError, match="this SGD is attached already: the decay would be added twice"):
         ow.attach(optimizer, model)
 
 

@@ -20,7 +20,7 @@ def told(call):
 def test_lbfgs_with_a_line_search(row):
     model = sparse(ResNet)
     error = told(lambda: ow.attach(torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe"), model))
-    assert "evaluates losses that lack the method's term; use line_search_fn=None" in error
+    assert "evaluates losses that lack the method's decay; use line_search_fn=None" in error
     row("Optimizer", "`LBFGS` with a line search", error=error)
 
 
