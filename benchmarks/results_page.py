@@ -15,34 +15,34 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from openwork.recipes import TASKS, find
 from openwork.recipes.config import comparison
-from openwork.recipes.summary import Row, cells, header, notes
+from openwork.recipes.method_flags import option_flags
+from openwork.recipes.summary import Row, notes, table_of
 from openwork.recipes.task import Metric
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results"
 LONGER = ("fashion-mnist", "twice-the-steps")  # classification, with more steps than under its own name
 _TIMES = ("ms/step", "time s")
-_NOT_SHOWN = ("out", "threads", "jobs", "progress", "workers", "log_every", "checkpoint_every")
+_NOT_SHOWN = ("out", "method_options", "threads", "jobs", "progress", "workers", "log_every", "checkpoint_every")
 
 
 def command(config: dict[str, Any]) -> str:
     """The command line that gives this configuration, with the folder of the data left out."""
-    cls = comparison(find(config["task"]).config)
-    default = cls()
+    default = asdict(comparison(find(config["task"]).config)())
     words = ["openwork", "compare", config["task"]]
-    for field in fields(cls):
-        value = config.get(field.name, getattr(default, field.name))  # older results lack newer flags
-        if field.name in _NOT_SHOWN or value == getattr(default, field.name):
+    for name in (*default, *option_flags()):
+        value = config.get(name, default.get(name))  # older results lack newer flags
+        if name in _NOT_SHOWN or value == default.get(name):
             continue
-        name, _, folder = str(value).partition("=")
-        text = f"{name}=DIR" if field.name == "data" and folder else _text(value)
-        words.append(f"--{field.name}" if value is True else f"--{field.name} {text}")
+        source, _, folder = str(value).partition("=")
+        text = f"{source}=DIR" if name == "data" and folder else _text(value)
+        words.append(f"--{name}" if value is True else f"--{name} {text}")
     return " ".join(words)
 
 
@@ -57,16 +57,16 @@ def _text(value: Any) -> str:
 
 
 def section(documents: Sequence[dict[str, Any]]) -> str:
-    """Commands, machine, table, and what its columns mean. The comparisons share their task, machine and dense runs."""
+    """Commands, environment, table, and what its columns mean. The comparisons share task, machine and dense runs."""
     first = documents[0]
     metrics = [Metric(**each) for each in first["metrics"]]
-    rows = [cells(Row(**row), metrics) for document in documents for row in document["rows"]]
+    header, rows = table_of([Row(**row) for document in documents for row in document["rows"]], metrics)
     rows = [row for i, row in enumerate(rows) if row not in rows[:i]]
-    m = first["machine"]
-    machine = f"{m['device']}, {m['cores']} cores, {m['threads']} thread(s) a run, torch {m['torch']}."
-    machine += "".join(f" {key}: {value}." for key, value in first.get("notes", {}).items())
+    e = first["environment"]
+    environment = f"{e['device']}, {e['cores']} cores, {e['threads']} thread(s) a run, torch {e['torch']}."
+    environment += "".join(f" {key}: {value}." for key, value in first.get("notes", {}).items())
     commands = "\n".join(command(document["config"]) for document in documents)
-    lines = [f"```\n{commands}\n```\n", f"{machine}\n", *markdown(header(metrics), rows)]
+    lines = [f"```\n{commands}\n```\n", f"{environment}\n", *markdown(header, rows)]
     explained = [note for note in notes(metrics) if not note.startswith("time:")]
     return "\n".join([*lines, "", " ".join(explained)])
 

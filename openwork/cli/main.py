@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-USAGE = """\
+from openwork.recipes import TASKS, find
+
+USAGE = f"""\
 openwork: train N:M sparse networks from scratch
 
   openwork train TASK               one network with one method; --help shows every flag and its default
@@ -22,7 +24,7 @@ openwork: train N:M sparse networks from scratch
   openwork export SOURCE --out OUT  as ONNX, a program of torch.export, a folder for Hugging Face, ...
 
 SOURCE is module:factory, a run directory, a Hugging Face folder, a compressed file, or a model of torchvision by name.
-TASK is one of: classification, detection, flow, segmentation, translation.
+TASK is one of: {", ".join(TASKS)}.
 Without --data each trains on something small that needs no download.
 Flags may stand in a YAML file: --config FILE; flags after it override it.
 """
@@ -63,8 +65,6 @@ def _explain(error: Exception) -> str:
 
 def _task(words: list[str], verb: str) -> Any:
     """The task that the first word names."""
-    from openwork.recipes import TASKS, find
-
     if words and words[0] in TASKS:
         return find(words[0])
     asked = f"there is no task {words[0]!r}" if words and not words[0].startswith("-") else "a task is missing"
@@ -116,17 +116,19 @@ def compare(words: list[str]) -> int:
 
 
 def _show_table(rows: Sequence[Any], metrics: Sequence[Any]) -> None:
-    from openwork.recipes.summary import cells, header, notes, plain_table
+    from openwork.recipes.summary import notes, table_of
+    from openwork.utils.table import aligned
 
+    header, lines = table_of(rows, metrics)
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        print(plain_table(rows, metrics))
+        print("\n".join(aligned(header, lines)))
     else:
-        table = Table(*header(metrics))
-        for row in rows:
-            table.add_row(*cells(row, metrics))
+        table = Table(*header)
+        for line in lines:
+            table.add_row(*line)
         console = Console()
         wide = console.width if console.is_terminal else 180
         Console(width=wide).print(table)

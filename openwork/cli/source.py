@@ -158,9 +158,9 @@ def _needed_example(source: str, shapes: Sequence[str]) -> Any:
 
 
 def _of_run(folder: Path, shapes: Sequence[str]) -> Source:
-    from openwork.recipes.recipe import finished
+    from openwork.recipes.recipe import load_run
 
-    net, example, config = finished(folder)
+    net, example, config = load_run(folder)
     selection = None
     if config.method != "dense":
         selection = Selection(config.pattern, exclude=config.exclude, remainder=cast(Remainder, config.remainder))

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from openwork.training.parametrize import masked_modules, unwrap
 from openwork.training.record import sparsity_records
 from openwork.training.sparsify import finalize
+from openwork.utils.difference import largest_difference
 from openwork.utils.example import quiet, run
 
 # Largest difference of any output, as a share of the largest output: other kernels add up in another order.
@@ -54,7 +55,7 @@ def check_equal(what: str, results: Sequence[Tensor], expected: Sequence[Tensor]
         raise RuntimeError(f"{what} gives outputs of shapes {shapes[0]}, the model {shapes[1]}: nothing was written")
     worst = 0.0
     for mine, model in zip(results, expected, strict=True):
-        difference = _difference(mine, model)
+        difference = largest_difference([model], [mine])
         if not difference <= _TOLERANCE.get(model.dtype, 0.0):
             raise RuntimeError(
                 f"{what} gives other outputs than the model (difference {difference:.1e} of the largest): nothing was "
@@ -62,14 +63,3 @@ def check_equal(what: str, results: Sequence[Tensor], expected: Sequence[Tensor]
             )
         worst = max(worst, difference)
     return worst
-
-
-def _difference(result: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest finite output; NaN and infinities must be the same in both."""
-    a, b = result.detach().double().cpu(), expected.detach().double().cpu()
-    finite = b.isfinite()
-    if not torch.equal(a[~finite].nan_to_num(7.0), b[~finite].nan_to_num(7.0)) or not a[finite].isfinite().all():
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    return float((a[finite] - b[finite]).abs().max() / b[finite].abs().max().clamp(min=1e-30))

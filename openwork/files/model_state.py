@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from openwork.files.container import CODES
 from openwork.files.reader import Contents
 from openwork.nm.groups import Axis
-from openwork.nm.masks import apply_mask, kept_per_group
+from openwork.nm.masks import apply_mask, too_dense
 from openwork.nm.pattern import Pattern
 from openwork.training.masked import Masked
 from openwork.training.parametrize import plain_name, sparse_weights, weight_name
@@ -135,11 +135,10 @@ def check_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Masked
         if masking is None or not masking.method.sparse:
             continue
         end = masking.end
-        most = int(kept_per_group(weight, end.pattern, end.axis).max())
-        if most > end.pattern.n:
+        if problem := too_dense(weight, end.pattern, end.axis):
             raise ValueError(
-                f"{name} has {most} non-zeros in a group, the model was sparsified at {end.pattern}: "
-                "load into a plain model, or sparsify at the pattern of the file"
+                f"{name}: {problem}, and the model was sparsified at {end.pattern}: load into a plain model, or "
+                "sparsify at the pattern of the file"
             )
         if end.output_axis and not torch.equal(apply_mask(weight, masking.ranked(weight, end)), weight):
             raise ValueError(

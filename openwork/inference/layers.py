@@ -58,8 +58,8 @@ class PackedLayer(nn.Module):
     def _device(self) -> torch.device:
         return next(self.packed.buffers()).device
 
-    def _check_inference(self, x: Tensor) -> None:
-        if x.requires_grad and torch.is_grad_enabled():
+    def _check_inference(self) -> None:
+        if torch.is_grad_enabled():
             raise RuntimeError(
                 f"{type(self).__name__} is for inference, and its input requires grad: call the deployed model under "
                 "torch.inference_mode(), or train the model that was deployed"
@@ -88,8 +88,11 @@ class PackedLinear(PackedLayer):
     """A linear layer (..., K) -> (..., O)."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name it has in torch
-        self._check_inference(input)
-        return self.packed.linear(input, self.bias, self.relu)
+        if input.requires_grad:
+            self._check_inference()
+        packed: Any = self._modules["packed"]  # an attribute of a module takes long enough to count for one row
+        y: Tensor = packed.linear(input, self._buffers["bias"], self.relu)
+        return y
 
     def search(self, x: Tensor) -> None:
         """Find the fastest algorithm for an input like this one, where the kernel has several."""
@@ -105,7 +108,8 @@ class PackedConv2d(PackedLayer):
     """Bring inputs into that memory format, in which the layer, what follows it, or both are faster."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name it has in torch
-        self._check_inference(input)
+        if input.requires_grad:
+            self._check_inference()
         y = self.packed.conv2d(self._images(input), self.bias, self.form.conv, self.relu)
         y = y.squeeze(2) if self.form.flat else y
         return y.squeeze(0) if self._unbatched(input) else y
@@ -166,5 +170,5 @@ def _packed_anew(module: PackedLayer, weight: Tensor, bias: Tensor | None) -> La
     """Where the layer is: a state may come from elsewhere. The bias is of the state too, and torch loads it later."""
     before = module.bias
     fits = before is not None and bias is not None and bias.shape == before.shape
-    new = bias.to(before) if fits else before  # type: ignore[union-attr, arg-type]
+    new = bias.to(before) if fits else before  # type: ignore[union-attr]
     return module._pack(type(module.packed), weight.to(module._device()), new)

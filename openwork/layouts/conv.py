@@ -32,8 +32,8 @@ class ConvGeometry:
         if len(numbers) != 9:
             names = ", ".join(field.name for field in fields(cls))
             raise ValueError(f"geometry of {len(numbers)} numbers, {list(numbers)}; needed nine: {names}")
-        pairs = (tuple(numbers[i : i + 2]) for i in (0, 2, 4, 6))
-        geometry = cls(*pairs, numbers[8])  # type: ignore[arg-type]
+        kernel, stride, padding, dilation = ((numbers[i], numbers[i + 1]) for i in (0, 2, 4, 6))
+        geometry = cls(kernel, stride, padding, dilation, numbers[8])
         for name, least in _LEAST.items():
             pair = getattr(geometry, name)
             if min(pair) < least or max(pair) >= 2**31:

@@ -117,12 +117,12 @@ class Gemm(Layout):
 
     def linear(self, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         y: Tensor = torch.ops.openwork.gemm_linear.default(x.float(), self.packed, bias, self.integers, relu, True)
-        return y.to(x.dtype)
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
 
     def conv2d(self, x: Tensor, bias: Tensor | None, geometry: ConvGeometry, relu: bool) -> Tensor:
         operator = torch.ops.openwork.gemm_conv2d.default
         y: Tensor = operator(x.float(), self.packed, bias, self.integers, geometry.numbers, relu, True)
-        return y.to(x.dtype)
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def slots_of(inputs: int, pattern: Pattern, int8: bool) -> tuple[int, int]:

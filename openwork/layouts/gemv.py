@@ -98,7 +98,7 @@ class Gemv(Layout):
 
     def linear(self, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         y: Tensor = torch.ops.openwork.gemv_linear.default(x.float(), self.packed, bias, self.integers, relu, True)
-        return y.to(x.dtype)
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def index_bits(window: int) -> int:

@@ -129,11 +129,10 @@ class Layout(nn.Module, ABC):
         read it there."""
         for name, tensor in other._buffers.items():
             before = self._buffers.get(name)
-            fits = tensor is not None and before is not None and not before.is_inference()
-            if fits and (before.shape, before.dtype) == (tensor.shape, tensor.dtype):  # type: ignore[union-attr]
-                before.copy_(tensor)  # type: ignore[union-attr]
-            else:
+            if before is None or tensor is None or before.is_inference() or not _same_form(before, tensor):
                 self.register_buffer(name, tensor, persistent=False)
+            else:
+                before.copy_(tensor)
         self.numbers, self.integers = other.numbers, other.integers
 
     @property
@@ -175,6 +174,10 @@ def numbers_of(kind: Any, numbers: Sequence[int]) -> Any:
     if len(numbers) != len(fields):
         raise ValueError(f"{len(numbers)} numbers of a layout, {list(numbers)}; {kind.name} needs {', '.join(fields)}")
     return kind.Numbers(*numbers)
+
+
+def _same_form(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype
 
 
 def check_packable(weight: Tensor, dtypes: Sequence[torch.dtype]) -> None:

@@ -22,6 +22,7 @@ class ASP(Method):
     """One-shot magnitude pruning with a fixed mask. Load the trained dense weights before `sparsify`."""
 
     name: ClassVar[str] = "asp"
+    prunes_trained: ClassVar[bool] = True
 
     @property
     def schedule(self) -> Schedule:

@@ -59,6 +59,8 @@ class Method:
     """The field's name for it: "sr-ste"."""
     sparse: ClassVar[bool] = True
     transposable: ClassVar[bool] = False
+    prunes_trained: ClassVar[bool] = False
+    """True where the mask is chosen once, from weights that were trained before: `openwork compare` trains twice then."""
     elementwise: ClassVar[bool] = True
     """False where `forward` looks at whole groups: weights whose groups are spread over processes are then refused."""
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openwork.recipes import datasets
-from openwork.recipes.config import Config, Source, default, flag, flag_of, source_of
-from openwork.recipes.imagefolder import imagefolder
+from openwork.recipes import images
+from openwork.recipes.config import Config, Source, data_flag, default, flag, source_of
+from openwork.recipes.data import Data
 from openwork.recipes.models import build_model
 from openwork.recipes.task import Task, percent
 
@@ -28,11 +28,8 @@ class ClassificationConfig(Config):
     task: ClassVar[str] = "classification"
     sources: ClassVar[Sequence[Source]] = (
         Source("digits"),
-        Source(
-            "fashion-mnist",
-            "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz and the two t10k files",
-        ),
-        Source("cifar10", "data_batch_1 to data_batch_5 and test_batch, as python or .bin files"),
+        Source("fashion-mnist", images.FASHION),
+        Source("cifar10", "cifar-10-batches-py with data_batch_1 to data_batch_5 and test_batch"),
         Source("imagefolder", "train/CLASS/*.jpg and val/CLASS/*.jpg"),
     )
     # arXiv:2102.04010 and its code: 120 epochs, batch 256, all convolutions sparse, the last layer dense.
@@ -54,7 +51,7 @@ class ClassificationConfig(Config):
         }
     }
 
-    data: str = flag_of(sources)
+    data: str = data_flag(sources)
     model: str = flag("resnet8", "resnet8, resnet20, ... (small images), any torchvision name, timm/NAME")
     dropout: float = flag(0.0, "before the last layer (resnet8, resnet20, ...)")
     image_size: int = flag(224, "side of the images (imagefolder)")
@@ -66,37 +63,37 @@ class Classification(Task):
     config = ClassificationConfig
     metrics = (percent("val_accuracy", "accuracy"), percent("val_top5", "top-5"))
 
-    def load_data(self, config: ClassificationConfig) -> Any:
+    def load_data(self, config: ClassificationConfig) -> Data:
         source, folder = source_of(config)
+        limits = {"limit": config.limit, "limit_val": config.limit_val}
         if folder is None:
-            return datasets.digits().limited(config.limit, config.limit_val)
+            return images.digits(**limits)
         if source == "imagefolder":
-            found: Any = imagefolder(folder, config.image_size, config.workers, config.skip_bad)
-        else:
-            found = {"fashion-mnist": datasets.fashion_mnist, "cifar10": datasets.cifar10}[source](folder)
-        return found.limited(config.limit, config.limit_val)
+            how: dict[str, Any] = {"skip_bad": config.skip_bad, **limits}
+            return images.imagefolder(folder, config.image_size, config.workers, **how)
+        return {"fashion-mnist": images.fashion_mnist, "cifar10": images.cifar10}[source](folder, **limits)
 
-    def build(self, config: ClassificationConfig, data: Any) -> nn.Module:
-        return build_model(config.model, classes=data.classes, channels=data.shape[0], dropout=config.dropout)
+    def build(self, config: ClassificationConfig, data: Data) -> nn.Module:
+        return build_model(config.model, classes=data.info.classes, channels=data.info.channels, dropout=config.dropout)
 
-    def example(self, data: Any) -> Tensor:
-        ((images, _),) = data.val_batches([np.array([0])])
-        return images
+    def example(self, data: Data) -> Tensor:
+        ((pixels, _),) = data.val_batches([np.array([0])])
+        return pixels
 
     def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = batch
-        return F.cross_entropy(net(images), labels)
+        pixels, labels = batch
+        return F.cross_entropy(net(pixels), labels)
 
-    def records(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Any]:
+    def predictions(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Any]:
         """Loss, whether the best guess is right, whether one of the best five is."""
-        images, labels = batch
-        logits = net(images).float()
+        pixels, labels = batch
+        logits = net(pixels).float()
         guesses = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         losses = F.cross_entropy(logits, labels, reduction="none")
         return list(torch.stack([losses, guesses[:, 0], guesses.any(1)], dim=1).double().cpu().numpy())
 
-    def score(self, records: Sequence[Any], data: Any) -> dict[str, float]:
-        loss, first, five = (sum(column) / len(records) for column in zip(*records, strict=True))
+    def compute_metrics(self, predictions: Sequence[Any], data: Data) -> dict[str, float]:
+        loss, first, five = (sum(column) / len(predictions) for column in zip(*predictions, strict=True))
         return {"val_loss": float(loss), "val_accuracy": float(first), "val_top5": float(five)}
 
 

@@ -3,7 +3,8 @@
     DIR/annotations/instances_train2017.json, instances_val2017.json, images in DIR/train2017 and DIR/val2017, or
     DIR/instances_train.json, instances_val.json, images in DIR/images
 
-Masks are polygons or run lengths, compressed or not. Classes are numbered from 1 in the order of their ids.
+Masks are polygons or run lengths, compressed or not. Classes are numbered from 1 in the order of their ids. The files
+are read here and not by torchvision's CocoDetection, which reports none of their faults.
 """
 
 from __future__ import annotations
@@ -12,19 +13,24 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from openwork.recipes.imagefolder import open_image
+from openwork.recipes.images import open_image
 
 LAYOUT = (
     "annotations/instances_train2017.json and instances_val2017.json with train2017/ and val2017/, "
     "or instances_train.json and instances_val.json with images/"
 )
 _SLACK = 1.0  # pixels by which a box may stick out: some tools count pixels, others their edges
+_SECTIONS = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("id", "image_id"),
+    "categories": ("id", "name"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,47 +44,39 @@ class Entry:
     annotations: Sequence[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Part:
-    """The images of a json file that can be used, its classes, and how many images were left out."""
-
-    entries: Sequence[Entry]
-    classes: Sequence[str]
-    skipped: int
-
-
 def parts(folder: Path) -> list[tuple[Path, Path]]:
     """The json file and the folder of images for training and for validation."""
-    for layout in (
-        [(f"annotations/instances_{part}2017.json", f"{part}2017") for part in ("train", "val")],
-        [(f"instances_{part}.json", "images") for part in ("train", "val")],
-    ):
-        if (folder / layout[0][0]).exists():
-            return [(folder / names, folder / images) for names, images in layout]
+    for pattern, images in (("annotations/instances_{}2017.json", "{}2017"), ("instances_{}.json", "images")):
+        if (folder / pattern.format("train")).exists():
+            return [(folder / pattern.format(part), folder / images.format(part)) for part in ("train", "val")]
     raise FileNotFoundError(f"{folder} has no instances_train.json; it must hold {LAYOUT}")
 
 
-def read_part(file: Path, images: Path, *, masks: bool, skip_bad: bool) -> Part:
-    """Reads and checks a json file. ValueError says which annotation of which image is wrong and how.
+def read_part(file: Path, images: Path, *, masks: bool, skip_bad: bool) -> tuple[list[Entry], list[str], int]:
+    """The usable images of a json file, the names of its classes, and how many images were left out.
 
-    `masks` demands one for every object. `skip_bad` leaves out every image that has a fault or cannot be decoded;
-    without it an image that cannot be decoded is an error when it is used.
+    ValueError says which annotation of which image is wrong and how. `masks` demands one for every object. `skip_bad`
+    leaves out every image that has a fault or cannot be decoded; without it that is an error when it is used.
     """
     content = _sections(file)
-    numbers = {each["id"]: i + 1 for i, each in enumerate(sorted(content["categories"], key=lambda c: c["id"]))}
-    found, faults = [], 0
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    numbers = {category["id"]: i for i, category in enumerate(categories, start=1)}
+    entries, skipped = [], 0
     for entry in _entries(file, images, content):
-        fault = _first(_faults(entry, numbers, masks, decode=skip_bad))
-        if fault and not skip_bad:
-            raise ValueError(f"{file}: {fault}; correct it, or add --skip_bad to leave such images out")
-        faults += bool(fault)
-        if not fault:
-            renumbered = [{**each, "category_id": numbers[each["category_id"]]} for each in entry.annotations]
-            found.append(Entry(entry.path, entry.id, entry.width, entry.height, renumbered))
-    if not any(entry.annotations for entry in found):
-        raise ValueError(f"{file}: not one image with an object is left ({faults} of them were left out as bad)")
-    names = {numbers[each["id"]]: str(each["name"]) for each in content["categories"]}
-    return Part(found, [names[number] for number in sorted(names)], faults)
+        try:
+            _check(entry, numbers, masks)
+            if skip_bad:
+                load_image(entry)
+        except ValueError as error:
+            if not skip_bad:
+                raise ValueError(f"{file}: {error}; correct it, or add --skip_bad to leave such images out") from None
+            skipped += 1
+            continue
+        listed = [{**known, "category_id": numbers[known["category_id"]]} for known in entry.annotations]
+        entries.append(replace(entry, annotations=listed))
+    if not any(entry.annotations for entry in entries):
+        raise ValueError(f"{file}: not one image with an object is left ({skipped} of them were left out as bad)")
+    return entries, [str(category["name"]) for category in categories], skipped
 
 
 def _sections(file: Path) -> dict[str, Any]:
@@ -88,60 +86,44 @@ def _sections(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # json's own says the line and column
         raise ValueError(f"{file} is not JSON: {error}") from error
-    needs = {
-        "images": ("id", "file_name", "width", "height"),
-        "annotations": ("id", "image_id"),
-        "categories": ("id", "name"),
-    }
-    for section, keys in needs.items():
+    for section, keys in _SECTIONS.items():
         if not isinstance(content, dict) or not isinstance(content.get(section), list):
-            raise ValueError(f"{file} has no list {section!r}; a COCO file holds {', '.join(needs)}")
-        for place, each in enumerate(content[section]):
-            if lacks := [key for key in keys if not isinstance(each, dict) or key not in each]:
+            raise ValueError(f"{file} has no list {section!r}; a COCO file holds {', '.join(_SECTIONS)}")
+        for place, item in enumerate(content[section]):
+            if lacks := [key for key in keys if not isinstance(item, dict) or key not in item]:
                 raise ValueError(f"{file}: {section}[{place}] has no {', '.join(lacks)}")
     return content
 
 
 def _entries(file: Path, images: Path, content: Mapping[str, Any]) -> Iterator[Entry]:
     by_image = defaultdict(list)
-    for each in content["annotations"]:
-        by_image[each["image_id"]].append(each)
-    seen = {each["id"] for each in content["images"]}
-    if len(seen) != len(content["images"]):
+    for annotation in content["annotations"]:
+        by_image[annotation["image_id"]].append(annotation)
+    ids = {image["id"] for image in content["images"]}
+    if len(ids) != len(content["images"]):
         raise ValueError(f"{file}: two images have the same id")
-    if strange := sorted(set(by_image) - seen, key=str):
+    if strange := sorted(set(by_image) - ids, key=str):
         lost = by_image[strange[0]][0]["id"]
         raise ValueError(f"{file}: annotation {lost} belongs to image {strange[0]!r}, which the file does not list")
-    for each in content["images"]:
-        yield Entry(images / each["file_name"], each["id"], each["width"], each["height"], by_image[each["id"]])
+    for image in content["images"]:
+        path = images / image["file_name"]
+        yield Entry(path, image["id"], image["width"], image["height"], by_image[image["id"]])
 
 
-def _first(faults: Iterator[str]) -> str:
-    return next(faults, "")
-
-
-def _faults(entry: Entry, numbers: Mapping[int, int], masks: bool, decode: bool) -> Iterator[str]:
-    """What is wrong with an image, worst first."""
-    if not all(isinstance(side, int) and side > 0 for side in (entry.width, entry.height)):
-        yield f"image {entry.id}: width and height are {entry.width!r} and {entry.height!r}; needed are pixels"
-        return
+def _check(entry: Entry, numbers: Mapping[int, int], masks: bool) -> None:
+    """ValueError with what is wrong with an image."""
+    size = entry.width, entry.height
+    if not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"image {entry.id}: width and height are {size[0]!r} and {size[1]!r}; needed are pixels")
     if not entry.path.is_file():
-        yield f"image {entry.id}: {entry.path} is missing"
-    for each in entry.annotations:
-        checks = [_class_fault(each, numbers), box_fault(each.get("bbox"), entry.width, entry.height)]
-        checks += [mask_fault(each.get("segmentation"), entry.width, entry.height)] if masks else []
-        for fault in filter(None, checks):
-            yield f"annotation {each['id']} of {entry.path.name}: {fault}"
-    if decode:
-        try:
-            load_image(entry)
-        except ValueError as error:
-            yield str(error)
-
-
-def _class_fault(annotation: Mapping[str, Any], numbers: Mapping[int, int]) -> str:
-    number = annotation.get("category_id")
-    return "" if number in numbers else f"its category_id {number!r} is not in the list of categories"
+        raise ValueError(f"image {entry.id}: {entry.path} is missing")
+    for annotation in entry.annotations:
+        number = annotation.get("category_id")
+        fault = "" if number in numbers else f"its category_id {number!r} is not in the list of categories"
+        fault = fault or box_fault(annotation.get("bbox"), *size)
+        fault = fault or (mask_fault(annotation.get("segmentation"), *size) if masks else "")
+        if fault:
+            raise ValueError(f"annotation {annotation['id']} of {entry.path.name}: {fault}")
 
 
 def box_fault(box: Any, width: int, height: int) -> str:
@@ -150,7 +132,7 @@ def box_fault(box: Any, width: int, height: int) -> str:
     >>> box_fault([0, 0, 10, 20], 30, 20), box_fault([0, 0, 10, 24], 30, 20)
     ('', 'the box [0, 0, 10, 24] reaches outside the image of 30 x 20 pixels')
     """
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(side) for side in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         return f"bbox is {box!r}; needed are four numbers x, y, width, height"
     x, y, w, h = box
     if w <= 0 or h <= 0:
@@ -175,17 +157,17 @@ def mask_fault(mask: Any, width: int, height: int) -> str:
         return "it has no segmentation: a list of polygons, or size and counts of run lengths"
     if list(mask["size"]) != [height, width]:
         return f"its run lengths are of a mask of {mask['size']} pixels, those of the image are {[height, width]}"
-    runs = mask["counts"] if isinstance(mask["counts"], list) else unpacked(mask["counts"])
+    runs = mask["counts"] if isinstance(mask["counts"], list) else run_lengths(mask["counts"])
     if any(not isinstance(run, int) or run < 0 for run in runs) or sum(runs) != width * height:
         return f"its run lengths do not add up to the {width} x {height} pixels of the image"
     return "" if sum(runs[1::2]) else "its mask is empty"
 
 
-def unpacked(text: str | bytes) -> list[int]:
+def run_lengths(text: str | bytes) -> list[int]:
     """The run lengths in COCO's packed form: five bits a character, lowest first, and from the fourth run on as the
-    difference to the run before the last.
+    difference to the run before the last. pycocotools writes beyond its memory where they do not fit, so we look.
 
-    >>> unpacked("916")
+    >>> run_lengths("916")
     [9, 1, 6]
     """
     runs: list[int] = []
@@ -201,20 +183,15 @@ def unpacked(text: str | bytes) -> list[int]:
     return runs
 
 
-def encode_mask(mask: Any, width: int, height: int) -> dict[str, Any]:
-    """A segmentation of any form as compressed run lengths."""
-    from pycocotools import mask as rle
-
-    if isinstance(mask, list):
-        return rle.merge(rle.frPyObjects(mask, height, width))
-    return rle.frPyObjects(mask, height, width) if isinstance(mask["counts"], list) else mask
-
-
 def decode_mask(mask: Any, width: int, height: int) -> np.ndarray:
     """A segmentation of any form as uint8 (height, width)."""
     from pycocotools import mask as rle
 
-    return rle.decode(encode_mask(mask, width, height))
+    if isinstance(mask, list):
+        mask = rle.merge(rle.frPyObjects(mask, height, width))
+    elif isinstance(mask["counts"], list):
+        mask = rle.frPyObjects(mask, height, width)
+    return rle.decode(mask)
 
 
 def load_image(entry: Entry) -> Any:
@@ -228,24 +205,13 @@ def load_image(entry: Entry) -> Any:
     return image
 
 
-def truth(classes: Sequence[str], entries: Sequence[Entry], masks: bool) -> dict[str, Any]:
-    """What a score is computed against, as pycocotools takes it."""
-    listed = [_truth_of(entry, each, masks) for entry in entries for each in entry.annotations]
+def truth_of(classes: Sequence[str], entries: Sequence[Entry]) -> dict[str, Any]:
+    """What metrics are computed against, as pycocotools takes it."""
+    listed = [{**known, "image_id": entry.id} for entry in entries for known in entry.annotations]
+    defaults = [{"area": known["bbox"][2] * known["bbox"][3], "iscrowd": 0} for known in listed]
+    numbered = enumerate(zip(defaults, listed, strict=True), start=1)
     return {
-        "images": [{"id": each.id, "width": each.width, "height": each.height} for each in entries],
-        "annotations": [{"id": number + 1, **each} for number, each in enumerate(listed)],
-        "categories": [{"id": number + 1, "name": name} for number, name in enumerate(classes)],
-    }
-
-
-def _truth_of(entry: Entry, annotation: dict[str, Any], masks: bool) -> dict[str, Any]:
-    box = annotation["bbox"]
-    shape = {"segmentation": encode_mask(annotation["segmentation"], entry.width, entry.height)} if masks else {}
-    return {
-        "image_id": entry.id,
-        "category_id": annotation["category_id"],
-        "bbox": box,
-        "area": annotation.get("area", box[2] * box[3]),
-        "iscrowd": annotation.get("iscrowd", 0),
-        **shape,
+        "images": [{"id": entry.id, "width": entry.width, "height": entry.height} for entry in entries],
+        "annotations": [{**default, **known, "id": number} for number, (default, known) in numbered],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(classes, start=1)],
     }

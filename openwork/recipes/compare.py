@@ -9,34 +9,33 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from openwork.recipes.config import DECAYED, CompareConfig, Config, differences, field_names, values_of
+from openwork.methods import METHODS
+from openwork.recipes.config import CompareConfig, Config, differences, values_of
+from openwork.recipes.method_flags import DENSE, defaults_of, is_sparse, options_of, starts_trained
+from openwork.recipes.report import write_report
 from openwork.recipes.rundir import RunDir, write_text, write_yaml
 from openwork.recipes.summary import Row, headline, metrics_of, rows_of
 
 
 def planned_runs(config: CompareConfig) -> list[Config]:
     """Every run of a comparison. Dense comes once per seed, also where only ASP needs it; ASP starts from it."""
-    shared = {name: value for name, value in asdict(config).items() if name in field_names(config.run)}
+    names = {field.name for field in fields(config.run)} - {"method_options"}
+    shared = {name: value for name, value in asdict(config).items() if name in names}
     choices = _choices(config)
     threads = max(1, (config.threads or _cores()) // jobs_of(config, len(choices)))
-    shared |= {"threads": threads, "progress": False}
     runs = []
-    for method, pattern, decay, seed in choices:
-        out = Path(config.out) / _run_name(method, pattern, decay, seed)
-        init = str(Path(config.out) / _run_name("dense", config.patterns[0], 0.0, seed)) if method == "asp" else ""
-        runs.append(
-            config.run(
-                **shared
-                | {"method": method, "pattern": pattern, "decay": decay, "seed": seed, "init": init, "out": str(out)}
-            )
-        )
+    for choice in choices:
+        start = {**choice, "method": DENSE, "pattern": config.patterns[0], "method_options": {}}
+        init = _folder(config, start) if starts_trained(choice["method"]) else ""
+        place = {"threads": threads, "progress": False, "init": init, "out": _folder(config, choice)}
+        runs.append(config.run(**{**shared, **choice, **place}))
     return runs
 
 
@@ -52,24 +51,26 @@ def jobs_of(config: CompareConfig, runs: int) -> int:
     return 1 if on_gpu else max(1, min(runs, _cores()))
 
 
-def _choices(config: CompareConfig) -> list[tuple[str, str, float, int]]:
-    methods = [
-        m
-        for m in ("dense", "ste", *DECAYED, "asp")
-        if m in config.methods or (m == "dense" and "asp" in config.methods)
-    ]
-    choices: list[tuple[str, str, float, int]] = []
-    for seed, method in product(config.seeds, methods):  # a comparison cut short has whole seeds
-        patterns = config.patterns[:1] if method == "dense" else config.patterns
-        decays = config.decays if method in DECAYED else [0.0]
-        choices += [(method, pattern, decay, seed) for pattern in patterns for decay in decays]
+def _choices(config: CompareConfig) -> list[dict[str, Any]]:
+    """Method, pattern, options and seed of each run, in the order of the registry; a comparison cut short has whole
+    seeds."""
+    needs_dense = any(map(starts_trained, config.methods))
+    methods = [name for name in METHODS if name in config.methods or (name == DENSE and needs_dense)]
+    choices = []
+    for seed, method in product(config.seeds, methods):
+        patterns = config.patterns if is_sparse(method) else config.patterns[:1]
+        values = {name: config.method_options.get(name, [value]) for name, value in defaults_of(method).items()}
+        for pattern, *options in product(patterns, *values.values()):
+            named = dict(zip(values, options, strict=True))
+            choices.append({"method": method, "pattern": pattern, "method_options": named, "seed": seed})
     return choices
 
 
-def _run_name(method: str, pattern: str, decay: float, seed: int) -> str:
-    parts = [method] if method == "dense" else [method, pattern.replace(":", "of")]
-    parts += [f"{decay:g}"] if method in DECAYED else []
-    return "-".join([*parts, f"seed{seed}"])
+def _folder(config: CompareConfig, choice: dict[str, Any]) -> str:
+    method, options = choice["method"], choice["method_options"].values()
+    parts = [method, choice["pattern"].replace(":", "of")] if is_sparse(method) else [method]
+    parts += [f"{value:g}" if isinstance(value, float) else str(value) for value in options]
+    return str(Path(config.out) / "-".join([*parts, f"seed{choice['seed']}"]))
 
 
 def compare(config: CompareConfig, say: Callable[[str], None]) -> list[Row]:
@@ -78,14 +79,15 @@ def compare(config: CompareConfig, say: Callable[[str], None]) -> list[Row]:
     for run in runs:
         check_reusable(run)
     start = time.perf_counter()
-    for stage in ([r for r in runs if r.method != "asp"], [r for r in runs if r.method == "asp"]):
+    later = [run for run in runs if starts_trained(run.method)]
+    for stage in ([run for run in runs if run not in later], later):
         with ThreadPoolExecutor(jobs_of(config, len(runs))) as pool:
             list(pool.map(lambda run: run_one(run, say), stage))
     results = [_result(run) for run in runs]
     rows = rows_of(results)
     document = _document(config, results, rows, time.perf_counter() - start)
     write_text(Path(config.out) / "results.json", json.dumps(document, indent=1))
-    _write_page(Path(config.out))
+    write_report(Path(config.out))
     return rows
 
 
@@ -93,16 +95,15 @@ def _document(
     config: CompareConfig, results: Sequence[dict[str, Any]], rows: Sequence[Row], seconds: float
 ) -> dict[str, Any]:
     keys = [metric.key for metric in metrics_of(results)]
+    runs = []
+    for r in results:
+        chosen = {key: r["config"][key] for key in ("method", "pattern", "seed")}
+        runs.append({**chosen, **options_of(r["config"]), **{key: r[key] for key in keys}})
     return {
         "config": values_of(config),
-        "machine": results[0]["machine"],
-        "metrics": results[0]["metrics"],
-        "notes": results[0].get("notes", {}),
+        **{key: results[0][key] for key in ("environment", "metrics", "notes")},
         "rows": [asdict(row) for row in rows],
-        "runs": [
-            {key: r["config"][key] for key in ("method", "pattern", "decay", "seed")} | {key: r[key] for key in keys}
-            for r in results
-        ],
+        "runs": runs,
         "seconds_of_this_call": seconds,
     }
 
@@ -132,25 +133,14 @@ def run_one(run: Config, say: Callable[[str], None]) -> None:
         return
     run = replace(run, resume=directory.config.exists())
     path = directory.path / "worker.yaml"
-    write_yaml(path, asdict(run))
+    write_yaml(path, values_of(run))
     start = time.perf_counter()
     command = [sys.executable, "-m", "openwork.cli", "train", run.task, "--config", str(path), "--quiet"]
+    # Waiting threads that spin slow down the other jobs on the same cores.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(run.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     with (directory.path / "log.txt").open("a", encoding="utf-8") as log:
-        code = subprocess.run(
-            command, stdout=log, stderr=subprocess.STDOUT, env=_environment(run), check=False
-        ).returncode
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
     if code:
         tail = (directory.path / "log.txt").read_text(encoding="utf-8", errors="replace")[-1500:]
         raise RuntimeError(f"run {name} ended with exit code {code}; the end of {directory.path / 'log.txt'}:\n{tail}")
     say(f"{name}: {headline(_result(run))} ({time.perf_counter() - start:.0f} s)")
-
-
-def _environment(run: Config) -> dict[str, str]:
-    # Waiting threads that spin slow down the other jobs on the same cores.
-    return {**os.environ, "OMP_NUM_THREADS": str(run.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-
-
-def _write_page(out: Path) -> None:
-    from openwork.recipes.report import write_report
-
-    write_report(out)

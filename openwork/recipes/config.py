@@ -6,33 +6,37 @@ A task derives its own class from `Config`, with defaults and fields of its own;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast, get_type_hints
+from typing import Any, ClassVar, TypeVar, cast, get_type_hints
 
 import openwork as ow
-from openwork.recipes.stepping import SCHEDULES
+from openwork.methods import METHODS
+from openwork.recipes.method_flags import (
+    build_method,
+    check_methods,
+    check_options,
+    defaults_of,
+    starts_trained,
+)
 
 FSDP2 = "fsdp2"  # ours: Lightning has no name for it
-METHODS = ("dense", "asp", "ste", "sr-ste", "transposable-sr-ste")
-DECAYED = ("sr-ste", "transposable-sr-ste")
-REFRESHED = ("transposable-sr-ste",)  # methods whose masks stay for some steps
-_EVERY = ("checkpoint_every", "topology_every", "log_every", "validate_every", "refresh_every")
+SCHEDULES = ("cosine", "linear", "steps", "inverse-sqrt", "constant")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 REMAINDERS = ("skip", "pad", "error")
 
 # These say where and how a run happens, not what it computes: they may differ between a run and its resumption.
 _PLACE = ("out", "resume", "threads", "progress", "preset", "workers")
 
+C = TypeVar("C", bound="Config")
+
 
 def flag(default: Any, text: str) -> Any:
     """A dataclass field that carries its help text."""
-    return (
-        field(default_factory=lambda: list(default), metadata={"help": text})
-        if isinstance(default, list)
-        else field(default=default, metadata={"help": text})
-    )
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Source:
         return f"{self.name}=DIR" if self.layout else self.name
 
 
-def flag_of(sources: Sequence[Source]) -> Any:
+def data_flag(sources: Sequence[Source]) -> Any:
     """The field `data`; the first source is the default."""
     return flag(sources[0].name, f"one of {', '.join(map(str, sources))}")
 
@@ -74,7 +78,7 @@ class Common:
     clip: float = flag(0.0, "largest norm of the gradient (0: not clipped)")
     warmup: float = flag(1.0, "epochs of linear warm-up, before the schedule")
     schedule: str = flag("cosine", f"of the learning rate: {', '.join(SCHEDULES)}")
-    drops: list[float] = flag([], "epochs after which the schedule steps divides the rate by ten")
+    milestones: list[float] = flag([], "epochs after which the schedule steps divides the rate by ten")
     precision: str = flag("32-true", "Lightning's precision: 32-true, bf16-mixed, 16-mixed, ...")
     accumulate: int = flag(1, "micro-batches per optimizer step")
     devices: int = flag(1, "processes or GPUs of each machine")
@@ -90,7 +94,6 @@ class Common:
     validate_every: int = flag(1, "epochs between validations; there is one more of the finalized network")
     topology_every: int = flag(20, "optimizer steps between records of the masks")
     log_every: int = flag(10, "optimizer steps between lines of metrics.jsonl")
-    refresh_every: int = flag(40, "optimizer steps between choices of the masks (transposable-sr-ste)")
     progress: bool = flag(True, "show a progress bar")
     preset: str = flag("", "recipe that fills the defaults, if the task has one: paper")
 
@@ -100,11 +103,11 @@ class Common:
 
 @dataclass(frozen=True)
 class Config(Common):
-    """One training run."""
+    """One training run. `method_options` are fields of the method's dataclass; those not given have its defaults."""
 
     pattern: str = flag("2:4", "N:M, at most N kept of every M")
     method: str = flag("sr-ste", f"one of {', '.join(METHODS)}")
-    decay: float = flag(2e-4, "SR-STE's decay of pruned weights")
+    method_options: dict[str, Any] = flag({}, "of the method")
     seed: int = flag(0, "of initial weights, sample order and augmentation")
     init: str = flag("", "dense weights to start from: a run directory or a .safetensors file (asp needs it)")
     out: str = flag("runs/run", "run directory")
@@ -113,14 +116,23 @@ class Config(Common):
     def __post_init__(self) -> None:
         check_common(self)
         ow.Pattern.parse(self.pattern)
-        if self.method not in METHODS:
-            raise ValueError(f"method {self.method!r} is not known; use one of {', '.join(METHODS)}")
-        if self.method == "asp" and not self.init:
+        check_methods([self.method])
+        check_options(self.method_options, [self.method])
+        object.__setattr__(self, "method_options", {**defaults_of(self.method), **self.method_options})
+        build_method(self.method, self.method_options)  # which checks its values
+        if starts_trained(self.method) and not self.init:
             raise ValueError(
-                "method asp prunes a trained dense network: train one with --method dense --out DENSE, "
+                f"method {self.method} prunes a trained dense network: train one with --method dense --out DENSE, "
                 "then give --init DENSE"
             )
         self.check()
+
+    @classmethod
+    def from_values(cls: type[C], values: Mapping[str, Any]) -> C:
+        """The configuration that `values_of` told; what is no field of it is an option of the method."""
+        names = {item.name for item in fields(cls)}
+        known = {name: value for name, value in values.items() if name in names}
+        return cls(**known, method_options={n: v for n, v in values.items() if n not in names and n != "task"})
 
 
 def default(name: str, value: Any) -> Any:
@@ -130,25 +142,25 @@ def default(name: str, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class CompareConfig(Common):
-    """Several methods from the same seeds."""
+    """Several methods from the same seeds. `method_options` has the values of each: a row for each combination."""
 
     run: ClassVar[type[Config]]
 
-    methods: list[str] = flag(["dense", "asp", "ste", "sr-ste"], "which methods to train")
+    methods: list[str] = flag(["dense", "asp", "ste", "sr-ste"], f"which methods to train, of {', '.join(METHODS)}")
     patterns: list[str] = flag(["2:4"], "one or several N:M")
-    decays: list[float] = flag([2e-4], "SR-STE's decay; one row per value")
+    method_options: dict[str, list[Any]] = flag({}, "of the methods")
     seeds: list[int] = flag([0, 1, 2], "one run per seed")
     jobs: int = flag(0, "runs at a time, each with threads/jobs threads (0: one per core; with a GPU, one)")
     out: str = flag("runs/compare", "directory of the comparison, one subdirectory per run")
 
     def __post_init__(self) -> None:
         check_common(self)
-        if unknown := set(self.methods) - set(METHODS):
-            raise ValueError(f"methods {sorted(unknown)} are not known; use some of {', '.join(METHODS)}")
+        check_methods(self.methods)
+        check_options(self.method_options, self.methods)
         for pattern in self.patterns:
             ow.Pattern.parse(pattern)
-        if not (self.methods and self.patterns and self.decays and self.seeds):
-            raise ValueError("methods, patterns, decays and seeds each need at least one value")
+        if not all([self.methods, self.patterns, self.seeds, *self.method_options.values()]):
+            raise ValueError("methods, patterns, seeds and options of methods each need at least one value")
         if self.jobs < 0:
             raise ValueError(f"jobs is {self.jobs}; it must be at least 1, or 0 for one per core")
         self.run.check(cast(Config, self))
@@ -156,40 +168,45 @@ class CompareConfig(Common):
 
 def comparison(run: type[Config]) -> type[CompareConfig]:
     """The configuration of `openwork compare` for a task: the fields of its runs but those that a comparison varies."""
-    varied = {each.name for each in fields(Config)} - {each.name for each in fields(Common)}
-    hints, own = get_type_hints(run), {each.name for each in fields(run)} - varied
+    varied = {item.name for item in fields(Config)} - {item.name for item in fields(Common)}
+    hints = get_type_hints(run)
+    kept = [(item.name, hints[item.name], flag_of(item)) for item in fields(run) if item.name not in varied]
+    out = flag(f"runs/compare-{run.task}", "directory of the comparison, one subdirectory per run")
     return make_dataclass(
         f"Compare{run.__name__}",
-        [(each.name, hints[each.name], _copy(each)) for each in fields(run) if each.name in own]
-        + [("out", str, flag(f"runs/compare-{run.task}", "directory of the comparison, one subdirectory per run"))],
+        [*kept, ("out", str, out)],
         bases=(CompareConfig,),
         frozen=True,
         namespace={"task": run.task, "sources": run.sources, "presets": run.presets, "run": run},
     )
 
 
-def _copy(each: Any) -> Any:
-    if callable(each.default_factory):
-        return field(default_factory=each.default_factory, metadata=each.metadata)
-    return field(default=each.default, metadata=each.metadata)
+def flag_of(item: Any) -> Any:
+    """A field like another one."""
+    return flag(default_of(item), item.metadata["help"])
+
+
+def default_of(item: Any) -> Any:
+    return item.default_factory() if callable(item.default_factory) else item.default
 
 
 def check_common(config: Common) -> None:
     if config.preset and config.preset not in config.presets:
         raise ValueError(f"preset {config.preset!r} is not known; use one of {', '.join(config.presets)}")
-    for name in ("epochs", "batch_size", "accumulate", "devices", "nodes", *_EVERY):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    for name in ("limit", "limit_val", "clip", "warmup"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must not be negative")
+    at_least_one = ("epochs", "batch_size", "accumulate", "devices", "nodes")
+    every = ("checkpoint_every", "topology_every", "log_every", "validate_every")
+    for names, least in (((*at_least_one, *every), 1), (("limit", "limit_val", "clip", "warmup"), 0)):
+        for name in names:
+            if getattr(config, name) < least:
+                what = "be at least 1" if least else "not be negative"
+                raise ValueError(f"{name} is {getattr(config, name)}; it must {what}")
     for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("remainder", REMAINDERS)):
         if getattr(config, name) not in known:
             raise ValueError(f"{name} {getattr(config, name)!r} is not known; use one of {', '.join(known)}")
     if len(config.betas) != 2:
         raise ValueError(f"betas are {config.betas}; Adam takes two")
-    if config.schedule == "steps" and not config.drops:
-        raise ValueError("the schedule steps needs the epochs of its steps: --drops 8 11")
+    if config.schedule == "steps" and not config.milestones:
+        raise ValueError("the schedule steps needs the epochs of its steps: --milestones 8 11")
     if config.strategy.startswith("fsdp") and config.strategy != FSDP2:
         raise ValueError(
             f"strategy {config.strategy!r} is Lightning's FSDP1, which cannot hold masked weights; use {FSDP2}"
@@ -206,26 +223,26 @@ def check_common(config: Common) -> None:
         )
 
 
+def check_choice(name: str, value: str, known: Sequence[str] | Mapping[str, Any]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is not known; use one of {', '.join(known)}")
+
+
 def values_of(config: Common) -> dict[str, Any]:
-    """All fields, with the name of the task, as a run directory keeps them."""
-    return {"task": config.task, **asdict(config)}
+    """All fields and the options of the method, with the name of the task, as a run directory keeps them."""
+    values = {"task": config.task, **asdict(config)}
+    return values | values.pop("method_options", {})
 
 
-def recipe(config: Common | dict[str, Any]) -> dict[str, Any]:
-    """The fields that decide what a run computes."""
-    values = config if isinstance(config, dict) else values_of(config)
-    return {name: value for name, value in values.items() if name not in _PLACE}
-
-
-def differences(old: dict[str, Any], new: Common) -> list[str]:
+def differences(old: Mapping[str, Any], new: Config) -> list[str]:
     """What a stored configuration and a new one would compute differently, as "field: old -> new". A flag that is newer
     than the stored one had its default."""
-    a, b = recipe(values_of(type(new)()) | old), recipe(new)
-    return [f"{name}: {a.get(name)!r} -> {b.get(name)!r}" for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
-
-
-def field_names(cls: type) -> Sequence[str]:
-    return [f.name for f in fields(cls)]
+    default = type(new)()
+    plain = {name: value for name, value in asdict(default).items() if name != "method_options"}
+    a = {"task": new.task, **plain, **defaults_of(old.get("method", default.method)), **old}
+    b = values_of(new)
+    names = sorted({*a, *b} - {*_PLACE})
+    return [f"{name}: {a.get(name)!r} -> {b.get(name)!r}" for name in names if a.get(name) != b.get(name)]
 
 
 def source_of(config: Common) -> tuple[str, Path | None]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from openwork.recipes import coco
-from openwork.recipes.cocoscore import Found, average_precision
-from openwork.recipes.config import Source, default, flag_of
+from openwork.recipes.coco_metrics import Detections, average_precision
+from openwork.recipes.config import Source, data_flag, default
+from openwork.recipes.data import Data
 from openwork.recipes.detector import USUAL, DetectorConfig, DetectorTask
-from openwork.recipes.objects import ObjectData
 from openwork.recipes.task import percent
 
 
@@ -26,7 +26,7 @@ class DetectionConfig(DetectorConfig):
     )
     presets: ClassVar[dict[str, dict[str, Any]]] = USUAL
 
-    data: str = flag_of(sources)
+    data: str = data_flag(sources)
     out: str = default("out", "runs/detection")
 
 
@@ -36,8 +36,8 @@ class Detection(DetectorTask):
     metrics = (percent("val_ap", "AP"), percent("val_ap50", "AP50"), percent("val_ap75", "AP75"))
     masks = False
 
-    def score(self, records: Sequence[Found], data: ObjectData) -> dict[str, float]:
-        return {f"val_{key}": value for key, value in average_precision(data.truth, records, "bbox").items()}
+    def compute_metrics(self, predictions: Sequence[Detections], data: Data) -> dict[str, float]:
+        return {f"val_{key}": value for key, value in average_precision(data.info.truth, predictions, "bbox").items()}
 
 
 TASK = Detection()

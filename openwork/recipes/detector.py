@@ -13,20 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from openwork.recipes import coco, rcnn
-from openwork.recipes.cocoscore import Found
-from openwork.recipes.config import Config, default, flag, source_of
-from openwork.recipes.marks import marked, sure_of, truth_of
-from openwork.recipes.objects import CocoImages, ObjectData, Sample, ShapeImages, make_data
-from openwork.recipes.pasting import paste, run_lengths
-from openwork.recipes.shapes import CLASSES, Shapes, photographs
-from openwork.recipes.task import Picture, Task
+from openwork.recipes.charts import COLORS, image_uri
+from openwork.recipes.coco_metrics import Detections, detections_of
+from openwork.recipes.config import Config, check_choice, default, flag, source_of
+from openwork.recipes.data import Data, spaced
+from openwork.recipes.objects import CocoImages, Sample, object_data, shapes
+from openwork.recipes.task import Task, View, Visualization
 from openwork.utils.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
-from torchvision.ops import FrozenBatchNorm2d  # noqa: E402
+from torchvision.ops import FrozenBatchNorm2d, box_convert  # noqa: E402
+from torchvision.transforms.v2.functional import resize  # noqa: E402
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks  # noqa: E402
 
 _TRAIN, _VAL = 480, 100  # generated images of an epoch, and of the validation
 _SHOWN = 4  # validation images in the report
+_SURE = 0.5  # the least score of a detection that is drawn
+_NAMED = 20  # objects of an image with names and scores; more would hide it
 
 # What detectors on COCO are usually trained with: mmdetection's 1x and 2x schedules, from a ResNet trained on ImageNet
 # of which the first two stages and the normalization stay as they are. The paper (arXiv:2102.04010) reports 1x and 2x
@@ -34,13 +37,13 @@ _SHOWN = 4  # validation images in the report
 _ONCE: dict[str, Any] = {
     "model": "resnet50",
     "width": 64,
-    "pyramid": 256,
+    "fpn_channels": 256,
     "head": 1024,
     "image_size": 800,
-    "longest": 1333,
+    "max_size": 1333,
     "anchors": [32, 64, 128, 256, 512],
-    "proposals": 1000,
-    "regions": 512,
+    "rpn_post_nms_top_n": 1000,
+    "rois_per_image": 512,
     "trainable_layers": 3,
     "frozen_norm": True,
     "pattern": "2:4",
@@ -54,14 +57,14 @@ _ONCE: dict[str, Any] = {
     "weight_decay": 1e-4,
     "clip": 0.0,
     "schedule": "steps",
-    "drops": [8, 11],
+    "milestones": [8, 11],
     "warmup": 0.07,  # 500 steps
     "workers": 8,
     "skip_bad": True,  # an annotation of train2017 has a box without height
     "topology_every": 1000,
     "checkpoint_every": 2000,
 }
-USUAL = {"paper": _ONCE, "paper-2x": {**_ONCE, "epochs": 24, "drops": [16, 22]}}
+USUAL = {"paper": _ONCE, "paper-2x": {**_ONCE, "epochs": 24, "milestones": [16, 22]}}
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,14 @@ class DetectorConfig(Config):
 
     model: str = flag("resnet18", f"one of {', '.join(rcnn.BLOCKS)}")
     width: int = flag(16, "channels of the ResNet's first stage (64: the usual ResNet)")
-    pyramid: int = flag(32, "channels of the feature pyramid")
+    fpn_channels: int = flag(32, "channels of the feature pyramid")
     head: int = flag(128, "width of the box head's linear layers")
     image_size: int = flag(128, "shorter side of the images, in pixels")
-    longest: int = flag(256, "longest side of the images, in pixels")
+    max_size: int = flag(256, "longest side of the images, in pixels")
     anchors: list[int] = flag([8, 16, 32, 64, 128], "side of the anchors in pixels, one per level, finest first")
-    proposals: int = flag(100, "regions of an image that reach the second stage")
-    regions: int = flag(64, "regions of an image that train the second stage")
-    upside_down: bool = flag(False, "mirror training images top to bottom too, for what has no up, such as cells")
+    rpn_post_nms_top_n: int = flag(100, "regions of an image that reach the second stage")
+    rois_per_image: int = flag(64, "regions of an image that train the second stage")
+    vertical_flip: bool = flag(False, "mirror training images top to bottom too, for what has no up, such as cells")
     backbone: str = flag("", "weights of the ResNet to start from: a run of classification or a .safetensors file")
     trainable_layers: int = flag(5, "stages of the ResNet that train, counted from the last")
     frozen_norm: bool = flag(False, "keep the batch normalization of the ResNet as --backbone has it")
@@ -88,11 +91,10 @@ class DetectorConfig(Config):
     weight_decay: float = default("weight_decay", 1e-4)
     clip: float = default("clip", 10.0)
     warmup: float = default("warmup", 0.5)
-    workers: int = flag(0, "processes that load images; without them small data sets are decoded only once")
+    workers: int = flag(0, "processes that load images")
 
     def check(self) -> None:
-        if self.model not in rcnn.BLOCKS:
-            raise ValueError(f"model {self.model!r} is not known; use one of {', '.join(rcnn.BLOCKS)}")
+        check_choice("model", self.model, rcnn.BLOCKS)
         if len(self.anchors) != rcnn.LEVELS:
             raise ValueError(f"anchors are {self.anchors}; the pyramid has {rcnn.LEVELS} levels, so give {rcnn.LEVELS}")
         if not 0 <= self.trainable_layers <= 5:
@@ -102,8 +104,8 @@ class DetectorConfig(Config):
                 "frozen_norm and trainable_layers keep parts of the ResNet as they are, which needs trained ones: "
                 "add --backbone, or leave these two out"
             )
-        if self.longest < self.image_size:
-            raise ValueError(f"longest is {self.longest}; it must be at least image_size, {self.image_size}")
+        if self.max_size < self.image_size:
+            raise ValueError(f"max_size is {self.max_size}; it must be at least image_size, {self.image_size}")
 
 
 class DetectorTask(Task):
@@ -112,24 +114,21 @@ class DetectorTask(Task):
     masks: ClassVar[bool]
     eval_batch = 8
 
-    def load_data(self, config: DetectorConfig) -> ObjectData:
+    def load_data(self, config: DetectorConfig) -> Data:
         _, folder = source_of(config)
-        limits: dict[str, Any] = {"limit": config.limit, "limit_val": config.limit_val, "workers": config.workers}
         if folder is None:
-            shapes = [
-                ShapeImages(Shapes(photographs(is_train), count, config.image_size), self.masks)
-                for is_train, count in ((True, _TRAIN), (False, _VAL))
-            ]
-            return make_data(CLASSES, shapes[0], shapes[1], **limits)
+            counts = min(config.limit or _TRAIN, _TRAIN), min(config.limit_val or _VAL, _VAL)
+            return shapes(*counts, config.image_size, self.masks, config.workers)
         read = [coco.read_part(*paths, masks=self.masks, skip_bad=config.skip_bad) for paths in coco.parts(folder)]
-        if read[0].classes != read[1].classes:
+        (train, classes, bad), (val, val_classes, bad_val) = read
+        if classes != val_classes:
             raise ValueError(f"{folder}: training and validation have different categories; they must be the same")
-        files = [
-            CocoImages(part.entries, config.image_size, config.longest, self.masks, config.upside_down) for part in read
-        ]
-        return make_data(read[0].classes, files[0], files[1], skipped=sum(part.skipped for part in read), **limits)
+        size, val_entries = (config.image_size, config.max_size), spaced(val, config.limit_val)
+        train_images = CocoImages(spaced(train, config.limit), *size, self.masks, config.vertical_flip)
+        val_images = CocoImages(val_entries, *size, masks=False)
+        return object_data(train_images, val_images, val_entries, classes, config.workers, bad + bad_val)
 
-    def build(self, config: Any, data: ObjectData) -> nn.Module:
+    def build(self, config: Any, data: Data) -> nn.Module:
         norm = FrozenBatchNorm2d if config.frozen_norm else nn.BatchNorm2d
         body = rcnn.resnet_body(config.model, config.width, norm)
         if config.backbone:
@@ -137,16 +136,16 @@ class DetectorTask(Task):
         rcnn.freeze(body, config.trainable_layers)
         return rcnn.build_rcnn(
             body,
-            classes=len(data.classes),
-            pyramid=config.pyramid,
+            classes=len(data.info.classes),
+            fpn_channels=config.fpn_channels,
             head=config.head,
             anchors=config.anchors,
-            proposals=config.proposals,
-            regions=config.regions,
+            rpn_post_nms_top_n=config.rpn_post_nms_top_n,
+            rois_per_image=config.rois_per_image,
             mask_convs=config.mask_convs if self.masks else 0,
         )
 
-    def example(self, data: ObjectData) -> tuple[list[Tensor]]:
+    def example(self, data: Data) -> tuple[list[Tensor]]:
         ((sample,),) = data.val_batches([np.array([0])])
         return (images_of([sample]),)
 
@@ -154,44 +153,69 @@ class DetectorTask(Task):
         """The sum of the detector's losses, all with weight one, as in the papers."""
         return torch.stack(list(net(images_of(batch), [target for _, target in batch]).values())).sum()
 
-    def records(self, net: nn.Module, batch: Sequence[Sample]) -> list[Found]:
-        found = net(images_of(batch))
-        return [found_in(sample, each) for sample, each in zip(batch, found, strict=True)]
+    def predictions(self, net: nn.Module, batch: Sequence[Sample]) -> list[Detections]:
+        return [detections_of(*pair) for pair in zip(batch, net(images_of(batch)), strict=True)]
 
-    def notes(self, config: Any, data: ObjectData) -> dict[str, str]:
-        objects = len(data.truth["annotations"])
+    def notes(self, config: Any, data: Data) -> dict[str, str]:
+        objects = len(data.info.truth["annotations"])
         return {
             "scores": f"pycocotools {version('pycocotools')}, at most 100 detections an image",
-            "validation": f"{data.val_count} images, {objects} objects, {len(data.classes)} classes",
+            "validation": f"{data.val_count} images, {objects} objects, {len(data.info.classes)} classes",
             "MACs": "of one image; how many regions reach the heads depends on the image",
         }
 
-    def pictures(self, config: Any, net: nn.Module, data: ObjectData) -> list[Picture]:
+    def visualizations(self, config: Any, net: nn.Module, data: Data) -> list[Visualization]:
         """The first validation images, with what is in them and what the network is sure of."""
-        shown = np.arange(min(_SHOWN, data.val_count))
         device = next(net.parameters()).device
-        made = []
-        for number, ((image, target),) in enumerate(data.val_batches(np.split(shown, len(shown)))):
+        samples = []
+        for number in range(min(_SHOWN, data.val_count)):
+            image, target = data.val[number]
             with torch.no_grad():
-                (found,) = self.records(net, [(image.to(device), target)])
-            truth, pixels = truth_of(data.truth, number), image.permute(1, 2, 0).numpy()
-            drawn = [marked(pixels, each, target["size"].tolist(), data.classes) for each in (truth, sure_of(found))]
-            made.append(Picture(f"validation image {number + 1}", *drawn))
-        return made
+                (output,) = self.predictions(net, [(image.to(device), target)])
+            true = true_objects(data.info.truth, number)
+            views = [drawn(image, objects, target["size"], data.info.classes) for objects in (true, sure(output))]
+            samples.append(Visualization(f"validation image {number + 1}", [views[0]], [views[1]]))
+        return samples
 
 
 def images_of(batch: Sequence[Sample]) -> list[Tensor]:
     return [image.float() / 255 for image, _ in batch]
 
 
-def found_in(sample: Sample, found: dict[str, Tensor]) -> Found:
-    """A detection in the pixels of the file."""
-    image, target = sample
-    seen, size = (image.shape[1], image.shape[2]), (int(target["size"][0]), int(target["size"][1]))
-    found = {name: value.float().cpu() for name, value in found.items()}
-    boxes = found["boxes"] * torch.tensor([size[1] / seen[1], size[0] / seen[0]] * 2)
-    masks = run_lengths(paste(found["masks"][:, 0], found["boxes"], seen, size)) if "masks" in found else ()
-    corner_and_size = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
-    return Found(
-        corner_and_size.double().numpy(), found["scores"].double().numpy(), found["labels"].int().numpy(), masks
-    )
+def true_objects(truth: dict[str, Any], number: int) -> Detections:
+    """What is in the image of that number, without scores."""
+    image = truth["images"][number]["id"]
+    listed = [annotation for annotation in truth["annotations"] if annotation["image_id"] == image]
+    boxes = np.array([annotation["bbox"] for annotation in listed], float).reshape(-1, 4)
+    labels = np.array([annotation["category_id"] for annotation in listed], int)
+    return Detections(boxes, np.zeros(0), labels, [a["segmentation"] for a in listed if "segmentation" in a])
+
+
+def sure(objects: Detections) -> Detections:
+    """The detections with a score of one half or more."""
+    best = (objects.scores_N >= _SURE).nonzero()[0].tolist()
+    masks = [objects.masks[i] for i in best] if objects.masks else ()
+    return Detections(objects.boxes_N4[best], objects.scores_N[best], objects.labels_N[best], masks)
+
+
+def drawn(image: Tensor, objects: Detections, size: Tensor, classes: Sequence[str]) -> View:
+    """The image with boxes and masks of a file of `size` (height, width) over it. One colour and name for each class;
+    where there is only one class, a colour for each object and no names. Crowded images have no text."""
+    height, width = size.tolist()
+    image = resize(image, [round(side * 320 / max(image.shape[1:])) for side in image.shape[1:]])
+    labels = objects.labels_N.tolist()
+    kinds = [label - 1 for label in labels] if len(classes) > 1 else range(len(labels))
+    colors: Any = [COLORS[kind % len(COLORS)] for kind in kinds]
+    if objects.masks:
+        masks = torch.from_numpy(np.stack([coco.decode_mask(mask, width, height) for mask in objects.masks]))
+        resized = resize(masks[:, None].float(), list(image.shape[1:]))[:, 0] > 0.5
+        image = draw_segmentation_masks(image, resized, alpha=0.4, colors=colors)
+    names = [classes[label - 1] if len(classes) > 1 else "" for label in labels]
+    scores = [f"{score:.2f}" for score in objects.scores_N] or [""] * len(names)
+    texts = [f"{name} {score}".strip() for name, score in zip(names, scores, strict=True)]
+    if labels:
+        scale = torch.tensor([image.shape[2], image.shape[1]] * 2) / torch.tensor([width, height] * 2)
+        boxes = box_convert(torch.from_numpy(objects.boxes_N4), "xywh", "xyxy") * scale
+        shown: Any = texts if any(texts) and len(texts) <= _NAMED else None
+        image = draw_bounding_boxes(image, boxes, shown, colors)
+    return View(f"{len(labels)} objects", image_uri(image.permute(1, 2, 0).numpy()))

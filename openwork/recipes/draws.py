@@ -7,13 +7,14 @@ a time. Vectorised over samples; a seeded generator object per sample costs 20 u
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 _GOLDEN = 0x9E3779B97F4A7C15
-_ORDER, _AUGMENT, _STEP, _BATCHES = range(4)  # streams: equal keys in different uses give unrelated numbers
+_ORDER, _AUGMENT, _STEP, _BATCHES, _SAMPLE = range(5)  # streams: equal keys in different uses give unrelated numbers
 _POOL = 100  # batches whose samples are sorted together: more pad less, and mix less
 
 
@@ -50,6 +51,14 @@ def seed_step(*key: int) -> None:
         torch.cuda.manual_seed(word)
     np.random.seed(word & 0xFFFFFFFF)  # noqa: NPY002 - for code that uses numpy's global generator
     random.seed(word)
+
+
+@contextmanager
+def sample_seed(*key: int) -> Iterator[None]:
+    """torch's generator on the CPU seeded for one sample, for transforms that draw from it; afterwards as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(_hash(_SAMPLE, *key)[0]))
+        yield
 
 
 def batch_indices(

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from openwork.recipes import flowdata
-from openwork.recipes.config import Config, Source, default, flag, flag_of, source_of
-from openwork.recipes.flowdata import Pairs
-from openwork.recipes.overlay import overlay
-from openwork.recipes.page import figure, grid
-from openwork.recipes.task import Metric, Picture, Task
+from openwork.recipes import flow_data
+from openwork.recipes.charts import image_uri
+from openwork.recipes.config import Config, Source, check_choice, data_flag, default, flag, source_of
+from openwork.recipes.data import Data
+from openwork.recipes.flow_data import LAYOUTS, Pairs
+from openwork.recipes.task import Metric, Task, View, Visualization
 from openwork.utils.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
@@ -25,7 +25,7 @@ from torchvision.utils import flow_to_image  # noqa: E402
 
 _MODELS = {"raft_small": raft_small, "raft_large": raft_large}
 _SIDE = 128  # pixels, the least that RAFT's four levels of correlation can be made of
-_LONGEST = 400  # pixels: RAFT's loss leaves out longer flow
+_MAX_FLOW = 400  # pixels: RAFT's loss leaves out longer flow
 _OUTLIERS = 1, 3, 5  # pixels
 _SHOWN = 3
 
@@ -41,10 +41,7 @@ class FlowConfig(Config):
     sources: ClassVar[Sequence[Source]] = (
         Source("scenes"),
         Source("photos", "photos of any kind that Pillow reads; scenes are made of them"),
-        Source("flyingchairs", flowdata.CHAIRS),
-        Source("flyingthings3d", flowdata.THINGS),
-        Source("sintel", flowdata.SINTEL),
-        Source("kitti", flowdata.KITTI),
+        *(Source(name, layout) for name, layout in LAYOUTS.items()),
     )
     # What the SR-STE authors ran for their one result in flow (github.com/aojunzz/NM-sparsity, RAFT/
     # train_flyingchairs_sparse.sh): FlyingChairs, 200k steps of batch 4 for the sparse network, 100k for the dense.
@@ -75,7 +72,7 @@ class FlowConfig(Config):
         }
     }
 
-    data: str = flag_of(sources)
+    data: str = data_flag(sources)
     model: str = flag("raft_small", f"one of {', '.join(_MODELS)}")
     remainder: str = default("remainder", "pad")
     size: list[int] = flag([128, 128], "height and width of the training frames")
@@ -96,8 +93,7 @@ class FlowConfig(Config):
     out: str = default("out", "runs/flow")
 
     def check(self) -> None:
-        if self.model not in _MODELS:
-            raise ValueError(f"model {self.model!r} is not known; use one of {', '.join(_MODELS)}")
+        check_choice("model", self.model, _MODELS)
         if len(self.size) != 2 or any(side < _SIDE or side % 8 for side in self.size):
             raise ValueError(
                 f"size is {self.size}; RAFT needs a height and a width that divide by 8, of {_SIDE} pixels at least"
@@ -146,7 +142,7 @@ def sequence_loss(flows: Sequence[Tensor], pairs: Pairs, gamma: float) -> Tensor
 
     The mean is over all pixels and both components; unknown flow, and flow longer than 400 pixels, counts as zero.
     """
-    counted = (pairs.known & (pairs.flow.norm(dim=1) < _LONGEST))[:, None]
+    counted = (pairs.known & (pairs.flow.norm(dim=1) < _MAX_FLOW))[:, None]
     losses = torch.stack([(counted * (flow - pairs.flow).abs()).mean() for flow in flows])
     weights = gamma ** torch.arange(len(flows) - 1, -1, -1, device=losses.device)
     return (weights * losses).sum()
@@ -156,7 +152,7 @@ def errors_of(flow: Tensor, pairs: Pairs) -> list[np.ndarray]:
     """For each sample: pixels with known flow, the sum of their end-point errors, how many exceed 1, 3, 5 pixels."""
     distance = torch.where(pairs.known, (flow.float() - pairs.flow).norm(dim=1), 0.0).double()
     sums = [pairs.known.sum((1, 2)), distance.sum((1, 2)), *((distance > limit).sum((1, 2)) for limit in _OUTLIERS)]
-    return list(torch.stack([each.double() for each in sums], dim=1).cpu().numpy())
+    return list(torch.stack([total.double() for total in sums], dim=1).cpu().numpy())
 
 
 class Flow(Task):
@@ -171,74 +167,63 @@ class Flow(Task):
     )
     eval_batch = 8
 
-    def load_data(self, config: FlowConfig) -> Any:
+    def load_data(self, config: FlowConfig) -> Data:
         source, folder = source_of(config)
         size = config.size[0], config.size[1]
-        if source in ("scenes", "photos") or folder is None:
-            photos, skipped = (flowdata.sample_photos(), 0)
-            if folder is not None:
-                photos, skipped = flowdata.photos_of(folder, config.skip_bad)
-            counts = config.limit or config.scenes, config.limit_val or config.val_scenes
-            # Beside a CPU that trains, more processes would only get in its way.
-            workers = config.workers if torch.cuda.is_available() else 0
-            return replace(flowdata.scenes_of(photos, size, *counts), workers=workers, skipped=skipped)
-        read = {
-            "flyingchairs": flowdata.flying_chairs,
-            "flyingthings3d": flowdata.flying_things,
-            "sintel": flowdata.sintel,
-            "kitti": flowdata.kitti,
-        }[source]
-        train, val = read(folder)
-        train, val = train[: config.limit or None], val[: config.limit_val or None]
-        return flowdata.files_of(train, val, size, config.workers, config.skip_bad)
+        if folder is not None and source in LAYOUTS:
+            limits = {"limit": config.limit, "limit_val": config.limit_val}
+            how: dict[str, Any] = {"workers": config.workers, "skip_bad": config.skip_bad, **limits}
+            return flow_data.flow_files(source, folder, size, **how)
+        photos, skipped = flow_data.photos_of(folder, config.skip_bad) if folder else (flow_data.sample_photos(), 0)
+        counts = config.limit or config.scenes, config.limit_val or config.val_scenes
+        # Beside a CPU that trains, more processes would only get in its way.
+        workers = config.workers if torch.cuda.is_available() else 0
+        return flow_data.scenes_of(photos, size, *counts, workers, skipped)
 
-    def build(self, config: FlowConfig, data: Any) -> FlowNet:
+    def build(self, config: FlowConfig, data: Data) -> FlowNet:
         return build_raft(config.model, config.updates, config.val_updates, config.gamma, config.freeze_bn)
 
-    def example(self, data: Any) -> tuple[Tensor, Tensor]:
+    def example(self, data: Data) -> tuple[Tensor, Tensor]:
         # Noise: frames of one colour leave instance normalization nothing but rounding errors to divide by.
-        first, second = torch.rand(2, 1, 3, *data.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        first, second = torch.rand(2, 1, 3, *data.train.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
         return first, second
 
     def loss(self, net: Any, batch: Pairs) -> Tensor:
         return sequence_loss(net(batch.first, batch.second), batch, net.gamma)
 
-    def records(self, net: nn.Module, batch: Pairs) -> list[np.ndarray]:
+    def predictions(self, net: nn.Module, batch: Pairs) -> list[np.ndarray]:
         return errors_of(net(batch.first, batch.second)[-1], batch)
 
-    def score(self, records: Sequence[np.ndarray], data: Any) -> dict[str, float]:
+    def compute_metrics(self, predictions: Sequence[np.ndarray], data: Any) -> dict[str, float]:
         """Means over all pixels of all samples."""
-        pixels, *sums = np.sum(records, axis=0)
+        pixels, *sums = np.sum(predictions, axis=0)
         if not pixels:
             raise ValueError("the validation samples have no pixel with known flow; look at their flow files")
         return {metric.key: float(total / pixels) for metric, total in zip(self.metrics, sums, strict=True)}
 
-    def pictures(self, config: FlowConfig, net: nn.Module, data: Any) -> list[Picture]:
+    def visualizations(self, config: FlowConfig, net: nn.Module, data: Data) -> list[Visualization]:
+        device, samples = next(net.parameters()).device, []
         shown = [np.array([index]) for index in range(min(_SHOWN, data.val_count))]
-        device = next(net.parameters()).device
-        made = []
-        for index, pair in zip(shown, data.val_batches(shown), strict=True):
+        for number, pair in enumerate(data.val_batches(shown), start=1):
             with torch.no_grad():
                 flow = net(pair.first.to(device), pair.second.to(device))[-1].cpu()
-            made.append(pictured(f"Validation sample {index[0] + 1}", pair, flow))
-        return made
+            samples.append(visualization(f"Validation sample {number}", pair, flow))
+        return samples
 
 
-def pictured(name: str, pair: Pairs, flow: Tensor) -> Picture:
+def visualization(name: str, pair: Pairs, flow: Tensor) -> Visualization:
     """One sample: both frames and the true flow; the predicted flow and how far off it is."""
     true_colours, colours = coloured(pair.flow, flow)
     (pixels, total, *_), *_ = errors_of(flow, pair)
     longest = float(torch.where(pair.known, pair.flow.norm(dim=1), 0.0).max())
     distance = torch.where(pair.known, (flow - pair.flow).norm(dim=1), 0.0)[0]
-    true_flow = f"true flow, up to {longest:.1f} px"
-    truth = [("first frame", _frame(pair.first)), ("second frame", _frame(pair.second)), (true_flow, true_colours)]
+    frames = [((frame[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte() for frame in pair[:2]]
+    grey = ((distance / _OUTLIERS[-1]).clamp(0, 1) * 255).byte()[:, :, None].repeat(1, 1, 3)
+    truth = {"first frame": frames[0].numpy(), "second frame": frames[1].numpy()}
+    truth[f"true flow, up to {longest:.1f} px"] = true_colours
     error = f"error, {total / max(pixels, 1):.2f} px in the mean; white is 5 px"
-    predicted = [("predicted flow", colours), (error, _grey(distance / _OUTLIERS[-1]))]
-    return Picture(name, *(_views(parts) for parts in (truth, predicted)))
-
-
-def _views(parts: Sequence[tuple[str, np.ndarray]]) -> str:
-    return grid("views", [figure(title, overlay(pixels, label=title)) for title, pixels in parts])
+    predicted = {"predicted flow": colours, error: grey.numpy()}
+    return Visualization(name, *([View(title, image_uri(p)) for title, p in v.items()] for v in (truth, predicted)))
 
 
 def coloured(truth: Tensor, flow: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -251,14 +236,6 @@ def coloured(truth: Tensor, flow: Tensor) -> tuple[np.ndarray, np.ndarray]:
     both = flow_to_image(torch.cat([truth, cut], dim=-1))[0].permute(1, 2, 0).numpy()
     left, right = np.split(both, 2, axis=1)
     return np.ascontiguousarray(left), np.ascontiguousarray(right)
-
-
-def _frame(frame: Tensor) -> np.ndarray:
-    return ((frame[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-
-
-def _grey(share: Tensor) -> np.ndarray:
-    return (share.clamp(0, 1) * 255).byte().numpy()[:, :, None].repeat(3, axis=2)
 
 
 TASK = Flow()

@@ -7,14 +7,10 @@ import importlib.util
 
 from torch import Tensor, nn
 
-from openwork.recipes.resnet_cifar import ResNet, depth_and_stem
+from openwork.recipes.resnet_cifar import DEPTHS, ResNet, depth_and_stem
 from openwork.utils.torchvision_compat import ensure_torchvision
 
-_OWN = tuple(f"resnet{depth}" for depth in (8, 14, 20, 26, 32, 44, 56, 110))
-
-
-def _grey_to_colour(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (inputs[0].expand(-1, 3, -1, -1), *inputs[1:])
+_OWN = [f"resnet{depth}" for depth in DEPTHS]
 
 
 def build_model(name: str, *, classes: int, channels: int, dropout: float = 0.0) -> nn.Module:
@@ -23,18 +19,27 @@ def build_model(name: str, *, classes: int, channels: int, dropout: float = 0.0)
     Plain names are looked up here (resnet8, resnet20, ...), in torchvision (resnet18, ...), then in timm; `timm/NAME`
     only in timm.
     """
-    if (found := depth_and_stem(name)) is not None:
-        depth, stem_stride = found
+    if (family := depth_and_stem(name)) is not None:
+        depth, stem_stride = family
         return ResNet(depth, classes, channels, dropout=dropout, stem_stride=stem_stride)
     if dropout:
         raise ValueError(f"model {name!r} takes no dropout; it is an option of {', '.join(_OWN)}")
-    if not name.startswith("timm/") and (net := _torchvision(name, classes)) is not None:
+    if name in _torchvision_names():
+        from torchvision.models import get_model
+
+        net = get_model(name, weights=None, num_classes=classes)
         if channels == 1:
             net.register_forward_pre_hook(_grey_to_colour)
         return net
-    if (net := _timm(name.removeprefix("timm/"), classes, channels)) is not None:
-        return net
-    raise ValueError(f"unknown model {name!r}{_suggestion(name)}")
+    if (short := name.removeprefix("timm/")) in _timm_names():
+        import timm
+
+        return timm.create_model(short, pretrained=False, num_classes=classes, in_chans=channels)
+    raise ValueError(f"unknown model {name!r}{_suggestion(short)}")
+
+
+def _grey_to_colour(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].expand(-1, 3, -1, -1), *inputs[1:])
 
 
 def allow_torchvision() -> bool:
@@ -45,28 +50,12 @@ def allow_torchvision() -> bool:
     return True
 
 
-def _torchvision(name: str, classes: int) -> nn.Module | None:
-    if name not in _torchvision_names():
-        return None
-    import torchvision
-
-    return torchvision.models.get_model(name, weights=None, num_classes=classes)
-
-
-def _timm(name: str, classes: int, channels: int) -> nn.Module | None:
-    if name not in _timm_names():
-        return None
-    import timm
-
-    return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
-
-
 def _torchvision_names() -> list[str]:
     if not allow_torchvision():
         return []
-    import torchvision
+    from torchvision import models
 
-    return torchvision.models.list_models(module=torchvision.models)
+    return models.list_models(module=models)
 
 
 def _timm_names() -> list[str]:
@@ -78,8 +67,7 @@ def _timm_names() -> list[str]:
 
 
 def _suggestion(name: str) -> str:
-    known = list(dict.fromkeys([*_OWN, *_torchvision_names(), *_timm_names()]))
-    close = difflib.get_close_matches(name.removeprefix("timm/"), known, n=5)
+    close = difflib.get_close_matches(name, [*_OWN, *_torchvision_names(), *_timm_names()], n=5)
     missing = [package for package in ("torchvision", "timm") if importlib.util.find_spec(package) is None]
-    hint = f"; close names: {', '.join(close)}" if close else f"; this package has {', '.join(_OWN)}"
+    hint = f"; close names: {', '.join(dict.fromkeys(close))}" if close else f"; this package has {', '.join(_OWN)}"
     return hint + (f" (not installed, so not searched: {', '.join(missing)})" if missing else "")

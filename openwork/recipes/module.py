@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,37 @@ from torch import Tensor, nn
 
 import openwork as ow
 from openwork.recipes.config import Config
+from openwork.recipes.data import Data
 from openwork.recipes.draws import batch_indices, seed_step
 from openwork.recipes.models import allow_torchvision
+from openwork.recipes.parallel import build_strategy, shard, share_statistics
 from openwork.recipes.rundir import RunDir
-from openwork.recipes.sharding import shard, share_statistics
-from openwork.recipes.stepping import Batches, Stopwatch, lr_factor
 from openwork.recipes.task import Task
 
 allow_torchvision()  # lightning imports it through torchmetrics
 import lightning.pytorch as pl  # noqa: E402
 
-from openwork.recipes.strategy import build_strategy  # noqa: E402
+
+def lr_factor(step: int, warmup: int, total: int, schedule: str = "cosine", milestones: Sequence[int] = ()) -> float:
+    """Linear warm-up over `warmup` steps, then the schedule. Cosine and linear reach 0 at `total`; "steps" divides by
+    ten at each milestone; "inverse-sqrt" falls with the root of the steps since the start (Vaswani et al. 2017).
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == "linear":
+        return 1 - done
+    if schedule == "steps":
+        return 0.1 ** sum(step >= milestone for milestone in milestones)
+    if schedule == "inverse-sqrt":
+        return math.sqrt(max(1, warmup) / (step + 1))
+    return 1.0
 
 
 class TaskModule(pl.LightningModule):
-    def __init__(self, task: Task, net: nn.Module, config: Config, data: Any, run: RunDir) -> None:
+    def __init__(self, task: Task, net: nn.Module, config: Config, data: Data, run: RunDir) -> None:
         super().__init__()
         self.task, self.net, self.config, self.data, self.run = task, net, config, data, run
         self.step = 0
@@ -43,37 +60,26 @@ class TaskModule(pl.LightningModule):
             raise ValueError(
                 f"batch_size {config.batch_size} exceeds the {data.train_count} training samples; make it smaller"
             )
-        self._watch = Stopwatch()
+        self._last_tick: float | None = None
+        self._seconds: list[float] = []  # of steps, with the loading of data, without validation and checkpoints
         self._losses: list[Tensor] = []
         self._restored: dict[str, Any] = {}
         self._sharded = False
 
-    @property
-    def epoch(self) -> int:
-        return self.step // self.steps_per_epoch
-
     # data
 
-    def train_dataloader(self) -> Batches:
+    def train_dataloader(self) -> Any:
         c, world, rank = self.config, self.trainer.world_size, self.trainer.global_rank
         epoch, start = divmod(self.step, self.steps_per_epoch)
         take = [micro * world + rank for micro in range(c.accumulate)]
-        indices = batch_indices(
-            c.seed,
-            epoch,
-            self.data.train_count,
-            c.batch_size,
-            start=start,
-            split=c.accumulate * world,
-            take=take,
-            sizes=self.task.sizes(self.data),
-        )
-        return Batches(indices, lambda chosen: self.data.train_batches(chosen, c.seed, epoch))
+        shared: dict[str, Any] = {"start": start, "split": c.accumulate * world, "take": take, "sizes": self.data.sizes}
+        indices = batch_indices(c.seed, epoch, self.data.train_count, c.batch_size, **shared)
+        return self.data.train_batches(indices, c.seed, epoch)
 
-    def val_dataloader(self) -> Batches:
+    def val_dataloader(self) -> Any:
         mine = np.arange(self.trainer.global_rank, self.data.val_count, self.trainer.world_size)
         parts = max(1, math.ceil(len(mine) / self.task.eval_batch))
-        return Batches(np.array_split(mine, parts), self.data.val_batches)
+        return self.data.val_batches(np.array_split(mine, parts))
 
     # optimisation
 
@@ -91,10 +97,9 @@ class TaskModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _lr_factor(self, step: int) -> float:
-        c, each = self.config, self.steps_per_epoch
-        return lr_factor(
-            step, round(c.warmup * each), c.epochs * each, c.schedule, [round(drop * each) for drop in c.drops]
-        )
+        c, per_epoch = self.config, self.steps_per_epoch
+        milestones = [round(milestone * per_epoch) for milestone in c.milestones]
+        return lr_factor(step, round(c.warmup * per_epoch), c.epochs * per_epoch, c.schedule, milestones)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.task.loss(self.net, batch)
@@ -105,7 +110,7 @@ class TaskModule(pl.LightningModule):
         self._recorded = len(self.topology.records)
 
     def on_train_epoch_start(self) -> None:
-        self._watch.skip()
+        self._last_tick = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         micro = batch_idx % self.config.accumulate
@@ -118,7 +123,10 @@ class TaskModule(pl.LightningModule):
         if (batch_idx + 1) % self.config.accumulate:
             return
         self.step += 1
-        self._watch.tick()
+        now = time.perf_counter()
+        if self._last_tick is not None:
+            self._seconds.append(round(now - self._last_tick, 6))
+        self._last_tick = now
         if self.step % self.config.log_every == 0:
             self._log_step()
         self._losses.clear()
@@ -127,22 +135,17 @@ class TaskModule(pl.LightningModule):
     def _log_step(self) -> None:
         # Lightning divides each micro-batch's loss by their number, so the sum is the step's mean.
         loss = self.trainer.strategy.reduce(torch.stack(self._losses).sum(), reduce_op="mean")
-        record = {
-            "step": self.step,
-            "epoch": (self.step - 1) // self.steps_per_epoch,
-            "train_loss": float(loss),
-            "lr": self._last_lr,
-        }
+        rate = self.config.lr * self._lr_factor(self.step - 1)  # of the step just done: the schedule has moved on
+        record = {**self._place, "train_loss": float(loss), "lr": rate}
         self._write("metrics.jsonl", record)
-        self._write("times.jsonl", {"step": self.step, "seconds": list(self._watch.seconds)})
-        self._watch.seconds.clear()
+        self._write("times.jsonl", {"step": self.step, "seconds": self._seconds})
+        self._seconds = []
         self._tensorboard({"train/loss": record["train_loss"], "train/lr": record["lr"]})
         self.log("loss", record["train_loss"], prog_bar=True, logger=False)
 
     @property
-    def _last_lr(self) -> float:
-        """The rate that the step just done used: the schedule has moved on already."""
-        return self.config.lr * self._lr_factor(self.step - 1)
+    def _place(self) -> dict[str, int]:
+        return {"step": self.step, "epoch": (self.step - 1) // self.steps_per_epoch}
 
     def _log_topology(self) -> None:
         for record in self.topology.records[self._recorded :]:
@@ -153,31 +156,29 @@ class TaskModule(pl.LightningModule):
     # validation
 
     def on_validation_epoch_start(self) -> None:
-        self._watch.skip()
-        self._records: list[Any] = []
+        self._last_tick = None
+        self._predictions: list[Any] = []
         if self._sharded:
             share_statistics(self.net)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._records += self.task.records(self.net, batch)
+        self._predictions += self.task.predictions(self.net, batch)
 
     def on_validation_epoch_end(self) -> None:
-        self.score = self.task.score(self._gathered(), self.data)
+        self.scores = self.task.compute_metrics(self._gathered(), self.data)
         first = self.task.metrics[0].key
-        self.log(first, self.score[first], prog_bar=True, logger=False, rank_zero_only=True)
+        self.log(first, self.scores[first], prog_bar=True, logger=False, rank_zero_only=True)
         if self.trainer.state.fn == "fit":
-            self._write(
-                "metrics.jsonl", {"step": self.step, "epoch": (self.step - 1) // self.steps_per_epoch, **self.score}
-            )
-            self._tensorboard({f"val/{key.removeprefix('val_')}": value for key, value in self.score.items()})
+            self._write("metrics.jsonl", {**self._place, **self.scores})
+            self._tensorboard({f"val/{key.removeprefix('val_')}": value for key, value in self.scores.items()})
 
     def _gathered(self) -> list[Any]:
-        """The records of all processes, in the order of the samples: process r had samples r, r + world, ..."""
+        """The predictions of all processes, in the order of the samples: process r had samples r, r + world, ..."""
         world = self.trainer.world_size
         if world == 1:
-            return self._records
+            return self._predictions
         parts: list[Any] = [None] * world
-        dist.all_gather_object(parts, self._records)
+        dist.all_gather_object(parts, self._predictions)
         return [parts[i % world][i // world] for i in range(sum(map(len, parts)))]
 
     # log lines and checkpoints
@@ -198,7 +199,7 @@ class TaskModule(pl.LightningModule):
             self.trainer.save_checkpoint(draft, weights_only=False)
             if self.trainer.is_global_zero:
                 os.replace(draft, self.run.checkpoint)
-            self._watch.skip()
+            self._last_tick = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["openwork"] = {"step": self.step, "handle": self.handle.state_dict(), "offsets": self.run.offsets()}
@@ -209,7 +210,7 @@ class TaskModule(pl.LightningModule):
         if self.trainer.is_global_zero:
             self.run.rewind(self._restored["offsets"])
         checkpoint.pop("loops")  # Lightning's loops start afresh, at the right epoch
-        self.trainer.fit_loop.epoch_progress.increment_by(self.epoch)
+        self.trainer.fit_loop.epoch_progress.increment_by(self.step // self.steps_per_epoch)
 
 
 def build_trainer(config: Config, out: Path, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:

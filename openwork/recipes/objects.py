@@ -1,4 +1,4 @@
-"""Images and the objects in them as batches for torchvision's detectors: lists of (image, target).
+"""Images and the objects in them for torchvision's detectors: samples (image, target), generated or from COCO's files.
 
 image (3, H, W) uint8. target: boxes (N, 4) as x1, y1, x2, y2 in pixels of the image, labels (N,) from 1, masks
 (N, H, W) uint8 where masks are trained; size (2,): height and width of the file.
@@ -6,10 +6,10 @@ image (3, H, W) uint8. target: boxes (N, 4) as x1, y1, x2, y2 in pixels of the i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,123 +17,77 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from openwork.recipes import coco
-from openwork.recipes.batches import loaded
-from openwork.recipes.draws import uniform
-from openwork.recipes.shapes import Scene, Shapes
+from openwork.recipes.data import Data
+from openwork.recipes.draws import sample_seed
+from openwork.recipes.shapes import CLASSES, Scene, draw_scene, photographs
+from openwork.utils.torchvision_compat import ensure_torchvision
 
-Target = dict[str, Tensor]
-Sample = tuple[Tensor, Target]
-_KEPT = 2**28  # bytes of decoded images that stay in memory
+ensure_torchvision()
+from torchvision import tv_tensors  # noqa: E402
+from torchvision.ops import masks_to_boxes  # noqa: E402
+from torchvision.transforms import v2  # noqa: E402
 
-
-class Images(Protocol):
-    """The images of one part."""
-
-    def __len__(self) -> int: ...
-
-    def train_sample(self, index: int, seed: int, epoch: int) -> Sample: ...
-
-    def val_sample(self, index: int) -> Sample: ...
-
-    def limited(self, count: int) -> Images: ...
-
-    def truth(self, classes: Sequence[str]) -> dict[str, Any]: ...
+Sample = tuple[Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class ObjectData:
-    """The `Data` of detection and segmentation. `truth` is what scores of the validation images are computed from."""
+class ObjectInfo:
+    """Names of the classes, and what metrics of the validation images are computed from, as pycocotools takes it."""
 
     classes: Sequence[str]
-    train: Images
-    val: Images
     truth: dict[str, Any]
-    workers: int = 0
-    skipped: int = 0
-
-    @property
-    def train_count(self) -> int:
-        return len(self.train)
-
-    @property
-    def val_count(self) -> int:
-        return len(self.val)
-
-    def train_batches(self, batches: Sequence[np.ndarray], seed: int, epoch: int) -> Iterator[list[Sample]]:
-        return loaded(_Reader(self.train, seed, epoch), batches, self.workers, list)
-
-    def val_batches(self, batches: Sequence[np.ndarray]) -> Iterator[list[Sample]]:
-        return loaded(_Reader(self.val), batches, self.workers, list)
 
 
-@dataclass(frozen=True)
-class _Reader(Dataset[Sample]):
-    images: Images
-    seed: int | None = None  # None: validation
-    epoch: int = 0
-
-    def __getitem__(self, index: int) -> Sample:
-        if self.seed is None:
-            return self.images.val_sample(index)
-        return self.images.train_sample(index, self.seed, self.epoch)
-
-
-def make_data(
-    classes: Sequence[str], train: Images, val: Images, *, limit: int, limit_val: int, workers: int, skipped: int = 0
-) -> ObjectData:
-    """The data with only so many images of each part (0: all)."""
-    train, val = train.limited(limit), val.limited(limit_val)
-    truth = val.truth(classes)
+def object_data(
+    train: Any, val: Any, entries: Sequence[coco.Entry], classes: Sequence[str], workers: int, skipped: int = 0
+) -> Data:
+    """The samples, and what metrics of the validation images are computed from: their entries."""
+    truth = coco.truth_of(classes, entries)
     if not truth["annotations"]:
         raise ValueError(f"there is no object in the {len(val)} validation images; take more with --limit_val")
-    return ObjectData(classes, train, val, truth, workers, skipped)
+    return Data(train, val, list, workers, skipped, info=ObjectInfo(classes, truth))
 
 
 @dataclass(frozen=True)
-class ShapeImages:
-    """Generated images; masks in the targets where `masks`."""
+class ShapeImages(Dataset[Sample]):
+    """`count` generated images of `size` pixels a side; masks in the targets where `masks`."""
 
-    shapes: Shapes
+    photos: Sequence[np.ndarray]
+    count: int
+    size: int
     masks: bool
 
     def __len__(self) -> int:
-        return len(self.shapes)
+        return self.count
 
-    def train_sample(self, index: int, seed: int, epoch: int) -> Sample:
-        return self._sample(self.shapes.scene(index, seed, epoch))
+    def scene(self, key: Any) -> Scene:
+        numbers = (1, key) if isinstance(key, int) else (0, *key)  # validation, training
+        return draw_scene(np.random.default_rng(numbers), self.size, self.photos)
 
-    def val_sample(self, index: int) -> Sample:
-        return self._sample(self.shapes.scene(index))
-
-    def _sample(self, scene: Scene) -> Sample:
+    def __getitem__(self, key: Any) -> Sample:
+        scene = self.scene(key)
         image = torch.from_numpy(scene.image_SS3).permute(2, 0, 1).contiguous()
         masks = torch.from_numpy(scene.masks_NSS)
         target = {"boxes": boxes_around(masks), "labels": torch.from_numpy(scene.labels_N)}
         target |= {"masks": masks.byte()} if self.masks else {}
-        return image, target | {"size": torch.tensor(image.shape[1:])}
+        return image, {**target, "size": torch.tensor(image.shape[1:])}
 
-    def limited(self, count: int) -> ShapeImages:
-        return replace(self, shapes=replace(self.shapes, count=min(count or len(self), len(self))))
-
-    def truth(self, classes: Sequence[str]) -> dict[str, Any]:
-        side = self.shapes.size
-        entries = [coco.Entry(Path(), i, side, side, self._annotations(i)) for i in range(len(self))]
-        return coco.truth(classes, entries, self.masks)
-
-    def _annotations(self, index: int) -> list[dict[str, Any]]:
+    def entry(self, index: int) -> coco.Entry:
+        """A validation image as a json file would describe it."""
         from pycocotools import mask as rle
 
-        scene = self.shapes.scene(index)
-        boxes = _corner_and_size(boxes_around(torch.from_numpy(scene.masks_NSS)))
-        return [
+        scene = self.scene(index)
+        corners = boxes_around(torch.from_numpy(scene.masks_NSS)).tolist()
+        listed = [
             {
-                "bbox": box,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "category_id": label,
                 "area": int(mask.sum()),
                 "segmentation": rle.encode(np.asfortranarray(mask, np.uint8)),
             }
-            for box, label, mask in zip(boxes.tolist(), scene.labels_N.tolist(), scene.masks_NSS, strict=True)
+            for (x1, y1, x2, y2), label, mask in zip(corners, scene.labels_N.tolist(), scene.masks_NSS, strict=True)
         ]
+        return coco.Entry(Path(), index, self.size, self.size, listed)
 
 
 def boxes_around(masks: Tensor) -> Tensor:
@@ -144,100 +98,53 @@ def boxes_around(masks: Tensor) -> Tensor:
     >>> boxes_around(mask)
     tensor([[2., 1., 3., 3.]])
     """
-    sides = []
-    for across in (2, 1):  # columns that hold a pixel give x, rows give y
-        held = masks.any(3 - across).byte()
-        sides.append((held.argmax(1), held.shape[1] - held.flip(1).argmax(1)))
-    (x1, x2), (y1, y2) = sides
-    return torch.stack([x1, y1, x2, y2], 1).float()
+    return masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])  # which counts the last pixel as the edge
 
 
-def _corner_and_size(boxes: Tensor) -> Tensor:
-    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+def shapes(count: int, count_val: int, size: int, masks: bool, workers: int) -> Data:
+    """Generated images: new ones in each epoch, for validation always the same."""
+    train, val = (ShapeImages(photographs(t), n, size, masks) for t, n in ((True, count), (False, count_val)))
+    return object_data(train, val, [val.entry(index) for index in range(len(val))], CLASSES, workers)
 
 
 @dataclass(frozen=True)
-class CocoImages:
-    """Images of files, resized: the shorter side to `side` pixels, but the longer one to at most `longest`.
+class CocoImages(Dataset[Sample]):
+    """Images of files, decoded when they are used; masks in the targets where `masks`.
 
-    Training images are mirrored at random, upside down too where `upside_down`. Small data sets are decoded once.
+    The shorter side is resized to `side` pixels, but the longer one to at most `max_size`. Training images are mirrored
+    at random, top to bottom too where `vertical_flip`.
     """
 
     entries: Sequence[coco.Entry]
     side: int
-    longest: int
+    max_size: int
     masks: bool
-    upside_down: bool
-    kept: dict[int, Tensor] = field(default_factory=dict, compare=False)
+    vertical_flip: bool = False
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def train_sample(self, index: int, seed: int, epoch: int) -> Sample:
-        across, down = uniform(seed, epoch, np.array([index]), 2)[0] < 0.5
-        image, target = self._sample(index, self.masks)
-        image, target = mirrored(image, target, 2) if across else (image, target)
-        return mirrored(image, target, 1) if down and self.upside_down else (image, target)
+    def __getitem__(self, key: Any) -> Sample:
+        if isinstance(key, int):
+            return self._sample(self.entries[key])
+        flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(0.5 if self.vertical_flip else 0)]
+        with sample_seed(*key):
+            return self._sample(self.entries[key[2]], flips)
 
-    def val_sample(self, index: int) -> Sample:
-        return self._sample(index, masks=False)
-
-    def _sample(self, index: int, masks: bool) -> Sample:
-        entry = self.entries[index]
-        image = self._image(index)
-        height, width = image.shape[1:]
-        single = [each for each in entry.annotations if not each.get("iscrowd")]  # crowds only count in scores
-        boxes = torch.tensor([each["bbox"] for each in single], dtype=torch.float64).reshape(-1, 4)
-        boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
-        whole = torch.tensor([entry.width, entry.height] * 2)
-        boxes = boxes.minimum(whole).clamp(min=0) * torch.tensor([width, height] * 2) / whole
-        target = {"boxes": boxes.float(), "labels": torch.tensor([each["category_id"] for each in single]).long()}
-        target |= {"masks": _masks(entry, single, width, height)} if masks else {}
-        return image, target | {"size": torch.tensor([entry.height, entry.width])}
-
-    def _image(self, index: int) -> Tensor:
-        if index in self.kept:
-            return self.kept[index]
-        from PIL import Image
-
-        entry = self.entries[index]
-        size = fitted(entry.width, entry.height, self.side, self.longest)
-        pixels = np.asarray(coco.load_image(entry).resize(size, Image.Resampling.BILINEAR))
-        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
-        if len(self) * image.numel() <= _KEPT:
-            self.kept[index] = image
-        return image
-
-    def limited(self, count: int) -> CocoImages:
-        step = max(1, len(self) // count) if count else 1
-        return replace(self, entries=self.entries[::step][: count or None], kept={})
-
-    def truth(self, classes: Sequence[str]) -> dict[str, Any]:
-        return coco.truth(classes, self.entries, self.masks)
-
-
-def fitted(width: int, height: int, side: int, longest: int) -> tuple[int, int]:
-    """Width and height resized: the shorter one `side`, or less so that the longer one is at most `longest`.
-
-    >>> fitted(640, 480, 160, 400), fitted(640, 480, 160, 200)
-    ((213, 160), (200, 150))
-    """
-    scale = min(side / min(width, height), longest / max(width, height))
-    return max(1, round(width * scale)), max(1, round(height * scale))
-
-
-def _masks(entry: coco.Entry, annotations: Sequence[dict[str, Any]], width: int, height: int) -> Tensor:
-    """Masks in the size of the resized image, each pixel from the nearest one of the file: uint8 (N, H, W)."""
-    rows = ((np.arange(height) + 0.5) * entry.height / height).astype(int)[:, None]
-    columns = ((np.arange(width) + 0.5) * entry.width / width).astype(int)[None, :]
-    masks = [coco.decode_mask(e["segmentation"], entry.width, entry.height)[rows, columns] for e in annotations]
-    return torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, height, width, dtype=torch.uint8)
-
-
-def mirrored(image: Tensor, target: Target, axis: int) -> Sample:
-    """The image and its target mirrored left to right (axis 2) or upside down (axis 1)."""
-    low, high = (0, 2) if axis == 2 else (1, 3)
-    boxes, side = target["boxes"].clone(), image.shape[axis]
-    boxes[:, low], boxes[:, high] = side - target["boxes"][:, high], side - target["boxes"][:, low]
-    flipped = {"masks": target["masks"].flip(axis)} if "masks" in target else {}
-    return image.flip(axis), {**target, "boxes": boxes, **flipped}
+    def _sample(self, entry: coco.Entry, flips: Sequence[Any] = ()) -> Sample:
+        single = [known for known in entry.annotations if not known.get("iscrowd")]  # crowds only count in metrics
+        size = entry.height, entry.width
+        boxes = torch.tensor([known["bbox"] for known in single], dtype=torch.float32).reshape(-1, 4)
+        target: dict[str, Any] = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=size),
+            "labels": torch.tensor([known["category_id"] for known in single]).long(),
+        }
+        if self.masks:
+            decoded = [coco.decode_mask(known["segmentation"], entry.width, entry.height) for known in single]
+            target["masks"] = tv_tensors.Mask(
+                np.stack(decoded) if decoded else torch.zeros(0, *size, dtype=torch.uint8)
+            )
+        resize = [v2.Resize(self.side, max_size=self.max_size), v2.ConvertBoundingBoxFormat("XYXY")]
+        transform = v2.Compose([*resize, v2.ClampBoundingBoxes(), *flips, v2.ToPureTensor()])
+        image, target = transform(v2.functional.pil_to_tensor(coco.load_image(entry)), target)
+        return image, {**target, "size": torch.tensor(size)}

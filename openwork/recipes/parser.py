@@ -11,9 +11,10 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import jsonargparse
 import yaml
 
-from openwork.recipes.config import Common
+from openwork.recipes.config import CompareConfig, Config, default_of
+from openwork.recipes.method_flags import defaults_of, option_flags
 
-T = TypeVar("T", bound=Common)
+T = TypeVar("T", Config, CompareConfig)
 
 
 class _Loader(yaml.SafeLoader):
@@ -34,16 +35,20 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
-def build_parser(cls: type[Common], prog: str, about: str) -> jsonargparse.ArgumentParser:
-    """One flag per field, with its help text and default; `--config FILE` fills them from YAML."""
+def build_parser(cls: type[T], prog: str, about: str) -> jsonargparse.ArgumentParser:
+    """One flag per field and per option of a method, with help and default; `--config FILE` fills them from YAML."""
     jsonargparse.set_loader("openwork", load_yaml, exceptions=(yaml.YAMLError,))
     parser = jsonargparse.ArgumentParser(prog=prog, description=about, parser_mode="openwork", exit_on_error=True)
     parser.add_argument("--config", action="config", help="YAML file with any of these fields; flags override it")
     parser.add_argument("--task", default=cls.task, help=argparse.SUPPRESS)  # as the config.yaml of a run has it
     hints = get_type_hints(cls)
     for field in fields(cls):
-        kind, text, default = hints[field.name], field.metadata["help"], _default(field)
-        if kind is bool and not default:
+        kind, text, default = hints[field.name], field.metadata["help"], default_of(field)
+        if field.name == "method_options":
+            many: dict[str, Any] = {"nargs": "*"} if issubclass(cls, CompareConfig) else {}
+            for name, (type_, about_it) in option_flags().items():
+                parser.add_argument(f"--{name}", type=type_, default=None, help=about_it, **many)
+        elif kind is bool and not default:
             parser.add_argument(f"--{field.name}", action="store_true", help=text)
         elif get_origin(kind) is list:
             parser.add_argument(f"--{field.name}", type=get_args(kind)[0], nargs="*", default=default, help=text)
@@ -52,21 +57,26 @@ def build_parser(cls: type[Common], prog: str, about: str) -> jsonargparse.Argum
     return parser
 
 
-def _default(field: Any) -> Any:
-    return field.default_factory() if callable(field.default_factory) else field.default
-
-
 def parse(cls: type[T], argv: Sequence[str], prog: str, about: str) -> T:
     """Defaults, then the preset, then --config, then flags."""
     parser, words = build_parser(cls, prog, about), [_normal(word) for word in argv]
+    names = [field.name for field in fields(cls) if field.name != "method_options"]
     values = parser.parse_args(words)
-    if preset := cls.presets.get(values.preset):
-        names = {field.name for field in fields(cls)}
+    preset = cls.presets.get(values.preset, {})
+    if preset:
         parser.set_defaults({name: value for name, value in preset.items() if name in names})
         values = parser.parse_args(words)
     if values.task != cls.task:
         raise ValueError(f"this is a configuration of the task {values.task}, not of {cls.task}: {prog} cannot use it")
-    return cls(**{field.name: values[field.name] for field in fields(cls)})
+    given = {name: values[name] for name in option_flags() if values[name] is not None}
+    return cls(**{name: values[name] for name in names}, method_options={**_preset_options(values, preset), **given})
+
+
+def _preset_options(values: Any, preset: dict[str, Any]) -> dict[str, Any]:
+    """The options in a preset that a chosen method has; those of other methods do not matter here."""
+    known = {name for method in values.get("methods") or [values.get("method")] for name in defaults_of(method)}
+    options = {name: value for name, value in preset.items() if name in known}
+    return {name: [value] for name, value in options.items()} if "methods" in values else options
 
 
 def _normal(word: str) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from openwork.recipes.images import PIXEL_MEAN, PIXEL_STD
+from openwork.recipes.weights import read_weights, weights_file
 from openwork.utils.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
@@ -33,7 +34,6 @@ BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]
 }
 _STAGES = ("conv1", "layer1", "layer2", "layer3", "layer4")
 LEVELS = 5  # of the pyramid: one per stage of the ResNet and one pooled from the last
-_PIXEL_MEAN, _PIXEL_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's
 _BIN, _MASK_BIN = 7, 14  # sides of what the heads see of a region
 
 Norm = Callable[[int], nn.Module]
@@ -94,13 +94,8 @@ def _stage(
 
 def load_backbone(body: nn.Sequential, source: Path) -> None:
     """Weights of a classifier with torchvision's names, from a run directory or a .safetensors file, without its fc."""
-    path = source / "model.safetensors" if source.is_dir() else source
-    if not path.exists():
-        raise FileNotFoundError(
-            f"--backbone {source}: there is no {path}; give a finished run of openwork train classification "
-            "or a .safetensors file"
-        )
-    weights = {name: weight for name, weight in load_file(path).items() if not name.startswith("fc.")}
+    path = weights_file(source, "--backbone")
+    weights = {name: weight for name, weight in read_weights(path).items() if not name.startswith("fc.")}
     if isinstance(body.get_submodule("bn1"), FrozenBatchNorm2d):  # counts no batches
         weights = {name: weight for name, weight in weights.items() if not name.endswith("num_batches_tracked")}
     try:
@@ -123,39 +118,39 @@ def build_rcnn(
     body: nn.Sequential,
     *,
     classes: int,
-    pyramid: int,
+    fpn_channels: int,
     head: int,
     anchors: Sequence[int],
-    proposals: int,
-    regions: int,
+    rpn_post_nms_top_n: int,
+    rois_per_image: int,
     mask_convs: int = 0,
 ) -> FasterRCNN | MaskRCNN:
     """The detector on a ResNet: Mask R-CNN where `mask_convs` asks for a mask head of so many convolutions.
 
-    `pyramid` and `head` are channels, `anchors` the side in pixels of the anchors at each level, finest first.
-    `proposals` regions of an image go on to the second stage, which trains on `regions` of them.
+    `fpn_channels` and `head` are channels, `anchors` the side in pixels of the anchors at each level, finest first.
+    `rpn_post_nms_top_n` regions of an image go on to the second stage, which trains on `rois_per_image` of them.
     """
     last = [stage[-1] for stage in (body.layer1, body.layer2, body.layer3, body.layer4)]  # type: ignore[index]
     channels = [(block.conv3 if isinstance(block, Bottleneck) else block.conv2).out_channels for block in last]  # type: ignore[union-attr]
     names = {f"layer{i + 1}": str(i) for i in range(len(channels))}
     shared = {
-        "backbone": BackboneWithFPN(body, names, channels, pyramid),
+        "backbone": BackboneWithFPN(body, names, channels, fpn_channels),
         "rpn_anchor_generator": AnchorGenerator([(side,) for side in anchors], [(0.5, 1.0, 2.0)] * len(anchors)),
-        "rpn_pre_nms_top_n_train": 2 * proposals,
-        "rpn_pre_nms_top_n_test": proposals,
-        "rpn_post_nms_top_n_train": proposals,
-        "rpn_post_nms_top_n_test": proposals,
-        "box_head": TwoMLPHead(pyramid * _BIN**2, head),
+        "rpn_pre_nms_top_n_train": 2 * rpn_post_nms_top_n,
+        "rpn_pre_nms_top_n_test": rpn_post_nms_top_n,
+        "rpn_post_nms_top_n_train": rpn_post_nms_top_n,
+        "rpn_post_nms_top_n_test": rpn_post_nms_top_n,
+        "box_head": TwoMLPHead(fpn_channels * _BIN**2, head),
         "box_predictor": FastRCNNPredictor(head, classes + 1),
-        "box_batch_size_per_image": regions,
+        "box_batch_size_per_image": rois_per_image,
     }
     if mask_convs:
         net = MaskRCNN(
             **shared,
-            mask_head=MaskRCNNHeads(pyramid, [pyramid] * mask_convs, 1),
-            mask_predictor=MaskRCNNPredictor(pyramid, pyramid, classes + 1),
+            mask_head=MaskRCNNHeads(fpn_channels, [fpn_channels] * mask_convs, 1),
+            mask_predictor=MaskRCNNPredictor(fpn_channels, fpn_channels, classes + 1),
         )
     else:
         net = FasterRCNN(**shared)
-    net.transform = InputSized(0, 0, _PIXEL_MEAN, _PIXEL_STD)
+    net.transform = InputSized(0, 0, PIXEL_MEAN, PIXEL_STD)
     return net

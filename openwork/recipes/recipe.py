@@ -8,58 +8,50 @@ import os
 import platform
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 import openwork as ow
 from openwork.recipes import find
 from openwork.recipes.config import Config, differences, values_of
+from openwork.recipes.data import Data
+from openwork.recipes.method_flags import build_method, is_sparse, mask_steps
+from openwork.recipes.module import TaskModule, build_trainer
+from openwork.recipes.parallel import full_copy, gather
+from openwork.recipes.report import write_report
 from openwork.recipes.rundir import RunDir, first_process, read_lines, write_text
-from openwork.recipes.sharding import gather, whole_twin
-from openwork.recipes.summary import churns
-from openwork.recipes.task import Task, build_method, described
+from openwork.recipes.summary import flip_rates
+from openwork.recipes.task import Task, described
+from openwork.recipes.weights import load_weights, save_weights
 from openwork.training.selection import Remainder
 
-_PICTURE = 32, 96  # rows and columns of the mask picture
+_MASK = 32, 96  # rows and columns of the mask in the report
 
 
-def load_weights(net: nn.Module, source: Path) -> None:
-    """Dense weights from a run directory or a .safetensors file."""
-    path = source / "model.safetensors" if source.is_dir() else source
-    if not path.exists():
-        raise FileNotFoundError(
-            f"--init {source}: there is no {path}; give a finished run directory or a .safetensors file"
-        )
-    try:
-        load_model(net, path)
-    except RuntimeError as error:
-        raise ValueError(
-            f"--init {path} does not fit this model; train it with the same --model and --data ({error})"
-        ) from error
-
-
-def prepare(task: Task, config: Config) -> tuple[Any, nn.Module, ow.Report]:
+def prepare(task: Task, config: Config) -> tuple[Data, nn.Module, ow.Report]:
     """Data, the network with its initial weights and masks, and the report on them: the same for the same config."""
     data = task.load_data(config)
     torch.manual_seed(config.seed)
     net = task.build(config, data)
     if config.init:
         load_weights(net, Path(config.init))
-    example = task.example(data)
-    remainder = cast(Remainder, config.remainder)
     report = ow.sparsify(
-        net, config.pattern, build_method(config), exclude=config.exclude, remainder=remainder, example=example
+        net,
+        config.pattern,
+        build_method(config.method, config.method_options),
+        exclude=config.exclude,
+        remainder=cast(Remainder, config.remainder),
+        example=task.example(data),
     )
     return data, net, report
 
 
-def finished(folder: Path) -> tuple[nn.Module, Any, Config]:
+def load_run(folder: Path) -> tuple[nn.Module, Any, Config]:
     """The network of a finished run with its weights, one validation input for it, and the run's configuration."""
     task, config = read_run(folder)
     data = task.load_data(config)
@@ -71,8 +63,8 @@ def finished(folder: Path) -> tuple[nn.Module, Any, Config]:
 def read_run(folder: Path) -> tuple[Task, Config]:
     """The task and the configuration that a run directory was started with."""
     values = RunDir(folder).read_config()
-    task = find(values.pop("task"))
-    return task, task.config(**values)
+    task = find(values["task"])
+    return task, task.config.from_values(values)
 
 
 def open_run(config: Config) -> RunDir:
@@ -103,38 +95,35 @@ def train(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     if (done := run.read_result()) is not None:
         return done
     if first_process():
-        task.keep(data, run.path)
-    picture = pictured_layer(report)
-    start = mask_rows(net, picture)
-    twin = whole_twin(config, net)
+        task.save_artifacts(data, run.path)
+    layer = shown_layer(report)
+    start = mask_rows(net, layer)
+    full = full_copy(config, net)
     module, trainer = fit(task, config, data, net, run, callbacks)
-    net = module.net = gather(net, twin)
-    end = mask_rows(net, picture)
-    if build_method(config).sparse:  # dense training promises nothing
+    net = module.net = gather(net, full)
+    mask = {"layer": layer, "start": start, "end": mask_rows(net, layer)}
+    if is_sparse(config.method):
         ow.verify(net)
     ow.finalize(net)
     task.before_last_validation(config, net)
     trainer.validate(module, verbose=False)
     result = summary(config, report, net, run)
-    result |= module.score | {"metrics": described(task.metrics), "steps": module.step, "skipped": data.skipped}
-    result |= {"notes": task.notes(config, data), "mask": {"layer": picture, "start": start, "end": end}}
+    result |= module.scores | {"metrics": described(task.metrics), "steps": module.step, "skipped": data.skipped}
+    result |= {"notes": task.notes(config, data), "mask": mask}
     if trainer.is_global_zero:
-        save_model(net, str(run.model), metadata={"recipe": f"{config.pattern} {config.method}"})
-        write_text(run.pictures, json.dumps([asdict(each) for each in task.pictures(config, net.eval(), data)]))
+        save_weights(net, run.model)
+        samples = [asdict(sample) for sample in task.visualizations(config, net.eval(), data)]
+        write_text(run.visualizations, json.dumps(samples))
         run.write_result(result)
-        write_page(run)
-    run.close()
+        write_report(run.path)
     return result
 
 
 def fit(
-    task: Task, config: Config, data: Any, net: nn.Module, run: RunDir, callbacks: Sequence[Any]
+    task: Task, config: Config, data: Data, net: nn.Module, run: RunDir, callbacks: Sequence[Any]
 ) -> tuple[Any, Any]:
     """Runs Lightning's loops from the start or from the last checkpoint."""
-    from openwork.recipes.module import TaskModule, build_trainer
-
-    hush()
-
+    silence_lightning()
     module = TaskModule(task, net, config, data, run)
     trainer = build_trainer(config, run.path, callbacks)
     checkpoint = str(run.checkpoint) if run.checkpoint.exists() else None
@@ -144,67 +133,51 @@ def fit(
     return module, trainer
 
 
-def hush() -> None:
+def silence_lightning() -> None:
     """Only Lightning's warnings, and of those and torch's none that concern their own insides or torch's DataLoader."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
         ".*isinstance.treespec, LeafSpec.*",
         ".*smaller than the logging interval.*",
+        ".*does not have many workers.*",  # --workers is the user's choice
         ".*TF32 acceleration on top of oneDNN.*",
-        ".*when logging on epoch level in distributed setting.*",  # each process has the score of all samples
+        ".*when logging on epoch level in distributed setting.*",  # each process has the metrics of all samples
     ):
         warnings.filterwarnings("ignore", message=message)
 
 
-def write_page(run: RunDir) -> None:
-    from openwork.recipes.report import write_report
-
-    write_report(run.path)
-
-
 def summary(config: Config, report: ow.Report, net: nn.Module, run: RunDir) -> dict[str, Any]:
     """Everything a table or page needs, in JSON's types."""
+    values = values_of(config)
     topology = read_lines(run.path / "topology.jsonl")
     steps = [s for record in read_lines(run.path / "times.jsonl") for s in record["seconds"]]
     weights = dict(net.named_parameters())
     sparse = [weights[name] for name in report.sparse]
     return {
-        "config": values_of(config),
+        "config": values,
         "density": sum(int(w.count_nonzero()) for w in sparse) / sum(w.numel() for w in sparse),
         "macs_dense": report.macs_dense,
-        "macs": report.macs_dense if config.method == "dense" else report.macs_sparse,
+        "macs": report.macs_sparse if is_sparse(config.method) else report.macs_dense,
         "sad_start": topology[-1]["sad_start"] / topology[-1]["weights"] if topology else None,
-        "churn": statistics.fmean(churns(topology, config.method)) if topology else None,
+        "flip_rate": statistics.fmean(flip_rates(topology, mask_steps(values))) if topology else None,
         "seconds_per_step": statistics.median(steps) if steps else None,
         "seconds": sum(steps) if steps else None,
         "layers": [layer(row) for row in report.rows],
         "summary": report.summary,
-        "machine": machine(),
+        "environment": environment(),
     }
 
 
 def layer(row: Any) -> dict[str, Any]:
-    return {
-        "name": row.name,
-        "shape": list(row.shape),
-        "pattern": str(row.pattern) if row.pattern else None,
-        "reason": row.reason,
-        "density": row.density,
-        "kept_energy": row.retained,
-        "weights": row.weights,
-        "macs_dense": row.macs_dense,
-        "macs_sparse": row.macs_sparse,
-    }
+    names = ("name", "reason", "density", "retained", "weights", "macs_dense", "macs_sparse")
+    pattern = str(row.pattern) if row.pattern else None
+    return {"shape": list(row.shape), "pattern": pattern, **{name: getattr(row, name) for name in names}}
 
 
-def machine() -> dict[str, Any]:
+def environment() -> Mapping[str, Any]:
     """What the numbers depend on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "openwork": getattr(ow, "__version__", ""),
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "openwork": ow.__version__}
     return {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}
 
 
@@ -215,10 +188,10 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def pictured_layer(report: ow.Report) -> str:
-    """The sparse weight that fills the mask picture best; of several, the one in the middle."""
+def shown_layer(report: ow.Report) -> str:
+    """The sparse weight that fills the picture of a mask best; of several, the one in the middle."""
     filled = {
-        row.name: min(row.shape[0], _PICTURE[0]) * min(row.weights // row.shape[0], _PICTURE[1])
+        row.name: min(row.shape[0], _MASK[0]) * min(row.weights // row.shape[0], _MASK[1])
         for row in report.rows
         if row.pattern
     }
@@ -229,5 +202,5 @@ def pictured_layer(report: ow.Report) -> str:
 def mask_rows(net: nn.Module, name: str) -> list[str]:
     """A corner of a layer's mask, one string of 0 and 1 per output; neighbours in a string share a group."""
     mask: Tensor = ow.masks(net)[name]
-    rows = mask.movedim(1, -1).flatten(1)[: _PICTURE[0], : _PICTURE[1]]
+    rows = mask.movedim(1, -1).flatten(1)[: _MASK[0], : _MASK[1]]
     return ["".join("1" if kept else "0" for kept in row) for row in rows.tolist()]

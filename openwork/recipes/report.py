@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openwork.recipes.charts import Line, line_chart, mask_picture
-from openwork.recipes.page import figure, grid, heading, legend, page, paragraph, table
+import numpy as np
+
+from openwork.recipes.charts import COLORS, MASK_KINDS, line_chart, mask_picture
+from openwork.recipes.method_flags import (
+    check_methods,
+    is_sparse,
+    label_of,
+    mask_steps,
+    options_of,
+    rank_of,
+    starts_trained,
+)
 from openwork.recipes.rundir import RunDir, read_lines, write_text
-from openwork.recipes.summary import cells, churns, header, label_of, metrics_of, notes, rows_of
+from openwork.recipes.summary import flip_rates, metrics_of, notes, rows_of, table_of
 from openwork.recipes.task import Metric
 
-_COLORS = 8  # in the style sheet
-_METHODS = ("dense", "asp", "ste", "sr-ste", "transposable-sr-ste")
-
 Result = dict[str, Any]
+Runs = Sequence[tuple[Path, Result]]
+Records = list[dict[str, Any]]
+Values = Callable[[Records, Result], list[float | None]]
+_LAYERS = ("weight", "shape", "pattern", "density", "magnitude at start", "weights", "MACs dense", "MACs sparse", "")
 
 
 def write_report(path: Path) -> Path:
@@ -24,6 +37,7 @@ def write_report(path: Path) -> Path:
     if not paths:
         raise FileNotFoundError(f"{path} holds no finished run: there is no result.json in it or in its subdirectories")
     runs = [(run, RunDir(run).read_result() or {}) for run in paths]
+    check_methods(result["config"]["method"] for _, result in runs)
     runs.sort(key=lambda run: _rank(run[1]["config"]))
     write_text(path / "report.html", build_page(runs))
     return path / "report.html"
@@ -31,140 +45,128 @@ def write_report(path: Path) -> Path:
 
 def _rank(config: dict[str, Any]) -> tuple[Any, ...]:
     n, m = map(int, config["pattern"].split(":"))
-    return -n / m, m, _METHODS.index(config["method"]), config["decay"], config["seed"]
+    return -n / m, m, rank_of(config["method"]), *options_of(config).values(), config["seed"]
 
 
-def build_page(runs: Sequence[tuple[Path, Result]]) -> str:
+def build_page(runs: Runs) -> str:
     """The document of finished runs, each with its directory."""
+    from jinja2 import Environment, StrictUndefined
+
     results = [result for _, result in runs]
-    shown = pictured(results)
-    config, machine = results[0]["config"], results[0]["machine"]
-    data, metrics = config["data"].partition("=")[0], metrics_of(results)
-    rows = [cells(row, metrics) for row in rows_of(results)]
-    subtitle = f"{len(runs)} run{'s' * (len(runs) > 1)} of {config['epochs']} epochs on {machine['device']}"
-    sections = [
-        ("Results", table(header(metrics), rows) + paragraph(" ".join(notes(metrics)), "note")),
-        ("Curves", curves(runs)),
-        *pictures(runs),
-        (f"Layers: {label_of(shown['config'])}", layers(shown)),
-        (f"One mask: {shown['mask']['layer']}, {label_of(shown['config'])}", mask(shown)),
-        ("How it was run", facts(results)),
-    ]
-    return page(f"{config['model']} on {data}", subtitle, sections)
+    config, environment = results[0]["config"], results[0]["environment"]
+    metrics, shown = metrics_of(results), shown_run(results)
+    header, lines = table_of(rows_of(results), metrics)
+    labels = list(dict.fromkeys(label_of(result["config"]) for result in results))
+    template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+    return (
+        Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        .from_string(template)
+        .render(
+            title=f"{config['model']} on {config['data'].partition('=')[0]}",
+            subtitle=f"{len(runs)} run{'s' * (len(runs) > 1)} of {config['epochs']} epochs on {environment['device']}",
+            results=(header, lines),
+            notes=" ".join(notes(metrics)),
+            legend_entries=[(label, COLORS[i % len(COLORS)]) for i, label in enumerate(labels)],
+            charts=charts(runs, metrics, labels),
+            samples=samples(runs),
+            shown=label_of(shown["config"]),
+            summary=shown["summary"],
+            layers=(_LAYERS, [_layer(row) for row in shown["layers"]]),
+            mask=shown["mask"]["layer"],
+            group=shown["config"]["pattern"].split(":")[1],
+            mask_legend=MASK_KINDS.items(),
+            masks=masks(shown),
+            facts=facts(results),
+        )
+    )
 
 
-def pictured(results: Sequence[Result]) -> Result:
-    """The run whose layers and mask are shown: an SR-STE one, else one whose mask moves, else any."""
-    rank = ("sr-ste", "transposable-sr-ste", "ste", "dense", "asp")
-    return min(results, key=lambda result: rank.index(result["config"]["method"]))
+def shown_run(results: Sequence[Result]) -> Result:
+    """The run whose layers and mask are shown: of the last sparse method whose mask moves, else of the last method."""
+
+    def rank(result: Result) -> tuple[bool, int]:
+        method = result["config"]["method"]
+        return is_sparse(method) and not starts_trained(method), rank_of(method)
+
+    return max(results, key=rank)
 
 
-def curves(runs: Sequence[tuple[Path, Result]]) -> str:
-    """Loss, metrics, SAD and churn over the steps, a line per run, a colour per method."""
-    labels = list(dict.fromkeys(label_of(result["config"]) for _, result in runs))
-    color = {label: i % _COLORS for i, label in enumerate(labels)}
+def charts(runs: Runs, metrics: Sequence[Metric], labels: Sequence[str]) -> list[tuple[str, str]]:
+    """Title and SVG of loss, metrics, SAD and flip rate over the steps: a line per run, a colour per method."""
 
-    def lines(file: str, value: Callable[[dict[str, Any]], float | None]) -> list[Line]:
-        return every(file, lambda records, _: [value(record) for record in records])
-
-    def every(file: str, values: Callable[[list[dict[str, Any]], str], list[Any]]) -> list[Line]:
-        made = []
+    def chart(title: str, file: str, values: Values, **how: Any) -> tuple[str, str]:
+        lines = []
         for run, result in runs:
-            config, records = result["config"], read_lines(run / file)
-            label, found = label_of(config), values(records, config["method"])
-            points = [(r["step"], v) for r, v in zip(records, found, strict=True) if v is not None]
-            made.append(Line(f"{label}, seed {config['seed']}", color[label], points))
-        return made
+            records = read_lines(run / file)
+            points = [(r["step"], v) for r, v in zip(records, values(records, result), strict=True) if v is not None]
+            lines.append((labels.index(label_of(result["config"])), points))
+        return title, line_chart(title, lines, **how)
 
-    metric = "metrics.jsonl"
-    val_loss = lines(metric, lambda r: r.get("val_loss"))  # not every task has one
-    figures = [
-        line_chart("Training loss", lines(metric, lambda r: r.get("train_loss")), floor=0),
-        *([line_chart("Validation loss", val_loss, floor=0)] if any(line.points for line in val_loss) else []),
-        *[_metric_chart(each, lines) for each in metrics_of([result for _, result in runs]) if each.key != "val_loss"],
-        line_chart(
-            "SAD from the start, share of weights", lines("topology.jsonl", _share("sad_start")), percent=True, floor=0
-        ),
-        line_chart("Churn in one step, share of weights", every("topology.jsonl", churns), percent=True, floor=0),
+    def metric_chart(metric: Metric, **how: Any) -> tuple[str, str]:
+        percent = metric.unit == "%"
+        title = metric.label + (f", {metric.unit}" if metric.unit and not percent else "")
+        scale = 1 if percent else metric.scale  # the chart makes percents of shares itself
+        pick = partial(_each, lambda r: r[metric.key] * scale if metric.key in r else None)
+        return chart(title, "metrics.jsonl", pick, percent=percent, **how)
+
+    loss = [Metric("train_loss", "Training loss")]
+    loss += [Metric("val_loss", "Validation loss")] if "val_loss" in runs[0][1] else []  # not every task has one
+    others = [replace(m, label=f"Validation {m.label}") for m in metrics if m.key != "val_loss"]
+    sad = partial(_each, lambda r: r["sad_start"] / r["weights"])
+    shares: dict[str, Any] = {"percent": True, "floor": 0}
+    return [
+        *[metric_chart(metric, floor=0) for metric in loss],
+        *map(metric_chart, others),
+        chart("SAD from the start, share of weights", "topology.jsonl", sad, **shares),
+        chart("Flip rate, share of weights a step", "topology.jsonl", _flip_rates, **shares),
     ]
-    return legend((f"c{color[label]}", label) for label in labels) + grid("charts", figures)
 
 
-def _metric_chart(metric: Metric, lines: Callable[..., list[Line]]) -> str:
-    percent = metric.unit == "%"
-    title = f"Validation {metric.label}" + ("" if percent or not metric.unit else f", {metric.unit}")
-    scale = 1 if percent else metric.scale  # the chart makes percents of shares itself
-
-    def value(record: dict[str, Any]) -> float | None:
-        return record[metric.key] * scale if metric.key in record else None
-
-    return line_chart(title, lines("metrics.jsonl", value), percent=percent)
+def _each(value: Callable[[dict[str, Any]], float | None], records: Records, _: Result) -> list[float | None]:
+    return list(map(value, records))
 
 
-def pictures(runs: Sequence[tuple[Path, Result]]) -> list[tuple[str, str]]:
+def _flip_rates(records: Records, result: Result) -> list[float | None]:
+    return [*flip_rates(records, mask_steps(result["config"]))]
+
+
+def samples(runs: Runs) -> list[tuple[str, list[tuple[str, Any]]]]:
     """What networks say of a few validation samples beside what is right: one run per method, its first seed."""
-    shown: dict[str, list[dict[str, str]]] = {}
+    shown: dict[str, list[dict[str, Any]]] = {}
     for run, result in runs:
-        if found := RunDir(run).read_pictures():
-            shown.setdefault(label_of(result["config"]), found)
-    if not shown:
-        return []
-    samples = zip(*shown.values(), strict=True)
-    return [("Samples", "".join(_sample(list(shown), sample) for sample in samples))]
-
-
-def _sample(labels: Sequence[str], views: Sequence[dict[str, str]]) -> str:
-    figures = [("as it is", views[0]["truth"])] + [
-        (label, view["predicted"]) for label, view in zip(labels, views, strict=True)
+        if parts := RunDir(run).read_visualizations():
+            shown.setdefault(label_of(result["config"]), parts)
+    return [
+        (views[0]["name"], [("truth", views[0]["truth"]), *zip(shown, (v["predicted"] for v in views), strict=True)])
+        for views in zip(*shown.values(), strict=True)
     ]
-    return heading(views[0]["name"]) + grid("samples", [figure(caption, html) for caption, html in figures])
-
-
-def _share(key: str) -> Callable[[dict[str, Any]], float]:
-    return lambda record: record[key] / record["weights"]
-
-
-_LAYERS = ("weight", "shape", "pattern", "density", "kept energy at start", "weights", "MACs dense", "MACs sparse", "")
-
-
-def layers(result: Result) -> str:
-    """What became sparse and what did not, and why."""
-    return paragraph(result["summary"]) + table(_LAYERS, [_layer(row) for row in result["layers"]])
 
 
 def _layer(row: dict[str, Any]) -> list[str]:
     counts = ["-" if row[key] is None else f"{row[key]:,}" for key in ("weights", "macs_dense", "macs_sparse")]
-    shares = [f"{row[key]:.3f}" for key in ("density", "kept_energy")]
+    shares = [f"{row[key]:.3f}" for key in ("density", "retained")]
     return [row["name"], " x ".join(map(str, row["shape"])), row["pattern"] or "dense", *shares, *counts, row["reason"]]
 
 
-_KINDS = (("k", "kept"), ("p", "pruned"), ("s", "kept in both"), ("g", "only at the end"), ("l", "only at the start"))
-_CHANGE = {"11": "s", "00": "p", "01": "g", "10": "l"}
-
-
-def mask(result: Result) -> str:
+def masks(result: Result) -> list[tuple[str, str]]:
     """Pictures of one layer's mask at the start and at the end, and of what changed."""
-    start, end = result["mask"]["start"], result["mask"]["end"]
+    start, end = (np.array([list(row) for row in result["mask"][when]]) == "1" for when in ("start", "end"))
     group = int(result["config"]["pattern"].split(":")[1])
-    changed = ["".join(_CHANGE[a + b] for a, b in zip(*rows, strict=True)) for rows in zip(start, end, strict=True)]
-    moved = sum(row.count("g") + row.count("l") for row in changed) / max(1, sum(map(len, changed)))
-    intro = f"A corner of the layer. Rows are outputs, columns weights along the reduction axis in groups of {group}."
-    figures = [
-        mask_picture("At the start", _kept(start), group),
-        mask_picture("At the end", _kept(end), group),
-        mask_picture(f"What changed: {moved:.1%} of these weights", changed, group),
+    kind = list(MASK_KINDS).index
+    changed = np.select([start & end, end, start], [kind("kept in both"), kind("gained"), kind("lost")], kind("pruned"))
+    draw = partial(mask_picture, group=group)
+    last = f"What changed: {(start != end).mean():.1%} of these weights"
+    pictures = {"At the start": np.where(start, 0, 1), "At the end": np.where(end, 0, 1), last: changed}
+    return [(title, draw(title, kinds)) for title, kinds in pictures.items()]
+
+
+def facts(results: Sequence[Result]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The task's notes, environment, and every field of the configuration; several values where runs differ."""
+    names = dict.fromkeys(name for result in results for name in result["config"])
+    config = [
+        (name, ", ".join(dict.fromkeys(str(r["config"][name]) for r in results if name in r["config"])))
+        for name in names
     ]
-    return paragraph(intro) + legend(_KINDS) + grid("masks", figures)
-
-
-def _kept(rows: Sequence[str]) -> list[str]:
-    return [row.replace("1", "k").replace("0", "p") for row in rows]
-
-
-def facts(results: Sequence[Result]) -> str:
-    """The task's notes, machine, versions and every field of the configuration; several values where runs differ."""
-    config = [[key, ", ".join(dict.fromkeys(str(r["config"][key]) for r in results))] for key in results[0]["config"]]
-    machine = [[key, str(value)] for key, value in results[0]["machine"].items()]
-    notes = [[key, value] for key, value in results[0].get("notes", {}).items()]
-    tables = [(("scores", ""), notes)] * bool(notes) + [(("machine", ""), machine), (("configuration", ""), config)]
-    return grid("facts", [table(head, rows) for head, rows in tables])
+    environment = [(name, str(value)) for name, value in results[0]["environment"].items()]
+    told = [*results[0].get("notes", {}).items()]
+    return [("scores", told)] * bool(told) + [("environment", environment), ("configuration", config)]

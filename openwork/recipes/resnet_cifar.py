@@ -11,6 +11,8 @@ import re
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
+
 
 def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
@@ -36,14 +38,12 @@ def _stage(count: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 class ResNet(nn.Module):
-    """(B, channels, H, W) -> (B, classes) logits."""
+    """(B, channels, H, W) -> (B, classes) logits. Initial weights as in the SR-STE authors' code."""
 
     def __init__(
         self, depth: int, classes: int, channels: int, width: int = 16, dropout: float = 0.0, stem_stride: int = 1
     ) -> None:
         super().__init__()
-        if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"resnet{depth}: the depth must be 6n+2 (8, 14, 20, 26, 32, 44, 56, 110)")
         self.conv1, self.bn1 = _conv(channels, width, 3, stem_stride), nn.BatchNorm2d(width)
         count = (depth - 2) // 6
         self.layer1 = _stage(count, width, width, 1)
@@ -51,7 +51,9 @@ class ResNet(nn.Module):
         self.layer3 = _stage(count, 2 * width, 4 * width, 2)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(4 * width, classes)
-        self.apply(_initialise)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # normal with std sqrt(2 / (k*k*outputs))
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -59,15 +61,8 @@ class ResNet(nn.Module):
         return self.fc(self.dropout(x.mean((2, 3))))
 
 
-def _initialise(module: nn.Module) -> None:
-    """Normal with std sqrt(2 / (k*k*outputs)), as in the SR-STE authors' code."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
 def depth_and_stem(name: str) -> tuple[int, int] | None:
     """Depth and stem stride: (20, 1) for "resnet20", (20, 2) for "resnet20-s2"; None for names that are not of this
     family (resnet18 and resnet50 are torchvision's)."""
     match = re.fullmatch(r"resnet(\d+)(-s2)?", name)
-    depth = int(match[1]) if match else 0
-    return (depth, 2 if match and match[2] else 1) if depth in (8, 14, 20, 26, 32, 44, 56, 110) else None
+    return (int(match[1]), 2 if match[2] else 1) if match and int(match[1]) in DEPTHS else None

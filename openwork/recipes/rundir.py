@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,46 +34,43 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines file; none if it is missing. A last line cut by a kill is left out."""
     if not path.exists():
         return []
-    return [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-    ]
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines]
 
 
+@dataclass(frozen=True)
 class RunDir:
     """Paths and appended lines of one run. Offsets go into its checkpoints."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._files: dict[str, Any] = {}
+    path: Path
 
     config = property(lambda self: self.path / "config.yaml")
     checkpoint = property(lambda self: self.path / "checkpoints" / "last.ckpt")
     model = property(lambda self: self.path / "model.safetensors")
     result = property(lambda self: self.path / "result.json")
-    pictures = property(lambda self: self.path / "pictures.json")
+    visualizations = property(lambda self: self.path / "visualizations.json")
 
     def append(self, name: str, record: dict[str, Any]) -> None:
-        if name not in self._files:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._files[name] = (self.path / name).open("a", encoding="utf-8")
-        self._files[name].write(json.dumps(record) + "\n")
-        self._files[name].flush()
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     def offsets(self) -> dict[str, int]:
         """Bytes written so far, per file, safely on disk."""
-        for file in self._files.values():
-            os.fsync(file.fileno())
-        return {name: self._size(name) for name in LINES}
-
-    def _size(self, name: str) -> int:
-        return (self.path / name).stat().st_size if (self.path / name).exists() else 0
+        sizes = dict.fromkeys(LINES, 0)
+        for name in LINES:
+            if (self.path / name).exists():
+                with (self.path / name).open("ab") as file:
+                    os.fsync(file.fileno())
+                    sizes[name] = file.tell()
+        return sizes
 
     def rewind(self, offsets: dict[str, int]) -> None:
         """Cuts the files back to a checkpoint's offsets."""
-        self.close()
+        written = self.offsets()
         for name in LINES:
             wanted = offsets.get(name, 0)
-            if self._size(name) < wanted:
+            if written[name] < wanted:
                 raise ValueError(
                     f"{self.path / name} is shorter than its checkpoint says; it was edited, so the run "
                     "cannot be resumed: start anew in another --out"
@@ -80,19 +78,14 @@ class RunDir:
             if (self.path / name).exists():
                 os.truncate(self.path / name, wanted)
 
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
-
     def write_config(self, values: dict[str, Any]) -> None:
         write_yaml(self.config, values)
 
     def read_config(self) -> dict[str, Any]:
         return yaml.safe_load(self.config.read_text(encoding="utf-8"))
 
-    def read_pictures(self) -> list[dict[str, str]]:
-        return json.loads(self.pictures.read_text(encoding="utf-8")) if self.pictures.exists() else []
+    def read_visualizations(self) -> list[dict[str, Any]]:
+        return json.loads(self.visualizations.read_text(encoding="utf-8")) if self.visualizations.exists() else []
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_text(self.result, json.dumps(result, indent=1))

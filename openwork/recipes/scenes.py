@@ -1,10 +1,8 @@
 """Pairs of frames with exact optical flow, made from photos in the manner of FlyingChairs (Dosovitskiy et al. 2015).
 
-A photo is the background; a few shapes cut from photos lie on it. Each is moved by an affine map of its own, objects on
-top of the motion of the background. So the flow of a pixel at x is A x - x, with A of the frontmost layer there, up to
-rounding. A scene is a function of its numbers (seed, epoch, index): nothing is stored.
-
-Shapes: H x W pixels of a frame; points are (2, H, W), x before y.
+A photo is the background; a few smooth patches cut from photos lie on it. Each is moved by an affine map of its own,
+patches on top of the motion of the background. So the flow of a pixel at x is A x - x, with A of the frontmost layer
+there, up to rounding. Points are (2, H, W), x before y.
 """
 
 from __future__ import annotations
@@ -22,8 +20,8 @@ BACKGROUND = 1.5  # sides of the photo's part that a background is taken from, i
 # Ranges: translation in shares of the frame's width, rotation in radians, log of the scale. Half of each is one
 # standard deviation. With a frame of 128 pixels the mean length of the flow is about 6 pixels.
 _BACKGROUND_MOTION = 0.056, 0.08, 0.06
-_OBJECT_MOTION = 0.094, 0.2, 0.12
-_OBJECTS = 3, 6
+_PATCH_MOTION = 0.094, 0.2, 0.12
+_PATCHES = 3, 6
 _HARMONICS = 4  # of an outline, as a function of the angle
 
 
@@ -33,15 +31,15 @@ class Outline:
 
     centre: tuple[float, float]
     radius: float
-    amplitudes: np.ndarray
-    phases: np.ndarray
+    amplitudes: Sequence[float] = ()
+    phases: Sequence[float] = ()
 
     def alpha(self, points: Tensor) -> Tensor:
         """Coverage in [0, 1] at points (2, H, W), with an edge one pixel wide: (H, W)."""
         x, y = points[0] - self.centre[0], points[1] - self.centre[1]
         angle, reach = torch.atan2(y, x), torch.ones_like(x)
         for k, (amplitude, phase) in enumerate(zip(self.amplitudes, self.phases, strict=True), start=1):
-            reach = reach + float(amplitude) * torch.cos(k * angle + float(phase))
+            reach = reach + amplitude * torch.cos(k * angle + phase)
         return (0.5 + self.radius * reach - torch.hypot(x, y)).clamp(0, 1)
 
 
@@ -78,13 +76,13 @@ def moved(points: Tensor, motion: np.ndarray) -> Tensor:
 
 def render(layers: Sequence[Layer], height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Two frames (3, H, W) and the flow (2, H, W) from the first to the second, in pixels. Back to front."""
-    here = frame_points(height, width)
+    points = frame_points(height, width)
     first, second, flow = torch.zeros(3, height, width), torch.zeros(3, height, width), torch.zeros(2, height, width)
     for layer in layers:
-        colour, alpha = layer.at(here)
+        colour, alpha = layer.at(points)
         first = torch.lerp(first, colour, alpha)
-        flow = torch.where(alpha > 0.5, moved(here, layer.motion) - here, flow)
-        colour, alpha = layer.at(moved(here, np.linalg.inv(layer.motion)))
+        flow = torch.where(alpha > 0.5, moved(points, layer.motion) - points, flow)
+        colour, alpha = layer.at(moved(points, np.linalg.inv(layer.motion)))
         second = torch.lerp(second, colour, alpha)
     return first, second, flow
 
@@ -96,14 +94,6 @@ def affine(draw: np.random.Generator, ranges: tuple[float, float, float], about:
     c, s = math.exp(scale) * math.cos(angle), math.exp(scale) * math.sin(angle)
     px, py = about
     return np.array([[c, -s, px - c * px + s * py + x], [s, c, py - s * px - c * py + y], [0, 0, 1]])
-
-
-def _outline(draw: np.random.Generator, height: int, width: int) -> Outline:
-    centre = float(draw.uniform(0, width)), float(draw.uniform(0, height))
-    radius = float(np.clip(draw.normal(0.16, 0.12), 0.06, 0.35)) * width
-    order = np.arange(1, _HARMONICS + 1)
-    amplitudes = draw.uniform(0, 0.45, _HARMONICS) / order
-    return Outline(centre, radius, amplitudes, draw.uniform(0, 2 * math.pi, _HARMONICS))
 
 
 def scene(photos: Sequence[Tensor], draw: np.random.Generator, height: int, width: int) -> list[Layer]:
@@ -122,8 +112,11 @@ def scene(photos: Sequence[Tensor], draw: np.random.Generator, height: int, widt
 
     ground = affine(draw, ranges(_BACKGROUND_MOTION), (width / 2, height / 2))
     layers = [Layer(*place(BACKGROUND), ground)]
-    for _ in range(draw.integers(_OBJECTS[0], _OBJECTS[1] + 1)):
-        outline = _outline(draw, height, width)
-        motion = ground @ affine(draw, ranges(_OBJECT_MOTION), outline.centre)
+    for _ in range(draw.integers(_PATCHES[0], _PATCHES[1] + 1)):
+        centre = float(draw.uniform(0, width)), float(draw.uniform(0, height))
+        radius = float(np.clip(draw.normal(0.16, 0.12), 0.06, 0.35)) * width
+        amplitudes = draw.uniform(0, 0.45, _HARMONICS) / np.arange(1, _HARMONICS + 1)
+        outline = Outline(centre, radius, amplitudes.tolist(), draw.uniform(0, 2 * math.pi, _HARMONICS).tolist())
+        motion = ground @ affine(draw, ranges(_PATCH_MOTION), centre)
         layers.append(Layer(*place(1.0), motion, outline))
     return layers

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from openwork.recipes import coco
-from openwork.recipes.cocoscore import Found, average_precision
-from openwork.recipes.config import Source, default, flag, flag_of
+from openwork.recipes.coco_metrics import Detections, average_precision
+from openwork.recipes.config import Source, data_flag, default, flag
+from openwork.recipes.data import Data
 from openwork.recipes.detector import USUAL, DetectorConfig, DetectorTask
-from openwork.recipes.objects import ObjectData
 from openwork.recipes.task import percent
 
 
@@ -24,9 +24,9 @@ class SegmentationConfig(DetectorConfig):
         Source("dsb2018", coco.LAYOUT),
         Source("coco", coco.LAYOUT),
     )
-    presets: ClassVar[dict[str, dict[str, Any]]] = {name: {**each, "mask_convs": 4} for name, each in USUAL.items()}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {name: {**usual, "mask_convs": 4} for name, usual in USUAL.items()}
 
-    data: str = flag_of(sources)
+    data: str = data_flag(sources)
     mask_convs: int = flag(2, "convolutions of the mask head before its transposed one")
     out: str = default("out", "runs/segmentation")
 
@@ -47,11 +47,11 @@ class Segmentation(DetectorTask):
     )
     masks = True
 
-    def score(self, records: Sequence[Found], data: ObjectData) -> dict[str, float]:
+    def compute_metrics(self, predictions: Sequence[Detections], data: Data) -> dict[str, float]:
         scores: dict[str, float] = {}
         for what, kind in (("mask", "segm"), ("box", "bbox")):
-            found = average_precision(data.truth, records, kind)
-            scores |= {f"val_{what}_{key}": found[key] for key in ("ap", "ap50")}
+            computed = average_precision(data.info.truth, predictions, kind)
+            scores |= {f"val_{what}_{key}": computed[key] for key in ("ap", "ap50")}
         return scores
 
 

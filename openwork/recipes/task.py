@@ -1,19 +1,18 @@
-"""What a task adds to the recipe that all share: its data, its network, its loss and its score."""
+"""What a task adds to the recipe that all share: its data, its network, its loss and its metrics."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-import openwork as ow
 from openwork.recipes.config import Config
+from openwork.recipes.data import Data
 
 
 @dataclass(frozen=True)
@@ -44,33 +43,21 @@ def percent(key: str, label: str) -> Metric:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One validation sample in the report. HTML: what is right (with the input), and what the network says."""
+class View:
+    """A part of a sample in the report: an image as a data: URI, or text in runs, each of which may be marked."""
+
+    caption: str
+    image: str = ""
+    text: Sequence[tuple[str, bool]] = ()
+
+
+@dataclass(frozen=True)
+class Visualization:
+    """One validation sample in the report: what is right, with the input, and what the network says."""
 
     name: str
-    truth: str
-    predicted: str
-
-
-class Data(Protocol):
-    """Samples by number. What a batch holds is between the data and its task; tensors in it go to the device."""
-
-    @property
-    def train_count(self) -> int: ...
-
-    @property
-    def val_count(self) -> int: ...
-
-    @property
-    def skipped(self) -> int:
-        """Samples that --skip-bad left out."""
-        ...
-
-    def train_batches(self, batches: Sequence[np.ndarray], seed: int, epoch: int) -> Iterator[Any]:
-        """One batch per index array. Augmentation is a function of (seed, epoch, index), so that a run can resume."""
-        ...
-
-    def val_batches(self, batches: Sequence[np.ndarray]) -> Iterator[Any]: ...
+    truth: Sequence[View]
+    predicted: Sequence[View]
 
 
 class Task(ABC):
@@ -82,15 +69,15 @@ class Task(ABC):
     eval_batch: ClassVar[int] = 256  # samples
 
     @abstractmethod
-    def load_data(self, config: Any) -> Any:
-        """The `Data` that `config.data` names."""
+    def load_data(self, config: Any) -> Data:
+        """The samples that `config.data` names."""
 
     @abstractmethod
-    def build(self, config: Any, data: Any) -> nn.Module:
+    def build(self, config: Any, data: Data) -> nn.Module:
         """The network with its initial weights, from torch's current seed."""
 
     @abstractmethod
-    def example(self, data: Any) -> Any:
+    def example(self, data: Data) -> Any:
         """One input of the network, as `ow.sparsify` takes it to count multiply-adds."""
 
     @abstractmethod
@@ -98,31 +85,27 @@ class Task(ABC):
         """The mean loss of a training batch, with gradients."""
 
     @abstractmethod
-    def records(self, net: nn.Module, batch: Any) -> list[Any]:
-        """What `score` needs of each sample of a validation batch: one small thing per sample, on the CPU."""
+    def predictions(self, net: nn.Module, batch: Any) -> list[Any]:
+        """What `compute_metrics` needs of each sample of a validation batch: a small thing per sample, on the CPU."""
 
     @abstractmethod
-    def score(self, records: Sequence[Any], data: Any) -> dict[str, float]:
-        """The metrics, and `val_loss` where there is one, from the records of all validation samples in order."""
-
-    def sizes(self, data: Any) -> np.ndarray | None:
-        """A size per training sample, where a batch shall hold samples of like size, so that little is padded."""
-        return None
+    def compute_metrics(self, predictions: Sequence[Any], data: Data) -> dict[str, float]:
+        """The metrics, and `val_loss` where there is one, from the predictions of all validation samples in order."""
 
     def before_last_validation(self, config: Any, net: nn.Module) -> None:  # noqa: B027 - few tasks need it
         """Settings for the validation of the finalized network: what is too slow for that of every epoch."""
 
-    def keep(self, data: Any, folder: Path) -> None:  # noqa: B027 - few tasks need it
+    def save_artifacts(self, data: Data, folder: Path) -> None:  # noqa: B027 - few tasks need it
         """Writes into the run directory what the weights are useless without, such as a vocabulary."""
 
-    def notes(self, config: Any, data: Any) -> dict[str, str]:
-        """What a reader of the scores must know besides, for the report: how they were computed, what was left out."""
+    def notes(self, config: Any, data: Data) -> dict[str, str]:
+        """What a reader of the metrics must know besides, for the report: how they were computed, what was left out."""
         return {}
 
     def optimizer(self, config: Any, net: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(config, net)
 
-    def pictures(self, config: Any, net: nn.Module, data: Any) -> list[Picture]:
+    def visualizations(self, config: Any, net: nn.Module, data: Data) -> list[Visualization]:
         """A few validation samples for the report."""
         return []
 
@@ -135,17 +118,6 @@ def build_optimizer(config: Config, net: nn.Module) -> torch.optim.Optimizer:
     cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     first, second = config.betas
     return cls(weights, lr=config.lr, betas=(first, second), eps=config.eps, weight_decay=config.weight_decay)
-
-
-def build_method(config: Config) -> Any:
-    makers: dict[str, Any] = {
-        "dense": ow.Dense,
-        "asp": ow.ASP,
-        "ste": ow.STE,
-        "sr-ste": lambda: ow.SRSTE(decay=config.decay),
-        "transposable-sr-ste": lambda: ow.TransposableSRSTE(config.decay, config.refresh_every),
-    }
-    return makers[config.method]()
 
 
 def described(metrics: Sequence[Metric]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import partial
@@ -14,15 +14,13 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openwork.recipes import spelled
-from openwork.recipes.config import Config, Source, default, flag, flag_of, source_of
+from openwork.recipes import number_words
+from openwork.recipes.config import Config, Source, check_choice, data_flag, default, flag, source_of
+from openwork.recipes.data import Data
 from openwork.recipes.models import allow_torchvision
-from openwork.recipes.page import sentence
-from openwork.recipes.parallel_text import Pair, find_files, read_pairs
 from openwork.recipes.rundir import write_text
-from openwork.recipes.sentences import Batch, Corpus, Sentences, load
-from openwork.recipes.subwords import END, PAD, decode
-from openwork.recipes.task import Metric, Picture, Task, percent
+from openwork.recipes.task import Metric, Task, View, Visualization, percent
+from openwork.recipes.text import END, PAD, Batch, Pair, Reader, decode, find_file, load, read_pairs
 
 # width, layers of encoder and decoder each, heads, width of the feed-forward layers. base and big: arXiv:1706.03762.
 SIZES = {
@@ -34,23 +32,20 @@ SIZES = {
 }
 _LAYOUT = "train.en, train.de, val.en and val.de, plain or .gz; --languages and --validation change the names"
 _VOCABULARY = "vocabulary.json"
-_SPELLED = 6_000, 300  # pairs for training and validation
+_NUMBERS = 6_000, 300  # pairs for training and validation
 
 
 @dataclass(frozen=True)
 class TranslationConfig(Config):
     """Defaults: the usual recipe for Transformers (Vaswani et al., arXiv:1706.03762: Adam (0.9, 0.98), linear warm-up,
     then the inverse root of the step, label smoothing 0.1, dropout 0.1, post-norm, tied embeddings), scaled to the
-    generated sentences.
+    generated numbers.
     """
 
     task: ClassVar[str] = "translation"
     sources: ClassVar[Sequence[Source]] = (
-        Source("spelled"),
-        Source("tatoeba", _LAYOUT),
-        Source("multi30k", _LAYOUT),
-        Source("wmt14", _LAYOUT),
-        Source("pairs", _LAYOUT),
+        Source("numbers"),
+        *(Source(name, _LAYOUT) for name in ("tatoeba", "multi30k", "wmt14", "pairs")),
     )
     # The paper does not say how it trains its Transformer, and its code holds none: this is the usual recipe for
     # Transformer-base on WMT14, 100,000 steps of about 25,000 subwords a side (arXiv:1706.03762, 5.1 to 5.4), with
@@ -75,7 +70,7 @@ class TranslationConfig(Config):
         }
     }
 
-    data: str = flag_of(sources)
+    data: str = data_flag(sources)
     model: str = flag("transformer-tiny", f"one of {', '.join(SIZES)}")
     languages: list[str] = flag(["en", "de"], "source and target; the endings of the files")  # noqa: RUF009
     validation: str = flag("val", "the files to validate on: val, test, newstest2014, ...")
@@ -96,12 +91,11 @@ class TranslationConfig(Config):
     out: str = default("out", "runs/translation")
 
     def check(self) -> None:
-        if self.model not in SIZES:
-            raise ValueError(f"model {self.model!r} is not known; use one of {', '.join(SIZES)}")
+        check_choice("model", self.model, SIZES)
         if len(self.languages) != 2:
             raise ValueError(f"languages are {self.languages}; needed are two, source and target: --languages en de")
-        if self.data == "spelled" and sorted(self.languages) != ["de", "en"]:
-            raise ValueError(f"languages are {self.languages}; the generated sentences are English and German: en, de")
+        if self.data == "numbers" and self.languages != ["en", "de"]:
+            raise ValueError(f"languages are {self.languages}, but numbers are generated; give files: --data pairs=DIR")
         if self.vocabulary < 300:
             raise ValueError(f"vocabulary is {self.vocabulary}; it must be at least 300: it holds every byte")
         if self.beams < 1 or self.max_length < 8:
@@ -118,21 +112,18 @@ class Translation(Task):
     )
     eval_batch = 100
 
-    def load_data(self, config: TranslationConfig) -> Sentences:
-        return load(corpus_of(config), config.vocabulary, config.max_length, vocabularies(config))
+    def load_data(self, config: TranslationConfig) -> Data:
+        return load(*readers(config), config.vocabulary, config.max_length, vocabularies(config))
 
-    def build(self, config: TranslationConfig, data: Sentences) -> nn.Module:
-        return build_transformer(config, data.tokenizer.get_vocab_size())
+    def build(self, config: TranslationConfig, data: Data) -> nn.Module:
+        return build_transformer(config, data.info.tokenizer.get_vocab_size())
 
-    def example(self, data: Sentences) -> dict[str, Any]:
+    def example(self, data: Data) -> dict[str, Any]:
         (batch,) = data.val_batches([np.array([data.val_count // 2])])
         return {**inputs(batch), "use_cache": False}  # exporters know no cache among the outputs
 
-    def sizes(self, data: Sentences) -> np.ndarray:
-        return data.train_sizes
-
-    def keep(self, data: Sentences, folder: Path) -> None:
-        write_text(folder / _VOCABULARY, data.tokenizer.to_str())
+    def save_artifacts(self, data: Data, folder: Path) -> None:
+        write_text(folder / _VOCABULARY, data.info.tokenizer.to_str())
 
     def loss(self, net: Any, batch: Batch) -> Tensor:
         """Smoothed cross entropy, the mean over the subwords of the micro-batch."""
@@ -142,17 +133,17 @@ class Translation(Task):
             logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=PAD, label_smoothing=smoothing
         )
 
-    def records(self, net: Any, batch: Batch) -> list[Any]:
+    def predictions(self, net: Any, batch: Batch) -> list[Any]:
         """Cross entropy summed over the target, its subwords, and the subwords of the translation."""
         logits = net(**inputs(batch)).logits.float()
         losses = F.cross_entropy(logits.transpose(1, 2), batch["labels"], ignore_index=PAD, reduction="none").sum(1)
         counts = (batch["labels"] != PAD).sum(1)
         return list(zip(losses.tolist(), counts.tolist(), translate(net, batch), strict=True))
 
-    def score(self, records: Sequence[Any], data: Sentences) -> dict[str, float]:
-        losses, counts, found = zip(*records, strict=True)
-        translations = decode(data.tokenizer, found)
-        references = [target for _, target in data.val_pairs]
+    def compute_metrics(self, predictions: Sequence[Any], data: Data) -> dict[str, float]:
+        losses, counts, ids = zip(*predictions, strict=True)
+        translations = decode(data.info.tokenizer, ids)
+        references = [target for _, target in data.info.val_pairs]
         same = sum(a == b for a, b in zip(translations, references, strict=True))
         scores = {"val_bleu": bleu(translations, references)[0], "val_exact": same / len(references)}
         return {"val_loss": sum(losses) / sum(counts), **scores}
@@ -160,19 +151,18 @@ class Translation(Task):
     def before_last_validation(self, config: TranslationConfig, net: Any) -> None:
         net.generation_config.num_beams = config.beams
 
-    def notes(self, config: TranslationConfig, data: Sentences) -> dict[str, str]:
+    def notes(self, config: TranslationConfig, data: Data) -> dict[str, str]:
         decoding = f"beam search with {config.beams} beams" if config.beams > 1 else "greedy"
-        return {"BLEU": bleu(["a"], ["a"])[1], "last validation": decoding, **data.notes}
+        return {"BLEU": bleu(["a"], ["a"])[1], "last validation": decoding, **data.info.notes}
 
-    def pictures(self, config: TranslationConfig, net: Any, data: Sentences) -> list[Picture]:
+    def visualizations(self, config: TranslationConfig, net: Any, data: Data) -> list[Visualization]:
         """Four sentences from short to long, words of the translation that the reference lacks marked."""
-        chosen = np.array(sorted({data.val_count * eighth // 8 for eighth in (1, 3, 5, 7)}))
-        (batch,) = data.val_batches([chosen])
+        chosen = sorted({data.val_count * eighth // 8 for eighth in (1, 3, 5, 7)})
+        (batch,) = data.val_batches([np.array(chosen)])
         device = next(net.parameters()).device
-        found = translate(net, {key: each.to(device) for key, each in batch.items()})
-        translations = decode(data.tokenizer, found)
-        pairs = [data.val_pairs[i] for i in chosen.tolist()]
-        return [picture(i, pair, text) for i, pair, text in zip(chosen.tolist(), pairs, translations, strict=True)]
+        ids = translate(net, {key: part.to(device) for key, part in batch.items()})
+        translations = decode(data.info.tokenizer, ids)
+        return [visualization(i, data.info.val_pairs[i], text) for i, text in zip(chosen, translations, strict=True)]
 
 
 def vocabularies(config: TranslationConfig) -> list[Path]:
@@ -182,25 +172,18 @@ def vocabularies(config: TranslationConfig) -> list[Path]:
     return [place / _VOCABULARY for place in places]
 
 
-def corpus_of(config: TranslationConfig) -> Corpus:
-    """The pairs that --data names, so many of them as --limit and --limit_val say."""
+def readers(config: TranslationConfig) -> tuple[Reader, Reader]:
+    """What reads the training and the validation pairs of --data, so many as --limit and --limit_val say."""
     _, folder = source_of(config)
     if folder is None:
-        train = spelled.pairs(config.limit or _SPELLED[0], False)
-        val = spelled.pairs(config.limit_val or _SPELLED[1], True)
-        side = ("en", "de").index(config.languages[0])
-        return Corpus(*(partial(_turned, part, side) for part in (train, val)))
-    parts = (("train", config.limit), (config.validation, config.limit_val))
-    return Corpus(*(_reader(config, folder, name, limit) for name, limit in parts))
+        counts = config.limit or _NUMBERS[0], config.limit_val or _NUMBERS[1]
+        return partial(number_words.pairs, counts[0], False), partial(number_words.pairs, counts[1], True)
+    return _reader(config, folder, "train", config.limit), _reader(config, folder, config.validation, config.limit_val)
 
 
-def _turned(pairs: Iterable[Pair], side: int) -> Iterable[Pair]:
-    return ((pair[side], pair[1 - side]) for pair in pairs)
-
-
-def _reader(config: TranslationConfig, folder: Path, name: str, limit: int) -> Callable[[], Iterable[Pair | None]]:
+def _reader(config: TranslationConfig, folder: Path, name: str, limit: int) -> Reader:
     """All pairs of two files, or `limit` of them evenly spaced: files are sorted by length often enough."""
-    source, target = find_files(folder, name, config.languages)
+    source, target = (find_file(folder, f"{name}.{language}") for language in config.languages)
     read = partial(read_pairs, source, target, config.skip_bad)
     if not limit:
         return read
@@ -217,9 +200,8 @@ def build_transformer(config: TranslationConfig, vocabulary: int) -> Any:
     from transformers import GenerationConfig, MarianConfig, MarianMTModel
 
     width, layers, heads, wide = SIZES[config.model]
-    sides: dict[str, Any] = {f"{side}_layers": layers for side in ("encoder", "decoder")}
-    sides |= {f"{side}_attention_heads": heads for side in ("encoder", "decoder")}
-    sides |= {f"{side}_ffn_dim": wide for side in ("encoder", "decoder")}
+    shape = {"layers": layers, "attention_heads": heads, "ffn_dim": wide}
+    sides: dict[str, Any] = {f"{s}_{name}": size for s in ("encoder", "decoder") for name, size in shape.items()}
     symbols: dict[str, Any] = {"pad_token_id": PAD, "eos_token_id": END, "decoder_start_token_id": PAD}
     net = MarianMTModel(
         MarianConfig(
@@ -253,10 +235,9 @@ def translate(net: Any, batch: Batch) -> list[list[int]]:
     """
     most = [2 * length + 10 for length in batch["attention_mask"].sum(1).tolist()]
     within = min(max(most), net.config.max_position_embeddings - 1)
-    found = net.generate(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=within
-    ).tolist()
-    return [row[1 : 1 + length] for row, length in zip(found, most, strict=True)]  # without the symbol they start with
+    source = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    rows = net.generate(**source, max_new_tokens=within).tolist()
+    return [row[1 : 1 + length] for row, length in zip(rows, most, strict=True)]  # without the symbol they start with
 
 
 def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
@@ -268,11 +249,10 @@ def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float,
     return score, str(metric.get_signature())
 
 
-def picture(index: int, pair: Pair, translation: str) -> Picture:
-    source, reference = pair
-    truth = sentence([(source, False)], "source") + sentence([(reference, False)], "reference")
-    found = sentence(marked(translation, reference), "" if translation else "no words")
-    return Picture(f"Sentence {index + 1}; underlined: not so in the reference", truth, found)
+def visualization(index: int, pair: Pair, translation: str) -> Visualization:
+    truth = [View(caption, text=[(text, False)]) for caption, text in zip(("source", "reference"), pair, strict=True)]
+    predicted = View("" if translation else "no words", text=marked(translation, pair[1]))
+    return Visualization(f"Sentence {index + 1}; underlined: not so in the reference", truth, [predicted])
 
 
 def marked(text: str, reference: str) -> list[tuple[str, bool]]:

@@ -113,7 +113,7 @@ def test_until_it_ends_everything_says_what_the_weights_are(tmp_path):
     assert handle.unfinished == ""
     assert len(ow.verify(model, batches(0, 1)[0]).sparse) == 2
     ow.save(model, tmp_path / "net.safetensors")
-    assert torch.equal(ow.load(tmp_path / "net.safetensors")["0.weight"], model[0].weight)
+    assert torch.equal(ow.load_state_dict(tmp_path / "net.safetensors")["0.weight"], model[0].weight)
 
 
 @pytest.mark.parametrize("steps", [3, 8])

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from pycocotools import mask as rle
 
 from openwork.recipes import coco
 from openwork.recipes.detection import TASK, DetectionConfig
-from openwork.recipes.objects import CocoImages, boxes_around, mirrored
+from openwork.recipes.objects import CocoImages, boxes_around
 from openwork.recipes.segmentation import TASK as SEGMENTATION
 from openwork.recipes.segmentation import SegmentationConfig
 
@@ -47,7 +48,8 @@ def folder(tmp_path):
 
 def read(folder, **flags):
     file, images = coco.parts(folder)[0]
-    return coco.read_part(file, images, **{"masks": True, "skip_bad": False, **flags})
+    entries, classes, skipped = coco.read_part(file, images, **{"masks": True, "skip_bad": False, **flags})
+    return SimpleNamespace(entries=entries, classes=classes, skipped=skipped)
 
 
 def test_classes_are_numbered_in_the_order_of_their_ids(folder):
@@ -106,7 +108,7 @@ def test_a_bad_annotation_is_named_and_its_image_can_be_skipped(folder, fault):
 def test_packed_run_lengths_are_read_as_pycocotools_reads_them(seed):
     mask = np.random.default_rng(seed).random((37, 53)) < (seed + 1) / 21
     packed = rle.encode(np.asfortranarray(mask, np.uint8))
-    runs = coco.unpacked(packed["counts"])
+    runs = coco.run_lengths(packed["counts"])
     ends = np.flatnonzero(np.diff(mask.T.ravel().astype(int))) + 1  # column by column, the first run of zeros
     expected = np.diff([0, *ends, mask.size]).tolist()
     assert runs == ([0, *expected] if mask[0, 0] else expected)
@@ -178,41 +180,32 @@ def test_an_annotation_of_an_unlisted_image_is_named(folder):
 
 
 def test_images_are_resized_with_their_boxes_and_masks(folder):
-    images = CocoImages(read(folder).entries, side=60, longest=100, masks=True, upside_down=False)
-    image, target = images._sample(0, masks=True)
+    images = CocoImages(read(folder).entries, 60, 100, masks=True)
+    image, target = images[0]
     assert image.shape == (3, 60, 80)  # twice as large
     assert target["boxes"].tolist() == [[20, 10, 60, 50]]
     assert target["size"].tolist() == [30, 40]
     assert boxes_around(target["masks"].bool()).tolist() == [[20, 10, 60, 50]]
-    _, without_crowd = images.val_sample(2)
+    _, without_crowd = images[2]
     assert without_crowd["labels"].tolist() == [1]
-    _, without_objects = images._sample(1, masks=True)
+    _, without_objects = images[1]
     assert without_objects["boxes"].shape == (0, 4)
     assert without_objects["masks"].shape == (0, 60, 80)
-
-
-def test_mirroring_moves_image_boxes_and_masks_alike():
-    masks = torch.zeros(1, 6, 8, dtype=torch.uint8)
-    masks[0, 1:3, 2:7] = 1
-    target = {"boxes": boxes_around(masks.bool()), "masks": masks}
-    for axis in (1, 2):
-        image, mirror = mirrored(masks.clone(), target, axis)
-        assert torch.equal(image, mirror["masks"])
-        assert torch.equal(boxes_around(mirror["masks"].bool()), mirror["boxes"])
-        assert not torch.equal(mirror["boxes"], target["boxes"])
-        assert all(
-            torch.equal(a, b) for a, b in zip(mirrored(image, mirror, axis)[1].values(), target.values(), strict=True)
-        )
+    assert {type(value) for value in (image, *target.values())} == {torch.Tensor}
+    narrow, _ = CocoImages(read(folder).entries, 60, 70, masks=True)[0]
+    assert narrow.shape == (3, 52, 70)
 
 
 def test_training_samples_are_a_function_of_seed_epoch_and_index(folder):
     corner = annotation(1, 1, bbox=[0, 0, 8, 6], segmentation=[[0, 0, 8, 0, 8, 6, 0, 6]])
     write(folder, [corner])
-    data = SEGMENTATION.load_data(SegmentationConfig(data=f"coco={folder}", upside_down=True))
+    data = SEGMENTATION.load_data(SegmentationConfig(data=f"coco={folder}", vertical_flip=True))
     seen = set()
     for epoch in range(20):
-        (first,), (again,) = (next(data.train_batches([np.array([0])], 0, epoch)) for _ in range(2))
+        first, again = (data.train[0, epoch, 0] for _ in range(2))
         assert torch.equal(first[0], again[0])
+        masks = first[1]["masks"].bool()
+        assert (boxes_around(masks) - first[1]["boxes"]).abs().max() <= 4  # mirrored alike; half of a coarse pixel
         seen.add(tuple(first[1]["boxes"][0].round().tolist()))
     assert len(seen) == 4  # both ways, or not
 
@@ -240,15 +233,15 @@ needs_data = pytest.mark.skipif(
 def test_the_real_blood_cells():
     data = TASK.load_data(DetectionConfig(data=f"bccd={Path(os.environ['OPENWORK_DATA']) / 'bccd'}"))
     assert (data.train_count, data.val_count, data.skipped) == (205, 87, 0)
-    assert list(data.classes) == ["RBC", "WBC", "Platelets"]
-    assert len(data.truth["annotations"]) == 1137
+    assert list(data.info.classes) == ["RBC", "WBC", "Platelets"]
+    assert len(data.info.truth["annotations"]) == 1137
 
 
 @needs_data
 def test_the_real_nuclei():
     data = SEGMENTATION.load_data(SegmentationConfig(data=f"dsb2018={Path(os.environ['OPENWORK_DATA']) / 'dsb2018'}"))
-    assert (data.train_count, data.val_count, len(data.truth["annotations"])) == (430, 108, 3422)
-    image, target = data.train.train_sample(0, 0, 0)
+    assert (data.train_count, data.val_count, len(data.info.truth["annotations"])) == (430, 108, 3422)
+    image, target = data.train[0, 0, 0]
     inside = target["masks"].bool()
     drawn = boxes_around(inside[inside.flatten(1).any(1)])
     assert (drawn - target["boxes"][inside.flatten(1).any(1)]).abs().max() <= 1.5

@@ -30,7 +30,7 @@ def test_dense_is_trained_once_per_seed_and_seeds_follow_each_other():
 
 
 def test_each_decay_is_a_run():
-    assert names(decays=[2e-4, -2e-4], seeds=[3], methods=["sr-ste"]) == [
+    assert names(method_options={"decay": [2e-4, -2e-4]}, seeds=[3], methods=["sr-ste"]) == [
         "sr-ste-2of4-0.0002-seed3",
         "sr-ste-2of4--0.0002-seed3",
     ]
@@ -58,19 +58,19 @@ def compared(tmp_path_factory):
 
 def test_a_comparison_end_to_end(compared):
     out, rows = compared
-    assert [row.method for row in rows] == ["dense", "sr-ste", "asp"]
-    dense, sr_ste, asp = rows
+    assert [row.method for row in rows] == ["dense", "asp", "sr-ste"]
+    dense, asp, sr_ste = rows
     assert (dense.density, sr_ste.density, asp.density) == (1.0, 0.5, 0.5)
     assert asp.sad_start == 0
     assert sr_ste.sad_start > 0
     assert dense.macs > sr_ste.macs == asp.macs
     assert [row["method"] for row in json.loads((out / "results.json").read_text())["rows"]] == [
         "dense",
-        "sr-ste",
         "asp",
+        "sr-ste",
     ]
     page = (out / "report.html").read_text()
-    assert page.count("<polyline") + page.count('<circle class="line') == 18  # 3 runs, 6 charts
+    assert page.count('<g class="run">') == 18  # 3 runs, 6 charts
     assert "://" not in page
 
 

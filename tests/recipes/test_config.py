@@ -27,21 +27,21 @@ def test_flags_override_the_file_and_the_file_overrides_the_preset(tmp_path):
 
 def test_a_pattern_in_yaml_is_not_a_number_in_base_sixty(tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text("patterns: [2:4, 1:16]\ndecays: [2e-4, -1e-3]\n")
+    file.write_text("patterns: [2:4, 1:16]\ndecay: [2e-4, -1e-3]\n")
     found = config("--config", str(file), cls=CompareConfig)
-    assert (found.patterns, found.decays) == (["2:4", "1:16"], [2e-4, -1e-3])
+    assert (found.patterns, found.method_options) == (["2:4", "1:16"], {"decay": [2e-4, -1e-3]})
 
 
 def test_a_written_configuration_reads_back(tmp_path):
     file = tmp_path / "config.yaml"
-    original = Config(pattern="1:16", decay=-3e-5, exclude=["fc"], resume=True, progress=False)
+    original = Config(pattern="1:16", method_options={"decay": -3e-5}, exclude=["fc"], resume=True, progress=False)
     file.write_text(yaml.safe_dump(values_of(original)))
     assert config("--config", str(file)) == original
 
 
 def test_negative_decays_and_dashes():
-    found = config("--decays", "-2e-4", "2e-4", "--batch-size=32", "--topology-every", "5", cls=CompareConfig)
-    assert found.decays == [-2e-4, 2e-4]
+    found = config("--decay", "-2e-4", "2e-4", "--batch-size=32", "--topology-every", "5", cls=CompareConfig)
+    assert found.method_options == {"decay": [-2e-4, 2e-4]}
     assert (found.batch_size, found.topology_every) == (32, 5)
 
 
@@ -49,7 +49,6 @@ def test_negative_decays_and_dashes():
     ("words", "message"),
     [
         (["--method", "asp"], "asp prunes a trained dense network: .* --init DENSE"),
-        (["--method", "magic"], "use one of dense, asp, ste, sr-ste"),
         (["--batch-size", "30", "--accumulate", "4"], "must divide by accumulate x devices x nodes = 4; use 28"),
         (["--epochs", "1"], "warmup of 1.0 epochs leaves nothing"),
         (["--log-every", "0"], "log_every is 0; it must be at least 1"),
@@ -82,7 +81,14 @@ def test_differences_name_fields_and_leave_out_where_a_run_happens():
 
 
 def test_a_flag_that_is_newer_than_a_stored_run_had_its_default():
-    stored = values_of(config("--lr", "0.3"))
-    del stored["refresh_every"]
-    assert not differences(stored, config("--lr", "0.3"))
-    assert differences(stored, config("--lr", "0.3", "--refresh_every", "7")) == ["refresh_every: 40 -> 7"]
+    method = ("--method", "transposable-sr-ste")
+    stored = values_of(config("--lr", "0.3", *method))
+    del stored["refresh_every"], stored["clip"]
+    assert not differences(stored, config("--lr", "0.3", *method))
+    other = config("--lr", "0.3", *method, "--refresh_every", "7")
+    assert differences(stored, other) == ["refresh_every: 40 -> 7"]
+
+
+def test_another_method_differs_by_its_options_too():
+    stored = values_of(config())
+    assert differences(stored, config("--method", "ste")) == ["decay: 0.0002 -> None", "method: 'sr-ste' -> 'ste'"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from openwork.recipes.draws import batch_indices, order, seed_step, uniform
+from openwork.recipes.draws import batch_indices, order, sample_seed, seed_step, uniform
 
 
 def test_order_is_a_permutation_that_depends_on_seed_and_epoch_alone():
@@ -69,3 +69,15 @@ def test_seed_step_fixes_every_generator():
     assert draw() == first
     seed_step(0, 6, 0, 0)
     assert not set(draw()) & set(first)
+
+
+def test_a_sample_s_seed_is_its_own_and_leaves_the_generator_as_it_was():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    drawn = []
+    for key in ((1, 2, 3), (1, 2, 4), (1, 2, 3)):
+        with sample_seed(*key):
+            drawn.append(torch.rand(1))
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert torch.equal(torch.rand(3), expected)

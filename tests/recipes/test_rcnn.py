@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import openwork as ow
@@ -12,6 +12,7 @@ from openwork.recipes.detection import TASK, DetectionConfig
 from openwork.recipes.parser import parse
 from openwork.recipes.segmentation import TASK as SEGMENTATION
 from openwork.recipes.segmentation import SegmentationConfig
+from openwork.recipes.weights import read_weights
 
 
 @pytest.mark.parametrize("model", ["resnet18", "resnet50"])
@@ -39,7 +40,7 @@ def test_other_depths_are_built_at_another_width(model):
 
 
 def small(cls, **fields):
-    return cls(**{"image_size": 64, "longest": 64, "limit": 8, "limit_val": 4, **fields})
+    return cls(**{"image_size": 64, "max_size": 64, "limit": 8, "limit_val": 4, **fields})
 
 
 def sparsified(task, config, pattern="2:4"):
@@ -71,7 +72,7 @@ def test_a_head_that_all_levels_share_takes_the_term_once():
     """The pyramid has five levels and the region proposals one head for all: its gradient has the term once."""
     config = small(DetectionConfig)
     data = TASK.load_data(config)
-    batch = [data.train.train_sample(i, 0, 0) for i in range(2)]
+    batch = [data.train[0, 0, i] for i in range(2)]
     grads = {}
     for decay in (0.0, 0.5):
         torch.manual_seed(0)
@@ -102,7 +103,7 @@ def test_a_backbone_is_loaded_frozen_and_its_norm_kept(classifier):
     config = small(DetectionConfig, width=64, backbone=str(classifier), trainable_layers=3, frozen_norm=True)
     data = TASK.load_data(config)
     net = TASK.build(config, data)
-    weights = load_file(classifier / "model.safetensors")
+    weights = read_weights(classifier / "model.safetensors")
     body = net.backbone.body.state_dict()
     assert all(torch.equal(body[name], weights[name]) for name in body)
     trained = {
@@ -118,7 +119,7 @@ def test_a_backbone_that_does_not_fit_is_refused(classifier):
     data = TASK.load_data(small(DetectionConfig))
     with pytest.raises(ValueError, match="does not fit; it must hold the ResNet that --model and --width name"):
         TASK.build(small(DetectionConfig, backbone=str(classifier)), data)
-    with pytest.raises(FileNotFoundError, match="give a finished run of openwork train classification"):
+    with pytest.raises(FileNotFoundError, match=r"--backbone .*: there is no .*; give a finished run"):
         TASK.build(small(DetectionConfig, backbone=str(classifier / "none")), data)
 
 
@@ -130,7 +131,7 @@ def test_a_backbone_that_does_not_fit_is_refused(classifier):
         ({"frozen_norm": True}, "add --backbone"),
         ({"trainable_layers": 2}, "add --backbone"),
         ({"trainable_layers": 6}, "give 0 to 5"),
-        ({"longest": 100}, "must be at least image_size, 128"),
+        ({"max_size": 100}, "must be at least image_size, 128"),
     ],
 )
 def test_flags_that_do_not_fit_together(fields, message):
@@ -142,13 +143,14 @@ def test_flags_that_do_not_fit_together(fields, message):
 @pytest.mark.parametrize("preset", ["paper", "paper-2x"])
 def test_the_usual_recipe_builds_torchvisions_network(preset):
     config = parse(SegmentationConfig, ["--preset", preset, "--backbone", "run"], "", "")
-    assert config.drops == ([8, 11] if preset == "paper" else [16, 22])
+    assert config.milestones == ([8, 11] if preset == "paper" else [16, 22])
     compared = parse(comparison(SegmentationConfig), ["--preset", preset, "--backbone", "run"], "", "")
     assert compared.patterns == ["2:4", "2:8"]
     with torch.device("meta"):
         body = rcnn.resnet_body(config.model, config.width, rcnn.FrozenBatchNorm2d)
         sizes = {
-            key: getattr(config, key) for key in ("pyramid", "head", "anchors", "proposals", "regions", "mask_convs")
+            key: getattr(config, key)
+            for key in ("fpn_channels", "head", "anchors", "rpn_post_nms_top_n", "rois_per_image", "mask_convs")
         }
         net = rcnn.build_rcnn(body, classes=90, **sizes)
         from torchvision.models.detection import maskrcnn_resnet50_fpn

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from openwork.recipes.classification import ClassificationConfig as Config
 from openwork.recipes.recipe import train
+from openwork.recipes.weights import read_weights
 
 # 4 optimizer steps an epoch, of two micro-batches; dropout draws from torch's generator.
 RECIPE = {
@@ -55,6 +55,6 @@ def test_a_run_killed_three_times_ends_bit_for_bit_as_one_that_was_not(uninterru
     assert run(out, resume=True) == 0
     for name in ("metrics.jsonl", "topology.jsonl"):
         assert (out / name).read_text() == (uninterrupted / name).read_text()
-    a, b = load_file(out / "model.safetensors"), load_file(uninterrupted / "model.safetensors")
+    a, b = read_weights(out / "model.safetensors"), read_weights(uninterrupted / "model.safetensors")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)

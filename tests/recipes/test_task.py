@@ -9,10 +9,9 @@ from openwork.cli.main import main
 from openwork.recipes import TASKS, find
 from openwork.recipes.classification import ClassificationConfig as Config
 from openwork.recipes.config import comparison
-from openwork.recipes.imagefolder import imagefolder
-from openwork.recipes.module import TaskModule
+from openwork.recipes.images import imagefolder
+from openwork.recipes.module import TaskModule, lr_factor
 from openwork.recipes.rundir import RunDir
-from openwork.recipes.stepping import lr_factor
 from openwork.recipes.task import Metric, build_optimizer, percent
 
 
@@ -38,11 +37,11 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize(("schedule", "drops"), SCHEDULES)
-def test_schedules(schedule, drops):
+@pytest.mark.parametrize(("schedule", "milestones"), SCHEDULES)
+def test_schedules(schedule, milestones):
     """Two steps of warm-up, six in all."""
-    factors = [lr_factor(step, 2, 6, schedule, drops) for step in range(6)]
-    assert factors == pytest.approx(SCHEDULES[schedule, drops])
+    factors = [lr_factor(step, 2, 6, schedule, milestones) for step in range(6)]
+    assert factors == pytest.approx(SCHEDULES[schedule, milestones])
 
 
 @pytest.mark.parametrize(
@@ -50,7 +49,7 @@ def test_schedules(schedule, drops):
     [
         ({"schedule": "polynomial"}, "schedule 'polynomial' is not known; use one of cosine"),
         ({"optimizer": "lion"}, "optimizer 'lion' is not known; use one of sgd, adam, adamw"),
-        ({"schedule": "steps"}, "--drops 8 11"),
+        ({"schedule": "steps"}, "--milestones 8 11"),
         ({"clip": -1.0}, "clip is -1.0; it must not be negative"),
         ({"betas": [0.9]}, "Adam takes two"),
     ],
@@ -82,8 +81,8 @@ def test_a_clipped_step_still_takes_the_whole_term(tmp_path):
     from openwork.recipes.recipe import fit, prepare
 
     config = Config(
-        limit=64, epochs=1, warmup=0, lr=0.1, momentum=0, weight_decay=0, decay=0.5, clip=1e-9, threads=1,
-        schedule="constant", progress=False, out=str(tmp_path),
+        limit=64, epochs=1, warmup=0, lr=0.1, momentum=0, weight_decay=0, method_options={"decay": 0.5}, clip=1e-9,
+        threads=1, schedule="constant", progress=False, out=str(tmp_path),
     )  # fmt: skip
     task = find("classification")
     data, net, _ = prepare(task, config)
@@ -94,7 +93,7 @@ def test_a_clipped_step_still_takes_the_whole_term(tmp_path):
     assert torch.allclose(weight[kept], before[kept], atol=1e-7)
 
 
-def test_records_of_several_processes_come_in_the_order_of_the_samples(monkeypatch):
+def test_predictions_of_several_processes_come_in_the_order_of_the_samples(monkeypatch):
     """Process r of three has samples r, r + 3, ...; eight samples."""
     module = TaskModule.__new__(TaskModule)
     torch.nn.Module.__init__(module)
@@ -105,7 +104,7 @@ def test_records_of_several_processes_come_in_the_order_of_the_samples(monkeypat
 
     monkeypatch.setattr("openwork.recipes.module.dist.all_gather_object", gather)
     monkeypatch.setattr(TaskModule, "trainer", property(lambda self: self._trainer))
-    module._records = []
+    module._predictions = []
     assert module._gathered() == list(range(8))
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from plain_loop import distance
-from safetensors.torch import load_file
 
 from openwork.recipes.classification import ClassificationConfig as Config
 from openwork.recipes.rundir import read_lines
+from openwork.recipes.weights import read_weights
 
 RECIPE = {
     "accelerator": "cpu",
@@ -69,7 +69,7 @@ def sharded(tmp_path_factory):
 
 
 def weights(out):
-    return load_file(out / "model.safetensors")
+    return read_weights(out / "model.safetensors")
 
 
 def is_the_same(out, other):

@@ -2,19 +2,19 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 import openwork as ow
 from openwork.recipes.classification import TASK
 from openwork.recipes.classification import ClassificationConfig as Config
+from openwork.recipes.module import lr_factor
 from openwork.recipes.recipe import prepare, read_run, train
 from openwork.recipes.rundir import read_lines
-from openwork.recipes.stepping import lr_factor
+from openwork.recipes.weights import read_weights
 
 SMALL = {
     "limit": 320,
@@ -61,9 +61,7 @@ def test_training_learns(trained):
 
 def test_the_saved_model_is_sparse_dense_named_and_scores_what_the_result_says(trained):
     out, result = trained
-    with safe_open(out / "model.safetensors", "pt") as file:
-        assert file.metadata()["recipe"] == "2:4 sr-ste"
-    weights = load_file(out / "model.safetensors")
+    weights = read_weights(out / "model.safetensors")
     task, config = read_run(out)
     data, net, _ = prepare(task, config)
     ow.finalize(net)
@@ -86,19 +84,19 @@ def test_excluded_and_impossible_layers_are_listed_with_reasons(trained):
 
 
 def test_the_report_loads_nothing_from_elsewhere(trained):
-    page = (trained[0] / "report.html").read_text()
-    assert not re.search(r"https?:|//|<script|<link|<img|@import|url\(", page.replace("</", "<"))
-    for expected in ("Validation accuracy", "layer3.0.conv2.weight", "<polyline", "At the start", "topology_every"):
+    page = re.sub(r"base64,[\s\w+/=]+", "", (trained[0] / "report.html").read_text())
+    assert not re.search(r"https?:|//|<script|<link|<img|@import|url\((?!#)", page.replace("</", "<"))
+    for expected in ("Validation accuracy", "layer3.0.conv2.weight", 'class="run"', "At the start", "topology_every"):
         assert expected in page
 
 
 def test_an_occupied_directory_is_refused(trained):
-    config = {key: value for key, value in trained[1]["config"].items() if key != "task"}
+    config = Config.from_values(trained[1]["config"])
     with pytest.raises(FileExistsError, match="add --resume"):
-        train(Config(**config))
+        train(config)
     with pytest.raises(ValueError, match=r"another configuration \(lr: 0.1 -> 0.05\)"):
-        train(Config(**{**config, "lr": 0.05, "resume": True}))
-    assert train(Config(**{**config, "resume": True})) == trained[1]
+        train(replace(config, lr=0.05, resume=True))
+    assert train(replace(config, resume=True)) == trained[1]
 
 
 def test_bad_input_leaves_no_directory(tmp_path):

@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, load_model
 
 import openwork as ow
 from openwork.cli.main import main
-from openwork.recipes import subwords, translation
+from openwork.recipes import text, translation
 from openwork.recipes.draws import batch_indices
 from openwork.recipes.recipe import prepare, read_run, train
 from openwork.recipes.rundir import read_lines
-from openwork.recipes.sentences import collate
+from openwork.recipes.text import collate
 from openwork.recipes.translation import TASK, bleu, marked, translate
 from openwork.recipes.translation import TranslationConfig as Config
+from openwork.recipes.weights import load_weights, read_weights
 
 SMALL = {
     "limit": 640,
@@ -56,13 +56,13 @@ def test_the_run_ends_sparse_and_is_scored_as_the_result_says(trained):
     task, config = read_run(out)
     data, net, report = prepare(task, config)
     ow.finalize(net)
-    load_model(net, out / "model.safetensors")
+    load_weights(net, out)
     ow.verify(net, pattern=dict.fromkeys(report.sparse, "2:4"))
     net.eval()
     batches = data.val_batches(np.array_split(np.arange(data.val_count), 3))
     with torch.no_grad():
-        records = [each for batch in batches for each in task.records(net, batch)]
-    scores = task.score(records, data)
+        predictions = [one for batch in batches for one in task.predictions(net, batch)]
+    scores = task.compute_metrics(predictions, data)
     assert scores == {key: pytest.approx(result[key]) for key in ("val_loss", "val_bleu", "val_exact")}
 
 
@@ -83,9 +83,10 @@ def test_the_report_shows_sentences_and_the_signature(trained):
     assert re.fullmatch(r"nrefs:1\|case:mixed\|eff:no\|tok:13a\|smooth:exp\|version:[\d.]+", result["notes"]["BLEU"])
     page = (out / "report.html").read_text()
     assert result["notes"]["BLEU"] in page
-    assert page.count('<p class="sentence">') == 4 * 3
+    assert page.count('<div class="view">') == 4 * 3
     assert page.count("<figcaption>Validation loss") == 1
-    assert not re.search(r"https?:|//|<script|<link|<img|@import|url\(", page.replace("</", "<"))
+    bare = re.sub(r"base64,[\s\w+/=]+", "", page).replace("</", "<")
+    assert not re.search(r"https?:|//|<script|<link|<img|@import|url\((?!#)", bare)
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
@@ -98,7 +99,7 @@ def test_the_vocabulary_is_kept_and_learned_alike_by_any_number_of_threads(train
     kept = (trained[0] / "vocabulary.json").read_text()
     program = (
         "from openwork.recipes.translation import TASK, TranslationConfig as C;"
-        f"print(TASK.load_data(C(**{ {**SMALL, 'out': 'nowhere'} })).tokenizer.to_str())"
+        f"print(TASK.load_data(C(**{ {**SMALL, 'out': 'nowhere'} })).info.tokenizer.to_str())"
     )
     for threads in ("1", "2"):
         environment = {"RAYON_NUM_THREADS": threads, "PYTHONPATH": str(Path(translation.__file__).parents[2])}
@@ -109,9 +110,9 @@ def test_the_vocabulary_is_kept_and_learned_alike_by_any_number_of_threads(train
 def test_asp_takes_the_vocabulary_of_its_dense_network(trained, tmp_path):
     """Equal sizes would let weights load whose rows stand for other words."""
     asp = Config(**{**SMALL, "limit": 64}, method="asp", init=str(trained[0]), out=str(tmp_path / "asp"))
-    assert TASK.load_data(asp).tokenizer.to_str() == (trained[0] / "vocabulary.json").read_text()
+    assert TASK.load_data(asp).info.tokenizer.to_str() == (trained[0] / "vocabulary.json").read_text()
     other = Config(**{**SMALL, "limit": 64}, out=str(tmp_path / "asp"))
-    assert TASK.load_data(other).tokenizer.to_str() != (trained[0] / "vocabulary.json").read_text()
+    assert TASK.load_data(other).info.tokenizer.to_str() != (trained[0] / "vocabulary.json").read_text()
 
 
 def resume(out, kill_after, again):
@@ -127,7 +128,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     assert resume(tmp_path / "whole", 0, False).returncode == 0
     assert resume(tmp_path / "cut", 11, False).returncode == -signal.SIGKILL
     assert resume(tmp_path / "cut", 0, True).returncode == 0
-    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    a, b = (read_weights(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "cut/metrics.jsonl").read_text()
@@ -143,22 +144,18 @@ def data():
 
 def test_any_text_survives_the_vocabulary(data):
     texts = ["Ein  Text, 3,50 € & 'Größe' — 日本語 \u2028 🙂", "a"]
-    encoded = subwords.encode(data.tokenizer, texts)
-    assert encoded[1][-1] == subwords.END
-    assert subwords.decode(data.tokenizer, [encoded[0].tolist(), [*encoded[1].tolist(), 7, 8]]) == texts
+    encoded = text.encode(data.info.tokenizer, texts)
+    assert encoded[1][-1] == text.END
+    assert text.decode(data.info.tokenizer, [encoded[0].tolist(), [*encoded[1].tolist(), 7, 8]]) == texts
 
 
-def test_sequences_select_and_join():
-    rows = subwords.sequences([[3], [4, 5, 6], [7, 8]])
-    kept = rows.those(np.array([False, True, True]))
-    assert [kept[i].tolist() for i in range(len(kept))] == [[4, 5, 6], [7, 8]]
-    assert subwords._joined([rows, kept]).lengths.tolist() == [1, 3, 2, 3, 2]
+def batch_of(part, indices):
+    return collate([part[i] for i in indices])
 
 
 def test_a_batch_shifts_targets_and_masks_padding():
-    sources, targets = subwords.sequences([[5, 6, 1], [7, 1]]), subwords.sequences([[8, 1], [9, 10, 1]])
-    batch = {key: each.tolist() for key, each in collate(sources, targets, np.array([1, 0])).items()}
-    assert batch == {
+    batch = collate([(np.array([7, 1]), np.array([9, 10, 1])), (np.array([5, 6, 1]), np.array([8, 1]))])
+    assert {key: part.tolist() for key, part in batch.items()} == {
         "input_ids": [[7, 1, 0], [5, 6, 1]],
         "attention_mask": [[1, 1, 0], [1, 1, 1]],
         "decoder_input_ids": [[0, 9, 10], [0, 8, 1]],
@@ -169,9 +166,9 @@ def test_a_batch_shifts_targets_and_masks_padding():
 def test_what_else_is_in_a_batch_changes_neither_loss_nor_translation(data):
     torch.manual_seed(0)
     net = TASK.build(Config(**SMALL), data).eval()
-    alone, together = (collate(*data.val, np.array(each)) for each in ([0], [0, data.val_count - 1]))
+    alone, together = (batch_of(data.val, chosen) for chosen in ([0], [0, data.val_count - 1]))
     with torch.no_grad():
-        first, second = (TASK.records(net, batch)[0] for batch in (alone, together))
+        first, second = (TASK.predictions(net, batch)[0] for batch in (alone, together))
     assert first[0] == pytest.approx(second[0], rel=1e-5)
     assert first[2] == second[2]
     assert 0 < len(first[2]) <= 2 * len(data.val[0][0]) + 10
@@ -180,7 +177,7 @@ def test_what_else_is_in_a_batch_changes_neither_loss_nor_translation(data):
 def test_the_loss_is_the_smoothed_cross_entropy(data):
     torch.manual_seed(0)
     net = TASK.build(Config(**SMALL, label_smoothing=0.3), data).eval()
-    batch = collate(*data.train, np.arange(3))
+    batch = batch_of(data.train, range(3))
     with torch.no_grad():
         logs = net(**translation.inputs(batch)).logits.log_softmax(-1)
         found = TASK.loss(net, batch)
@@ -188,13 +185,13 @@ def test_the_loss_is_the_smoothed_cross_entropy(data):
         -0.7 * logs[i, j, word] - 0.3 * logs[i, j].mean()
         for i, row in enumerate(batch["labels"].tolist())
         for j, word in enumerate(row)
-        if word != subwords.PAD
+        if word != text.PAD
     ]
     assert float(found) == pytest.approx(float(sum(each)) / len(each), rel=1e-5)
 
 
 def test_batches_hold_sentences_of_like_length(data):
-    sizes = data.train_sizes
+    sizes = data.sizes
     batches = batch_indices(0, 0, data.train_count, 32, sizes=sizes)
     random = batch_indices(0, 0, data.train_count, 32)
     waste = [1 - np.mean([sizes[each].mean() / sizes[each].max() for each in kind]) for kind in (batches, random)]
@@ -209,7 +206,7 @@ def test_the_last_validation_searches_with_beams(data):
     torch.manual_seed(1)
     config = Config(**{**SMALL, "beams": 4})
     net = TASK.build(config, data).eval()
-    batch = collate(*data.val, np.arange(6))
+    batch = batch_of(data.val, range(6))
     greedy = translate(net, batch)
     TASK.before_last_validation(config, net)
     best = translate(net, batch)
@@ -220,13 +217,12 @@ def test_the_last_validation_searches_with_beams(data):
 
 def likelihood(net, batch, found):
     """Mean log-probability of each translation: what beam search with penalty 1 ranks by."""
-    chosen = subwords.sequences(found)
-    labels = torch.from_numpy(subwords.padded([chosen[i] for i in range(len(chosen))]))
-    started = torch.cat([torch.zeros_like(labels[:, :1]), labels[:, :-1]], dim=1)
+    made = collate([(np.array([1]), np.array(ids)) for ids in found])
+    labels, started = made["labels"], made["decoder_input_ids"]
     logits = net(**{**translation.inputs(batch), "decoder_input_ids": started}).logits
-    logits[..., subwords.PAD] = -torch.inf
+    logits[..., text.PAD] = -torch.inf
     logs = logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
-    real = labels != subwords.PAD
+    real = labels != text.PAD
     return logs.where(real, 0).sum(1) / real.sum(1)
 
 
@@ -241,9 +237,9 @@ def test_bleu_by_hand():
 def test_words_that_the_reference_lacks_are_marked():
     assert marked("um halb acht Uhr", "um halb sieben Uhr") == [("um halb", False), ("acht", True), ("Uhr", False)]
     assert marked("", "um") == []
-    picture = translation.picture(0, ("<a>", "b & c"), "b & <d>")
-    assert "<mark>&lt;d&gt;</mark>" in picture.predicted
-    assert "&lt;a&gt;" in picture.truth
+    sample = translation.visualization(0, ("<a>", "b & c"), "b & <d>")
+    assert sample.predicted[0].text == [("b &", False), ("<d>", True)]
+    assert [view.text for view in sample.truth] == [[("<a>", False)], [("b & c", False)]]
 
 
 def write_pairs(folder, **files):
@@ -258,7 +254,7 @@ def test_files_are_read_by_language_and_name(tmp_path):
     config = Config(data=f"pairs={tmp_path}", languages=["de", "en"], validation="dev", limit=15, out="nowhere")
     data = TASK.load_data(config)
     assert (data.train_count, data.val_count, data.skipped) == (15, 2, 0)
-    assert sorted(data.val_pairs) == [("ein", "one two one"), ("zwei", "two")]
+    assert sorted(data.info.val_pairs) == [("ein", "one two one"), ("zwei", "two")]
 
 
 def test_a_limit_takes_pairs_from_all_over_the_files(tmp_path):
@@ -266,7 +262,7 @@ def test_a_limit_takes_pairs_from_all_over_the_files(tmp_path):
     lines = [f"line {i}" for i in range(12)]
     write_pairs(tmp_path, train_en=lines, train_de=lines, val_en=lines, val_de=lines)
     data = TASK.load_data(Config(data=f"pairs={tmp_path}", limit_val=5, out="nowhere"))
-    assert {source for source, _ in data.val_pairs} == {f"line {i}" for i in (0, 2, 4, 6, 8)}
+    assert {source for source, _ in data.info.val_pairs} == {f"line {i}" for i in (0, 2, 4, 6, 8)}
     assert data.train_count == 12
 
 
@@ -279,10 +275,10 @@ def test_bad_pairs_are_counted_and_long_ones_noted(tmp_path):
         TASK.load_data(Config(**flags))
     data = TASK.load_data(Config(**flags, skip_bad=True))
     assert (data.train_count, data.skipped) == (3, 2)
-    assert data.notes["training pairs"] == "3, without 1 of more than 8 subwords"
-    assert data.notes["validation pairs"] == "2, 1 of them cut to 8 subwords"
-    assert max(map(len, (data.val[0][0], data.val[0][1]))) == 8
-    assert data.val[0][1][-1] == subwords.END
+    assert data.info.notes["training pairs"] == "3, without 1 of more than 8 subwords"
+    assert data.info.notes["validation pairs"] == "2, 1 of them cut to 8 subwords"
+    assert max(len(ids) for pair in (data.val[0], data.val[1]) for ids in pair) == 8
+    assert data.val[1][0][-1] == text.END
 
 
 @pytest.mark.parametrize(
@@ -290,7 +286,7 @@ def test_bad_pairs_are_counted_and_long_ones_noted(tmp_path):
     [
         ({"model": "resnet8"}, "model 'resnet8' is not known; use one of transformer-tiny"),
         ({"languages": ["en"]}, "needed are two, source and target"),
-        ({"languages": ["en", "fr"]}, "the generated sentences are English and German"),
+        ({"languages": ["en", "fr"]}, "numbers are generated; give files"),
         ({"vocabulary": 100}, "it must be at least 300"),
         ({"beams": 0}, "must be at least 1 and 8"),
     ],

@@ -86,8 +86,9 @@ def gemv_sizes(numbers: tuple[int, ...], paired: bool) -> GemvSizes:
     return GemvSizes(named, window, slots, windows, blocks, blocks * stored * lanes, indices)
 
 
-def check_gemv(packed: Sequence[Tensor], bias: Tensor | None, numbers: Sequence[int]) -> GemvSizes:
-    values, indices, scales = split(packed)
+def check_gemv(
+    values: Tensor, indices: Tensor, scales: Tensor | None, bias: Tensor | None, numbers: Sequence[int]
+) -> GemvSizes:
     stored = values.dtype == torch.int8 if scales is not None else values.dtype in (torch.float32, torch.bfloat16)
     sizes = gemv_sizes(tuple(numbers), values.dtype == torch.bfloat16)
     _check_vectors(sizes.numbers.lanes, library().openwork_lanes())

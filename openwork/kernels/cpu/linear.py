@@ -41,8 +41,8 @@ def gemv_linear(
     lib = library()
     if lib is None:
         return reference.linear(Gemv, x, packed, bias, numbers, relu)
-    sizes = checks.check_gemv(packed, bias, numbers)
     values, indices, scales = checks.split(packed)
+    sizes = checks.check_gemv(values, indices, scales, bias, numbers)
     flat, O = checks.rows_of(x, sizes.numbers.inputs), sizes.numbers.outputs
     B, short = flat.shape[0], -sizes.numbers.inputs % sizes.window
     y = flat.new_empty(B, O)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import warnings
 from pathlib import Path
 
 from openwork.layouts.layout import Algorithm
+from openwork.utils.atomic import write_text
 
 
 def file_of_user() -> Path | None:
@@ -45,12 +45,8 @@ def add(file: Path | None, where: str, key: str, algorithm: Algorithm) -> None:
         return
     found = read(file)
     found.setdefault(where, {})[key] = algorithm
-    beside = file.with_suffix(f".{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(found, indent=1, sort_keys=True), encoding="utf-8")
-        beside.replace(file)
+        write_text(file, json.dumps(found, indent=1, sort_keys=True))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
         warnings.warn(f"{file} cannot be written ({error}): algorithms are searched in each process", stacklevel=2)

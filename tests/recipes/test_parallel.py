@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 
 import openwork as ow
-from openwork.recipes.sharding import blocks, gather, load_whole, shard
+from openwork.recipes.parallel import blocks, gather, load_full, shard
 
 RANKS = 2
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -69,7 +69,7 @@ def one_rank(rank, folder):
     dist.barrier()
     weights, state = torch.load(folder / "checkpoint.pt", weights_only=True)
     again, its_optimizer = sharded()
-    load_whole(again, weights)
+    load_full(again, weights)
     set_optimizer_state_dict(again, its_optimizer, state, options=StateDictOptions(full_state_dict=True))
     third, _ = sharded()
     set_model_state_dict(third, dict(weights), options=StateDictOptions(full_state_dict=True))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from openwork.recipes.parallel_text import find_files, read_pairs
+from openwork.recipes.text import find_file, read_pairs
 
 
 def write(folder, **files):
@@ -21,7 +21,7 @@ def test_plain_and_compressed_files_agree(tmp_path):
     for path in plain:
         path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
-    files = find_files(tmp_path, "t", ("en", "de"))
+    files = [find_file(tmp_path, name) for name in ("t.en", "t.de")]
     assert [path.name for path in files] == ["t.en.gz", "t.de.gz"]
     assert list(read_pairs(*files))[2] == ("you do", "x")
 
@@ -29,8 +29,8 @@ def test_plain_and_compressed_files_agree(tmp_path):
 @pytest.mark.parametrize(
     ("english", "german", "message", "left"),
     [
-        (b"a\nb\nc\n", b"A\nB\n", "t.de ends after line 2, but {0}/t.en goes on to line 3: a line is missing", 2),
-        (b"a\n", b"A\nB\nC\nD", "t.en ends after line 1, but {0}/t.de goes on to line 4: a line is missing", 1),
+        (b"a\nb\nc\n", b"A\nB\n", "t.de ends after line 2, but the other file goes on: a line is missing", 2),
+        (b"a\n", b"A\nB\nC\nD", "t.en ends after line 1, but the other file goes on: a line is missing", 1),
         (b"a\n \nc\n", b"A\nB\nC\n", "t.en, line 2 is empty; repair it", 2),
         (b"a\nb\n", b"A\nB\xff\n", r"t.de, line 2 is not UTF-8 \(byte 0xff at its position 2\); repair it", 1),
     ],
@@ -55,4 +55,4 @@ def test_a_cut_off_file_is_named(tmp_path):
 def test_a_missing_file_is_named_with_what_is_there(tmp_path: Path):
     write(tmp_path, t_en=b"a\n", t_fr=b"b\n")
     with pytest.raises(FileNotFoundError, match=r"lacks t.de \(or t.de.gz\); it holds t.en, t.fr. --languages"):
-        find_files(tmp_path, "t", ("en", "de"))
+        find_file(tmp_path, "t.de")
