@@ -60,7 +60,7 @@ class Method:
     sparse: ClassVar[bool] = True
     transposable: ClassVar[bool] = False
     prunes_trained: ClassVar[bool] = False
-    """True where the mask is chosen once, from weights that were trained before: `openwork compare` trains twice then."""
+    """True where the mask is chosen once, from trained weights: `openwork compare` then trains twice."""
     elementwise: ClassVar[bool] = True
     """False where `forward` looks at whole groups: weights whose groups are spread over processes are then refused."""
 
