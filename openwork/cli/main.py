@@ -1,14 +1,15 @@
-"""The command `openwork`: train, compare, report, inspect, verify, export. Each imports what it needs when it runs."""
+"""The command `openwork`: finds the subcommand, and tells the user's errors in one line."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-from openwork.recipes import TASKS, find
+from openwork.recipes import TASKS
+
+COMMANDS = ("train", "compare", "report", "inspect", "verify", "export", "plan", "bench")
+"""Each is the function in the module of its name, which is imported when it runs."""
 
 USAGE = f"""\
 openwork: train N:M sparse networks from scratch
@@ -44,12 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    own = {"train": train, "compare": compare, "report": report}
-    others = ("inspect", "verify", "export", "plan", "bench")  # each a function in a module of its name
-    if name in own:
-        return own[name]
-    if name not in others:
-        raise ValueError(f"there is no command {name!r}; use one of {', '.join((*own, *others))}, or --help")
+    if name not in COMMANDS:
+        raise ValueError(f"there is no command {name!r}; use one of {', '.join(COMMANDS)}, or --help")
     return getattr(importlib.import_module(f"openwork.cli.{name}"), name)
 
 
@@ -61,88 +58,6 @@ def _explain(error: Exception) -> str:
     if text.startswith("Caught ") and "DataLoader worker" in text:  # torch wraps the traceback of the process around it
         return text.rstrip().rpartition("\n")[2].partition(": ")[2]
     return text
-
-
-def _task(words: list[str], verb: str) -> Any:
-    """The task that the first word names."""
-    if words and words[0] in TASKS:
-        return find(words[0])
-    asked = f"there is no task {words[0]!r}" if words and not words[0].startswith("-") else "a task is missing"
-    raise ValueError(f"{asked}; write openwork {verb} {{{','.join(TASKS)}}}")
-
-
-def train(words: list[str]) -> int:
-    task = _task(words, "train")
-    quiet = "--quiet" in words  # a worker of compare: no table of its own
-    from openwork.recipes.parser import parse
-    from openwork.recipes.recipe import train as run
-    from openwork.recipes.rundir import first_process
-
-    words = [word for word in words[1:] if word != "--quiet"]
-    config = parse(task.config, words, f"openwork train {task.name}", "Train one network.")
-    result = run(config)
-    if not quiet and first_process():
-        _show_result(result, Path(config.out))
-    return 0
-
-
-def _show_result(result: dict[str, Any], out: Path) -> None:
-    from openwork.recipes.summary import headline
-
-    print(result["summary"])
-    if result["skipped"]:
-        print(f"{result['skipped']} samples could not be read and were left out")
-    print(f"{headline(result)} of the finalized network, density of its sparse layers {result['density']:.3f}")
-    print(f"report: {(out / 'report.html').resolve()}")
-
-
-def compare(words: list[str]) -> int:
-    task = _task(words, "compare")
-    from openwork.recipes.compare import compare as run
-    from openwork.recipes.config import comparison
-    from openwork.recipes.parser import parse
-
-    about = "Train several methods from the same seeds. --json prints results.json instead of the table."
-    as_json = "--json" in words  # results.json on stdout instead of the table
-    words = [word for word in words[1:] if word != "--json"]
-    config = parse(comparison(task.config), words, f"openwork compare {task.name}", about)
-    rows = run(config, lambda line: print(line, flush=True, file=sys.stderr if as_json else sys.stdout))
-    if as_json:
-        print((Path(config.out) / "results.json").read_text(encoding="utf-8"))
-        return 0
-    _show_table(rows, task.metrics)
-    print(f"report: {(Path(config.out) / 'report.html').resolve()}")
-    return 0
-
-
-def _show_table(rows: Sequence[Any], metrics: Sequence[Any]) -> None:
-    from openwork.recipes.summary import notes, table_of
-    from openwork.utils.table import aligned
-
-    header, lines = table_of(rows, metrics)
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print("\n".join(aligned(header, lines)))
-    else:
-        table = Table(*header)
-        for line in lines:
-            table.add_row(*line)
-        console = Console()
-        wide = console.width if console.is_terminal else 180
-        Console(width=wide).print(table)
-    print("\n".join(notes(metrics)))
-
-
-def report(words: list[str]) -> int:
-    if len(words) != 1 or words[0].startswith("-"):
-        print("usage: openwork report RUN\n\nRebuild report.html of a run directory or of a comparison's directory.")
-        return 0 if words and words[0] in ("-h", "--help") else 2
-    from openwork.recipes.report import write_report
-
-    print(f"report: {write_report(Path(words[0])).resolve()}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from openwork.files.checkpoint import describe, load
 from openwork.nm.pattern import Pattern
-from openwork.training.selection import Selection
+from openwork.training.selection import Remainder, Selection
 
 FORMS = """\
 SOURCE names a model:
@@ -130,21 +130,20 @@ def make(name: str, what: str = "--model") -> nn.Module:
     if not colon:
         raise ValueError(f"{what} {name}: needed package.module:factory")
     with _current_folder():
+        torch.manual_seed(0)
         try:
             factory: Callable[[], Any] = getattr(importlib.import_module(module), function)
-        except (ModuleNotFoundError, AttributeError) as error:
-            if isinstance(error, ModuleNotFoundError) and not module.startswith(error.name or "?"):
-                raise
+            model = factory()
+        except (ImportError, AttributeError) as error:
             raise ValueError(f"{what} {name}: {error}") from error
-        torch.manual_seed(0)
-        model = factory()
     if not isinstance(model, nn.Module):
         raise ValueError(f"{what} {name} gives a {type(model).__name__}; needed an nn.Module")
     return model.eval()
 
 
 @contextlib.contextmanager
-def _current_folder() -> Any:
+def _current_folder() -> Iterator[None]:
+    """Modules of the current folder can be imported."""
     sys.path.insert(0, os.getcwd())
     try:
         yield
@@ -162,7 +161,9 @@ def _of_run(folder: Path, shapes: Sequence[str]) -> Source:
     from openwork.recipes.recipe import load_run
 
     net, example, config = load_run(folder)
-    selection = None if config.method == "dense" else Selection(config.pattern, exclude=config.exclude)
+    selection = None
+    if config.method != "dense":
+        selection = Selection(config.pattern, exclude=config.exclude, remainder=cast(Remainder, config.remainder))
     return Source(str(folder), net, example_of(shapes) if shapes else example, selection, config.method)
 
 

@@ -86,7 +86,10 @@ def _packing(pattern: Pattern) -> str:
 def described(texts: Mapping[str, str], stored: Mapping[str, Stored]) -> tuple[dict[str, Sparse], dict[str, str]]:
     """What the metadata says: compressed weights and aliases. Raises ValueError unless it fits the tensors."""
     if KEY not in texts:
-        raise ValueError("not written by ow.save; safetensors.torch.load_file reads ordinary safetensors files")
+        raise ValueError(
+            "not written by ow.save; safetensors.torch.load_file reads ordinary safetensors files, and openwork verify "
+            "says which N:M their weights are"
+        )
     fields = strict_json(texts[KEY])
     if type(fields.get("version")) is not int or fields["version"] != VERSION:
         version = str(fields.get("version"))[:20]

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from openwork.utils import atomic
+
 LINES = ("metrics.jsonl", "topology.jsonl", "times.jsonl")  # times differ from run to run, the others may not
 
 
@@ -19,11 +21,9 @@ def first_process() -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes beside the file and renames: a kill leaves the old file or the new one."""
+    """Writes a file atomically, and makes the folder that it is in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    atomic.write_text(path, text)
 
 
 def write_yaml(path: Path, values: dict[str, Any]) -> None:
