@@ -71,7 +71,7 @@ class Operand:
 
 def watch(model: nn.Module, example: Any, visit: Callable[[Operand], None]) -> None:
     """Run `model` on `example` in eval mode without gradients, and show `visit` each weight that is multiplied."""
-    tensors = {weight_name(name): each for name, each in (*model.named_parameters(), *model.named_buffers())}
+    tensors = {weight_name(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     watcher = _Watcher(tensors, example, visit)
     with quiet(model), watcher.hooks(model), watcher:
         run(model, example)
@@ -106,8 +106,8 @@ class _Watcher(TorchDispatchMode):
         self.macs: Counter[str] = Counter()
         self.traces: dict[Hashable, _Trace] = {}
         self.stack: list[str] = [""]
-        for each in _tensors(dict(example) if isinstance(example, Mapping) else example):
-            self.traces[_storage(each)] = _Trace(from_example=True)
+        for tensor in _tensors(dict(example) if isinstance(example, Mapping) else example):
+            self.traces[_storage(tensor)] = _Trace(from_example=True)
         for name, weight in weights.items():
             self.traces[_storage(weight)] = _Trace(frozenset([name]), weight)
 
@@ -120,7 +120,7 @@ class _Watcher(TorchDispatchMode):
             if decomposed is not NotImplemented:
                 return decomposed
         out = func(*args, **kwargs)
-        operands = [(each, self.traces.get(_storage(each), _UNKNOWN)) for each in _tensors((args, kwargs))]
+        operands = [(tensor, self.traces.get(_storage(tensor), _UNKNOWN)) for tensor in _tensors((args, kwargs))]
         if name in _MATMULS and self.visit:
             self._show(operands)
         self._count(func._overloadpacket, args, kwargs, out, operands)
@@ -137,7 +137,7 @@ class _Watcher(TorchDispatchMode):
     def _count(self, packet: Any, args: Any, kwargs: Any, out: Any, operands: list[tuple[Tensor, _Trace]]) -> None:
         macs = _macs(packet, args, kwargs, out)
         if macs:
-            weights = [trace.names for each, trace in operands if each.ndim >= 2 and not trace.from_example]
+            weights = [trace.names for tensor, trace in operands if tensor.ndim >= 2 and not trace.from_example]
             single = [name for names in weights if len(names) == 1 for name in names]
             self.macs[single[-1] if single else ""] += macs  # the last: the data may be a parameter too
 
@@ -147,10 +147,10 @@ class _Watcher(TorchDispatchMode):
         traces = [trace for _, trace in operands]
         from_example = any(trace.from_example for trace in traces)
         from_matmul = name in _MATMULS or any(trace.from_matmul for trace in traces)
-        for each in _tensors(out):
-            key = _storage(each)
+        for result in _tensors(out):
+            key = _storage(result)
             if not self.traces.get(key, _UNKNOWN).names:
-                names = _names_after(name, operands, each, from_example)
+                names = _names_after(name, operands, result, from_example)
                 self.traces[key] = _Trace(names, None, from_example, from_matmul)
 
     @contextlib.contextmanager
@@ -176,13 +176,13 @@ class _Watcher(TorchDispatchMode):
 
 def _names_after(name: str, operands: list[tuple[Tensor, _Trace]], out: Tensor, from_example: bool) -> frozenset[str]:
     """The parameters whose values an operator's result holds; none where it is data."""
-    known = [(each, trace.names) for each, trace in operands if trace.names]
+    known = [(tensor, trace.names) for tensor, trace in operands if trace.names]
     if not known or name in _MATMULS:
         return frozenset()
     if name in _LOOKUPS:
         return operands[0][1].names
     of_weights = len(known) == len(operands)
-    like_a_weight = any(each.shape == out.shape and each.ndim >= 2 for each, _ in known)
+    like_a_weight = any(tensor.shape == out.shape and tensor.ndim >= 2 for tensor, _ in known)
     if len(operands) > 1 and (from_example or not (of_weights or like_a_weight)):
         return frozenset()
     return frozenset().union(*(names for _, names in known))
@@ -198,7 +198,7 @@ def _macs(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [each for each in tree_leaves(tree) if isinstance(each, Tensor)]
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _storage(tensor: Tensor) -> Hashable:

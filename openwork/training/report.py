@@ -100,7 +100,7 @@ class Report:
         return self._total([row.macs_sparse for row in self.rows])
 
     def _total(self, macs: Sequence[int | None]) -> int | None:
-        known = [each for each in macs if each is not None]
+        known = [count for count in macs if count is not None]
         return sum(known) + self.other_macs if len(known) == len(macs) else None
 
     @property

@@ -82,12 +82,12 @@ class _Rules:
     selection: Selection
     dtypes: tuple[torch.dtype, ...]
 
-    def check_globs(self, found: list[tuple[str, ...]]) -> None:
-        names = [name for each in found for name in each]
+    def check_globs(self, names_of_each: list[tuple[str, ...]]) -> None:
+        names = [name for aliases in names_of_each for name in aliases]
         _check_matches("exclude", self.selection.exclude, names)
         _check_matches("axis", self.selection.axis if isinstance(self.selection.axis, Mapping) else (), names)
         _check_matches("pattern", self.selection.patterns, names)
-        deciding = {self._pattern_glob(each) for each in found}
+        deciding = {self._pattern_glob(aliases) for aliases in names_of_each}
         for glob in self.selection.patterns:
             if glob not in deciding:
                 raise ValueError(
@@ -119,7 +119,7 @@ class _Rules:
         whole = all(length % pattern.m == 0 for length in lengths.values())
         if whole or (self.selection.remainder == "pad" and min(lengths.values()) > 1):
             return dataclasses.replace(candidate, pattern=pattern, axis=axis, output_axis=output_axis)
-        name, length = next(each for each in lengths.items() if each[1] % pattern.m or each[1] == 1)
+        name, length = next(axis for axis in lengths.items() if axis[1] % pattern.m or axis[1] == 1)
         what = f"{name} axis has {length} weights, not a multiple of {pattern.m}"
         if self.selection.remainder == "error":
             raise ValueError(f"{candidate.name} {shape}: {what}; exclude it, or use remainder='skip' or 'pad'")
@@ -136,7 +136,7 @@ class _Rules:
         ):
             return None, "its module is already parametrized"
         if candidate.weight.dtype not in self.dtypes:
-            *others, last = (str(each).removeprefix("torch.") for each in self.dtypes)
+            *others, last = (str(dtype).removeprefix("torch.") for dtype in self.dtypes)
             return None, f"dtype {candidate.weight.dtype}: needed {', '.join(others)} or {last}"
         if isinstance(self.selection.axis, Mapping):
             for glob, dim in self.selection.axis.items():
@@ -148,18 +148,18 @@ class _Rules:
 
 def _candidates(model: nn.Module, dtypes: Sequence[torch.dtype]) -> list[Candidate]:
     """Every candidate once, under its first name; the others are its aliases."""
-    found: dict[int, Candidate] = {}
+    candidates: dict[int, Candidate] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for tensor_name, weight in module._parameters.items():
             if weight is None:
                 continue
             new = Candidate(plain_name(module_name), module, tensor_name, weight)
             _check_initialized(new)
-            if id(weight) in found:
-                found[id(weight)] = _also_named(found[id(weight)], new)
+            if id(weight) in candidates:
+                candidates[id(weight)] = _also_named(candidates[id(weight)], new)
             elif (weight.is_floating_point() or weight.dtype in dtypes) and weight.ndim >= 2 and weight.numel():
-                found[id(weight)] = new
-    return list(found.values())
+                candidates[id(weight)] = new
+    return list(candidates.values())
 
 
 def _also_named(first: Candidate, new: Candidate) -> Candidate:
@@ -167,15 +167,15 @@ def _also_named(first: Candidate, new: Candidate) -> Candidate:
     return dataclasses.replace(first, aliases=(*first.aliases, new.name), tied=first.tied or not same_place)
 
 
-def _check_initialized(found: Candidate) -> None:
-    if is_lazy(found.weight):
-        raise ValueError(f"{found.name} is not initialized yet: run one forward before sparsify")
+def _check_initialized(candidate: Candidate) -> None:
+    if is_lazy(candidate.weight):
+        raise ValueError(f"{candidate.name} is not initialized yet: run one forward before sparsify")
 
 
-def _named_axis(found: Candidate, dim: int) -> Axis:
-    ndim = found.weight.ndim
+def _named_axis(candidate: Candidate, dim: int) -> Axis:
+    ndim = candidate.weight.ndim
     if not -ndim <= dim < ndim:
-        raise ValueError(f"axis: {found.name} has {ndim} dims {tuple(found.weight.shape)}, found dim {dim}")
+        raise ValueError(f"axis: {candidate.name} has {ndim} dims {tuple(candidate.weight.shape)}, found dim {dim}")
     return Axis(dim % ndim)
 
 

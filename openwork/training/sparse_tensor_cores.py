@@ -75,8 +75,8 @@ class SparseTensorCores:
 
     def check(self, weight: Tensor) -> None:
         """Raise RuntimeError where the library packs a weight wrongly, or its transpose."""
-        for each in (weight, weight.t()):
-            cusparselt.pack(each.detach().to(self.dtypes[0]).contiguous(), _BACKEND)
+        for matrix in (weight, weight.t()):
+            cusparselt.pack(matrix.detach().to(self.dtypes[0]).contiguous(), _BACKEND)
 
 
 def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
@@ -119,22 +119,22 @@ class Layer:
 
 
 def _layers(model: nn.Module) -> dict[str, Layer]:
-    found = {
+    layers = {
         sparse.name: Layer(sparse.module, sparse.masked, sparse.weight, _unfit(*sparse[1:]))
         for sparse in sparse_weights(model)
     }
-    if not found:
+    if not layers:
         raise ValueError(f"{type(model).__name__} is not sparsified: call ow.sparsify(model, '2:4', method) first")
-    if not any(each.masked.end.output_axis for each in found.values()):
-        method = next(iter(found.values())).masked.method
+    if not any(layer.masked.end.output_axis for layer in layers.values()):
+        method = next(iter(layers.values())).masked.method
         raise ValueError(
             f"{type(model).__name__} is sparsified with {method}, whose masks are not transposable: in the gradient of "
             "the input the weight would not be sparse; use ow.TransposableSRSTE()"
         )
-    if all(each.reason for each in found.values()):
-        listed = "\n".join(f"  {name}: {each.reason}" for name, each in found.items())
+    if all(layer.reason for layer in layers.values()):
+        listed = "\n".join(f"  {name}: {layer.reason}" for name, layer in layers.items())
         raise ValueError(f"{type(model).__name__} has no layer that can be accelerated:\n{listed}")
-    return found
+    return layers
 
 
 def _unfit(module: nn.Module, tensor_name: str, masked: Masked, weight: Tensor) -> str:
@@ -160,21 +160,21 @@ def _check_tensor_cores(device: torch.device) -> None:
 
 def accelerate_with(engine: Engine, model: nn.Module, layers: dict[str, Layer], example: Any) -> Acceleration:
     """`accelerate` by any engine."""
-    dense = {name: each.reason for name, each in layers.items() if each.reason}
-    able = {name: each for name, each in layers.items() if not each.reason}
+    dense = {name: layer.reason for name, layer in layers.items() if layer.reason}
+    able = {name: layer for name, layer in layers.items() if not layer.reason}
     times = dict.fromkeys(able) if example is None else _timed(engine, model, able, example)
     sparse: dict[str, tuple[float, float] | None] = {}
-    for name, each in able.items():
-        found = times.get(name)
-        if example is not None and not found:
+    for name, layer in able.items():
+        measured = times.get(name)
+        if example is not None and not measured:
             dense[name] = "not reached by the example"
-        elif found and found[1] >= found[0]:
-            dense[name] = f"sparse is slower: {found[0] / found[1]:.2f} x dense"
+        elif measured and measured[1] >= measured[0]:
+            dense[name] = f"sparse is slower: {measured[0] / measured[1]:.2f} x dense"
         else:
-            sparse[name] = found
-            each.module.__dict__["_openwork_matmul"] = SparseMatmul(engine)
-            kinds: Any = (plain_class(each.module), type(each.module))
-            each.module.__class__ = accelerated_class(*kinds)
+            sparse[name] = measured
+            layer.module.__dict__["_openwork_matmul"] = SparseMatmul(engine)
+            kinds: Any = (plain_class(layer.module), type(layer.module))
+            layer.module.__class__ = accelerated_class(*kinds)
     return Acceleration(sparse, dense)
 
 
@@ -183,7 +183,9 @@ def _timed(
 ) -> dict[str, tuple[float, float] | None]:
     """Seconds of the layers' matmuls for one step on an example, dense and sparse. Sparse includes packing."""
     inputs: dict[str, Tensor] = {}
-    hooks = [each.module.register_forward_hook(functools.partial(_note, inputs, name)) for name, each in layers.items()]
+    hooks = [
+        layer.module.register_forward_hook(functools.partial(_note, inputs, name)) for name, layer in layers.items()
+    ]
     try:
         with quiet(model):
             run(model, example)

@@ -72,14 +72,14 @@ def sparsify(
     macs = count_macs(model, example, {c.name: c.weight for c in decided}) if example is not None else None
     title, cache = f"{type(model).__name__}, {method.name}", ForwardCache(prune_ahead)
     _mask(decided, method, cache)
-    sparse = {each.name: each for each in sparse_weights(model)}
+    sparse = {weight.name: weight for weight in sparse_weights(model)}
     report = _report(model, decided, lambda name, weight: sparse[name].masked.mask_at_end(weight), macs, title)
-    weights = {each.name: (each.pattern, each.axis) for each in decided if each.pattern}
+    weights = {candidate.name: (candidate.pattern, candidate.axis) for candidate in decided if candidate.pattern}
     hooks = (
         model.register_forward_pre_hook(cache.enter, prepend=True),
         model.register_forward_hook(cache.leave, always_call=True),
     )
-    output_axes = {each.name: each.output_axis for each in decided if each.output_axis}
+    output_axes = {candidate.name: candidate.output_axis for candidate in decided if candidate.output_axis}
     watch = OptimizerWatch(model, method)
     model.__dict__["_openwork_record"] = SparsityRecord(weights, method, cache, watch, hooks, output_axes)
     return dataclasses.replace(report, notes=_notes(model, method))
@@ -125,15 +125,15 @@ def project(
     _check_plain(model)
     decided = decide(model, _selection(pattern, exclude, axis, remainder))
     masks = {
-        each.name: foreach_mask([each.weight.detach().abs()], each.pattern, [each.axis])[0]
-        for each in decided
-        if each.pattern
+        candidate.name: foreach_mask([candidate.weight.detach().abs()], candidate.pattern, [candidate.axis])[0]
+        for candidate in decided
+        if candidate.pattern
     }
     report = _report(model, decided, lambda name, _: masks[name], None, f"{type(model).__name__}, projected")
     with torch.no_grad():
-        for each in decided:
-            if each.pattern:
-                each.weight.copy_(apply_mask(each.weight, masks[each.name]))
+        for candidate in decided:
+            if candidate.pattern:
+                candidate.weight.copy_(apply_mask(candidate.weight, masks[candidate.name]))
     return report
 
 
@@ -142,8 +142,8 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     refreshes its masks writes into the stored ones, so they are copied."""
     sparse = list(sparse_weights(unwrap(model)))
     return {
-        each.name: mask.clone() if mask is each.masked.mask else mask
-        for each, mask in zip(sparse, masks_of(sparse), strict=True)
+        weight.name: mask.clone() if mask is weight.masked.mask else mask
+        for weight, mask in zip(sparse, masks_of(sparse), strict=True)
     }
 
 
@@ -161,10 +161,10 @@ def _selection(
 
 def _mask(decided: list[Candidate], method: Method, cache: ForwardCache) -> None:
     chosen: dict[nn.Module, dict[str, Masked]] = defaultdict(dict)
-    for each in decided:
-        if each.pattern:
-            end = Phase(each.pattern, each.axis, each.output_axis)
-            chosen[each.module][each.tensor_name] = Masked(method, end, cache, each.weight)
+    for candidate in decided:
+        if candidate.pattern:
+            end = Phase(candidate.pattern, candidate.axis, candidate.output_axis)
+            chosen[candidate.module][candidate.tensor_name] = Masked(method, end, cache, candidate.weight)
     for module, masked in chosen.items():
         mask_weights(module, masked)
 
@@ -197,8 +197,9 @@ def _report(
     title: str,
 ) -> Report:
     """`mask_of(name, weight)`: the mask that a weight has, or will have in the end."""
-    rows = tuple(_row(each, macs.get(each.name, 0) if macs is not None else None, mask_of) for each in decided)
-    seen = {id(each.weight) for each in decided}
+    counts = {candidate.name: None if macs is None else macs.get(candidate.name, 0) for candidate in decided}
+    rows = tuple(_row(candidate, counts[candidate.name], mask_of) for candidate in decided)
+    seen = {id(candidate.weight) for candidate in decided}
     others = sum(p.numel() for p in model.parameters() if id(p) not in seen)
     return Report(rows, title, others, macs.get("", 0) if macs else 0)
 

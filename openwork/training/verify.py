@@ -31,7 +31,7 @@ class NotSparse(ValueError):
 
     def __init__(self, layers: dict[str, str]):
         self.layers = layers
-        listed = "\n".join(f"  {name}: {found}" for name, found in layers.items())
+        listed = "\n".join(f"  {name}: {problem}" for name, problem in layers.items())
         super().__init__(f"{len(layers)} weights are denser than their pattern:\n{listed}")
 
 
@@ -69,11 +69,11 @@ def verify(
         recorded, output_axes, skipped = _asked(model, Selection.of(pattern))
     weights = _readable(model, recorded)
     broken = {name: "the weight is gone: its module was replaced" for name in recorded if name not in weights}
-    broken |= {name: problem for name, each in weights.items() if (problem := _denser(each, *recorded[name]))}
+    broken |= {name: problem for name, weight in weights.items() if (problem := _denser(weight, *recorded[name]))}
     broken |= {
         name: f"{problem} along the output axis"
-        for name, each in output_axes.items()
-        if name in weights and name not in broken and (problem := _denser(weights[name], recorded[name][0], each))
+        for name, axis in output_axes.items()
+        if name in weights and name not in broken and (problem := _denser(weights[name], recorded[name][0], axis))
     }
     operands = _Operands(recorded, weights)
     if example is not None:
@@ -83,7 +83,7 @@ def verify(
         raise NotSparse(broken)
     rows = tuple(_row(name, weights[name], *recorded[name]) for name in recorded)
     rows += skipped
-    others = sum(each.numel() for each in model.parameters()) - sum(row.weights for row in rows)
+    others = sum(parameter.numel() for parameter in model.parameters()) - sum(row.weights for row in rows)
     title = f"{plain_class(model).__name__}: every weight keeps its pattern"
     notes = (f"{len(output_axes)} weights are so along the output axis as well",) if output_axes else ()
     return Report(rows, title, others, notes=notes + (operands.notes() if example is not None else ()))
@@ -100,27 +100,29 @@ def _asked(model: nn.Module, selection: Selection) -> tuple[_Recorded, dict[str,
     """What a plain model is held to, the output axes that belong to it, and what is not held to anything, and why."""
     if selection.pattern is None:
         everywhere = dataclasses.replace(selection, pattern=Pattern(1, 1))
-        decided = [_inferred(each) if each.pattern else each for each in decide(model, everywhere, dtypes=HELD)]
+        candidates = decide(model, everywhere, dtypes=HELD)
+        decided = [_inferred(candidate) if candidate.pattern else candidate for candidate in candidates]
         _warn_of_inferred(decided)
     else:
         decided = decide(model, selection, dtypes=HELD)
-    skipped = tuple(_skipped(each) for each in decided if not each.pattern)
-    output_axes = {each.name: each.output_axis for each in decided if each.output_axis}
-    return {each.name: (each.pattern, each.axis) for each in decided if each.pattern}, output_axes, skipped
+    skipped = tuple(_skipped(candidate) for candidate in decided if not candidate.pattern)
+    output_axes = {candidate.name: candidate.output_axis for candidate in decided if candidate.output_axis}
+    patterns = {candidate.name: (candidate.pattern, candidate.axis) for candidate in decided if candidate.pattern}
+    return patterns, output_axes, skipped
 
 
-def _inferred(found: Candidate) -> Candidate:
+def _inferred(candidate: Candidate) -> Candidate:
     """The candidate with its tightest pattern, or none where that is dense."""
-    pattern = tightest(found.weight, found.axis)
+    pattern = tightest(candidate.weight, candidate.axis)
     if pattern.n < pattern.m:
-        return dataclasses.replace(found, pattern=pattern)
-    return dataclasses.replace(found, pattern=None, reason="no N:M pattern with N < M holds")
+        return dataclasses.replace(candidate, pattern=pattern)
+    return dataclasses.replace(candidate, pattern=None, reason="no N:M pattern with N < M holds")
 
 
 def _warn_of_inferred(decided: list[Candidate]) -> None:
-    patterns = [str(each.pattern) for each in decided if each.pattern]
+    patterns = [str(candidate.pattern) for candidate in decided if candidate.pattern]
     if not patterns:
-        raise NotSparse({each.name: each.reason for each in decided})
+        raise NotSparse({candidate.name: candidate.reason for candidate in decided})
     listed = ", ".join(f"{pattern} for {n}" for pattern, n in Counter(patterns).items())
     warnings.warn(f"no pattern was given: inferred from the weights ({listed} weights)", stacklevel=4)
 
@@ -134,8 +136,8 @@ def tightest(weight: Tensor, axis: Axis) -> Pattern:
     """
     K = reduction_size(tuple(weight.shape), axis)
     fits, weight = [Pattern(1, m) for m in _GUESSES if K % m == 0], _values(weight)
-    found = [Pattern(max(1, int(kept_per_group(weight, each, axis).max())), each.m) for each in fits]
-    return min(found, key=lambda each: (each.density, each.m), default=Pattern(1, 1))
+    fitting = [Pattern(max(1, int(kept_per_group(weight, guess, axis).max())), guess.m) for guess in fits]
+    return min(fitting, key=lambda pattern: (pattern.density, pattern.m), default=Pattern(1, 1))
 
 
 def _denser(weight: Any, pattern: Pattern, axis: Axis) -> str:
@@ -150,13 +152,13 @@ def _values(weight: Any) -> Tensor:
 def _readable(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """What a module gives when it reads each weight, computed now."""
     modules = {plain_name(name): module for name, module in model.named_modules()}
-    found = {}
+    readable = {}
     for name in names:
         owner, _, tensor_name = name.rpartition(".")
         weight = getattr(modules.get(owner), tensor_name, None)
         if isinstance(weight, Tensor):
-            found[name] = weight.detach()
-    return found
+            readable[name] = weight.detach()
+    return readable
 
 
 class _Operands:
@@ -164,7 +166,7 @@ class _Operands:
 
     def __init__(self, recorded: _Recorded, weights: dict[str, Tensor]):
         self.recorded = {name: recorded[name] for name in weights}
-        self.shapes = {name: each.shape for name, each in weights.items()}
+        self.shapes = {name: weight.shape for name, weight in weights.items()}
         self.problems: dict[str, str] = {}
         self.reached: set[str] = set()
         self.misshapen: set[str] = set()
@@ -217,7 +219,7 @@ def _row(name: str, weight: Tensor, pattern: Pattern, axis: Axis) -> Row:
     return Row(name, tuple(weight.shape), pattern, "", kept, None, groups, weight.element_size() * 8)
 
 
-def _skipped(found: Candidate) -> Row:
-    weight = found.weight
+def _skipped(candidate: Candidate) -> Row:
+    weight = candidate.weight
     bits = weight.element_size() * 8
-    return Row(found.name, tuple(weight.shape), None, found.reason, weight.numel(), None, weight_bits=bits)
+    return Row(candidate.name, tuple(weight.shape), None, candidate.reason, weight.numel(), None, weight_bits=bits)

@@ -1,8 +1,8 @@
 """The one test that every combination has to pass: 20 steps of a transformer and of a residual network.
 
-A combination is a `Way`. `run` trains with it and says how far the weights end from those of the equations, computed
-in fp32 in one process (`integrations/reference.py`); how many operands of products had a sparse weight's shape, and
-which of them were not 2:4; and how far a run ends that was stopped in the middle and resumed with fresh objects.
+A combination is a `Scenario`. `run` trains with it and says how far the weights end from those of the equations,
+computed in fp32 in one process (`integrations/reference.py`); how many operands of matmuls had a sparse weight's shape,
+and which of them were not 2:4; and how far a run ends that was stopped in the middle and resumed with fresh objects.
 """
 
 import functools
@@ -71,7 +71,7 @@ def plainly(training, batch):
 
 
 @dataclass(frozen=True)
-class Way:
+class Scenario:
     """`step` trains on a batch; `make` builds the optimizers; `wrap(model, gemms)` gives what is called instead of the
     model. `always`: on both nets also when docs/works-with.md is not made; the others train the small one then.
     """
@@ -103,26 +103,26 @@ class Result:
 
 
 class Training:
-    """A model, its optimizers and what they need, made afresh from a way. `rank` of `ranks`: which part of each batch
-    is this process's."""
+    """A model, its optimizers and what they need, made afresh from a scenario. `rank` of `ranks`: which part of each
+    batch is this process's."""
 
-    def __init__(self, way, kind, gemms=None, rank=0, ranks=1):
-        self.way, self.rank, self.ranks, self.t = way, rank, ranks, 0
-        self.watching = gemms if gemms and not way.watched_inside else nullcontext()
-        self.model = sparse(kind, way.method).to(way.dtype)
-        self.call = way.wrap(self.model, gemms)
-        self.optimizers = way.make(self.model)
+    def __init__(self, scenario, kind, gemms=None, rank=0, ranks=1):
+        self.scenario, self.rank, self.ranks, self.t = scenario, rank, ranks, 0
+        self.watching = gemms if gemms and not scenario.watched_inside else nullcontext()
+        self.model = sparse(kind, scenario.method).to(scenario.dtype)
+        self.call = scenario.wrap(self.model, gemms)
+        self.optimizers = scenario.make(self.model)
         self.handles = [ow.attach(each, self.model) for each in self.optimizers if trained_weights(each, self.model)]
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=way.scaler)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scenario.scaler)
 
     def on(self, batch):
         """Train on this process's part of a batch."""
         self.t += 1
         x, y = (each.chunk(self.ranks)[self.rank] for each in batch)
-        self.way.step(self, (x.to(self.way.dtype), y))
+        self.scenario.step(self, (x.to(self.scenario.dtype), y))
 
     def loss(self, batch):
-        with torch.autocast("cpu", self.way.autocast) if self.way.autocast else nullcontext():
+        with torch.autocast("cpu", self.scenario.autocast) if self.scenario.autocast else nullcontext():
             return _loss(self.call, batch)
 
     def backward(self, batch, parts=1):
@@ -173,53 +173,53 @@ def _loss(call, batch):
     return loss_of(lambda x: call(x).float(), batch)
 
 
-def reference(way, kind, decay=DECAY):
+def reference(scenario, kind, decay=DECAY):
     """The weights after 20 steps of the equations."""
-    return _reference(kind, way.update, decay, tuple(way.reference.items()))
+    return _reference(kind, scenario.update, decay, tuple(scenario.reference.items()))
 
 
-def nets_of(way):
-    return NETS if way.always or FOR_THE_PAGE else (ResNet,)
+def nets_of(scenario):
+    return NETS if scenario.always or FOR_THE_PAGE else (ResNet,)
 
 
-def run(way, kind, **ranks):
+def run(scenario, kind, **ranks):
     """Train for 20 steps, watched; then once more from the middle."""
     data, gemms, saved = batches(kind, STEPS), Gemms(DIMS[kind]), io.BytesIO()
-    training = Training(way, kind, gemms, **ranks)
+    training = Training(scenario, kind, gemms, **ranks)
     for step, batch in enumerate(data):
-        if step == HALF and way.resumes:
+        if step == HALF and scenario.resumes:
             torch.save(training.state_dict(), saved)
         training.on(batch)
     end = training.weights
-    result = Result(distance(end, reference(way, kind)), gemms.seen, gemms.dense)
-    if way.resumes:
-        result.resumed = distance(resumed(way, kind, saved, data[HALF:], **ranks), end)
+    result = Result(distance(end, reference(scenario, kind)), gemms.seen, gemms.dense)
+    if scenario.resumes:
+        result.resumed = distance(resumed(scenario, kind, saved, data[HALF:], **ranks), end)
     return result
 
 
-def resumed(way, kind, saved, data, **ranks):
+def resumed(scenario, kind, saved, data, **ranks):
     saved.seek(0)
-    training = Training(way, kind, Gemms(DIMS[kind]) if way.watched_inside else None, **ranks)
+    training = Training(scenario, kind, Gemms(DIMS[kind]) if scenario.watched_inside else None, **ranks)
     training.load_state_dict(torch.load(saved, weights_only=True))
     for batch in data:
         training.on(batch)
     return training.weights
 
 
-def check(row, group, name, way, results):
+def check(row, group, name, scenario, results):
     """What every combination has to show, and its line in docs/works-with.md."""
     for kind, result in results.items():
-        assert result.difference < way.tolerance
+        assert result.difference < scenario.tolerance
         assert result.dense == []
         assert result.seen >= STEPS * products(kind)
-        assert result.resumed == 0 or not way.resumes
+        assert result.resumed == 0 or not scenario.resumes
     row(
         group,
         name,
         difference={kind.__name__: result.difference for kind, result in results.items()},
-        tolerance=way.tolerance,
-        resumes=way.resumes,
-        packages=way.packages,
+        tolerance=scenario.tolerance,
+        resumes=scenario.resumes,
+        packages=scenario.packages,
     )
 
 

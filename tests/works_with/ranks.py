@@ -16,7 +16,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from works_with.harness import FOR_THE_PAGE, HALF, STEPS, Training, Way, nets_of, run, sgd_of, whole
+from works_with.harness import FOR_THE_PAGE, HALF, STEPS, Scenario, Training, nets_of, run, sgd_of, whole
 from works_with.nets import Feedforward, ResNet, Transformer, batches
 
 import openwork as ow
@@ -60,26 +60,26 @@ def split(model, _):
 one_by_one = partial(sgd_of, foreach=False)  # torch: foreach takes no mixture of tensors and DTensors
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 EACH_LAYER = "FSDP2, each layer and the model"
-WAYS = {
-    "DDP": Way(wrap=data_parallel, resumes=FOR_THE_PAGE),
-    "DDP, `ZeroRedundancyOptimizer`": Way(wrap=data_parallel, make=zero, resumes=False),
-    EACH_LAYER: Way(wrap=sharded),
-    "FSDP2, `MixedPrecisionPolicy` of bf16, against the equations with weights seen in bf16": Way(
+SCENARIOS = {
+    "DDP": Scenario(wrap=data_parallel, resumes=FOR_THE_PAGE),
+    "DDP, `ZeroRedundancyOptimizer`": Scenario(wrap=data_parallel, make=zero, resumes=False),
+    EACH_LAYER: Scenario(wrap=sharded),
+    "FSDP2, `MixedPrecisionPolicy` of bf16, against the equations with weights seen in bf16": Scenario(
         wrap=partial(sharded, mp_policy=BF16), reference={"seen": torch.bfloat16}, tolerance=2e-2, resumes=FOR_THE_PAGE
     ),
-    "FSDP2, fixed masks (`ow.ASP`)": Way(wrap=sharded, resumes=FOR_THE_PAGE, **ASP),
+    "FSDP2, fixed masks (`ow.ASP`)": Scenario(wrap=sharded, resumes=FOR_THE_PAGE, **ASP),
 }
 if FOR_THE_PAGE:  # what is little else for masks than the others
-    WAYS |= {
-        "FSDP2, the whole model at once": Way(wrap=partial(sharded, layers=False)),
-        "FSDP2, `reshard_after_forward=False`": Way(wrap=partial(sharded, reshard_after_forward=False)),
-        "FSDP2, activation checkpointing": Way(wrap=sharded_and_checkpointed),
+    SCENARIOS |= {
+        "FSDP2, the whole model at once": Scenario(wrap=partial(sharded, layers=False)),
+        "FSDP2, `reshard_after_forward=False`": Scenario(wrap=partial(sharded, reshard_after_forward=False)),
+        "FSDP2, activation checkpointing": Scenario(wrap=sharded_and_checkpointed),
     }
 SPLIT = {
-    "tensor parallel: `Colwise`, `Rowwise` of `openwork.integrations.tensor_parallel`": Way(
+    "tensor parallel: `Colwise`, `Rowwise` of `openwork.integrations.tensor_parallel`": Scenario(
         wrap=split, make=one_by_one, resumes=FOR_THE_PAGE
     ),
-} | ({"tensor parallel, fixed masks (`ow.ASP`)": Way(wrap=split, make=one_by_one, **ASP)} if FOR_THE_PAGE else {})
+} | ({"tensor parallel, fixed masks (`ow.ASP`)": Scenario(wrap=split, make=one_by_one, **ASP)} if FOR_THE_PAGE else {})
 
 
 # --- layers whose groups lie along the axis that FSDP2 cuts ------------------------------------------------------
@@ -169,15 +169,15 @@ def train(training, data):
 
 def save_and_go_on(kind, folder, **ranks):
     """Ten steps, a checkpoint, ten steps more: the weights at the end."""
-    training = Training(WAYS[EACH_LAYER], kind, **ranks)
+    training = Training(SCENARIOS[EACH_LAYER], kind, **ranks)
     train(training, batches(kind, STEPS)[:HALF])
     dcp.save(checkpointed(training), checkpoint_id=folder)
     return train(training, batches(kind, STEPS)[HALF:])
 
 
-def load_and_go_on(kind, folder, way, **ranks):
+def load_and_go_on(kind, folder, scenario, **ranks):
     """The weights at the end, from the checkpoint in the middle, and the steps that were counted."""
-    training = Training(way, kind, **ranks)
+    training = Training(scenario, kind, **ranks)
     state = checkpointed(training)
     dcp.load(state, checkpoint_id=folder, no_dist=not ranks)
     model, optimizer = state["model"], state["optimizer"]
@@ -231,8 +231,11 @@ def step_of_a_stale_optimizer(model):
 
 def two(rank, folder):
     ranks = {"rank": rank, "ranks": 2}
-    found = {name: {kind.__name__: run(way, kind, **ranks) for kind in nets_of(way)} for name, way in WAYS.items()}
-    found |= {name: {"Feedforward": run(way, Feedforward)} for name, way in SPLIT.items()}
+    found = {
+        name: {kind.__name__: run(scenario, kind, **ranks) for kind in nets_of(scenario)}
+        for name, scenario in SCENARIOS.items()
+    }
+    found |= {name: {"Feedforward": run(scenario, Feedforward)} for name, scenario in SPLIT.items()}
     found["cut"] = {name: [cut(make, method) for method in (ow.SRSTE(DECAY), ow.ASP())] for name, make in CUT.items()}
     found["held"] = masks_held_before_the_step()
     found["saved"] = save_and_go_on(SAVED, folder / "checkpoint", **ranks)
@@ -241,7 +244,7 @@ def two(rank, folder):
 
 
 def four(rank, folder):
-    return load_and_go_on(SAVED, folder / "checkpoint", WAYS[EACH_LAYER], rank=rank, ranks=4)
+    return load_and_go_on(SAVED, folder / "checkpoint", SCENARIOS[EACH_LAYER], rank=rank, ranks=4)
 
 
 def start(rank, work, ranks, folder):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from plain_loop import distance
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
-from works_with.harness import STEPS, Training, Way, nets_of
+from works_with.harness import STEPS, Scenario, Training, nets_of
 from works_with.nets import Transformer, batches, loss_of, made, sparse
 
 import openwork as ow
@@ -18,7 +18,7 @@ KEPT, LAST = 0.9, 5
 
 def trained(kind, after_step=lambda model: None):
     """A sparsified model after 20 steps."""
-    training = Training(Way(), kind)
+    training = Training(Scenario(), kind)
     for batch in batches(kind, STEPS):
         training.on(batch)
         after_step(training.model)
@@ -76,7 +76,7 @@ EMAS = {
 def test_an_average_is_one_of_dense_weights_and_evaluates_projected(row, name):
     make, packages = EMAS[name]
     differences = {}
-    for kind in nets_of(Way()):
+    for kind in nets_of(Scenario()):
         seen, averages = [], []
 
         def follow(model, seen=seen, averages=averages):
@@ -102,7 +102,7 @@ def test_an_average_is_one_of_dense_weights_and_evaluates_projected(row, name):
 
 def test_stochastic_weight_averaging(row):
     differences = {}
-    for kind in nets_of(Way()):
+    for kind in nets_of(Scenario()):
         seen, averages = [], []
 
         def follow(model, seen=seen, averages=averages):
@@ -223,7 +223,7 @@ def test_dynamic_quantization_of_torch(row):
 
 
 def test_export_of_a_finalized_model(row):
-    for kind in nets_of(Way()):
+    for kind in nets_of(Scenario()):
         model = sparse_base(kind)
         exported = torch.export.export(model, (example(kind),))
         assert torch.equal(exported.module()(example(kind)), model(example(kind)))

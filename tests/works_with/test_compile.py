@@ -8,7 +8,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
-from works_with.harness import FOR_THE_PAGE, Way, check, nets_of, run
+from works_with.harness import FOR_THE_PAGE, Scenario, check, nets_of, run
 from works_with.nets import ResNet, Transformer, batches, loss_of, made
 
 
@@ -42,7 +42,7 @@ def each_block(model, backend):
 
 
 def compiled(kind, compile_it, **more):
-    """The result of a way to compile, and what was compiled for it, in all and for the dense model."""
+    """The result of a scenario to compile, and what was compiled for it, in all and for the dense model."""
     watching, dense = [], Watching(nullcontext())
     call = compile_it(made(kind), dense.backend)
     for batch in batches(kind, 2):
@@ -54,7 +54,7 @@ def compiled(kind, compile_it, **more):
         return compile_it(model, watching[-1].backend)
 
     torch._dynamo.reset()
-    result = run(Way(wrap=wrap, watched_inside=True, **more), kind)
+    result = run(Scenario(wrap=wrap, watched_inside=True, **more), kind)
     return result, [each.graphs for each in watching], dense.graphs
 
 
@@ -68,19 +68,21 @@ def fresh():
 @pytest.mark.usefixtures("fresh")
 def test_the_whole_model_is_one_graph_compiled_once(row):
     """20 steps, and no recompilation in any."""
-    results, way = {}, Way(resumes=FOR_THE_PAGE)
-    for kind in nets_of(Way()):
-        results[kind], graphs, dense = compiled(kind, whole_model, resumes=way.resumes)
+    results, scenario = {}, Scenario(resumes=FOR_THE_PAGE)
+    for kind in nets_of(Scenario()):
+        results[kind], graphs, dense = compiled(kind, whole_model, resumes=scenario.resumes)
         assert dense == {"forward": 1, "backward": 1}
-        assert graphs == [dense] * (1 + way.resumes)
-    check(row, "Compilation", "`torch.compile(model, fullgraph=True)`: one graph, compiled once", way, results)
+        assert graphs == [dense] * (1 + scenario.resumes)
+    check(row, "Compilation", "`torch.compile(model, fullgraph=True)`: one graph, compiled once", scenario, results)
 
 
 @pytest.mark.usefixtures("fresh")
 def test_equal_blocks_are_compiled_once(row):
     result, graphs, dense = compiled(Transformer, each_block)
     assert graphs == [dense, dense]
-    check(row, "Compilation", "each block compiled (regional): as many graphs as dense", Way(), {Transformer: result})
+    check(
+        row, "Compilation", "each block compiled (regional): as many graphs as dense", Scenario(), {Transformer: result}
+    )
 
 
 def compiled_step(training, batch):
@@ -100,7 +102,7 @@ def test_loss_and_backward_in_one_compiled_function(row):
 
     result, graphs, _ = compiled(ResNet, remember, step=compiled_step)
     assert graphs == [{"forward": 1, "backward": 1}] * 2
-    check(row, "Compilation", "loss and `backward()` in one compiled function", Way(), {ResNet: result})
+    check(row, "Compilation", "loss and `backward()` in one compiled function", Scenario(), {ResNet: result})
 
 
 @pytest.mark.slow
@@ -108,9 +110,9 @@ def test_loss_and_backward_in_one_compiled_function(row):
 @pytest.mark.usefixtures("fresh")
 def test_with_the_default_backend(row):
     """Inductor's code is not watched: its products are in it."""
-    way = Way(wrap=lambda model, _: torch.compile(model, fullgraph=True), watched_inside=True, resumes=False)
-    result = run(way, ResNet)
+    scenario = Scenario(wrap=lambda model, _: torch.compile(model, fullgraph=True), watched_inside=True, resumes=False)
+    result = run(scenario, ResNet)
     assert result.seen == 0
-    assert result.difference < way.tolerance
+    assert result.difference < scenario.tolerance
     what = "`torch.compile(model)` with its default backend, inductor"
-    row("Compilation", what, difference={"ResNet": result.difference}, tolerance=way.tolerance)
+    row("Compilation", what, difference={"ResNet": result.difference}, tolerance=scenario.tolerance)

@@ -8,7 +8,7 @@ from integrations.reference import keep_along
 from plain_loop import LR, MOMENTUM, WEIGHT_DECAY, distance, keep_by_sorting
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
-from works_with.harness import CLIP, LATE, RHO, Way, adamw_of, check, nets_of, plainly, reference, run, sgd_of
+from works_with.harness import CLIP, LATE, RHO, Scenario, adamw_of, check, nets_of, plainly, reference, run, sgd_of
 from works_with.sam import SAM
 
 import openwork as ow
@@ -147,62 +147,66 @@ FP16, BF16 = (
     {"autocast": torch.bfloat16, "tolerance": 2e-2},
 )
 CLIPPED = {"reference": {"clip": CLIP}}
-WAYS = {
+SCENARIOS = {
     "Loop": {
-        "plain": Way(always=True),
-        "2 micro-batches a step": Way(two_micro_batches),
-        "gradient clipping": Way(clipped, **CLIPPED),
-        "`step(closure)`": Way(with_closure),
-        "several parameter groups": Way(make=two_groups),
-        "two optimizers": Way(make=two_optimizers),
-        "parameters added later (`add_param_group`)": Way(
+        "plain": Scenario(always=True),
+        "2 micro-batches a step": Scenario(two_micro_batches),
+        "gradient clipping": Scenario(clipped, **CLIPPED),
+        "`step(closure)`": Scenario(with_closure),
+        "several parameter groups": Scenario(make=two_groups),
+        "two optimizers": Scenario(make=two_optimizers),
+        "parameters added later (`add_param_group`)": Scenario(
             joined_by_the_head, make=all_but_the_head, reference={"late": LATE}, resumes=False
         ),
     },
     "Optimizer": {
-        "SGD, `foreach=True`": Way(make=lambda model: sgd_of(model, foreach=True)),
-        "SGD, `foreach=False`": Way(make=lambda model: sgd_of(model, foreach=False)),
-        "SGD, `fused=True`": Way(make=lambda model: sgd_of(model, fused=True)),
-        "one optimizer a parameter, stepping in the backward pass": Way(stepping_in_backward, make=one_for_each),
-        "SAM, attached through its `base_optimizer`": Way(sharpness_aware, make=inside_sam, reference={"rho": RHO}),
-        "schedule-free SGD": Way(
+        "SGD, `foreach=True`": Scenario(make=lambda model: sgd_of(model, foreach=True)),
+        "SGD, `foreach=False`": Scenario(make=lambda model: sgd_of(model, foreach=False)),
+        "SGD, `fused=True`": Scenario(make=lambda model: sgd_of(model, fused=True)),
+        "one optimizer a parameter, stepping in the backward pass": Scenario(stepping_in_backward, make=one_for_each),
+        "SAM, attached through its `base_optimizer`": Scenario(
+            sharpness_aware, make=inside_sam, reference={"rho": RHO}
+        ),
+        "schedule-free SGD": Scenario(
             back_and_forth, make=without_schedule, update="schedule-free", packages=("schedulefree",)
         ),
-        "AdamW, `foreach=True`": Way(make=lambda model: adamw_of(model, foreach=True), update="adamw"),
-        "AdamW, `fused=True`": Way(always=True, make=lambda model: adamw_of(model, fused=True), update="adamw"),
+        "AdamW, `foreach=True`": Scenario(make=lambda model: adamw_of(model, foreach=True), update="adamw"),
+        "AdamW, `fused=True`": Scenario(always=True, make=lambda model: adamw_of(model, fused=True), update="adamw"),
     },
     "Memory and functions": {
-        "activation checkpointing": Way(wrap=partial(checkpointed, reentrant=False)),
-        "activation checkpointing, `use_reentrant=True`": Way(wrap=partial(checkpointed, reentrant=True)),
-        "`torch.func.functional_call`": Way(wrap=functional),
+        "activation checkpointing": Scenario(wrap=partial(checkpointed, reentrant=False)),
+        "activation checkpointing, `use_reentrant=True`": Scenario(wrap=partial(checkpointed, reentrant=True)),
+        "`torch.func.functional_call`": Scenario(wrap=functional),
     },
     "Precision": {
-        "fp16 autocast, `GradScaler`": Way(**FP16),
-        "fp16 autocast, `GradScaler`, fused SGD": Way(
+        "fp16 autocast, `GradScaler`": Scenario(**FP16),
+        "fp16 autocast, `GradScaler`, fused SGD": Scenario(
             make=lambda model: sgd_of(model, fused=True), always=True, **FP16
         ),
-        "`GradScaler` in fp32, fused AdamW, which takes `grad_scale`": Way(
+        "`GradScaler` in fp32, fused AdamW, which takes `grad_scale`": Scenario(
             make=lambda model: adamw_of(model, fused=True), update="adamw", scaler=True
         ),
-        "fp16 autocast, `GradScaler`, clipping, 2 micro-batches": Way(clipped_micro_batches, **FP16, **CLIPPED),
-        "bf16 autocast": Way(always=True, **BF16),
-        "bf16 parameters, against the equations in bf16": Way(
+        "fp16 autocast, `GradScaler`, clipping, 2 micro-batches": Scenario(clipped_micro_batches, **FP16, **CLIPPED),
+        "bf16 autocast": Scenario(always=True, **BF16),
+        "bf16 parameters, against the equations in bf16": Scenario(
             dtype=torch.bfloat16, reference={"dtype": torch.bfloat16}, tolerance=2e-2
         ),
     },
 }
-ROWS = [pytest.param(group, name, way, id=name) for group, ways in WAYS.items() for name, way in ways.items()]
+ROWS = [
+    pytest.param(group, name, scenario, id=name) for group, ways in SCENARIOS.items() for name, scenario in ways.items()
+]
 
 
-@pytest.mark.parametrize(("group", "name", "way"), ROWS)
-def test_it_takes_the_steps_of_the_equations(row, group, name, way):
-    check(row, group, name, way, {kind: run(way, kind) for kind in nets_of(way)})
+@pytest.mark.parametrize(("group", "name", "scenario"), ROWS)
+def test_it_takes_the_steps_of_the_equations(row, group, name, scenario):
+    check(row, group, name, scenario, {kind: run(scenario, kind) for kind in nets_of(scenario)})
 
 
-@pytest.mark.parametrize(("name", "way"), [pytest.param(*each.values[1:], id=each.id) for each in ROWS])
-def test_a_lost_term_would_be_seen(name, way):
-    for kind in nets_of(way):
-        assert distance(reference(way, kind, decay=0.0), reference(way, kind)) > 10 * way.tolerance
+@pytest.mark.parametrize(("name", "scenario"), [pytest.param(*each.values[1:], id=each.id) for each in ROWS])
+def test_a_lost_term_would_be_seen(name, scenario):
+    for kind in nets_of(scenario):
+        assert distance(reference(scenario, kind, decay=0.0), reference(scenario, kind)) > 10 * scenario.tolerance
 
 
 def test_the_masks_of_the_equations_are_those_of_sorting_by_hand():

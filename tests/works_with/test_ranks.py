@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from plain_loop import distance
 from sharing import filled_once
 from works_with import ranks
-from works_with.harness import Way, check, reference
+from works_with.harness import Scenario, check, reference
 
 import openwork as ow
 
@@ -41,20 +41,22 @@ def two(folder):
     return left_by(2, folder)
 
 
-@pytest.mark.parametrize("name", ranks.WAYS | ranks.SPLIT)
+@pytest.mark.parametrize("name", ranks.SCENARIOS | ranks.SPLIT)
 def test_it_takes_the_steps_of_the_equations(row, two, name):
-    way = (ranks.WAYS | ranks.SPLIT)[name]
-    kinds = {kind.__name__: kind for kind in (*ranks.nets_of(Way(always=True)), ranks.Feedforward)}
+    scenario = (ranks.SCENARIOS | ranks.SPLIT)[name]
+    kinds = {kind.__name__: kind for kind in (*ranks.nets_of(Scenario(always=True)), ranks.Feedforward)}
     for found in two:
         results = {kinds[kind]: result for kind, result in found[name].items()}
-        check(row, "Two processes", name, way, results)
+        check(row, "Two processes", name, scenario, results)
 
 
 def test_a_lost_term_would_be_seen():
-    for way in ranks.WAYS.values():
-        if "fixed" not in way.reference:
-            for kind in ranks.nets_of(way):
-                assert distance(reference(way, kind, decay=0.0), reference(way, kind)) > 10 * way.tolerance
+    for scenario in ranks.SCENARIOS.values():
+        if "fixed" not in scenario.reference:
+            for kind in ranks.nets_of(scenario):
+                assert (
+                    distance(reference(scenario, kind, decay=0.0), reference(scenario, kind)) > 10 * scenario.tolerance
+                )
 
 
 @pytest.mark.parametrize("name", ranks.CUT)
@@ -77,7 +79,7 @@ def continued(row, saved, ends):
     for weights, steps in ends:
         assert steps == ranks.STEPS
         assert distance(weights, saved) < TOLERANCE
-        assert distance(weights, reference(Way(), ranks.SAVED)) < TOLERANCE
+        assert distance(weights, reference(Scenario(), ranks.SAVED)) < TOLERANCE
     what = f"`torch.distributed.checkpoint`, saved by 2 processes under FSDP2, continued by {len(ends)}"
     found = {ranks.SAVED.__name__: distance(ends[0][0], saved)}
     row("Two processes", what, difference=found, tolerance=TOLERANCE)
@@ -85,7 +87,7 @@ def continued(row, saved, ends):
 
 def test_a_checkpoint_of_two_processes_is_continued_by_one(row, two, folder):
     """Saved by torch.distributed.checkpoint in the middle, model and optimizer."""
-    continued(row, two[0]["saved"], [ranks.load_and_go_on(ranks.SAVED, folder / "checkpoint", Way())])
+    continued(row, two[0]["saved"], [ranks.load_and_go_on(ranks.SAVED, folder / "checkpoint", Scenario())])
 
 
 @pytest.mark.for_the_page
