@@ -9,9 +9,8 @@ with even N. N slots of every group are kept, zeros included, so all outputs hav
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from openwork.layouts import cpu
 from openwork.layouts.conv import ConvGeometry
 from openwork.layouts.cpu import WINDOWS
 from openwork.layouts.gemm import Gemm
-from openwork.layouts.layout import Layout, Request, Vectors, check_packable, numbers_of, parts, register
+from openwork.layouts.layout import Layout, Request, Vectors, check_packable, parts, register
 from openwork.nm.pattern import Pattern
 
 _TOGETHER = {torch.bfloat16: 2, torch.int8: 4}  # numbers in 32 bits
@@ -46,27 +45,12 @@ class DotProduct(Layout):
     weight_dtypes = (torch.bfloat16, torch.int8)
     best_rows = range(1, 2**63)
     times_channels_last = True
-    Numbers: ClassVar[Any] = DotProductNumbers
+    operands = ("values", "indices", "scales")
+    Numbers = DotProductNumbers
     values: Tensor
     indices: Tensor
     scales: Tensor | None
     numbers: DotProductNumbers
-
-    def __init__(self, values: Tensor, indices: Tensor, scales: Tensor | None, numbers: DotProductNumbers):
-        super().__init__({"values": values, "indices": indices, "scales": scales}, numbers)
-
-    @classmethod
-    def of(cls, packed: Sequence[Tensor], numbers: Sequence[int]) -> DotProduct:
-        """From what an operator is given."""
-        values, indices, *scales = packed
-        return cls(values, indices, scales[0] if scales else None, numbers_of(cls, numbers))
-
-    @property
-    def packed(self) -> list[Tensor]:
-        """The tensors, for an operator."""
-        buffers: Any = self._buffers  # attributes of a module take long enough to count in a layer of one row
-        tensors = [buffers["values"], buffers["indices"], buffers["scales"]]
-        return tensors if tensors[2] is not None else tensors[:2]
 
     @classmethod
     def refusal(cls, request: Request) -> str:
@@ -96,7 +80,7 @@ class DotProduct(Layout):
             values.append(kept.contiguous())
             indices.append(_two_steps(places) if weight.dtype == torch.bfloat16 else places.contiguous())
         numbers = DotProductNumbers(pattern.n, pattern.m, lanes, O, K)
-        return cls(torch.cat(values), torch.cat(indices), scales, numbers)
+        return cls({"values": torch.cat(values), "indices": torch.cat(indices), "scales": scales}, numbers)
 
     def unpack(self) -> Tensor:
         (O, K), lanes = self.shape, self.numbers.lanes
@@ -125,12 +109,12 @@ class DotProduct(Layout):
 
     def linear(self, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         operator = torch.ops.openwork.dot_product_linear.default
-        y: Tensor = operator(self._input(x), self.packed, bias, self.integers, relu, True)
+        y: Tensor = operator(self._input(x), self.tensors(), bias, self.integers, relu, True)
         return y.to(x.dtype)
 
     def conv2d(self, x: Tensor, bias: Tensor | None, geometry: ConvGeometry, relu: bool) -> Tensor:
         operator = torch.ops.openwork.dot_product_conv2d.default
-        y: Tensor = operator(self._input(x), self.packed, bias, self.integers, geometry.numbers, relu, True)
+        y: Tensor = operator(self._input(x), self.tensors(), bias, self.integers, geometry.numbers, relu, True)
         return y.to(x.dtype)
 
     def _input(self, x: Tensor) -> Tensor:

@@ -8,15 +8,14 @@ zeros included, so all outputs have equally many, and no pointers are needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from openwork.layouts import cpu
 from openwork.layouts.conv import ConvGeometry
-from openwork.layouts.layout import Layout, Request, Vectors, check_packable, numbers_of, parts, register
+from openwork.layouts.layout import Layout, Request, Vectors, check_packable, parts, register
 from openwork.nm.pattern import Pattern
 
 _CACHE = 20 * 1024  # bytes of input that a tile may take of the first-level cache, of which 32 KiB are the smallest
@@ -47,27 +46,12 @@ class Gemm(Layout):
     device_type = "cpu"
     weight_dtypes = cpu.WEIGHT_DTYPES
     best_rows = range(4, 2**63)
-    Numbers: ClassVar[Any] = GemmNumbers
+    operands = ("values", "offsets", "scales")
+    Numbers = GemmNumbers
     values: Tensor
     offsets: Tensor
     scales: Tensor | None
     numbers: GemmNumbers
-
-    def __init__(self, values: Tensor, offsets: Tensor, scales: Tensor | None, numbers: GemmNumbers):
-        super().__init__({"values": values, "offsets": offsets, "scales": scales}, numbers)
-
-    @classmethod
-    def of(cls, packed: Sequence[Tensor], numbers: Sequence[int]) -> Gemm:
-        """From what an operator is given."""
-        values, offsets, *scales = packed
-        return cls(values, offsets, scales[0] if scales else None, numbers_of(cls, numbers))
-
-    @property
-    def packed(self) -> list[Tensor]:
-        """The tensors, for an operator."""
-        buffers: Any = self._buffers  # attributes of a module take long enough to count in a layer of one row
-        tensors = [buffers["values"], buffers["offsets"], buffers["scales"]]
-        return tensors if tensors[2] is not None else tensors[:2]
 
     @classmethod
     def refusal(cls, request: Request) -> str:
@@ -92,7 +76,8 @@ class Gemm(Layout):
                 wrapped = torch.where(offset < 2**15, offset, offset - 2**16).to(torch.int16)
                 offsets[place].view(O, stored)[outputs, :count] = wrapped.expand_as(kept)[kept].view(-1, count)
                 at += O * stored
-        return cls(values, offsets, scales, GemmNumbers(pattern.n, pattern.m, tile, columns, O, K))
+        numbers = GemmNumbers(pattern.n, pattern.m, tile, columns, O, K)
+        return cls({"values": values, "offsets": offsets, "scales": scales}, numbers)
 
     def unpack(self) -> Tensor:
         (O, K), m = self.shape, self.pattern.m
@@ -116,12 +101,12 @@ class Gemm(Layout):
         return self.pack(self.unpack(), self.scales, self.pattern, vectors)
 
     def linear(self, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        y: Tensor = torch.ops.openwork.gemm_linear.default(x.float(), self.packed, bias, self.integers, relu, True)
+        y: Tensor = torch.ops.openwork.gemm_linear.default(x.float(), self.tensors(), bias, self.integers, relu, True)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
     def conv2d(self, x: Tensor, bias: Tensor | None, geometry: ConvGeometry, relu: bool) -> Tensor:
         operator = torch.ops.openwork.gemm_conv2d.default
-        y: Tensor = operator(x.float(), self.packed, bias, self.integers, geometry.numbers, relu, True)
+        y: Tensor = operator(x.float(), self.tensors(), bias, self.integers, geometry.numbers, relu, True)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 

@@ -8,8 +8,7 @@ N slots of every group are kept, zeros included, so all outputs have equally man
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from openwork.layouts import cpu
 from openwork.layouts.cpu import WINDOWS
 from openwork.layouts.index_words import pack_words, unpack_words
-from openwork.layouts.layout import Layout, Request, Vectors, check_packable, numbers_of, parts, register
+from openwork.layouts.layout import Layout, Request, Vectors, check_packable, parts, register
 from openwork.nm.pattern import Pattern
 
 
@@ -39,27 +38,12 @@ class Gemv(Layout):
     device_type = "cpu"
     weight_dtypes = cpu.WEIGHT_DTYPES
     best_rows = range(1, 17)
-    Numbers: ClassVar[Any] = GemvNumbers
+    operands = ("values", "indices", "scales")
+    Numbers = GemvNumbers
     values: Tensor
     indices: Tensor
     scales: Tensor | None
     numbers: GemvNumbers
-
-    def __init__(self, values: Tensor, indices: Tensor, scales: Tensor | None, numbers: GemvNumbers):
-        super().__init__({"values": values, "indices": indices, "scales": scales}, numbers)
-
-    @classmethod
-    def of(cls, packed: Sequence[Tensor], numbers: Sequence[int]) -> Gemv:
-        """From what an operator is given."""
-        values, indices, *scales = packed
-        return cls(values, indices, scales[0] if scales else None, numbers_of(cls, numbers))
-
-    @property
-    def packed(self) -> list[Tensor]:
-        """The tensors, for an operator."""
-        buffers: Any = self._buffers  # attributes of a module take long enough to count in a layer of one row
-        tensors = [buffers["values"], buffers["indices"], buffers["scales"]]
-        return tensors if tensors[2] is not None else tensors[:2]
 
     @classmethod
     def refusal(cls, request: Request) -> str:
@@ -80,7 +64,7 @@ class Gemv(Layout):
             index = (torch.arange(part.shape[1], device=weight.device) % window).expand_as(keep)[keep]
             indices.append(_words(index.view(blocks, lanes, windows, -1), window))
         numbers = GemvNumbers(pattern.n, pattern.m, lanes, O, K)
-        return cls(torch.cat(values), torch.cat(indices), scales, numbers)
+        return cls({"values": torch.cat(values), "indices": torch.cat(indices), "scales": scales}, numbers)
 
     def unpack(self) -> Tensor:
         (O, K), window = self.shape, WINDOWS[self.pattern.m]
@@ -97,7 +81,7 @@ class Gemv(Layout):
         return self if same else self.pack(self.unpack(), self.scales, self.pattern, vectors)
 
     def linear(self, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        y: Tensor = torch.ops.openwork.gemv_linear.default(x.float(), self.packed, bias, self.integers, relu, True)
+        y: Tensor = torch.ops.openwork.gemv_linear.default(x.float(), self.tensors(), bias, self.integers, relu, True)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 

@@ -67,6 +67,10 @@ class Layout(nn.Module, ABC):
     weight_dtypes: ClassVar[tuple[torch.dtype, ...]]
     best_rows: ClassVar[range]
     """Rows of input that it is made for; it may take others."""
+    operands: ClassVar[tuple[str, ...]] = ()
+    """The buffers that its operator takes, in this order; the last may be None."""
+    Numbers: ClassVar[Any] = None
+    """The class of `numbers`."""
     times_channels_last: ClassVar[bool] = False
     """Whether convolutions are timed on images with their channels last as well."""
     algorithms: Mapping[int, Algorithm] = MappingProxyType({})
@@ -79,6 +83,19 @@ class Layout(nn.Module, ABC):
         self.numbers, self.integers = numbers, list(numbers)
         self.pattern = Pattern(numbers.n, numbers.m)
         self.shape: tuple[int, int] = (numbers.outputs, numbers.inputs)
+
+    @classmethod
+    def of(cls, packed: Sequence[Tensor], numbers: Sequence[int]) -> Layout:
+        """From what its operator is given. Raises ValueError where there are too many or too few integers."""
+        return cls(
+            dict.fromkeys(cls.operands) | dict(zip(cls.operands, packed, strict=False)), numbers_of(cls, numbers)
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors, as its operator takes them."""
+        buffers: Any = self._buffers  # attributes of a module take long enough to count in a layer of one row
+        tensors = [buffers[name] for name in self.operands]
+        return tensors if tensors[-1] is not None else tensors[:-1]
 
     @classmethod
     @abstractmethod

@@ -10,14 +10,14 @@ gathers the inputs of each kept weight, the other expands tiles of the weight to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from openwork.layouts.index_words import pack_words, unpack_words
-from openwork.layouts.layout import Layout, Request, Vectors, check_packable, numbers_of, parts, register
+from openwork.layouts.layout import Layout, Request, Vectors, check_packable, parts, register
 from openwork.nm.pattern import Pattern
 
 ROWS = 16
@@ -38,20 +38,12 @@ class Skinny(Layout):
     device_type = "cuda"
     weight_dtypes = (torch.float16, torch.bfloat16)
     best_rows = range(1, ROWS + 1)
-    Numbers: ClassVar[Any] = SkinnyNumbers
+    operands = ("values", "indices")
+    Numbers = SkinnyNumbers
     values: Tensor
     indices: Tensor
     kernel_bias: Tensor | None
     numbers: SkinnyNumbers
-
-    def __init__(self, values: Tensor, indices: Tensor, numbers: SkinnyNumbers):
-        super().__init__({"values": values, "indices": indices, "kernel_bias": None}, numbers)
-
-    @classmethod
-    def of(cls, packed: Sequence[Tensor], numbers: Sequence[int]) -> Skinny:
-        """From what an operator is given."""
-        values, indices = packed
-        return cls(values, indices, numbers_of(cls, numbers))
 
     @classmethod
     def refusal(cls, request: Request) -> str:
@@ -72,7 +64,8 @@ class Skinny(Layout):
             values.append(part[keep].view(slots).permute(2, 1, 0))
             indices.append(pack_words(index.view(len(part), -1), index_bits(pattern)).t())
         numbers = SkinnyNumbers(pattern.n, m, O, K)
-        return cls(torch.cat(values, 2).contiguous(), torch.cat(indices, 1).contiguous(), numbers)
+        tensors = {"values": torch.cat(values, 2).contiguous(), "indices": torch.cat(indices, 1).contiguous()}
+        return cls({**tensors, "kernel_bias": None}, numbers)
 
     def unpack(self) -> Tensor:
         m, (O, K) = self.pattern.m, self.shape
@@ -91,7 +84,7 @@ class Skinny(Layout):
             y = y.relu() if relu else y
         else:
             operator = getattr(torch.ops.openwork, f"{self.name}_linear").default
-            y = operator(rows, [self.values, self.indices], self.kernel_bias, self.integers, relu, True)
+            y = operator(rows, self.tensors(), self.kernel_bias, self.integers, relu, True)
         return y.reshape(*x.shape[:-1], self.shape[0]).to(x.dtype)
 
 

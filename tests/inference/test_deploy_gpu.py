@@ -452,7 +452,7 @@ def test_fake_kernels_fit(name: str) -> None:
     if kind == "cutlass":
         arguments = (x, layout.values, layout.meta, layout.kernel_bias, kind, 32, [0, 1, -1], torch.bfloat16)
     else:
-        arguments = (x, [layout.values, layout.indices], layout.kernel_bias, layout.integers, False, False)
+        arguments = (x, layout.tensors(), layout.kernel_bias, layout.integers, False, False)
     torch.library.opcheck(getattr(torch.ops.openwork, name).default, arguments)
 
 

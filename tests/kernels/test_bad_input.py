@@ -30,7 +30,7 @@ def good(operator: str, weight_dtype: torch.dtype = torch.float32) -> Given:
     given: Given = {"scales": scales, "bias": torch.ones(10), "relu": False}
     kind: Any = Gemv if operator == "gemv_linear" else Gemm
     layout = kind.pack(numbers, scales, Pattern(2, 4), kernels.vectors())
-    given |= {"values": layout.values, "numbers": layout.integers, where(operator): layout.packed[1]}
+    given |= {"values": layout.values, "numbers": layout.integers, where(operator): layout.tensors()[1]}
     if operator != "gemm_conv2d":
         return {**given, "x": torch.randn(3, 24)}
     geometry = {"kernel": [3, 1], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}

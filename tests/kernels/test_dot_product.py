@@ -47,7 +47,7 @@ def packed(rows: Tensor, pattern: Pattern, weight_dtype: torch.dtype) -> DotProd
 
 
 def conv(x: Tensor, layout: DotProduct, bias: Tensor | None, geometry: tuple[Any, ...], relu: bool) -> Tensor:
-    return ops.dot_product_conv2d(x, layout.packed, bias, layout.integers, flat(geometry), relu)
+    return ops.dot_product_conv2d(x, layout.tensors(), bias, layout.integers, flat(geometry), relu)
 
 
 def flat(geometry: tuple[Any, ...]) -> list[int]:
@@ -107,7 +107,7 @@ def test_convolution_is_the_dense_one(
     x = x if weight_dtype == torch.int8 else x.bfloat16()
     layout, geometry = packed(rows, pattern, weight_dtype), (kernel, stride, padding, dilation)
     y = conv(x, layout, bias, geometry, relu)
-    expected = reference.conv2d(DotProduct, x, layout.packed, bias, layout.integers, flat(geometry), relu)
+    expected = reference.conv2d(DotProduct, x, layout.tensors(), bias, layout.integers, flat(geometry), relu)
     assert (y.shape, y.dtype) == (expected.shape, x.dtype)
     if weight_dtype == torch.int8:
         assert torch.equal(y, expected)

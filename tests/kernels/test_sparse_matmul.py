@@ -54,7 +54,7 @@ def weight_dtype(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | N
 
 def linear(x: Tensor, layout: Layout, bias: Tensor | None, relu: bool) -> Tensor:
     x = x.bfloat16() if isinstance(layout, DotProduct) and layout.scales is None else x
-    return getattr(ops, f"{layout.name}_linear")(x, layout.packed, bias, layout.integers, relu)
+    return getattr(ops, f"{layout.name}_linear")(x, layout.tensors(), bias, layout.integers, relu)
 
 
 def packed(weight: Tensor, pattern: Pattern, kind: str, dtype: torch.dtype) -> Layout:
@@ -79,7 +79,7 @@ def good(y: Tensor, x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | No
         return within_bfloat16(y, x.bfloat16().double(), weight_dtype(weight, torch.bfloat16)[0].double(), bias, relu)
     if layout.scales is None:
         return within_bound(y, F.linear, x, weight_dtype(weight, layout.values.dtype)[0].float(), bias, relu)
-    return torch.equal(y, reference.linear(type(layout), x, layout.packed, bias, layout.integers, relu))
+    return torch.equal(y, reference.linear(type(layout), x, layout.tensors(), bias, layout.integers, relu))
 
 
 def within_bfloat16(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> bool:
@@ -305,7 +305,7 @@ def conv(
     relu: bool,
 ) -> Tensor:
     geometry = [*kernel, *stride, *padding, *dilation, groups]
-    return ops.gemm_conv2d(x, layout.packed, bias, layout.integers, geometry, relu)
+    return ops.gemm_conv2d(x, layout.tensors(), bias, layout.integers, geometry, relu)
 
 
 def packed_conv(weight: Tensor, pattern: Pattern, dtype: torch.dtype) -> Gemm:
@@ -363,7 +363,7 @@ def test_convolution_is_the_dense_one(
         product = lambda x, w, b: F.conv2d(x, w, b, stride, padding, dilation, groups)  # noqa: E731
         assert within_bound(y, product, x, weight_dtype(weight, dtype)[0].float(), bias, relu)
     else:
-        given = (x, layout.packed, bias, layout.integers, [*kernel, *stride, *padding, *dilation, groups])
+        given = (x, layout.tensors(), bias, layout.integers, [*kernel, *stride, *padding, *dilation, groups])
         assert torch.equal(y, reference.conv2d(Gemm, *given, relu))
     if last and not x.is_contiguous():
         assert y.is_contiguous(memory_format=torch.channels_last)
@@ -380,7 +380,7 @@ def test_large_and_small_images_on_several_threads(isa: str, dtype: torch.dtype,
     try:
         for size in (3, 40):
             x = torch.randn(2, 12, size, size, generator=generator)
-            given = (x, layout.packed, None, layout.integers, [3, 3, 1, 1, 1, 1, 1, 1, 1], False)
+            given = (x, layout.tensors(), None, layout.integers, [3, 3, 1, 1, 1, 1, 1, 1, 1], False)
             y, expected = ops.gemm_conv2d(*given), reference.conv2d(Gemm, *given)
             assert torch.allclose(y, expected, atol=1e-4)
     finally:

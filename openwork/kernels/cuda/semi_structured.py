@@ -8,7 +8,7 @@ packs it again where it is.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class SemiStructured(Layout):
 
     device_type = "cuda"
     best_rows = range(1, 2**63)
-    Numbers: ClassVar[Any] = SemiStructuredNumbers
+    Numbers = SemiStructuredNumbers
     values: Tensor
     meta: Tensor | None
     scales: Tensor | None

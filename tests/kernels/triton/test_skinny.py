@@ -50,7 +50,7 @@ def test_skinny_gemm_is_the_dense_product(
     linear = kernels.skinny_expand_linear if expand else kernels.skinny_gather_linear
     x, bias = torch.randn(rows, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
     for added, relu in ((bias, True), (None, False)):
-        y = linear(x, [layout.values, layout.indices], added, layout.integers, relu)
+        y = linear(x, layout.tensors(), added, layout.integers, relu)
         exact = x.double() @ weight.double().t() + (0 if added is None else added.double())
         exact = exact.relu() if relu else exact
         error = (y.double() - exact).abs()
@@ -63,7 +63,7 @@ def test_parts_of_the_reduction_are_all_added(monkeypatch: Any) -> None:
     weight = made((2, 4), (16, 1024), torch.float16)
     layout, x = packed(weight, Pattern(2, 4)), torch.randint(-2, 3, (2, 1024)).half()
     for linear in (kernels.skinny_gather_linear, kernels.skinny_expand_linear):
-        y = linear(x, [layout.values, layout.indices], None, layout.integers, False)
+        y = linear(x, layout.tensors(), None, layout.integers, False)
         assert torch.allclose(y.double(), x.double() @ weight.double().t(), rtol=2e-3, atol=1e-2)
     assert kernels.parts_of(1024, 32, 1, 100) == 8
 
@@ -91,7 +91,7 @@ def test_tensors_of_another_layout_are_refused(wrong: str) -> None:
 
 def test_what_triton_does_not_compile_is_a_refusal_and_other_errors_are_ours(monkeypatch: Any) -> None:
     layout = packed(made((2, 4), (16, 32), torch.float16), Pattern(2, 4))
-    given = (torch.zeros(1, 32).half(), [layout.values, layout.indices], None, layout.integers, False)
+    given = (torch.zeros(1, 32).half(), layout.tensors(), None, layout.integers, False)
     for error, raised in ((OutOfResources(9, 8, "shared memory"), KernelRefused), (TypeError("ours"), TypeError)):
 
         class Fails:
