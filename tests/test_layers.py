@@ -148,6 +148,13 @@ def test_imports_point_downwards() -> None:
     assert upward_imports(ROOT) == []
 
 
+def test_imports_name_modules_that_exist() -> None:
+    """Also those inside functions, which run only where their package is there."""
+    known = modules(ROOT)
+    missing = {f"{name} imports {other}" for name in known for other in imports(name, known) - known.keys()}
+    assert missing == set()
+
+
 def test_no_imports_in_a_circle() -> None:
     assert circle(ROOT) == []
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from openwork import kernels
+from openwork.kernels import registry
 from openwork.kernels.cuda import triton as gpu
 
 HERE = Path(__file__).parent
@@ -93,6 +94,13 @@ def test_a_kernel_is_compiled_once_for_all_sizes(file: str, kernel: str, sizes: 
 )
 def test_cuda_tensors_are_led_to_triton(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"openwork::{name}", "CUDA")
+
+
+@needs_triton
+@pytest.mark.parametrize("place", [place for (_, device), place in registry.KERNELS.items() if device == "CUDA"])
+def test_the_kernels_that_they_are_led_to_exist(place: str) -> None:
+    module, _, function = place.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA tensors: masks, topology, thin products. Imported only where they run.
+"""Triton kernels for CUDA tensors: masks, topology, skinny GEMM. Imported only where they run.
 
 `triton` compiles them on first use, for the GPU at hand. Without it, or where it cannot compile (no C compiler for its
 launcher), every operator runs its reference, and `reason` says why.
@@ -65,6 +65,8 @@ def _failure() -> str:
             probe = torch.tensor([[1.0, 2.0, 3.0, 4.0]], device="cuda")
             found = masks.foreach_prune([probe], 2, 4, [1, 1, 0])[0].tolist()
     except Exception as error:  # a missing compiler, driver or device function: triton raises many kinds
+        if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("openwork"):
+            raise  # ours
         said = f"triton does not run here: {type(error).__name__}: {str(error)[:200]}"
         # A capture in another thread forbids what a first launch does; memory may be there later.
         if isinstance(error, torch.cuda.OutOfMemoryError) or re.search("captur|out of memory", str(error)):
