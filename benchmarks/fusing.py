@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import openwork as ow
-from openwork.bench.models import Block
+from openwork.bench.models import EncoderBlock
 from openwork.inference.layers import PackedLinear
 from openwork.layouts import Gemm
 from openwork.utils.torchvision_compat import ensure_torchvision
@@ -81,7 +81,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     resnet18 = ensure_torchvision().models.resnet18
     optimizers("ResNet-18, 128 x 32x32", lambda: resnet18(weights=None), torch.randn(128, 3, 32, 32))
-    optimizers("a block of GPT-2 small, 8 x 128 tokens", lambda: Block(768, 12), torch.randn(8, 128, 768))
+    optimizers("a block of GPT-2 small, 8 x 128 tokens", lambda: EncoderBlock(768, 12), torch.randn(8, 128, 768))
     with torch.inference_mode():
         for pattern in ("2:4", "1:8"):
             for tokens in (128, 1024):

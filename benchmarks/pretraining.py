@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 import openwork as ow
 from openwork.bench.measure import today
-from openwork.bench.models import Block
+from openwork.bench.models import EncoderBlock
 from openwork.utils.hardware import cpu_name
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -61,7 +61,7 @@ class Gpt(nn.Module):
     def __init__(self, size: Size, words: int):
         super().__init__()
         self.words, self.places = nn.Embedding(words, size.width), nn.Embedding(size.tokens, size.width)
-        self.blocks = nn.ModuleList(Block(size.width, size.heads, causal=True) for _ in range(size.blocks))
+        self.blocks = nn.ModuleList(EncoderBlock(size.width, size.heads, causal=True) for _ in range(size.blocks))
         self.norm, self.head = nn.LayerNorm(size.width), nn.Linear(size.width, words, bias=False)
         self.head.weight = self.words.weight
         for each in self.parameters():

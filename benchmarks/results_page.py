@@ -22,7 +22,7 @@ from typing import Any
 from openwork.recipes import TASKS, find
 from openwork.recipes.config import comparison
 from openwork.recipes.method_flags import option_flags
-from openwork.recipes.summary import Row, notes, table_of
+from openwork.recipes.summary import SummaryRow, notes, table_of
 from openwork.recipes.task import Metric
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +60,7 @@ def section(documents: Sequence[dict[str, Any]]) -> str:
     """Commands, environment, table, and what its columns mean. The comparisons share task, machine and dense runs."""
     first = documents[0]
     metrics = [Metric(**each) for each in first["metrics"]]
-    header, rows = table_of([Row(**row) for document in documents for row in document["rows"]], metrics)
+    header, rows = table_of([SummaryRow(**row) for document in documents for row in document["rows"]], metrics)
     rows = [row for i, row in enumerate(rows) if row not in rows[:i]]
     e = first["environment"]
     environment = f"{e['device']}, {e['cores']} cores, {e['threads']} thread(s) a run, torch {e['torch']}."

@@ -20,7 +20,7 @@ from torch import Tensor
 import openwork as ow
 from openwork.nm.groups import Axis
 from openwork.nm.masks import magnitude_mask
-from openwork.nm.sinkhorn import best_approximate, completed, rounded
+from openwork.nm.sinkhorn import best_approximate, completed, rounded_mask
 from openwork.nm.transposable import best_2_4, transposable_mask
 from openwork.ops import foreach_mask
 
@@ -49,7 +49,7 @@ def seconds(function: Callable[[], object], rounds: int = 5) -> float:
 def kept_at_2_4(name: str, weight: Tensor) -> None:
     tiles = tiles_of(weight, 4)
     every = share(weight.abs(), magnitude_mask(weight.abs(), TWO_OF_FOUR, Axis(1)))
-    greedy = rounded(tiles, 2)
+    greedy = rounded_mask(tiles, 2)
     found = {
         "exact": best_2_4(tiles),
         "entropic": best_approximate(tiles, TWO_OF_FOUR),
@@ -74,7 +74,7 @@ def optimum(score: Tensor, n: int) -> float:
 def against_the_optimum(pattern: ow.Pattern, weight: Tensor, count: int) -> None:
     tiles = tiles_of(weight, pattern.m)[:count]
     best = torch.tensor([optimum(tile, pattern.n) for tile in tiles], dtype=torch.float64)
-    greedy = completed(rounded(tiles, pattern.n), tiles, pattern.n)
+    greedy = completed(rounded_mask(tiles, pattern.n), tiles, pattern.n)
     sums = {how: (tiles.double() * keep).sum((1, 2)) for how, keep in
             {"entropic": best_approximate(tiles, pattern), "greedy, completed": greedy}.items()}  # fmt: skip
     for how, found in sums.items():

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from openwork.bench import models, operators
-from openwork.bench.measure import Row, roofline, write_csv
+from openwork.bench.measure import BenchRow, roofline, write_csv
 from openwork.nm.pattern import Pattern
 from openwork.utils.table import aligned
 
@@ -61,24 +61,24 @@ def bench(words: Sequence[str], build: Build, add_arguments: Callable[[argparse.
     add("--no-compile", action="store_true", help="leave out what torch.compile makes of whole models")
     add("--out", type=Path, default=Path("bench.csv"))
     asked = parser.parse_args(words)
-    found: list[Row] = []
+    found: list[BenchRow] = []
     for threads in sorted(set(asked.threads)):
         torch.set_num_threads(threads)
         for what in asked.what:
             found += _run(what, asked, build)
-            write_csv(asked.out, Row, found)  # after each: what was measured is not lost
+            write_csv(asked.out, BenchRow, found)  # after each: what was measured is not lost
     print(f"{len(found)} rows: {asked.out.resolve()}")
     return 0
 
 
-def _run(what: str, asked: argparse.Namespace, build: Build) -> list[Row]:
+def _run(what: str, asked: argparse.Namespace, build: Build) -> list[BenchRow]:
     patterns = [Pattern.parse(each) for each in asked.patterns]
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
     with torch.inference_mode():
         if what == "masks":
-            rows += operators.masks(roofline(), patterns, asked.seconds)
+            rows += operators.mask_rows(roofline(), patterns, asked.seconds)
         elif what == "linear":
-            rows += operators.linear(roofline(), SHAPES, patterns, asked.seconds)
+            rows += operators.linear_rows(roofline(), SHAPES, patterns, asked.seconds)
         elif what == "growth":
             rows += operators.growth(roofline(), GROWTH, patterns, asked.seconds)
         elif what == "threads":
@@ -93,16 +93,16 @@ def _run(what: str, asked: argparse.Namespace, build: Build) -> list[Row]:
         )
         with torch.no_grad():  # weights of inference mode cannot be frozen by a compiler
             for each in passes:
-                if isinstance(each, Row):
+                if isinstance(each, BenchRow):
                     rows.append(each)
                 else:
                     print(f"{len(each.chosen)} of {len(each.layers)} weights sparse", flush=True)
     if rows:
-        print("\n".join(aligned(*table(rows))), flush=True)
+        print("\n".join(aligned(*bench_table(rows))), flush=True)
     return rows
 
 
-def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def bench_table(rows: Sequence[BenchRow]) -> tuple[list[str], list[list[str]]]:
     """Header and cells, for printing."""
     header = [
         "op",
@@ -119,7 +119,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return header, [_cells(row) for row in rows]
 
 
-def _cells(r: Row) -> list[str]:
+def _cells(r: BenchRow) -> list[str]:
     times = [f"{r.p50_us:.0f}", f"{r.p20_us:.0f}..{r.p80_us:.0f}", f"{r.ratio:.2f}"]
     share = "-" if math.isnan(r.roofline) else f"{r.roofline:.0%}"
     size = "-" if math.isnan(r.held_bytes) else f"{r.held_bytes / 1e6:.1f}, +{r.grown_bytes / 1e6:.1f}"

@@ -22,7 +22,7 @@ from openwork.utils.timing import take_turns
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One variant of one operator. Times in microseconds: 20th, 50th and 80th percentile. `ratio` is the baseline's
     median over this median: above 1 where this is faster. `bound_us` is what the machine's peak and bandwidth allow,
     the larger of operations over peak and bytes over bandwidth, and `roofline` its share of the median. Of whole models
@@ -96,7 +96,7 @@ def rows(
     about: Mapping[str, tuple[str, str]],
     bounds: Mapping[str, float],
     memory: Mapping[str, tuple[int, int]] | None = None,
-) -> list[Row]:
+) -> list[BenchRow]:
     """One row for each variant, against the fastest of `baselines`. `about`: variant -> (pattern, dtype); `memory`:
     variant -> (held, grown)."""
     medians = {name: statistics.median(each) for name, each in times.items()}
@@ -109,7 +109,7 @@ def rows(
         limit = (1e6 * bound, bound / medians[name])
         held, grown = (memory or {}).get(name, (float("nan"), float("nan")))
         where = {**_where(), "held_bytes": held, "grown_bytes": grown}
-        made.append(Row(op, shape, pattern, dtype, name, p20, p50, p80, *against, *limit, **where))
+        made.append(BenchRow(op, shape, pattern, dtype, name, p20, p50, p80, *against, *limit, **where))
     return made
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from openwork.bench.measure import Row, alternating, rows
+from openwork.bench.measure import BenchRow, alternating, rows
 from openwork.inference.deploy import deploy
 from openwork.inference.fold import fold_batch_norm
 from openwork.inference.plan import Plan
@@ -31,7 +31,7 @@ class Encoder(nn.Module):
 
     def __init__(self, width: int = 768, heads: int = 12, blocks: int = 12):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads) for _ in range(blocks))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -39,7 +39,7 @@ class Encoder(nn.Module):
         return x
 
 
-class Block(nn.Module):
+class EncoderBlock(nn.Module):
     """One layer of it, normalized first. `causal`: of a decoder."""
 
     def __init__(self, width: int, heads: int, causal: bool = False):
@@ -67,7 +67,7 @@ def forward_passes(
     seconds: float,
     compiled: bool,
     dtype: torch.dtype = torch.float32,
-) -> Iterator[Row | Plan]:
+) -> Iterator[BenchRow | Plan]:
     """Rows of a model in `dtype` and batch, all variants taking turns: dense (eager, channels_last, compiled with
     frozen weights; where there are int8 weights, linear layers in torch's int8), deployed with weights in each of
     `weight_dtypes`, and that compiled. `build` gives the model and an example of a batch. Yields the plans of the

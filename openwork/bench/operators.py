@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import openwork.kernels as kernels
-from openwork.bench.measure import Roofline, Row, alternating, rows
+from openwork.bench.measure import BenchRow, Roofline, alternating, rows
 from openwork.inference.layers import pack_layer
 from openwork.kernels import fuses
 from openwork.kernels.cpu.masks import prune_into
@@ -29,7 +29,7 @@ WEIGHT = (2048, 4096)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-def masks(peak: Roofline, patterns: Sequence[Pattern], seconds: float) -> Iterator[Row]:
+def mask_rows(peak: Roofline, patterns: Sequence[Pattern], seconds: float) -> Iterator[BenchRow]:
     """Pruning 8.4 M weights (`WEIGHT`), and the SR-STE term on their gradient, beside a copy of them and the published
     argsort form. Fresh memory costs more than either, so what allocates is compared with what allocates."""
     weight, target = torch.randn(WEIGHT), torch.empty(WEIGHT)
@@ -61,7 +61,7 @@ def _published(weight: Tensor, pattern: Pattern) -> Tensor:
     return weight * torch.ones_like(groups).scatter_(1, lowest, 0).reshape(weight.shape)
 
 
-def linear(
+def linear_rows(
     peak: Roofline,
     shapes: Sequence[tuple[int, int, int]],
     patterns: Sequence[Pattern],
@@ -69,7 +69,7 @@ def linear(
     *,
     op: str = "linear",
     dtypes: Sequence[str] = tuple(DTYPES),
-) -> Iterator[Row]:
+) -> Iterator[BenchRow]:
     """(B, K) times weights (O, K), beside the dense products that torch has, each against the fastest of those that
     round no more: float32 by torch's default and by oneDNN prepacked; bfloat16; int8 with inputs quantized within the
     time. Caches are flushed before each when B is small: then the weights come from memory, as between layers of a
@@ -131,10 +131,10 @@ def growth(
     shapes: Mapping[str, Sequence[tuple[int, int, int]]],
     patterns: Sequence[Pattern],
     seconds: float,
-) -> Iterator[Row]:
+) -> Iterator[BenchRow]:
     """The same in float32 along series of shapes: `shapes` has them by what grows."""
     for what, series in shapes.items():
-        yield from linear(peak, series, patterns, seconds, op=f"growth with {what}", dtypes=["float32"])
+        yield from linear_rows(peak, series, patterns, seconds, op=f"growth with {what}", dtypes=["float32"])
 
 
 def _kinds(pattern: Pattern, weight_dtype: torch.dtype, rows_: int) -> list[Kind]:

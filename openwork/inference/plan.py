@@ -74,7 +74,7 @@ def environment(device: torch.device) -> str:
     """What the times of a plan belong to."""
     if device.type == "cuda":
         warned = cusparselt.version_warning(device)
-        return cusparselt.environment(device) + (f" ({warned})" if warned else "")
+        return cusparselt.gpu_environment(device) + (f" ({warned})" if warned else "")
     return f"{torch.get_num_threads()} threads, torch {torch.__version__}, {kernels.status()}"
 
 

@@ -17,7 +17,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 import openwork as ow
-from openwork.integrations.shared import Scalars, save_compressed, verify
+from openwork.integrations.shared import Scalars, save_compressed, verify_recorded
 
 
 class SparseRun:
@@ -58,7 +58,7 @@ class SparseRun:
     def finish(self, folder: str | Path) -> nn.Module:
         """Verify the model, write `folder`/model.openwork.safetensors, and return the model, plain. The optimizer is
         detached."""
-        verify(self.model)
+        verify_recorded(self.model)
         self._save_compressed([], [], folder)
         self.handle.detach()
         for hook in self._hooks:

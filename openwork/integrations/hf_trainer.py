@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import ExportableState
 
 import openwork as ow
-from openwork.integrations.shared import Scalars, from_text, save_compressed, to_text, verify
+from openwork.integrations.shared import Scalars, from_text, save_compressed, to_text, verify_recorded
 
 
 class SparseCallback(TrainerCallback, ExportableState):
@@ -60,7 +60,7 @@ class SparseCallback(TrainerCallback, ExportableState):
             save_compressed(self.trainer.model, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
-        verify(self.trainer.model)
+        verify_recorded(self.trainer.model)
         if args.should_save:
             save_compressed(self.trainer.model, str(args.output_dir))
         if self.handle:

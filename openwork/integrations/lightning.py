@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 import openwork as ow
-from openwork.integrations.shared import Scalars, save_compressed, verify
+from openwork.integrations.shared import Scalars, save_compressed, verify_recorded
 from openwork.training.parametrize import trained_weights
 
 
@@ -57,7 +57,7 @@ class SparseCallback(pl.Callback):
                 logger.log_metrics(scalars, step=self.topology.records[-1]["step"])
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        verify(pl_module)
+        verify_recorded(pl_module)
         checkpoints = trainer.checkpoint_callback
         if trainer.is_global_zero:
             save_compressed(pl_module, Path(getattr(checkpoints, "dirpath", None) or trainer.default_root_dir))

@@ -23,7 +23,7 @@ def save_compressed(model: nn.Module, folder: str | Path) -> None:
         ow.save(model, Path(folder) / FILE)
 
 
-def verify(model: nn.Module) -> None:
+def verify_recorded(model: nn.Module) -> None:
     """`ow.verify`, where something was recorded: `ow.Dense` only watches."""
     if is_sparsified(model):
         ow.verify(model)

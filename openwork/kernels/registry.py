@@ -57,7 +57,7 @@ def register_all() -> None:
 @constant_when_compiled
 def available(device: str) -> bool:
     """Whether kernels of ours run on tensors of a device, "cpu" or "cuda"; without, references do."""
-    return native.library() is not None if device == "cpu" else triton.available()
+    return native.library() is not None if device == "cpu" else triton.is_available()
 
 
 @overload
@@ -66,7 +66,7 @@ def status(device: Literal["cpu"] = "cpu") -> native.Status: ...
 def status(device: Literal["cuda"]) -> str: ...
 def status(device: Literal["cpu", "cuda"] = "cpu") -> native.Status | str:
     """What runs on tensors of a device and, if nothing of ours, why."""
-    return native.status() if device == "cpu" else triton.status()
+    return native.native_status() if device == "cpu" else triton.triton_status()
 
 
 def _imported(place: str) -> Callable[..., Any]:
@@ -80,6 +80,6 @@ def _on_demand(operator: str, place: str) -> Callable[..., Any]:
     kernel = functools.cache(functools.partial(_imported, place))
 
     def run(*arguments: Any) -> Any:
-        return (kernel() if triton.available() else REFERENCES[operator])(*arguments)
+        return (kernel() if triton.is_available() else REFERENCES[operator])(*arguments)
 
     return run

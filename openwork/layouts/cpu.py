@@ -11,7 +11,7 @@ WINDOWS = {2: 4, 4: 4, 8: 8, 16: 16, 32: 32}
 """M -> inputs that one permutation chooses from."""
 
 
-def refusal(request: Request) -> str:
+def cpu_refusal(request: Request) -> str:
     """Why no kernel of a CPU can take a layer; empty where one may."""
     if request.dtype not in (torch.float32, torch.bfloat16):
         return f"{request.dtype} on a CPU: kernels there are for float32 and bfloat16"

@@ -20,7 +20,7 @@ from openwork.layouts import cpu
 from openwork.layouts.conv import ConvGeometry
 from openwork.layouts.cpu import WINDOWS
 from openwork.layouts.gemm import Gemm
-from openwork.layouts.layout import Layout, Request, Vectors, check_packable, parts, register
+from openwork.layouts.layout import Layout, Request, Vectors, check_packable, parts, register_kind
 from openwork.nm.pattern import Pattern
 
 _TOGETHER = {torch.bfloat16: 2, torch.int8: 4}  # numbers in 32 bits
@@ -34,7 +34,7 @@ class DotProductNumbers(NamedTuple):
     inputs: int
 
 
-@register
+@register_kind
 class DotProduct(Layout):
     """`values` (O / L, windows, steps, L, 2) bfloat16 or (O / L, windows, steps, L, 4) int8: a window is one vector of
     inputs, a step the slots that one instruction multiplies and adds. `indices` uint8, where the input of each is in
@@ -56,7 +56,7 @@ class DotProduct(Layout):
     def refusal(cls, request: Request) -> str:
         """It rounds no more than the layer does: its inputs are bfloat16 where the layer's are, and int8 sums are exact
         in every kernel."""
-        if reason := cpu.refusal(request):
+        if reason := cpu.cpu_refusal(request):
             return reason
         short = request.weight_dtype == torch.int8 or request.weight_dtype == request.dtype == torch.bfloat16
         if not short:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openwork.layouts import cpu
 from openwork.layouts.conv import ConvGeometry
-from openwork.layouts.layout import Layout, Request, Vectors, check_packable, parts, register
+from openwork.layouts.layout import Layout, Request, Vectors, check_packable, parts, register_kind
 from openwork.nm.pattern import Pattern
 
 _CACHE = 20 * 1024  # bytes of input that a tile may take of the first-level cache, of which 32 KiB are the smallest
@@ -33,7 +33,7 @@ class GemmNumbers(NamedTuple):
     inputs: int
 
 
-@register
+@register_kind
 class Gemm(Layout):
     """`values` (T * O,) float32, bfloat16, or int16 holding int8 weights; `offsets` (T * O + 1,) int16 holding uint16;
     `scales` (O,) those of int8 weights, else None.
@@ -55,7 +55,7 @@ class Gemm(Layout):
 
     @classmethod
     def refusal(cls, request: Request) -> str:
-        return cpu.refusal(request)
+        return cpu.cpu_refusal(request)
 
     @classmethod
     def pack(cls, weight: Tensor, scales: Tensor | None, pattern: Pattern, vectors: Vectors) -> Gemm:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from openwork.layouts import cpu
 from openwork.layouts.cpu import WINDOWS
 from openwork.layouts.index_words import pack_words, unpack_words
-from openwork.layouts.layout import Layout, Request, Vectors, check_packable, parts, register
+from openwork.layouts.layout import Layout, Request, Vectors, check_packable, parts, register_kind
 from openwork.nm.pattern import Pattern
 
 
@@ -29,7 +29,7 @@ class GemvNumbers(NamedTuple):
     inputs: int
 
 
-@register
+@register_kind
 class Gemv(Layout):
     """`values` (O / L, T, L) in float32 or int8, or (O / L, T / 2, L, 2) in bfloat16, two slots side by side;
     `indices` (O / L, words, L) int32, low bits first; `scales` (O,) those of int8 weights, else None."""
@@ -47,7 +47,7 @@ class Gemv(Layout):
 
     @classmethod
     def refusal(cls, request: Request) -> str:
-        reason = cpu.refusal(request) or cpu.permutation_refusal(request.pattern.m)
+        reason = cpu.cpu_refusal(request) or cpu.permutation_refusal(request.pattern.m)
         return reason or ("" if request.conv is None else "GEMV is for linear layers")
 
     @classmethod

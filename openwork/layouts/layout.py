@@ -167,7 +167,7 @@ KINDS: dict[str, Kind] = {}
 """The kinds by name, in the order in which they are tried."""
 
 
-def register(kind: AnyKind) -> AnyKind:
+def register_kind(kind: AnyKind) -> AnyKind:
     """Make a kind known by its name. Raises ValueError where another bears it."""
     if KINDS.setdefault(kind.name, kind) is not kind:
         raise ValueError(f"two kernel kinds are named {kind.name!r}: {KINDS[kind.name].__qualname__} is one")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openwork.layouts.index_words import pack_words, unpack_words
-from openwork.layouts.layout import Layout, Request, Vectors, check_packable, parts, register
+from openwork.layouts.layout import Layout, Request, Vectors, check_packable, parts, register_kind
 from openwork.nm.pattern import Pattern
 
 ROWS = 16
@@ -62,7 +62,7 @@ class Skinny(Layout):
             slots = (len(part), -1, pattern.n)
             index = (torch.arange(part.shape[1], device=weight.device) % m).expand_as(keep)[keep]
             values.append(part[keep].view(slots).permute(2, 1, 0))
-            indices.append(pack_words(index.view(len(part), -1), index_bits(pattern)).t())
+            indices.append(pack_words(index.view(len(part), -1), skinny_index_bits(pattern)).t())
         numbers = SkinnyNumbers(pattern.n, m, O, K)
         tensors = {"values": torch.cat(values, 2).contiguous(), "indices": torch.cat(indices, 1).contiguous()}
         return cls({**tensors, "kernel_bias": None}, numbers)
@@ -70,7 +70,7 @@ class Skinny(Layout):
     def unpack(self) -> Tensor:
         m, (O, K) = self.pattern.m, self.shape
         N, G, OP = self.values.shape
-        index = unpack_words(self.indices.t(), index_bits(self.pattern))[:, : G * N].view(OP, G, N)
+        index = unpack_words(self.indices.t(), skinny_index_bits(self.pattern))[:, : G * N].view(OP, G, N)
         dense = self.values.new_zeros(OP, G, m).scatter_(2, index, self.values.permute(2, 1, 0))
         return dense.view(OP, G * m)[:O, :K].contiguous()
 
@@ -88,21 +88,21 @@ class Skinny(Layout):
         return y.reshape(*x.shape[:-1], self.shape[0]).to(x.dtype)
 
 
-@register
+@register_kind
 class SkinnyGather(Skinny):
     """Work for kept weights alone: best for few rows and sparse patterns."""
 
     name = "skinny_gather"
 
 
-@register
+@register_kind
 class SkinnyExpand(Skinny):
     """Work that does not grow with the rows: dense tiles made in registers, multiplied on tensor cores."""
 
     name = "skinny_expand"
 
 
-def index_bits(pattern: Pattern) -> int:
+def skinny_index_bits(pattern: Pattern) -> int:
     """Bits of one index.
 
     >>> index_bits(Pattern(2, 4)), index_bits(Pattern(1, 5)), index_bits(Pattern(1, 1))
@@ -111,12 +111,12 @@ def index_bits(pattern: Pattern) -> int:
     return max(1, (pattern.m - 1).bit_length())
 
 
-def check(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, numbers: SkinnyNumbers) -> None:
+def check_skinny(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, numbers: SkinnyNumbers) -> None:
     """Raises ValueError unless the tensors are those of a layout, and `x` is rows for it: kernels look at nothing."""
     n, m, O, K = numbers
     values, indices = packed
     pattern, OP = Pattern(n, m), -(-O // 16) * 16
-    G, in_word = -(-K // m), 32 // index_bits(pattern)
+    G, in_word = -(-K // m), 32 // skinny_index_bits(pattern)
     shapes = tuple(values.shape) == (n, G, OP) and tuple(indices.shape) == (-(-G * n // in_word), OP)
     whole = values.is_contiguous() and indices.is_contiguous() and indices.dtype == torch.int32
     if not (shapes and whole and values.dtype in Skinny.weight_dtypes):

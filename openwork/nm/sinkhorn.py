@@ -30,7 +30,7 @@ def best_approximate(score_TMM: Tensor, pattern: Pattern) -> Tensor:
         return torch.zeros_like(score_TMM, dtype=torch.bool)
     score_TMM = score_TMM / score_TMM.amax((1, 2), keepdim=True).clamp(min=torch.finfo(score_TMM.dtype).tiny)
     plan_TMM = transport_plan(score_TMM, pattern.n)
-    mask_TMM = completed(rounded(plan_TMM + 1e-3 * score_TMM, pattern.n), score_TMM, pattern.n)
+    mask_TMM = completed(rounded_mask(plan_TMM + 1e-3 * score_TMM, pattern.n), score_TMM, pattern.n)
     return improved(mask_TMM, score_TMM)
 
 
@@ -52,7 +52,7 @@ def transport_plan(
     return plan
 
 
-def rounded(plan_TMM: Tensor, n: int) -> Tensor:
+def rounded_mask(plan_TMM: Tensor, n: int) -> Tensor:
     """Keep the entries of a plan from the largest down, where their row and column still have room: at most N in each,
     (T, M, M) -> bool (T, M, M)."""
     T, M, _ = plan_TMM.shape

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openwork.recipes import images
-from openwork.recipes.config import Config, Source, data_flag, default, flag, source_of
+from openwork.recipes.config import Config, DataSource, data_flag, default, flag, source_of
 from openwork.recipes.data import Data
 from openwork.recipes.models import build_model
 from openwork.recipes.task import Task, percent
@@ -26,11 +26,11 @@ class ClassificationConfig(Config):
     """
 
     task: ClassVar[str] = "classification"
-    sources: ClassVar[Sequence[Source]] = (
-        Source("digits"),
-        Source("fashion-mnist", images.FASHION),
-        Source("cifar10", "cifar-10-batches-py with data_batch_1 to data_batch_5 and test_batch"),
-        Source("imagefolder", "train/CLASS/*.jpg and val/CLASS/*.jpg"),
+    sources: ClassVar[Sequence[DataSource]] = (
+        DataSource("digits"),
+        DataSource("fashion-mnist", images.FASHION),
+        DataSource("cifar10", "cifar-10-batches-py with data_batch_1 to data_batch_5 and test_batch"),
+        DataSource("imagefolder", "train/CLASS/*.jpg and val/CLASS/*.jpg"),
     )
     # arXiv:2102.04010 and its code: 120 epochs, batch 256, all convolutions sparse, the last layer dense.
     presets: ClassVar[dict[str, dict[str, Any]]] = {

@@ -34,7 +34,7 @@ _SECTIONS = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class CocoImage:
     """One image of a json file with its annotations, whose `category_id` is the class from 1."""
 
     path: Path
@@ -44,7 +44,7 @@ class Entry:
     annotations: Sequence[dict[str, Any]]
 
 
-def parts(folder: Path) -> list[tuple[Path, Path]]:
+def coco_parts(folder: Path) -> list[tuple[Path, Path]]:
     """The json file and the folder of images for training and for validation."""
     for pattern, images in (("annotations/instances_{}2017.json", "{}2017"), ("instances_{}.json", "images")):
         if (folder / pattern.format("train")).exists():
@@ -52,7 +52,7 @@ def parts(folder: Path) -> list[tuple[Path, Path]]:
     raise FileNotFoundError(f"{folder} has no instances_train.json; it must hold {LAYOUT}")
 
 
-def read_part(file: Path, images: Path, *, masks: bool, skip_bad: bool) -> tuple[list[Entry], list[str], int]:
+def read_part(file: Path, images: Path, *, masks: bool, skip_bad: bool) -> tuple[list[CocoImage], list[str], int]:
     """The usable images of a json file, the names of its classes, and how many images were left out.
 
     ValueError says which annotation of which image is wrong and how. `masks` demands one for every object. `skip_bad`
@@ -96,7 +96,7 @@ def _sections(file: Path) -> dict[str, Any]:
     return content
 
 
-def _entries(file: Path, images: Path, content: Mapping[str, Any]) -> Iterator[Entry]:
+def _entries(file: Path, images: Path, content: Mapping[str, Any]) -> Iterator[CocoImage]:
     by_image = defaultdict(list)
     for annotation in content["annotations"]:
         by_image[annotation["image_id"]].append(annotation)
@@ -108,10 +108,10 @@ def _entries(file: Path, images: Path, content: Mapping[str, Any]) -> Iterator[E
         raise ValueError(f"{file}: annotation {lost} belongs to image {strange[0]!r}, which the file does not list")
     for image in content["images"]:
         path = images / image["file_name"]
-        yield Entry(path, image["id"], image["width"], image["height"], by_image[image["id"]])
+        yield CocoImage(path, image["id"], image["width"], image["height"], by_image[image["id"]])
 
 
-def _check(entry: Entry, numbers: Mapping[int, int], masks: bool) -> None:
+def _check(entry: CocoImage, numbers: Mapping[int, int], masks: bool) -> None:
     """ValueError with what is wrong with an image."""
     size = entry.width, entry.height
     if not all(isinstance(side, int) and side > 0 for side in size):
@@ -195,7 +195,7 @@ def decode_mask(mask: Any, width: int, height: int) -> np.ndarray:
     return rle.decode(mask)
 
 
-def load_image(entry: Entry) -> Any:
+def load_image(entry: CocoImage) -> Any:
     """The decoded image, RGB; ValueError names the file where it cannot be decoded or has another size."""
     image = open_image(entry.path)
     if image.size != (entry.width, entry.height):
@@ -206,7 +206,7 @@ def load_image(entry: Entry) -> Any:
     return image
 
 
-def truth_of(classes: Sequence[str], entries: Sequence[Entry]) -> dict[str, Any]:
+def truth_of(classes: Sequence[str], entries: Sequence[CocoImage]) -> dict[str, Any]:
     """What metrics are computed against, as pycocotools takes it."""
     listed = [{**known, "image_id": entry.id} for entry in entries for known in entry.annotations]
     defaults = [{"area": known["bbox"][2] * known["bbox"][3], "iscrowd": 0} for known in listed]

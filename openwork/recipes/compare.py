@@ -21,7 +21,7 @@ from openwork.recipes.config import CompareConfig, Config, differences, values_o
 from openwork.recipes.method_flags import DENSE, defaults_of, is_sparse, options_of, starts_trained
 from openwork.recipes.report import write_report
 from openwork.recipes.rundir import RunDir, write_text, write_yaml
-from openwork.recipes.summary import Row, headline, metrics_of, rows_of
+from openwork.recipes.summary import SummaryRow, headline, metrics_of, summary_rows
 
 
 def planned_runs(config: CompareConfig) -> list[Config]:
@@ -73,7 +73,7 @@ def _folder(config: CompareConfig, choice: dict[str, Any]) -> str:
     return str(Path(config.out) / "-".join([*parts, f"seed{choice['seed']}"]))
 
 
-def compare(config: CompareConfig, say: Callable[[str], None]) -> list[Row]:
+def compare(config: CompareConfig, say: Callable[[str], None]) -> list[SummaryRow]:
     """Trains what is not there yet, writes results.json and report.html, returns the table's rows."""
     runs = planned_runs(config)
     for run in runs:
@@ -84,7 +84,7 @@ def compare(config: CompareConfig, say: Callable[[str], None]) -> list[Row]:
         with ThreadPoolExecutor(jobs_of(config, len(runs))) as pool:
             list(pool.map(lambda run: run_one(run, say), stage))
     results = [_result(run) for run in runs]
-    rows = rows_of(results)
+    rows = summary_rows(results)
     document = _document(config, results, rows, time.perf_counter() - start)
     write_text(Path(config.out) / "results.json", json.dumps(document, indent=1))
     write_report(Path(config.out))
@@ -92,7 +92,7 @@ def compare(config: CompareConfig, say: Callable[[str], None]) -> list[Row]:
 
 
 def _document(
-    config: CompareConfig, results: Sequence[dict[str, Any]], rows: Sequence[Row], seconds: float
+    config: CompareConfig, results: Sequence[dict[str, Any]], rows: Sequence[SummaryRow], seconds: float
 ) -> dict[str, Any]:
     keys = [metric.key for metric in metrics_of(results)]
     runs = []

@@ -40,7 +40,7 @@ def flag(default: Any, text: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """A data set by name. `layout` says what its folder must hold; "" where it needs none."""
 
     name: str
@@ -50,7 +50,7 @@ class Source:
         return f"{self.name}=DIR" if self.layout else self.name
 
 
-def data_flag(sources: Sequence[Source]) -> Any:
+def data_flag(sources: Sequence[DataSource]) -> Any:
     """The field `data`; the first source is the default."""
     return flag(sources[0].name, f"one of {', '.join(map(str, sources))}")
 
@@ -60,7 +60,7 @@ class Common:
     """The fields that `train` and `compare` share, for every task."""
 
     task: ClassVar[str]
-    sources: ClassVar[Sequence[Source]]
+    sources: ClassVar[Sequence[DataSource]]
     presets: ClassVar[dict[str, dict[str, Any]]]
 
     data: str = flag("", "the data set")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from openwork.recipes import coco
 from openwork.recipes.coco_metrics import Detections, average_precision
-from openwork.recipes.config import Source, data_flag, default
+from openwork.recipes.config import DataSource, data_flag, default
 from openwork.recipes.data import Data
 from openwork.recipes.detector import USUAL, DetectorConfig, DetectorTask
 from openwork.recipes.task import percent
@@ -19,10 +19,10 @@ class DetectionConfig(DetectorConfig):
     """Defaults: a tiny network for generated images. The presets are the usual recipe of Faster R-CNN on COCO."""
 
     task: ClassVar[str] = "detection"
-    sources: ClassVar[Sequence[Source]] = (
-        Source("shapes"),
-        Source("bccd", coco.LAYOUT),
-        Source("coco", coco.LAYOUT),
+    sources: ClassVar[Sequence[DataSource]] = (
+        DataSource("shapes"),
+        DataSource("bccd", coco.LAYOUT),
+        DataSource("coco", coco.LAYOUT),
     )
     presets: ClassVar[dict[str, dict[str, Any]]] = USUAL
 

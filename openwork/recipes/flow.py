@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from openwork.recipes import flow_data
 from openwork.recipes.charts import image_uri
-from openwork.recipes.config import Config, Source, check_choice, data_flag, default, flag, source_of
+from openwork.recipes.config import Config, DataSource, check_choice, data_flag, default, flag, source_of
 from openwork.recipes.data import Data
 from openwork.recipes.flow_data import LAYOUTS, Pairs
 from openwork.recipes.task import Metric, Task, View, Visualization
@@ -38,10 +38,10 @@ class FlowConfig(Config):
     """
 
     task: ClassVar[str] = "flow"
-    sources: ClassVar[Sequence[Source]] = (
-        Source("scenes"),
-        Source("photos", "photos of any kind that Pillow reads; scenes are made of them"),
-        *(Source(name, layout) for name, layout in LAYOUTS.items()),
+    sources: ClassVar[Sequence[DataSource]] = (
+        DataSource("scenes"),
+        DataSource("photos", "photos of any kind that Pillow reads; scenes are made of them"),
+        *(DataSource(name, layout) for name, layout in LAYOUTS.items()),
     )
     # What the SR-STE authors ran for their one result in flow (github.com/aojunzz/NM-sparsity, RAFT/
     # train_flyingchairs_sparse.sh): FlyingChairs, 200k steps of batch 4 for the sparse network, 100k for the dense.
@@ -207,11 +207,11 @@ class Flow(Task):
         for number, pair in enumerate(data.val_batches(shown), start=1):
             with torch.no_grad():
                 flow = net(pair.first.to(device), pair.second.to(device))[-1].cpu()
-            samples.append(visualization(f"Validation sample {number}", pair, flow))
+            samples.append(flow_visualization(f"Validation sample {number}", pair, flow))
         return samples
 
 
-def visualization(name: str, pair: Pairs, flow: Tensor) -> Visualization:
+def flow_visualization(name: str, pair: Pairs, flow: Tensor) -> Visualization:
     """One sample: both frames and the true flow; the predicted flow and how far off it is."""
     true_colours, colours = coloured(pair.flow, flow)
     (pixels, total, *_), *_ = errors_of(flow, pair)

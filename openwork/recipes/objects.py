@@ -39,7 +39,7 @@ class ObjectInfo:
 
 
 def object_data(
-    train: Any, val: Any, entries: Sequence[coco.Entry], classes: Sequence[str], workers: int, skipped: int = 0
+    train: Any, val: Any, entries: Sequence[coco.CocoImage], classes: Sequence[str], workers: int, skipped: int = 0
 ) -> Data:
     """The samples, and what metrics of the validation images are computed from: their entries."""
     truth = coco.truth_of(classes, entries)
@@ -72,7 +72,7 @@ class ShapeImages(Dataset[Sample]):
         target |= {"masks": masks.byte()} if self.masks else {}
         return image, {**target, "size": torch.tensor(image.shape[1:])}
 
-    def entry(self, index: int) -> coco.Entry:
+    def entry(self, index: int) -> coco.CocoImage:
         """A validation image as a json file would describe it."""
         from pycocotools import mask as rle
 
@@ -83,7 +83,7 @@ class ShapeImages(Dataset[Sample]):
             | ({"segmentation": rle.encode(np.asfortranarray(mask, np.uint8))} if self.masks else {})
             for (x1, y1, x2, y2), label, mask in zip(corners, scene.labels_N.tolist(), scene.masks_NSS, strict=True)
         ]
-        return coco.Entry(Path(), index, self.size, self.size, listed)
+        return coco.CocoImage(Path(), index, self.size, self.size, listed)
 
 
 def boxes_around(masks: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class CocoImages(Dataset[Sample]):
     at random, top to bottom too where `vertical_flip`.
     """
 
-    entries: Sequence[coco.Entry]
+    entries: Sequence[coco.CocoImage]
     side: int
     max_size: int
     masks: bool
@@ -127,7 +127,7 @@ class CocoImages(Dataset[Sample]):
         with sample_seed(*key):
             return self._sample(self.entries[key[2]], flips)
 
-    def _sample(self, entry: coco.Entry, flips: Sequence[Any] = ()) -> Sample:
+    def _sample(self, entry: coco.CocoImage, flips: Sequence[Any] = ()) -> Sample:
         single = [known for known in entry.annotations if not known.get("iscrowd")]  # crowds only count in metrics
         size = entry.height, entry.width
         boxes = torch.tensor([known["bbox"] for known in single], dtype=torch.float32).reshape(-1, 4)

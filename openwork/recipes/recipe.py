@@ -26,7 +26,7 @@ from openwork.recipes.parallel import full_copy, gather
 from openwork.recipes.report import write_report
 from openwork.recipes.rundir import RunDir, first_process, read_lines, write_text
 from openwork.recipes.summary import flip_rates
-from openwork.recipes.task import Task, described
+from openwork.recipes.task import Task, description_of
 from openwork.recipes.weights import load_weights, save_weights
 from openwork.training.selection import Remainder
 
@@ -108,7 +108,7 @@ def train(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     task.before_last_validation(config, net)
     trainer.validate(module, verbose=False)
     result = summary(config, report, net, run)
-    result |= module.scores | {"metrics": described(task.metrics), "steps": module.step, "skipped": data.skipped}
+    result |= module.scores | {"metrics": description_of(task.metrics), "steps": module.step, "skipped": data.skipped}
     result |= {"notes": task.notes(config, data), "mask": mask}
     if trainer.is_global_zero:
         save_weights(net, run.model)
@@ -164,7 +164,7 @@ def summary(config: Config, report: ow.Report, net: nn.Module, run: RunDir) -> d
         "seconds": sum(steps) if steps else None,
         "layers": [layer(row) for row in report.rows],
         "summary": report.summary,
-        "environment": environment(),
+        "environment": run_environment(),
     }
 
 
@@ -174,7 +174,7 @@ def layer(row: Any) -> dict[str, Any]:
     return {"shape": list(row.shape), "pattern": pattern, **{name: getattr(row, name) for name in names}}
 
 
-def environment() -> Mapping[str, Any]:
+def run_environment() -> Mapping[str, Any]:
     """What the numbers depend on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "openwork": ow.__version__}

@@ -21,7 +21,7 @@ from openwork.recipes.method_flags import (
     starts_trained,
 )
 from openwork.recipes.rundir import RunDir, read_lines, write_text
-from openwork.recipes.summary import flip_rates, metrics_of, notes, rows_of, table_of
+from openwork.recipes.summary import flip_rates, metrics_of, notes, summary_rows, table_of
 from openwork.recipes.task import Metric
 
 Result = dict[str, Any]
@@ -55,7 +55,7 @@ def build_page(runs: Runs) -> str:
     results = [result for _, result in runs]
     config, environment = results[0]["config"], results[0]["environment"]
     metrics, shown = metrics_of(results), shown_run(results)
-    header, lines = table_of(rows_of(results), metrics)
+    header, lines = table_of(summary_rows(results), metrics)
     labels = list(dict.fromkeys(label_of(result["config"]) for result in results))
     template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     return (
@@ -75,7 +75,7 @@ def build_page(runs: Runs) -> str:
             mask=shown["mask"]["layer"],
             group=shown["config"]["pattern"].split(":")[1],
             mask_legend=MASK_KINDS.items(),
-            masks=masks(shown),
+            mask_pictures=mask_pictures(shown),
             facts=facts(results),
         )
     )
@@ -148,7 +148,7 @@ def _layer(row: dict[str, Any]) -> list[str]:
     return [row["name"], " x ".join(map(str, row["shape"])), row["pattern"] or "dense", *shares, *counts, row["reason"]]
 
 
-def masks(result: Result) -> list[tuple[str, str]]:
+def mask_pictures(result: Result) -> list[tuple[str, str]]:
     """Pictures of one layer's mask at the start and at the end, and of what changed."""
     start, end = (np.array([list(row) for row in result["mask"][when]]) == "1" for when in ("start", "end"))
     group = int(result["config"]["pattern"].split(":")[1])

@@ -18,7 +18,7 @@ def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
 
 
-class Block(nn.Module):
+class BasicBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = _conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs)
@@ -33,8 +33,8 @@ class Block(nn.Module):
 
 
 def _stage(count: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    rest = [Block(outputs, outputs, 1) for _ in range(count - 1)]
-    return nn.Sequential(Block(inputs, outputs, stride), *rest)
+    rest = [BasicBlock(outputs, outputs, 1) for _ in range(count - 1)]
+    return nn.Sequential(BasicBlock(inputs, outputs, stride), *rest)
 
 
 class ResNet(nn.Module):

@@ -44,7 +44,7 @@ class Outline:
 
 
 @dataclass(frozen=True)
-class Layer:
+class SceneLayer:
     """A part of a photo that moves. `motion` takes points of frame 1 to frame 2; without outline it fills the frame."""
 
     photo: Tensor  # (3, H', W')
@@ -74,7 +74,7 @@ def moved(points: Tensor, motion: np.ndarray) -> Tensor:
     return torch.einsum("ij,jhw->ihw", linear, points) + shift[:, None, None]
 
 
-def render(layers: Sequence[Layer], height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def render(layers: Sequence[SceneLayer], height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Two frames (3, H, W) and the flow (2, H, W) from the first to the second, in pixels. Back to front."""
     points = frame_points(height, width)
     first, second, flow = torch.zeros(3, height, width), torch.zeros(3, height, width), torch.zeros(2, height, width)
@@ -96,7 +96,7 @@ def affine(draw: np.random.Generator, ranges: tuple[float, float, float], about:
     return np.array([[c, -s, px - c * px + s * py + x], [s, c, py - s * px - c * py + y], [0, 0, 1]])
 
 
-def scene(photos: Sequence[Tensor], draw: np.random.Generator, height: int, width: int) -> list[Layer]:
+def scene(photos: Sequence[Tensor], draw: np.random.Generator, height: int, width: int) -> list[SceneLayer]:
     """The layers of a random scene, back to front. Photos are (3, H', W'), at least `BACKGROUND` frames large."""
 
     def ranges(shares: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -111,12 +111,12 @@ def scene(photos: Sequence[Tensor], draw: np.random.Generator, height: int, widt
         return photo, (x, y)
 
     ground = affine(draw, ranges(_BACKGROUND_MOTION), (width / 2, height / 2))
-    layers = [Layer(*place(BACKGROUND), ground)]
+    layers = [SceneLayer(*place(BACKGROUND), ground)]
     for _ in range(draw.integers(_PATCHES[0], _PATCHES[1] + 1)):
         centre = float(draw.uniform(0, width)), float(draw.uniform(0, height))
         radius = float(np.clip(draw.normal(0.16, 0.12), 0.06, 0.35)) * width
         amplitudes = draw.uniform(0, 0.45, _HARMONICS) / np.arange(1, _HARMONICS + 1)
         outline = Outline(centre, radius, amplitudes.tolist(), draw.uniform(0, 2 * math.pi, _HARMONICS).tolist())
         motion = ground @ affine(draw, ranges(_PATCH_MOTION), centre)
-        layers.append(Layer(*place(1.0), motion, outline))
+        layers.append(SceneLayer(*place(1.0), motion, outline))
     return layers

@@ -12,7 +12,7 @@ from openwork.recipes.task import Metric
 
 
 @dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """One method at one pattern and with one choice of its options, over its seeds. Shares in [0, 1], times in seconds.
 
     `scores` are the means of the metrics by key, the compared one first; of that one, `std` is the sample standard
@@ -39,7 +39,7 @@ class Row:
     budget: int
 
 
-def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
+def summary_rows(results: Sequence[dict[str, Any]]) -> list[SummaryRow]:
     """Groups results by method, pattern and options; order as given."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
@@ -49,7 +49,7 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
     return [_row(group, dense) for group in groups.values()]
 
 
-def _row(group: Sequence[dict[str, Any]], dense: dict[int, float]) -> Row:
+def _row(group: Sequence[dict[str, Any]], dense: dict[int, float]) -> SummaryRow:
     c = group[0]["config"]
     is_dense = c["method"] == DENSE
     metrics = metrics_of(group)
@@ -57,7 +57,7 @@ def _row(group: Sequence[dict[str, Any]], dense: dict[int, float]) -> Row:
     seeds = [r["config"]["seed"] for r in group]
     paired = not is_dense and all(seed in dense for seed in seeds)
     deltas = [a - dense[seed] for a, seed in zip(compared, seeds, strict=True)] if paired else []
-    return Row(
+    return SummaryRow(
         method=c["method"],
         pattern="-" if is_dense else c["pattern"],
         options=options_of(c),
@@ -103,13 +103,13 @@ def paired_p(deltas: Sequence[float]) -> float | None:
     return float(ttest_1samp(deltas, 0.0).pvalue)
 
 
-def table_of(rows: Sequence[Row], metrics: Sequence[Metric]) -> tuple[list[str], list[list[str]]]:
+def table_of(rows: Sequence[SummaryRow], metrics: Sequence[Metric]) -> tuple[list[str], list[list[str]]]:
     """Header and cells as text, for the terminal and the page."""
     lines = [_cells(row, metrics) for row in rows]
     return list(lines[0]), [list(line.values()) for line in lines]
 
 
-def _cells(row: Row, metrics: Sequence[Metric]) -> dict[str, str]:
+def _cells(row: SummaryRow, metrics: Sequence[Metric]) -> dict[str, str]:
     first, *others = metrics
     seeds = len(row.seeds)
     spread = f"± {first.text(row.std)} ({seeds} seeds)" if row.std is not None else "(1 seed)"

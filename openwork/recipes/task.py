@@ -120,6 +120,6 @@ def build_optimizer(config: Config, net: nn.Module) -> torch.optim.Optimizer:
     return cls(weights, lr=config.lr, betas=(first, second), eps=config.eps, weight_decay=config.weight_decay)
 
 
-def described(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+def description_of(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
     """The metrics as result.json holds them, so that a report needs no task's libraries."""
     return [asdict(metric) for metric in metrics]

@@ -164,7 +164,9 @@ class TextInfo:
 Reader = Callable[[], Iterable[Pair | None]]  # may be called again: a full-size text is not held in memory
 
 
-def load(read_train: Reader, read_val: Reader, vocabulary: int, max_length: int, known: Sequence[Path] = ()) -> Data:
+def load_text(
+    read_train: Reader, read_val: Reader, vocabulary: int, max_length: int, known: Sequence[Path] = ()
+) -> Data:
     """Sentence pairs as numbers. The vocabulary is the first of the files `known` that exists, else learned from the
     training text. Training pairs of more than `max_length` subwords are left out, longer validation sentences are cut:
     the notes tell how many. Validation pairs come the shortest first.

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openwork.recipes import number_words
-from openwork.recipes.config import Config, Source, check_choice, data_flag, default, flag, source_of
+from openwork.recipes.config import Config, DataSource, check_choice, data_flag, default, flag, source_of
 from openwork.recipes.data import Data
 from openwork.recipes.models import allow_torchvision
 from openwork.recipes.rundir import write_text
 from openwork.recipes.task import Metric, Task, View, Visualization, percent
-from openwork.recipes.text import END, PAD, Batch, Pair, Reader, decode, find_file, load, read_pairs
+from openwork.recipes.text import END, PAD, Batch, Pair, Reader, decode, find_file, load_text, read_pairs
 
 # width, layers of encoder and decoder each, heads, width of the feed-forward layers. base and big: arXiv:1706.03762.
 SIZES = {
@@ -43,9 +43,9 @@ class TranslationConfig(Config):
     """
 
     task: ClassVar[str] = "translation"
-    sources: ClassVar[Sequence[Source]] = (
-        Source("numbers"),
-        *(Source(name, _LAYOUT) for name in ("tatoeba", "multi30k", "wmt14", "pairs")),
+    sources: ClassVar[Sequence[DataSource]] = (
+        DataSource("numbers"),
+        *(DataSource(name, _LAYOUT) for name in ("tatoeba", "multi30k", "wmt14", "pairs")),
     )
     # The paper does not say how it trains its Transformer, and its code holds none: this is the usual recipe for
     # Transformer-base on WMT14, 100,000 steps of about 25,000 subwords a side (arXiv:1706.03762, 5.1 to 5.4), with
@@ -113,7 +113,7 @@ class Translation(Task):
     eval_batch = 100
 
     def load_data(self, config: TranslationConfig) -> Data:
-        return load(*readers(config), config.vocabulary, config.max_length, vocabularies(config))
+        return load_text(*readers(config), config.vocabulary, config.max_length, vocabularies(config))
 
     def build(self, config: TranslationConfig, data: Data) -> nn.Module:
         return build_transformer(config, data.info.tokenizer.get_vocab_size())
@@ -162,7 +162,9 @@ class Translation(Task):
         device = next(net.parameters()).device
         ids = translate(net, {key: part.to(device) for key, part in batch.items()})
         translations = decode(data.info.tokenizer, ids)
-        return [visualization(i, data.info.val_pairs[i], text) for i, text in zip(chosen, translations, strict=True)]
+        return [
+            text_visualization(i, data.info.val_pairs[i], text) for i, text in zip(chosen, translations, strict=True)
+        ]
 
 
 def vocabularies(config: TranslationConfig) -> list[Path]:
@@ -249,7 +251,7 @@ def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float,
     return score, str(metric.get_signature())
 
 
-def visualization(index: int, pair: Pair, translation: str) -> Visualization:
+def text_visualization(index: int, pair: Pair, translation: str) -> Visualization:
     truth = [View(caption, text=[(text, False)]) for caption, text in zip(("source", "reference"), pair, strict=True)]
     predicted = View("" if translation else "no words", text=marked(translation, pair[1]))
     return Visualization(f"Sentence {index + 1}; underlined: not so in the reference", truth, [predicted])

@@ -53,7 +53,7 @@ def prune_ahead(root: nn.Module) -> None:
             ahead[i].masked.cache.give(ahead[i].masked, ahead[i].weight, weight)
 
 
-def add_decay(weights: Iterable[SparseWeight], scale: Tensor | None) -> None:
+def decay_gradients(weights: Iterable[SparseWeight], scale: Tensor | None) -> None:
     """gradient += decay * weight where a method with a decay prunes; the sum's second half times `scale`."""
     weights = [sparse for sparse in weights if sparse.weight.grad is not None and sparse.masked.method.decay]
     fused = [scale is None and _gradient_fused(sparse) for sparse in weights]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openwork.training.dtensor import full_tensor, is_sharded
-from openwork.training.foreach import add_decay
+from openwork.training.foreach import decay_gradients
 from openwork.training.masked import Stepped
 from openwork.training.optimizer_checks import check_fitting_state, check_supported, creates_state_only, unwrapped
 from openwork.training.parametrize import SparseWeight, masked_modules, trained_weights, unwrap
@@ -111,7 +111,7 @@ class Handle:
                 "attached and holds none now: something replaced them in the model (fully_shard, which must come "
                 "before the optimizer is built) or in the optimizer (DeepSpeed ZeRO, which is not supported)"
             )
-        add_decay(trained, scale)
+        decay_gradients(trained, scale)
         _call_hooks("before_step", optimizer, trained)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

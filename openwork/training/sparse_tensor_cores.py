@@ -76,7 +76,7 @@ class SparseTensorCores:
     def check(self, weight: Tensor) -> None:
         """Raise RuntimeError where the library packs a weight wrongly, or its transpose."""
         for matrix in (weight, weight.t()):
-            cusparselt.pack(matrix.detach().to(self.dtypes[0]).contiguous(), _BACKEND)
+            cusparselt.pack_2_4(matrix.detach().to(self.dtypes[0]).contiguous(), _BACKEND)
 
 
 def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
@@ -105,7 +105,7 @@ def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerChoice:
     """One module with masked weights, and why it must stay dense, or nothing."""
 
     module: nn.Module
@@ -118,9 +118,9 @@ class Layer:
         return self.weight.device
 
 
-def _layers(model: nn.Module) -> dict[str, Layer]:
+def _layers(model: nn.Module) -> dict[str, LayerChoice]:
     layers = {
-        sparse.name: Layer(sparse.module, sparse.masked, sparse.weight, _unfit(*sparse[1:]))
+        sparse.name: LayerChoice(sparse.module, sparse.masked, sparse.weight, _unfit(*sparse[1:]))
         for sparse in sparse_weights(model)
     }
     if not layers:
@@ -158,7 +158,7 @@ def _check_tensor_cores(device: torch.device) -> None:
         warnings.warn(warning, stacklevel=3)
 
 
-def accelerate_with(engine: Engine, model: nn.Module, layers: dict[str, Layer], example: Any) -> Acceleration:
+def accelerate_with(engine: Engine, model: nn.Module, layers: dict[str, LayerChoice], example: Any) -> Acceleration:
     """`accelerate` by any engine."""
     dense = {name: layer.reason for name, layer in layers.items() if layer.reason}
     able = {name: layer for name, layer in layers.items() if not layer.reason}
@@ -179,7 +179,7 @@ def accelerate_with(engine: Engine, model: nn.Module, layers: dict[str, Layer], 
 
 
 def _timed(
-    engine: Engine, model: nn.Module, layers: dict[str, Layer], example: Any
+    engine: Engine, model: nn.Module, layers: dict[str, LayerChoice], example: Any
 ) -> dict[str, tuple[float, float] | None]:
     """Seconds of the layers' matmuls for one step on an example, dense and sparse. Sparse includes packing."""
     inputs: dict[str, Tensor] = {}
@@ -199,7 +199,7 @@ def _note(inputs: dict[str, Tensor], name: str, _: nn.Module, args: tuple[Any, .
     inputs[name] = args[0].detach()
 
 
-def _times(engine: Engine, layer: Layer, x: Tensor) -> tuple[float, float]:
+def _times(engine: Engine, layer: LayerChoice, x: Tensor) -> tuple[float, float]:
     kind = x.device.type
     wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     dtype = wanted if wanted in engine.dtypes else engine.dtypes[0]

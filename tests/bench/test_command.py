@@ -13,7 +13,7 @@ from torch import nn
 
 import openwork as ow
 from openwork.bench import command, models, operators
-from openwork.bench.measure import Roofline, Row, alternating, quantile, rows, write_csv
+from openwork.bench.measure import BenchRow, Roofline, alternating, quantile, rows, write_csv
 from openwork.cli.main import main
 from openwork.kernels.cpu import native
 
@@ -151,7 +151,7 @@ def test_whole_models_in_bfloat16_and_with_torchs_int8(monkeypatch):
 
 
 def test_each_precision_is_compared_with_those_that_round_no_more():
-    rows = list(operators.linear(Roofline(1e9, 1e9), [(8, 64, 48)], [ow.Pattern(2, 4)], 0))
+    rows = list(operators.linear_rows(Roofline(1e9, 1e9), [(8, 64, 48)], [ow.Pattern(2, 4)], 0))
     assert {row.baseline.split()[1] for row in rows if row.dtype == "float32"} == {"float32"}
     assert {row.baseline.split()[1] for row in rows if row.dtype == "bfloat16"} <= {"float32", "bfloat16"}
     assert [row.impl for row in rows if row.dtype == "float32"][:2] == ["torch float32", "oneDNN float32"]
@@ -173,7 +173,7 @@ def test_memory_of_a_model_in_a_process_of_its_own():
 def test_rows_compare_with_the_fastest_baseline():
     times = {"a": [1.0, 2.0, 3.0], "b": [4.0, 4.0, 4.0], "fast": [0.5, 0.5, 1.0]}
     found = rows("op", "shape", times, ["a", "b"], {"fast": ("2:4", "int8")}, {"fast": 0.25})
-    assert all(isinstance(each, Row) for each in found)
+    assert all(isinstance(each, BenchRow) for each in found)
     fast = found[-1]
     assert (fast.baseline, fast.baseline_p50_us, fast.ratio) == ("a", 2e6, 4.0)
     assert (fast.pattern, fast.dtype, fast.bound_us, fast.roofline) == ("2:4", "int8", 0.25e6, 0.5)
@@ -199,7 +199,7 @@ def test_bounds():
 
 
 def test_csv_replaces_the_file(tmp_path):
-    write_csv(tmp_path / "a.csv", Row, rows("op", "s", {"a": [1.0]}, ["a"], {}, {}))
-    write_csv(tmp_path / "a.csv", Row, [])
+    write_csv(tmp_path / "a.csv", BenchRow, rows("op", "s", {"a": [1.0]}, ["a"], {}, {}))
+    write_csv(tmp_path / "a.csv", BenchRow, [])
     assert (tmp_path / "a.csv").read_text().startswith("op,shape,pattern,dtype,impl,p20_us,p50_us,p80_us,baseline,")
     assert len((tmp_path / "a.csv").read_text().splitlines()) == 1

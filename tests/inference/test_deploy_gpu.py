@@ -246,7 +246,7 @@ def test_moves_and_casts_are_refused() -> None:
 )
 def test_what_sparse_tensor_cores_take(pattern: str, weight_dtype: torch.dtype, reason: str) -> None:
     weight = sparse(nn.Linear(64, 32), pattern).weight
-    found = cusparselt.refusal("cusparselt", weight_dtype, weight.device) or cusparselt.weight_refusal(weight)
+    found = cusparselt.backend_refusal("cusparselt", weight_dtype, weight.device) or cusparselt.weight_refusal(weight)
     assert reason in found if reason else found == ""
 
 

@@ -19,7 +19,7 @@ import openwork as ow
 from openwork.bench import operators
 from openwork.bench.measure import Roofline
 from openwork.inference.layers import PackedLinear
-from openwork.layouts.layout import KINDS, Layout, Request, Vectors, kind_named, register
+from openwork.layouts.layout import KINDS, Layout, Request, Vectors, kind_named, register_kind
 
 X = torch.randn(3, 16)
 
@@ -58,7 +58,7 @@ class Toy(Layout):
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    register(Toy)
+    register_kind(Toy)
     yield
     del KINDS["toy"]
 
@@ -130,7 +130,7 @@ def test_it_is_loaded_from_a_file_as_it_was_chosen(tmp_path: Path, monkeypatch: 
 
 
 def test_it_is_benchmarked() -> None:
-    rows = operators.linear(Roofline(1e9, 1e9), [(4, 16, 8)], [ow.Pattern(2, 4)], 0, dtypes=["float32"])
+    rows = operators.linear_rows(Roofline(1e9, 1e9), [(4, 16, 8)], [ow.Pattern(2, 4)], 0, dtypes=["float32"])
     assert {row.impl for row in rows} >= {"toy 2:4 float32", "gemm 2:4 float32"}
 
 
@@ -139,8 +139,8 @@ def test_a_name_is_given_once() -> None:
         pass
 
     with pytest.raises(ValueError, match="two kernel kinds are named 'toy': Toy is one"):
-        register(Other)
-    assert register(Toy) is kind_named("toy") is Toy
+        register_kind(Other)
+    assert register_kind(Toy) is kind_named("toy") is Toy
 
 
 def test_an_error_of_a_kind_is_an_error_and_no_slow_layer(monkeypatch: Any) -> None:

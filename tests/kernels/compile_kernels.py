@@ -17,7 +17,7 @@ from triton.compiler import compile as compile_kernel
 
 from openwork.kernels.cuda.triton import bits, masks, skinny, transposable
 from openwork.kernels.cuda.triton.floats import KINDS, WORDS
-from openwork.layouts.skinny import index_bits
+from openwork.layouts.skinny import skinny_index_bits
 from openwork.nm.pattern import Pattern
 
 UNFUSED = {"num_warps": 4, "enable_fp_fusion": False}
@@ -58,7 +58,7 @@ def skinny_kernel(name: str, dtype: torch.dtype, n: int, m: int, rows: int) -> t
     BO, BG = skinny.tile(n, m, rows, expand)
     types = dict.fromkeys(("x", "values"), "*i16") | {"indices": "*i32", "parts": "*fp32"}
     types |= dict.fromkeys(("B", "K", "OP", "groups", "share"), "i32")
-    fixed = {"N": n, "M": m, "BITS": index_bits(Pattern(n, m)), "KIND": KINDS[dtype], "BG": BG, "BO": BO}
+    fixed = {"N": n, "M": m, "BITS": skinny_index_bits(Pattern(n, m)), "KIND": KINDS[dtype], "BG": BG, "BO": BO}
     fixed |= {"MP": 1 << (m - 1).bit_length()} if expand else {"BP": 1 << (rows - 1).bit_length()}
     return function, types, fixed, ("x", "values", "indices", "parts", "K", "OP"), {"num_warps": 4}
 

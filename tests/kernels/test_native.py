@@ -35,8 +35,8 @@ def test_structs_have_one_size_in_c_and_in_python() -> None:
         native.GemmWeight,
         native.GemmLinear,
         native.GemmConv2d,
-        native.Gemv,
-        native.DotProduct,
+        native.GemvCall,
+        native.DotProductCall,
         native.Pixels,
     )
     assert [lib.openwork_size_of(i) for i in range(8)] == [*map(ctypes.sizeof, structs), 0]

@@ -105,7 +105,7 @@ def test_the_kernels_that_they_are_led_to_exist(place: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_there_are_no_triton_kernels() -> None:
-    assert not gpu.available()
+    assert not gpu.is_available()
     assert gpu.reason() in ("no CUDA GPU", "OPENWORK_TRITON=none")
     assert kernels.status("cuda") == f"no Triton kernels: {gpu.reason()}"
 
@@ -139,8 +139,8 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_a_failure_that_may_pass_is_not_kept(end: str, a_gpu: list[str]) -> None:
     a_gpu += [end, ""]
     assert end in gpu.reason()
-    assert gpu.available()
-    assert gpu.available()
+    assert gpu.is_available()
+    assert gpu.is_available()
     assert not a_gpu
 
 
@@ -148,17 +148,17 @@ def test_a_failure_that_may_pass_is_not_kept(end: str, a_gpu: list[str]) -> None
 def test_a_failure_that_lasts_is_kept(a_gpu: list[str]) -> None:
     a_gpu += ["no C compiler", ""]
     assert "no C compiler" in gpu.reason()
-    assert not gpu.available()
+    assert not gpu.is_available()
     assert a_gpu == [""]
 
 
 @needs_triton
 def test_nothing_is_tried_while_a_cuda_graph_is_captured(a_gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not gpu.available()
+    assert not gpu.is_available()
     assert "captured" in gpu.reason()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     a_gpu += [""]
-    assert gpu.available()
+    assert gpu.is_available()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert gpu.available()
+    assert gpu.is_available()

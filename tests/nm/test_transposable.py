@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 import openwork as ow
 from openwork.nm.groups import Axis
 from openwork.nm.masks import kept_per_group
-from openwork.nm.sinkhorn import best_approximate, completed, improved, rounded, rounds
+from openwork.nm.sinkhorn import best_approximate, completed, improved, rounded_mask, rounds
 from openwork.nm.transposable import (
     all_masks,
     best_2_4,
@@ -238,7 +238,7 @@ def test_it_is_exact_on_hostile_tiles(n, m, seed, kind):
 def test_what_rounding_leaves_open_is_completed(n, m, seed):
     n = min(n, m)
     score = draw(8, m, m, seed=seed).abs()
-    some = rounded(draw(8, m, m, seed=seed + 1), n)  # of an unrelated order: gaps to fill
+    some = rounded_mask(draw(8, m, m, seed=seed + 1), n)  # of an unrelated order: gaps to fill
     assert int(some.sum(1).max()) <= n
     assert int(some.sum(2).max()) <= n
     keep = completed(some, score, n)

@@ -47,7 +47,7 @@ def folder(tmp_path):
 
 
 def read(folder, **flags):
-    file, images = coco.parts(folder)[0]
+    file, images = coco.coco_parts(folder)[0]
     entries, classes, skipped = coco.read_part(file, images, **{"masks": True, "skip_bad": False, **flags})
     return SimpleNamespace(entries=entries, classes=classes, skipped=skipped)
 
@@ -65,7 +65,7 @@ def test_the_layout_of_the_published_data_set(tmp_path, folder):
     (folder / "images").rename(tmp_path / "train2017")
     assert len(read(tmp_path).entries) == 3
     with pytest.raises(FileNotFoundError, match=r"has no instances_train.json; it must hold annotations/"):
-        coco.parts(tmp_path / "train2017")
+        coco.coco_parts(tmp_path / "train2017")
 
 
 TALL = rle.encode(np.asfortranarray(np.ones((40, 30), np.uint8)))

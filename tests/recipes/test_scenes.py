@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from openwork.recipes.flow_data import sample_photos, scenes_of
-from openwork.recipes.scenes import Layer, Outline, frame_points, moved, render, scene
+from openwork.recipes.scenes import Outline, SceneLayer, frame_points, moved, render, scene
 
 SHIFT = np.array([[1.0, 0, 3], [0, 1, -2], [0, 0, 1]])
 DISK = Outline((20.0, 12.0), 6.0)
@@ -24,7 +24,7 @@ def sampled(image, points):
 
 
 def test_a_shifted_background_is_the_photo_shifted():
-    first, second, flow = render([Layer(photo(), (10.0, 15.0), SHIFT)], 24, 32)
+    first, second, flow = render([SceneLayer(photo(), (10.0, 15.0), SHIFT)], 24, 32)
     assert torch.allclose(first, photo()[:, 15:39, 10:42], atol=1e-5)
     assert torch.allclose(second[:, :-2, 3:], first[:, 2:, :-3], atol=1e-5)
     assert torch.allclose(flow, torch.tensor([3.0, -2.0])[:, None, None].expand(2, 24, 32), atol=1e-5)
@@ -33,7 +33,7 @@ def test_a_shifted_background_is_the_photo_shifted():
 def test_the_frontmost_object_gives_the_flow_and_the_colour():
     turned = np.array([[0.0, -1, 32], [1, 0, -8], [0, 0, 1]])  # a quarter turn about the disk's centre
     first, second, flow = render(
-        [Layer(photo(), (0.0, 0.0), np.eye(3)), Layer(photo(1), (9.0, 9.0), turned, DISK)], 24, 32
+        [SceneLayer(photo(), (0.0, 0.0), np.eye(3)), SceneLayer(photo(1), (9.0, 9.0), turned, DISK)], 24, 32
     )
     points = frame_points(24, 32)
     away = torch.hypot(points[0] - 20, points[1] - 12)

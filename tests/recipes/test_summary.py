@@ -1,7 +1,7 @@
 import pytest
 
-from openwork.recipes.summary import flip_rates, paired_p, rows_of, table_of
-from openwork.recipes.task import described, percent
+from openwork.recipes.summary import flip_rates, paired_p, summary_rows, table_of
+from openwork.recipes.task import description_of, percent
 
 METRICS = [percent("val_accuracy", "accuracy")]
 
@@ -11,7 +11,7 @@ def result(method, seed, accuracy, pattern="2:4", decay=2e-4):
     config |= {"decay": decay} if method == "sr-ste" else {}
     numbers = {"density": 1.0 if method == "dense" else 0.5, "macs": 10**6, "sad_start": 0.25, "flip_rate": 0.002}
     times = {"seconds_per_step": 0.01 * (seed + 1), "seconds": 3.0, "steps": 300}
-    return {"config": config, "val_accuracy": accuracy, "metrics": described(METRICS), **times, **numbers}
+    return {"config": config, "val_accuracy": accuracy, "metrics": description_of(METRICS), **times, **numbers}
 
 
 DENSE = [result("dense", seed, accuracy) for seed, accuracy in enumerate((0.90, 0.92, 0.94))]
@@ -31,7 +31,7 @@ def test_the_flip_rate_is_that_of_one_step_also_where_masks_change_at_once():
 
 
 def test_rows_pair_seeds_with_dense():
-    dense, sparse = rows_of(DENSE + SPARSE)
+    dense, sparse = summary_rows(DENSE + SPARSE)
     assert dense.scores["val_accuracy"] == pytest.approx(0.92)
     assert dense.std == pytest.approx(0.02)
     assert (dense.delta, dense.p) == (None, None)
@@ -42,14 +42,14 @@ def test_rows_pair_seeds_with_dense():
 
 
 def test_one_seed_has_no_spread_and_says_so():
-    row = rows_of(DENSE[:1])[0]
+    row = summary_rows(DENSE[:1])[0]
     assert row.std is None
     header, (cells,) = table_of([row], METRICS)
     assert cells[header.index("accuracy %")] == "90.00 (1 seed)"
 
 
 def test_two_seeds_have_a_spread_but_no_p_value():
-    row = rows_of(DENSE[:2] + SPARSE[:2])[1]
+    row = summary_rows(DENSE[:2] + SPARSE[:2])[1]
     assert row.std is not None
     assert row.p is None
 
@@ -59,7 +59,7 @@ def test_equal_differences_have_no_p_value():
 
 
 def test_patterns_and_decays_are_rows_of_their_own_and_asp_costs_two_trainings():
-    rows = rows_of(
+    rows = summary_rows(
         [*DENSE, result("sr-ste", 0, 0.9, "1:4"), result("sr-ste", 0, 0.9, decay=-2e-4), result("asp", 0, 0.9)]
     )
     assert [(r.method, r.pattern, r.options) for r in rows[1:]] == [

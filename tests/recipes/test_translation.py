@@ -237,7 +237,7 @@ def test_bleu_by_hand():
 def test_words_that_the_reference_lacks_are_marked():
     assert marked("um halb acht Uhr", "um halb sieben Uhr") == [("um halb", False), ("acht", True), ("Uhr", False)]
     assert marked("", "um") == []
-    sample = translation.visualization(0, ("<a>", "b & c"), "b & <d>")
+    sample = translation.text_visualization(0, ("<a>", "b & c"), "b & <d>")
     assert sample.predicted[0].text == [("b &", False), ("<d>", True)]
     assert [view.text for view in sample.truth] == [[("<a>", False)], [("b & c", False)]]
 

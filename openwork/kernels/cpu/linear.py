@@ -52,12 +52,12 @@ def gemv_linear(
     if scales is None:
         flat = F.pad(flat, (0, short)) if short else flat
         given = (flat.data_ptr(), flat.stride(0), address(bias), y.data_ptr())
-        lib.openwork_gemv(ctypes.byref(native.Gemv(*layout, *given, O, O, B, relu)), DTYPES[values.dtype])
+        lib.openwork_gemv(ctypes.byref(native.GemvCall(*layout, *given, O, O, B, relu)), DTYPES[values.dtype])
     else:
         whole, input_scales = quantize_to_whole(flat)
         whole = F.pad(whole, (0, short)).int() & 0xFFFF  # the kernel multiplies pairs of int16
         given = (whole.data_ptr(), whole.stride(0), None, y.data_ptr())
-        lib.openwork_gemv(ctypes.byref(native.Gemv(*layout, *given, O, O, B, False)), DTYPES[torch.int8])
+        lib.openwork_gemv(ctypes.byref(native.GemvCall(*layout, *given, O, O, B, False)), DTYPES[torch.int8])
         y = y.view(torch.int32).float().mul_(input_scales[:, None] * scales)
         y = y if bias is None else y.add_(bias)
         y = y.relu_() if relu else y
@@ -97,7 +97,7 @@ def run_dot_product(
     where = ctypes.addressof(pixels) if pixels is not None else None
     inputs = (x.data_ptr(), x.stride(0), K, where, None, 0)
     outputs = (address(bias), address(scales), x_scales.data_ptr(), y.data_ptr(), O, O, y.numel() // O)
-    call, threads = native.DotProduct(*weight, *inputs, *outputs, sizes.steps, relu), torch.get_num_threads()
+    call, threads = native.DotProductCall(*weight, *inputs, *outputs, sizes.steps, relu), torch.get_num_threads()
     scratch = torch.empty(
         lib.openwork_dot_product_scratch(ctypes.byref(call), threads), dtype=torch.uint8, device="cpu"
     )

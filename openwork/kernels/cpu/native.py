@@ -60,7 +60,7 @@ class GemmConv2d(Structure):
     )
 
 
-class Gemv(Structure):
+class GemvCall(Structure):
     """A matmul whose lanes are outputs: see csrc/kernels.h."""
 
     _fields_ = (
@@ -85,7 +85,7 @@ class Pixels(Structure):
     )
 
 
-class DotProduct(Structure):
+class DotProductCall(Structure):
     """A matmul whose lanes are outputs and whose inputs are as short as the weights: see csrc/kernels.h."""
 
     _fields_ = (
@@ -120,10 +120,10 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "openwork_gemm_linear": (None, (POINTER(GemmLinear),)),
     "openwork_gemm_conv2d_scratch": (c_int64, (POINTER(GemmConv2d),)),
     "openwork_gemm_conv2d": (None, (POINTER(GemmConv2d),)),
-    "openwork_gemv": (None, (POINTER(Gemv), c_int32)),
+    "openwork_gemv": (None, (POINTER(GemvCall), c_int32)),
     "openwork_has_dot_product": (c_int32, ()),
-    "openwork_dot_product": (None, (POINTER(DotProduct), c_int32, c_int64)),
-    "openwork_dot_product_scratch": (c_int64, (POINTER(DotProduct), c_int64)),
+    "openwork_dot_product": (None, (POINTER(DotProductCall), c_int32, c_int64)),
+    "openwork_dot_product_scratch": (c_int64, (POINTER(DotProductCall), c_int64)),
     "openwork_quantize": (None, (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p)),
 }
 
@@ -145,7 +145,7 @@ class Status:
         return f"native kernels: {self.isa} (of {', '.join(self.available)}), threads of {self.threads}"
 
 
-def status() -> Status:
+def native_status() -> Status:
     """What is loaded and, if nothing, why."""
     lib, reason = _open()
     if lib is None:
@@ -156,7 +156,7 @@ def status() -> Status:
 @functools.cache
 def warn_without_library() -> None:
     """Warn, once in a process, where there is no native library."""
-    if (here := status()).isa is None:
+    if (here := native_status()).isa is None:
         warnings.warn(f"everything works without the native kernels, slower ({here})", stacklevel=4)
 
 
@@ -178,7 +178,7 @@ def use_isa(name: str | None) -> str:
     another one must be packed again. The variable OPENWORK_ISA does the same when the library is loaded."""
     lib = library()
     if lib is None:
-        raise RuntimeError(str(status()))
+        raise RuntimeError(str(native_status()))
     if lib.openwork_use_isa(name.encode() if name else None) is None:
         raise ValueError(f"instruction set {name!r}; this machine and build have {', '.join(_available(lib))}")
     return str(lib.openwork_isa(-1).decode())

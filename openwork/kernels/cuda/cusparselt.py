@@ -149,7 +149,7 @@ BACKENDS: Mapping[str, Backend] = {
 }
 
 
-def refusal(backend: str, weight_dtype: torch.dtype, device: torch.device) -> str:
+def backend_refusal(backend: str, weight_dtype: torch.dtype, device: torch.device) -> str:
     """Why a backend multiplies by no weight in a dtype there; empty where it does.
 
     >>> refusal("cusparselt", torch.float32, torch.device("cpu"))
@@ -199,12 +199,12 @@ class Packed:
     padded: tuple[int, int]
 
 
-def pack(weight: Tensor, backend: str) -> Packed:
+def pack_2_4(weight: Tensor, backend: str) -> Packed:
     """Pack a weight (O, K) in a dtype of the backend, filled up with zeros to the shape that it needs, and compare what
     comes out again: a library that packs something else is found here. Raises KernelRefused then, and ValueError for a
     weight or a device that the backend does not take."""
     O, K = weight.shape
-    reason = refusal(backend, weight.dtype, weight.device) or weight_refusal(weight.float())
+    reason = backend_refusal(backend, weight.dtype, weight.device) or weight_refusal(weight.float())
     if reason:
         raise ValueError(f"a weight {tuple(weight.shape)} on {weight.device} cannot be packed by {backend}: {reason}")
     rows, columns, _ = BACKENDS[backend].units[weight.dtype]
@@ -297,7 +297,7 @@ def algorithm_for(x: Tensor, packed: Packed, bias: Tensor | None, out: torch.dty
     whole = _padded(x, (packed.padded[1] - x.shape[1], -len(x) % units)).contiguous()
     shape = f"{packed.padded[0]}x{packed.padded[1]}x{len(whole)}"
     key = f"{shape} {packed.values.dtype} to {out}{'' if bias is None else ', bias'}"
-    file, where = algorithm_cache.file_of_user(), environment(x.device)
+    file, where = algorithm_cache.file_of_user(), gpu_environment(x.device)
     algorithm = algorithm_cache.read(file).get(where, {}).get(key)
     if algorithm is None:
         with library_calls():
@@ -306,7 +306,7 @@ def algorithm_for(x: Tensor, packed: Packed, bias: Tensor | None, out: torch.dty
     return algorithm
 
 
-def environment(device: torch.device) -> str:
+def gpu_environment(device: torch.device) -> str:
     """What an algorithm belongs to: GPU, cuSPARSELt, torch."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return f"{name}, {BACKENDS['cusparselt'].version()}, torch {torch.__version__}"

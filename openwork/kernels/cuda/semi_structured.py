@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from openwork.kernels.cuda import cusparselt
 from openwork.layouts.conv import ConvGeometry, patches
-from openwork.layouts.layout import Algorithm, Layout, Request, Vectors, register
+from openwork.layouts.layout import Algorithm, Layout, Request, Vectors, register_kind
 from openwork.nm.pattern import Pattern
 from openwork.nm.quantize import QUANTIZED, quantize
 
@@ -54,7 +54,7 @@ class SemiStructured(Layout):
 
     @classmethod
     def refusal(cls, request: Request) -> str:
-        if reason := cusparselt.refusal(cls.name, request.weight_dtype, request.device):
+        if reason := cusparselt.backend_refusal(cls.name, request.weight_dtype, request.device):
             return reason
         if request.conv is not None and request.conv.groups > 1:
             return f"a convolution in {request.conv.groups} groups: sparse tensor cores multiply one matrix"
@@ -64,7 +64,7 @@ class SemiStructured(Layout):
 
     @classmethod
     def pack(cls, weight: Tensor, scales: Tensor | None, pattern: Pattern, vectors: Vectors) -> SemiStructured:
-        return cls(cusparselt.pack(weight.contiguous(), cls.name), scales, pattern)
+        return cls(cusparselt.pack_2_4(weight.contiguous(), cls.name), scales, pattern)
 
     def unpack(self) -> Tensor:
         return cusparselt.unpack(self._packed())
@@ -129,7 +129,7 @@ class SemiStructured(Layout):
         weight = state.pop("weight")
         nn.Module.__setstate__(self, state)
         try:
-            packed = cusparselt.pack(weight, self.name)
+            packed = cusparselt.pack_2_4(weight, self.name)
         except ValueError as error:
             raise RuntimeError(
                 f"a layer that was deployed on a GPU comes back on {weight.device}: {error}. Load it onto a GPU "
@@ -140,7 +140,7 @@ class SemiStructured(Layout):
         self.numbers = SemiStructuredNumbers(self.pattern.n, self.pattern.m, *packed.padded, *packed.shape)
 
 
-@register
+@register_kind
 class CuSparseLt(SemiStructured):
     """Several algorithms for each shape, of which the fastest is searched."""
 
@@ -152,7 +152,7 @@ class CuSparseLt(SemiStructured):
         self.algorithms[len(rows)] = cusparselt.algorithm_for(rows, self._packed(), *known)
 
 
-@register
+@register_kind
 class Cutlass(SemiStructured):
     """On GPUs of compute capability 8.x."""
 

@@ -17,7 +17,7 @@ import torch
 from openwork.utils.torch_private import without_modes
 
 
-def available() -> bool:
+def is_available() -> bool:
     """Whether CUDA tensors have these kernels."""
     return not reason()
 
@@ -49,7 +49,7 @@ def _lasting() -> str:
     return _failure()
 
 
-def status() -> str:
+def triton_status() -> str:
     """What runs on CUDA tensors and, if nothing of ours, why."""
     if reason():
         return f"no Triton kernels: {reason()}"

@@ -24,7 +24,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from openwork.kernels.cuda.stream import on_device
 from openwork.kernels.cuda.triton.floats import INTEGERS, KINDS, rounded, to_float32
 from openwork.layouts.layout import KernelRefused, numbers_of
-from openwork.layouts.skinny import ROWS, SkinnyExpand, SkinnyGather, check, index_bits
+from openwork.layouts.skinny import ROWS, SkinnyExpand, SkinnyGather, check_skinny, skinny_index_bits
 from openwork.nm.pattern import Pattern
 from openwork.ops.sparse_matmul import linear as reference
 
@@ -164,12 +164,12 @@ def _linear(
 ) -> Tensor:
     layout = SkinnyExpand if expand else SkinnyGather
     named = numbers_of(layout, numbers)
-    check(x, packed, bias, named)
+    check_skinny(x, packed, bias, named)
     (values, indices), (n, m, O, K) = packed, named
     B, kind = len(x), KINDS[values.dtype]
     if not 0 < B <= ROWS:
         return reference(layout, x, packed, bias, numbers, relu)
-    word, bits, groups, OP = INTEGERS[values.dtype], index_bits(Pattern(n, m)), values.shape[1], values.shape[2]
+    word, bits, groups, OP = INTEGERS[values.dtype], skinny_index_bits(Pattern(n, m)), values.shape[1], values.shape[2]
     BO, BG = tile(n, m, B, expand)
     columns = triton.cdiv(OP, BO)
     count = parts_of(groups, BG, columns, processors(x.device))
