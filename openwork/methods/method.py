@@ -109,7 +109,8 @@ class Method:
 
     def overrides(self, *rules: str) -> bool:
         """Whether a method has formulas of its own, by name."""
-        return _overrides(type(self), rules)
+        own: Any = type(self)
+        return _overrides(own, rules)
 
     @property
     def acts_in_step(self) -> bool:
