@@ -51,9 +51,10 @@ class _Masked(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, mask: Tensor, beta: Tensor | float, *rest: Any) -> Tensor:
-        *tensors, method, phase, names = rest
-        return method.forward(weight, mask, _with(phase, beta), dict(zip(names, tensors, strict=True)))
+    def forward(*inputs: Any) -> Tensor:  # torch looks at every parameter of the signature in every call
+        weight, mask, beta, *tensors, method, phase, names = inputs
+        pruned: Tensor = method.forward(weight, mask, _with(phase, beta), dict(zip(names, tensors, strict=True)))
+        return pruned
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -108,9 +109,15 @@ class Method:
 
     def overrides(self, *rules: str) -> bool:
         """Whether a method has formulas of its own, by name."""
-        return any(getattr(type(self), rule) is not getattr(Method, rule) for rule in rules)
+        own: Any = type(self)
+        return _overrides(own, rules)
 
     @property
     def acts_in_step(self) -> bool:
         """Whether it needs `attach`: the optimizer step adds, counts or calls something."""
         return bool(self.decay) or self.schedule.counts_steps or self.overrides("before_step", "after_step")
+
+
+@functools.cache
+def _overrides(method: Any, rules: tuple[str, ...]) -> bool:
+    return any(getattr(method, rule) is not getattr(Method, rule) for rule in rules)

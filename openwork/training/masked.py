@@ -37,7 +37,7 @@ class Masked(nn.Module):
         super().__init__()
         self.method, self.end, self.cache = method, end, cache
         self.seen_dtype = weight.dtype
-        schedule = method.schedule
+        self.schedule = schedule = method.schedule
         self.reuses_mask = bool(method.decay) and not schedule.stores_mask
         self._ranks_by_magnitude = not method.overrides("score", "mask")
         self._straight_through = not method.overrides("forward", "backward")
@@ -55,12 +55,12 @@ class Masked(nn.Module):
     @property
     def state(self) -> State:
         """What the method keeps for the weight."""
-        return {name: getattr(self, f"state_{name}") for name in self.state_names}
+        return {name: getattr(self, f"state_{name}") for name in self.state_names} if self.state_names else {}
 
     @property
     def unfinished(self) -> str:
         """What the weight is while the method's schedule runs; empty once it has ended."""
-        steps = self.method.schedule.steps
+        steps = self.schedule.steps
         if self.step >= steps:
             return ""
         return f"{self.phase}: not yet {self.end.pattern} (step {self.step} of {steps})"
@@ -107,7 +107,8 @@ class Masked(nn.Module):
         mask = self.mask_of(weight)
         if self.reuses_mask:
             self.cache.remember(self, weight, mask)
-        self._check_whole_groups(weight)
+        if not self.method.elementwise:
+            self._check_whole_groups(weight)
         phase, state = self.phase, self.state
         return elementwise(lambda w, m: masked(self.method, w, m, phase, state), weight, mask)
 
@@ -126,12 +127,13 @@ class Masked(nn.Module):
         """The weight of the finished model: what the forward uses, or would use at the end of the schedule."""
         if not self.method.sparse:
             return weight
-        self._check_whole_groups(weight)
+        if not self.method.elementwise:
+            self._check_whole_groups(weight)
         state = self.state
         return elementwise(lambda w, m: self.method.fold(w, m, self.end, state), weight, self.mask_at_end(weight))
 
     def _check_whole_groups(self, weight: Any) -> None:
-        if not self.method.elementwise and cuts_groups(weight, self.phase.axis, self.phase.pattern.m):
+        if cuts_groups(weight, self.phase.axis, self.phase.pattern.m):
             raise ValueError(
                 f"{self.method} needs whole groups of {self.phase.pattern.m}, and sharding {weight.placements} of a "
                 f"weight {tuple(weight.shape)} cuts them apart: shard along another axis, or take another method"
@@ -152,7 +154,7 @@ class Masked(nn.Module):
     def count_step(self, weight: Tensor) -> None:
         """An optimizer step is done: the schedule goes on, and a stored mask that has served its time is chosen anew,
         in place, so that compiled graphs find it. Weights that are spread over processes are gathered for it."""
-        schedule, pattern = self.method.schedule, self.phase.pattern
+        schedule, pattern = self.schedule, self.phase.pattern
         if schedule.steps:
             self.go_to(self.step + 1)
         if self.mask is None or not schedule.counts_steps:
@@ -168,7 +170,7 @@ class Masked(nn.Module):
         """Set the schedule to where it is after so many optimizer steps. While the pattern stays and the mask decays,
         its beta is a tensor that is written to, so that compiled code stays as it is."""
         self.step = step
-        now = self.method.schedule.phase(step, self.end)
+        now = self.schedule.phase(step, self.end)
         beta = self.phase.beta
         if now.beta and isinstance(beta, Tensor) and now.pattern == self.phase.pattern:
             beta.fill_(now.beta)
@@ -186,7 +188,7 @@ class Masked(nn.Module):
     @property
     def counters_saved(self) -> dict[str, int]:
         """The same of the counters."""
-        schedule = self.method.schedule
+        schedule = self.schedule
         ages = {"mask_age": self.age} if self.mask is not None and schedule.refresh_every else {}
         return ages | ({"step": self.step} if schedule.steps else {})
 

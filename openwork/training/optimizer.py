@@ -185,7 +185,6 @@ def _full_masks(model: nn.Module) -> dict[str, Tensor]:
 
 def _call_hooks(name: str, optimizer: Optimizer, trained: list[SparseWeight]) -> None:
     """Call the hook of each method that has one, with the weights that it trains."""
-    for method in dict.fromkeys(sparse.masked.method for sparse in trained):
-        if method.overrides(name):
-            own = [Stepped(sparse.masked, sparse.weight) for sparse in trained if sparse.masked.method == method]
-            getattr(method, name)(optimizer, own)
+    for method in dict.fromkeys(each.masked.method for each in trained if each.masked.method.overrides(name)):
+        own = [Stepped(each.masked, each.weight) for each in trained if each.masked.method == method]
+        getattr(method, name)(optimizer, own)

@@ -31,7 +31,7 @@ def shared_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
     members: dict[str, Any] = {"__reduce_ex__": reduce, "__module__": original.__module__, "_openwork_class": original}
     members |= {name: _read_through(name) for name in names}
-    members |= {"__getattr__": _saved_beside(names)}
+    members |= {"__getattr__": _saved_beside(original, names)}
     members |= {"register_parameter": _register_parameter, "__delattr__": _refuse_to_remove}
     members["_distribute_module_applied"] = property(_distributed, _set_distributed)
     if issubclass(original, nn.RNNBase):
@@ -54,17 +54,20 @@ def _read_through(name: str) -> property:
     return property(read, refuse)
 
 
-def _saved_beside(names: tuple[str, ...]) -> Any:
+def _saved_beside(original: Any, names: tuple[str, ...]) -> Any:
     """Masks, counters and state of the weights `names` under their names in the state dict, where
     `torch.distributed.checkpoint.state_dict` looks for them."""
 
     def find(self: Any, attribute: str) -> Any:
-        for name in names:
-            if attribute.startswith(f"{name}_") and "_openwork" in self.__dict__:
-                saved = self.parametrizations[name][0].saved()
-                if attribute.removeprefix(f"{name}_") in saved:
-                    return saved[attribute.removeprefix(f"{name}_")]
-        return plain_class(self).__getattr__(self, attribute)
+        try:
+            return original.__getattr__(self, attribute)
+        except AttributeError:
+            for name in names:
+                if attribute.startswith(f"{name}_") and "_openwork" in self.__dict__:
+                    saved = self.parametrizations[name][0].saved()
+                    if attribute.removeprefix(f"{name}_") in saved:
+                        return saved[attribute.removeprefix(f"{name}_")]
+            raise
 
     return find
 
