@@ -10,5 +10,13 @@ from openwork.methods.srste import SRSTE as SRSTE
 from openwork.methods.ste import STE as STE
 from openwork.methods.transposable import TransposableSRSTE as TransposableSRSTE
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, ASP, STE, SRSTE, TransposableSRSTE, MdGf)}
+_ALL: tuple[type[Method], ...] = (
+    Dense,
+    ASP,
+    STE,
+    SRSTE,
+    TransposableSRSTE,
+    MdGf,
+)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 """Every method by its name, in the order in which tables list them."""

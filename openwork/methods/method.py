@@ -1,4 +1,5 @@
-"""What a method is. To add one: copy `ste.py`, write its equation on top, change what differs, add a test."""
+"""What a method is. To add one: copy `ste.py` (nothing overridden) or `mdgf.py` (a gradient and a schedule),
+write its equation on top, override what differs, add a test."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from openwork.nm.masks import apply_mask
 from openwork.ops import foreach_mask, foreach_transposable_mask
 
 State = Mapping[str, Tensor]
-"""What a method keeps for one weight, by name: tensors that are saved beside the weight and move with it."""
+"""What a method keeps for one weight, by name: tensors that are saved beside the weight, and that move and are cast with
+it. The names mask, mask_age and step are the engine's."""
 
 
 class TrainedWeight(Protocol):

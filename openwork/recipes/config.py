@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, cast, get_type_hints
 
 import openwork as ow
@@ -61,7 +62,7 @@ class Common:
 
     task: ClassVar[str]
     sources: ClassVar[Sequence[DataSource]]
-    presets: ClassVar[dict[str, dict[str, Any]]]
+    presets: ClassVar[Mapping[str, dict[str, Any]]] = MappingProxyType({})
 
     data: str = flag("", "the data set")
     model: str = flag("", "the network")
@@ -192,7 +193,10 @@ def default_of(item: Any) -> Any:
 
 def check_common(config: Common) -> None:
     if config.preset and config.preset not in config.presets:
-        raise ValueError(f"preset {config.preset!r} is not known; use one of {', '.join(config.presets)}")
+        known = (
+            f"use one of {', '.join(config.presets)}" if config.presets else "this task has none: leave --preset out"
+        )
+        raise ValueError(f"preset {config.preset!r} is not known; {known}")
     at_least_one = ("epochs", "batch_size", "accumulate", "devices", "nodes")
     every = ("checkpoint_every", "topology_every", "log_every", "validate_every")
     for names, least in (((*at_least_one, *every), 1), (("limit", "limit_val", "clip", "warmup"), 0)):
@@ -219,7 +223,7 @@ def check_common(config: Common) -> None:
         )
     if config.warmup >= config.epochs:
         raise ValueError(
-            f"warmup of {config.warmup} epochs leaves nothing of {config.epochs}; shorten it or train longer"
+            f"--warmup {config.warmup:g} leaves nothing of --epochs {config.epochs:g}; give a shorter one (--warmup 0), or train longer"
         )
 
 

@@ -20,6 +20,9 @@ from openwork.nm.masks import apply_mask
 from openwork.training.dtensor import by_groups, cuts_groups, elementwise, full_tensor, placed_like
 from openwork.training.forward_cache import ForwardCache
 
+RESERVED = ("mask", "mask_age", "step")
+"""What follows a weight's name in a state dict already, so that no state of a method may be called so."""
+
 
 class Masked(nn.Module):
     """Dense weight in, weight of the forward pass out, same shape.
@@ -48,6 +51,11 @@ class Masked(nn.Module):
         state = method.state(weight.detach(), end)
         self.state_names = tuple(state)
         for name, tensor in state.items():
+            if name in RESERVED or not isinstance(tensor, Tensor):
+                raise ValueError(
+                    f"{method}.state returned {name!r}: {type(tensor).__name__}; needed a tensor for each name, and "
+                    f"names other than {', '.join(RESERVED)}, which stand for the engine's own"
+                )
             self.register_buffer(f"state_{name}", tensor)
         if schedule.stores_mask:
             self.choose_mask(weight)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import openwork as ow
 from openwork.methods import Method, Schedule
@@ -29,18 +30,22 @@ class SSTE(Method):
 
     def state(self, weight, phase):
         soft = soft_threshold(weight, phase)
-        return {"scale": (weight * soft).sum() / soft.square().sum()}
+        norm = soft.square().sum()
+        return {"scale": torch.where(norm > 0, (weight * soft).sum() / norm, 1.0).to(weight.dtype)}
 
     def forward(self, weight, mask, phase, state):
         return state["scale"] * soft_threshold(weight, phase)
 
 
 def soft_threshold(weight, phase):
+    n, m = phase.pattern.n, phase.pattern.m
+    if n == m:
+        return weight.clone()
     rows = to_rows(weight, phase.axis)
-    groups = rows.unflatten(-1, (-1, phase.pattern.m))
-    threshold = groups.abs().sort(-1).values[..., phase.pattern.m - phase.pattern.n - 1, None]
+    groups = functional.pad(rows, (0, -rows.shape[-1] % m)).unflatten(-1, (-1, m))
+    threshold = groups.abs().kthvalue(m - n, dim=-1, keepdim=True).values
     soft = torch.where(groups.abs() > threshold, groups - groups.sign() * threshold, 0.0)
-    return from_rows(soft.flatten(-2), phase.axis, tuple(weight.shape))
+    return from_rows(soft.flatten(-2)[..., : rows.shape[-1]], phase.axis, tuple(weight.shape))
 
 
 @dataclass(frozen=True)
@@ -220,3 +225,28 @@ def test_hooks_are_called_for_what_the_optimizer_trains():
     before = latent(model).clone()
     train(model, optimizer, 0, 1)
     assert torch.equal(latent(model), before)
+
+
+# --- what a method may not do ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", [{"mask": torch.ones(1)}, {"step": torch.ones(1)}, {"scale": 1.0}], ids=str)
+def test_state_is_tensors_under_names_of_its_own(state):
+    @dataclass(frozen=True)
+    class Wrong(Method):
+        name: ClassVar[str] = "wrong"
+
+        def state(self, weight, phase):
+            return state
+
+    with pytest.raises(ValueError, match=f"state returned '{next(iter(state))}'.*needed a tensor for each name"):
+        ow.sparsify(nn.Linear(8, 8), "2:4", Wrong())
+
+
+@pytest.mark.parametrize(("pattern", "inputs"), [("4:4", 8), ("2:4", 6), ("1:4", 7)])
+def test_a_forward_over_groups_takes_any_pattern_and_short_groups(pattern, inputs):
+    model = nn.Linear(inputs, 3)
+    nn.init.zeros_(model.bias)
+    ow.sparsify(model, ow.Selection(pattern, remainder="pad"), SSTE())
+    assert model.weight.isfinite().all()
+    assert ow.verify(model).sparse == {"weight": ow.Pattern.parse(pattern)}
