@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from openwork.methods.method import Method, State
-from openwork.methods.schedule import ONCE, Phase, Schedule
+from openwork.methods.schedule import ONCE, Phase
 from openwork.nm.masks import apply_mask
 
 
@@ -23,10 +23,7 @@ class ASP(Method):
 
     name: ClassVar[str] = "asp"
     prunes_trained: ClassVar[bool] = True
-
-    @property
-    def schedule(self) -> Schedule:
-        return ONCE
+    schedule = ONCE
 
     def backward(self, gradient: Tensor, mask: Tensor, phase: Phase, state: State) -> Tensor:
         return apply_mask(gradient, mask)

@@ -36,7 +36,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, computed: Tensor) -> Tensor:
-        return computed
+        return computed.detach()  # as an input that is returned it could not be changed in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -37,11 +37,14 @@ class MdGf(Method):
             raise ValueError(f"steps={self.steps!r}; needed the optimizer steps until the mask is N:M, 1 or more")
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> Schedule:  # type: ignore[override]
         return MaskDecay(steps=self.steps, linear=self.linear)
 
     def backward(self, gradient: Tensor, mask: Tensor, phase: Phase, state: State) -> Tensor:
-        return gradient if self.straight_through else torch.where(mask, gradient, gradient * phase.beta)
+        if self.straight_through:
+            return gradient
+        decays = isinstance(phase.beta, Tensor)  # at the end an infinite gradient times 0 would be NaN
+        return torch.where(mask, gradient, gradient * phase.beta if decays else 0.0)
 
 
 @dataclass(frozen=True)

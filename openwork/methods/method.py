@@ -3,22 +3,24 @@ write its equation on top, override what differs, add a test."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from openwork.methods.schedule import EVERY_FORWARD, Phase, Schedule
+from openwork.methods.schedule import EVERY_FORWARD, Phase
 from openwork.nm.masks import apply_mask
 from openwork.ops import foreach_mask, foreach_transposable_mask
 
 State = Mapping[str, Tensor]
-"""What a method keeps for one weight, by name: tensors that are saved beside the weight, and that move and are cast with
-it. The names mask, mask_age and step are the engine's."""
+"""What a method keeps for one weight, by name: tensors that are saved beside the weight, and move and are cast with it.
+The names mask, mask_age and step are the engine's."""
+
+
+_RULES = ("state", "score", "mask", "forward", "backward", "fold", "before_step", "after_step")
 
 
 class TrainedWeight(Protocol):
@@ -67,13 +69,15 @@ class Method:
     elementwise: ClassVar[bool] = True
     """False where `forward` looks at whole groups: weights whose groups are spread over processes are then refused."""
 
-    @property
-    def decay(self) -> float:
-        return 0.0
+    # Without annotations, so that a subclass may make a field of each, with a default or without.
+    decay = 0.0
+    schedule = EVERY_FORWARD
 
-    @property
-    def schedule(self) -> Schedule:
-        return EVERY_FORWARD
+    _own: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._own = frozenset(rule for rule in _RULES if getattr(cls, rule) is not getattr(Method, rule))
 
     def state(self, weight: Tensor, phase: Phase) -> State:
         """What to keep for a weight, from its values when it is sparsified; `phase` is that of the schedule's end."""
@@ -104,22 +108,17 @@ class Method:
         return self.forward(weight, mask, phase, state)
 
     def before_step(self, optimizer: Optimizer, weights: Sequence[TrainedWeight]) -> None:
-        """Called before each optimizer step, after the decay was added."""
+        """Called when the gradients of a step are there and the decay was added: before a step that is skipped for
+        overflow too, and again after each evaluation of a closure."""
 
     def after_step(self, optimizer: Optimizer, weights: Sequence[TrainedWeight]) -> None:
         """Called after each optimizer step that was not skipped."""
 
     def overrides(self, *rules: str) -> bool:
         """Whether a method has formulas of its own, by name."""
-        own: Any = type(self)
-        return _overrides(own, rules)
+        return not self._own.isdisjoint(rules)
 
     @property
     def acts_in_step(self) -> bool:
         """Whether it needs `attach`: the optimizer step adds, counts or calls something."""
         return bool(self.decay) or self.schedule.counts_steps or self.overrides("before_step", "after_step")
-
-
-@functools.cache
-def _overrides(method: Any, rules: tuple[str, ...]) -> bool:
-    return any(getattr(method, rule) is not getattr(Method, rule) for rule in rules)

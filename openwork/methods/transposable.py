@@ -40,5 +40,5 @@ class TransposableSRSTE(Method):
             )
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> Schedule:  # type: ignore[override]
         return Schedule(refresh_every=self.refresh_every)

@@ -193,10 +193,8 @@ def default_of(item: Any) -> Any:
 
 def check_common(config: Common) -> None:
     if config.preset and config.preset not in config.presets:
-        known = (
-            f"use one of {', '.join(config.presets)}" if config.presets else "this task has none: leave --preset out"
-        )
-        raise ValueError(f"preset {config.preset!r} is not known; {known}")
+        advice = f"use one of {', '.join(config.presets)}" if config.presets else "this task has none: leave it out"
+        raise ValueError(f"preset {config.preset!r} is not known; {advice}")
     at_least_one = ("epochs", "batch_size", "accumulate", "devices", "nodes")
     every = ("checkpoint_every", "topology_every", "log_every", "validate_every")
     for names, least in (((*at_least_one, *every), 1), (("limit", "limit_val", "clip", "warmup"), 0)):
@@ -223,7 +221,8 @@ def check_common(config: Common) -> None:
         )
     if config.warmup >= config.epochs:
         raise ValueError(
-            f"--warmup {config.warmup:g} leaves nothing of --epochs {config.epochs:g}; give a shorter one (--warmup 0), or train longer"
+            f"--warmup {config.warmup:g} leaves nothing of --epochs {config.epochs:g}; give a shorter one "
+            "(--warmup 0), or train longer"
         )
 
 

@@ -22,9 +22,8 @@ def masks_of(weights: Iterable[SparseWeight]) -> list[Tensor]:
     """The mask in force of each weight."""
     weights = list(weights)
     masks: dict[int, Tensor] = {}
-    for (_, _, pattern), indices in _alike(
-        weights, [sparse.masked.is_ranked_fused(sparse.weight) for sparse in weights]
-    ):
+    together = [kernels.batches(each.weight) and each.masked.is_ranked_fused(each.weight) for each in weights]
+    for (_, _, pattern), indices in _alike(weights, together):
         scores = [weights[i].weight.detach().abs() for i in indices]
         axes = [weights[i].masked.phase.axis for i in indices]
         masks |= zip(indices, foreach_mask(scores, pattern, axes), strict=True)

@@ -56,7 +56,7 @@ class Masked(nn.Module):
                     f"{method}.state returned {name!r}: {type(tensor).__name__}; needed a tensor for each name, and "
                     f"names other than {', '.join(RESERVED)}, which stand for the engine's own"
                 )
-            self.register_buffer(f"state_{name}", tensor)
+            self.register_buffer(f"state_{name}", tensor.detach().clone())
         if schedule.stores_mask:
             self.choose_mask(weight)
 
@@ -81,11 +81,12 @@ class Masked(nn.Module):
             return placed_like(self.mask, weight)
         return self.ranked(weight.detach().to(self.seen_dtype), self.phase)
 
-    def ranked(self, weight: Tensor, phase: Phase) -> Tensor:
+    def ranked(self, weight: Tensor, phase: Phase, state: State | None = None) -> Tensor:
         """The mask that `weight` has by the method's score."""
+        kept = self.state if state is None else state
 
         def choose(plain: Tensor) -> Tensor:
-            return self.method.mask(self.method.score(plain, self.state), phase)
+            return self.method.mask(self.method.score(plain, kept), phase)
 
         return by_groups(choose, weight, phase.axis, phase.pattern.m, gathered=phase.output_axis is not None)
 
@@ -183,7 +184,9 @@ class Masked(nn.Module):
         if now.beta and isinstance(beta, Tensor) and now.pattern == self.phase.pattern:
             beta.fill_(now.beta)
         else:
-            self.phase = replace(now, beta=torch.tensor(now.beta, dtype=torch.float64)) if now.beta else now
+            with torch.inference_mode(False):  # it is written to in training, whoever loads
+                number = torch.tensor(now.beta, dtype=torch.float64, device="cpu") if now.beta else 0.0
+            self.phase = replace(now, beta=number)
 
     # --- the state dict --------------------------------------------------------------------------------------------
 
@@ -211,7 +214,7 @@ class Masked(nn.Module):
         self.age = 0
         self.go_to(0)
         state = dict(self.method.state(weight, self.end))
-        return state if self.mask is None else {**state, "mask": self.ranked(weight, self.phase)}
+        return state if self.mask is None else {**state, "mask": self.ranked(weight, self.phase, state)}
 
     def extra_repr(self) -> str:
         parts = [str(self.end.pattern), str(self.method), str(self.end.axis)]

@@ -172,6 +172,11 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
         )
     check_supported(optimizer)
     for sparse in trained:
+        if is_sharded(sparse.weight) and sparse.masked.state_names:
+            raise ValueError(
+                f"{sparse.name} is sharded, and {sparse.masked.method} keeps {', '.join(sparse.masked.state_names)} "
+                "for each weight, which is not spread with it: train without fully_shard, or with another method"
+            )
         sparse.masked.reuses_mask = sparse.masked.reuses_mask and not is_sharded(sparse.weight)
     for _, _, record in records:
         record.watch.attached[optimizer] = True
@@ -185,6 +190,7 @@ def _full_masks(model: nn.Module) -> dict[str, Tensor]:
 
 def _call_hooks(name: str, optimizer: Optimizer, trained: list[SparseWeight]) -> None:
     """Call the hook of each method that has one, with the weights that it trains."""
-    for method in dict.fromkeys(each.masked.method for each in trained if each.masked.method.overrides(name)):
-        own = [Stepped(each.masked, each.weight) for each in trained if each.masked.method == method]
+    methods = {id(each.masked.method): each.masked.method for each in trained if each.masked.method.overrides(name)}
+    for method in methods.values():
+        own = [Stepped(each.masked, each.weight) for each in trained if each.masked.method is method]
         getattr(method, name)(optimizer, own)

@@ -174,8 +174,9 @@ def _take_counters(masked: Masked, state: dict[str, Any], name: str) -> None:
         state |= {f"{name}_{key}": tensor for key, tensor in masked.restart(state[name]).items()}
     if (age := state.pop(f"{name}_mask_age", None)) is not None:
         masked.age = int(age)
+    step = int(state.pop(f"{name}_step", 0))  # of a method without a running schedule it means nothing
     if name in state and masked.method.schedule.steps:
-        masked.go_to(int(state.pop(f"{name}_step", 0)))
+        masked.go_to(step)
 
 
 def _report_dense_names(_: nn.Module, incompatible: Any) -> None:

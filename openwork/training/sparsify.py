@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from openwork.methods import SRSTE, Method, Phase
 from openwork.nm.groups import to_rows
 from openwork.nm.masks import apply_mask
-from openwork.ops import foreach_mask
+from openwork.ops import foreach_mask, foreach_transposable_mask
 from openwork.training.dtensor import is_sharded
 from openwork.training.foreach import masks_of, prune_ahead
 from openwork.training.forward_cache import ForwardCache
@@ -68,12 +68,14 @@ def sparsify(
     model = unwrap(model)
     _check_plain(model)
     selection = _selection(pattern, exclude, axis, remainder)
+    if selection.transposable and not method.transposable:
+        raise ValueError(f"transposable=True with {method}, whose masks are not; use ow.TransposableSRSTE()")
     decided = decide(model, dataclasses.replace(selection, transposable=method.transposable))
     macs = count_macs(model, example, {c.name: c.weight for c in decided}) if example is not None else None
     title, cache = f"{type(model).__name__}, {method.name}", ForwardCache(prune_ahead)
-    _mask(decided, method, cache)
-    sparse = {weight.name: weight for weight in sparse_weights(model)}
-    report = _report(model, decided, lambda name, weight: sparse[name].masked.mask_at_end(weight), macs, title)
+    masked = {candidate.name: _masked(candidate, method, cache) for candidate in decided if candidate.pattern}
+    report = _report(model, decided, lambda name, weight: masked[name].mask_at_end(weight), macs, title)
+    _register(decided, masked)
     weights = {candidate.name: (candidate.pattern, candidate.axis) for candidate in decided if candidate.pattern}
     hooks = (
         model.register_forward_pre_hook(cache.enter, prepend=True),
@@ -124,11 +126,7 @@ def project(
     model = unwrap(model)
     _check_plain(model)
     decided = decide(model, _selection(pattern, exclude, axis, remainder))
-    masks = {
-        candidate.name: foreach_mask([candidate.weight.detach().abs()], candidate.pattern, [candidate.axis])[0]
-        for candidate in decided
-        if candidate.pattern
-    }
+    masks = {candidate.name: _magnitude_mask(candidate) for candidate in decided if candidate.pattern}
     report = _report(model, decided, lambda name, _: masks[name], None, f"{type(model).__name__}, projected")
     with torch.no_grad():
         for candidate in decided:
@@ -137,12 +135,20 @@ def project(
     return report
 
 
+def _magnitude_mask(candidate: Candidate) -> Tensor:
+    assert candidate.pattern
+    score, pattern, axis = candidate.weight.detach().abs(), candidate.pattern, candidate.axis
+    if candidate.output_axis:
+        return foreach_transposable_mask([score], pattern, [axis], [candidate.output_axis])[0]
+    return foreach_mask([score], pattern, [axis])[0]
+
+
 def masks(model: nn.Module) -> dict[str, Tensor]:
     """The masks that a sparsified model has now, by weight: bool, the weight's shape, True means kept. A method that
     refreshes its masks writes into the stored ones, so they are copied."""
     sparse = list(sparse_weights(unwrap(model)))
     return {
-        weight.name: mask.clone() if mask is weight.masked.mask else mask
+        weight.name: mask if weight.masked.mask is None else mask.clone()
         for weight, mask in zip(sparse, masks_of(sparse), strict=True)
     }
 
@@ -159,14 +165,19 @@ def _selection(
     return pattern
 
 
-def _mask(decided: list[Candidate], method: Method, cache: ForwardCache) -> None:
-    chosen: dict[nn.Module, dict[str, Masked]] = defaultdict(dict)
+def _masked(candidate: Candidate, method: Method, cache: ForwardCache) -> Masked:
+    assert candidate.pattern
+    return Masked(method, Phase(candidate.pattern, candidate.axis, candidate.output_axis), cache, candidate.weight)
+
+
+def _register(decided: list[Candidate], masked: Mapping[str, Masked]) -> None:
+    """Change the model, once nothing can fail any more."""
+    of_module: dict[nn.Module, dict[str, Masked]] = defaultdict(dict)
     for candidate in decided:
-        if candidate.pattern:
-            end = Phase(candidate.pattern, candidate.axis, candidate.output_axis)
-            chosen[candidate.module][candidate.tensor_name] = Masked(method, end, cache, candidate.weight)
-    for module, masked in chosen.items():
-        mask_weights(module, masked)
+        if candidate.name in masked:
+            of_module[candidate.module][candidate.tensor_name] = masked[candidate.name]
+    for module, its in of_module.items():
+        mask_weights(module, its)
 
 
 def _check_plain(model: nn.Module) -> None:
@@ -221,6 +232,7 @@ def _retained(weight: Tensor, mask: Tensor) -> float:
     """The kept share of the sum of squared weights; NaN on the meta device."""
     if weight.is_meta:
         return math.nan
-    squares = (weight if weight.dtype == torch.float64 else weight.float()).square()
+    precise = weight if weight.dtype == torch.float64 else weight.float()
+    squares = (precise / precise.abs().amax().clamp(min=torch.finfo(precise.dtype).tiny)).square()
     total = float(squares.sum(dtype=torch.float64))
     return float(apply_mask(squares, mask).sum(dtype=torch.float64)) / total if total else 1.0

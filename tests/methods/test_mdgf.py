@@ -222,3 +222,29 @@ def test_steps_is_a_number_of_steps():
     for wrong in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match="steps="):
             ow.MdGf(wrong)
+
+
+def test_it_is_sparsified_on_the_meta_device_and_goes_on_wherever_it_was_loaded():
+    with torch.device("meta"):
+        model = nn.Linear(8, 8)
+        ow.sparsify(model, "2:4", ow.MdGf(steps=3))
+    model.to_empty(device="cpu")
+    nn.init.normal_(model.parametrizations.weight.original)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = ow.attach(optimizer, model)
+    with torch.inference_mode():
+        model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    for _ in range(3):
+        model(torch.ones(1, 8)).sum().backward()
+        optimizer.step()
+    assert not handle.unfinished
+
+
+def test_an_infinite_gradient_leaves_what_is_pruned_alone_once_the_mask_is_hard():
+    model = nn.Linear(4, 1, bias=False)
+    ow.sparsify(model, "2:4", ow.MdGf(steps=1))
+    model.parametrizations.weight[0].go_to(1)
+    weight = model.weight
+    weight.backward(torch.full_like(weight, torch.inf))
+    gradient = model.parametrizations.weight.original.grad
+    assert sorted(gradient.flatten().tolist()) == [0.0, 0.0, torch.inf, torch.inf]

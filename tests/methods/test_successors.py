@@ -227,7 +227,7 @@ def test_hooks_are_called_for_what_the_optimizer_trains():
     assert torch.equal(latent(model), before)
 
 
-# --- what a method may not do ------------------------------------------------------------------------------------------
+# --- what a method may not do -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("state", [{"mask": torch.ones(1)}, {"step": torch.ones(1)}, {"scale": 1.0}], ids=str)
@@ -250,3 +250,60 @@ def test_a_forward_over_groups_takes_any_pattern_and_short_groups(pattern, input
     ow.sparsify(model, ow.Selection(pattern, remainder="pad"), SSTE())
     assert model.weight.isfinite().all()
     assert ow.verify(model).sparse == {"weight": ow.Pattern.parse(pattern)}
+
+
+def test_a_method_may_require_its_decay_and_hold_what_is_not_hashable():
+    @dataclass(frozen=True)
+    class Mine(Method):
+        rates: dict
+        decay: float
+        name: ClassVar[str] = "mine"
+
+        def before_step(self, optimizer, weights):
+            self.rates["weights"] = len(weights)
+
+    methods = [Mine({}, 0.5), Mine({}, 0.5)]
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for layer, method in zip(model, methods, strict=True):
+        ow.sparsify(layer, "2:4", method)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ow.attach(optimizer, model)
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    assert [method.rates for method in methods] == [{"weights": 1}, {"weights": 1}]
+
+
+def test_stored_masks_of_a_dense_checkpoint_are_ranked_by_its_own_state():
+    @dataclass(frozen=True)
+    class ByStart(Method):
+        name: ClassVar[str] = "by-start"
+        schedule = Schedule(refresh_every=None)
+
+        def state(self, weight, phase):
+            return {"start": weight.abs()}
+
+        def score(self, weight, state):
+            return state["start"]
+
+    dense, model = nn.Linear(8, 8), nn.Linear(8, 8)
+    ow.sparsify(model, "2:4", ByStart())
+    with pytest.warns(UserWarning, match="the checkpoint is dense"):
+        model.load_state_dict(dense.state_dict())
+    ow.sparsify(dense, "2:4", ByStart())
+    assert torch.equal(ow.masks(model)["weight"], ow.masks(dense)["weight"])
+
+
+def test_state_does_not_move_with_the_weight():
+    @dataclass(frozen=True)
+    class Start(Method):
+        name: ClassVar[str] = "start"
+
+        def state(self, weight, phase):
+            return {"start": weight}
+
+    model = nn.Linear(8, 8)
+    ow.sparsify(model, "2:4", Start())
+    before = model.state_dict()["weight_start"].clone()
+    with torch.no_grad():
+        model.parametrizations.weight.original.add_(1)
+    assert torch.equal(model.state_dict()["weight_start"], before)

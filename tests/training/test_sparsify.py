@@ -356,3 +356,38 @@ def test_functional_of_a_masked_weight_is_the_layer():
     model, x = nn.Linear(8, 8), torch.randn(2, 8)
     ow.sparsify(model, "2:4")
     assert torch.equal(functional.linear(x, model.weight, model.bias), model(x))
+
+
+def test_a_model_is_changed_as_a_whole_or_not_at_all():
+    class Failing(ow.STE):
+        def score(self, weight, state):
+            raise RuntimeError("no score")
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(RuntimeError, match="no score"):
+        ow.sparsify(model, "2:4", Failing())
+    ow.sparsify(model, "2:4", ow.STE())
+
+
+def test_a_transposable_selection_is_kept_along_both_axes_or_refused():
+    model, both = nn.Linear(8, 8), ow.Selection("2:4", transposable=True)
+    ow.project(model, both)
+    ow.verify(model, pattern=both)
+    with pytest.raises(ValueError, match=r"transposable=True with SRSTE.*use ow\.TransposableSRSTE"):
+        ow.sparsify(nn.Linear(8, 8), both, ow.SRSTE())
+
+
+@pytest.mark.parametrize("scale", [1e22, 1e-24])
+def test_retained_is_the_same_at_any_scale(scale):
+    model = nn.Linear(8, 8)
+    expected = ow.project(copy.deepcopy(model), "2:4").rows[0].retained
+    with torch.no_grad():
+        model.weight.mul_(scale)
+    assert ow.project(model, "2:4").rows[0].retained == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_masked_weight_may_be_changed_in_place_where_it_is_read():
+    model = nn.Linear(8, 8)
+    ow.sparsify(model, "2:4", ow.STE())
+    model.weight.mul_(2).sum().backward()
+    assert torch.equal(model.parametrizations.weight.original.grad, torch.full((8, 8), 2.0))
