@@ -268,6 +268,43 @@ def test_sharded_models_are_refused():
         ow.finalize(early)
 
 
+@pytest.mark.usefixtures("group")
+def test_masks_of_a_sharded_model_are_those_of_the_moment():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from openwork.integrations.tensor_parallel import Colwise
+
+    model = nn.Sequential(nn.Linear(8, 8))
+    ow.sparsify(model, "2:4", ow.TransposableSRSTE(refresh_every=1))
+    parallelize_module(model, init_device_mesh("cpu", (1,)), {"0": Colwise()})
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    topology = ow.Topology(1)
+    ow.attach(optimizer, model, topology=topology)
+    masks = ow.masks(model)["0.weight"]
+    before = masks.full_tensor().clone()
+    model(torch.randn(4, 8)).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(masks.full_tensor(), before)
+    assert topology.records[0]["sad_step"] == topology.records[0]["sad_start"] > 0
+
+
+@pytest.mark.usefixtures("group")
+def test_a_method_with_state_refuses_sharded_weights():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    class Scaled(ow.STE):
+        def state(self, weight, phase):
+            return {"scale": weight.abs().mean()}
+
+    model = nn.Linear(8, 8)
+    ow.sparsify(model, "2:4", Scaled())
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match="weight is sharded, and .* keeps scale for each weight"):
+        ow.attach(torch.optim.SGD(model.parameters(), lr=0.1), model)
+
+
 @pytest.mark.parametrize("method", ["sr-ste", ow.SRSTE, None])
 def test_a_method_must_be_a_method_object(method):
     with pytest.raises(TypeError, match=r"needed a method object such as ow\.SRSTE\(\)"):
