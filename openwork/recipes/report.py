@@ -75,7 +75,7 @@ def build_page(runs: Runs) -> str:
             mask=shown["mask"]["layer"],
             group=shown["config"]["pattern"].split(":")[1],
             mask_legend=MASK_KINDS.items(),
-            mask_pictures=mask_pictures(shown),
+            masks=mask_pictures(shown),
             facts=facts(results),
         )
     )

@@ -301,7 +301,7 @@ def test_a_method_with_state_refuses_sharded_weights():
     model = nn.Linear(8, 8)
     ow.sparsify(model, "2:4", Scaled())
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(ValueError, match="weight is sharded, and .* keeps scale for each weight"):
+    with pytest.raises(ValueError, match=r"weight is sharded, and .* keeps scale for each weight"):
         ow.attach(torch.optim.SGD(model.parameters(), lr=0.1), model)
 
 
