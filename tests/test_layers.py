@@ -159,6 +159,29 @@ def test_no_imports_in_a_circle() -> None:
     assert circle(ROOT) == []
 
 
+def test_private_names_of_torch_stand_in_one_file_for_each_purpose() -> None:
+    users = {path.relative_to(ROOT).as_posix() for path in modules(ROOT).values() if _private_of_torch(path)}
+    assert users == {"utils/torch_private.py", "kernels/cuda/cusparselt.py"}
+
+
+def _private_of_torch(path: Path) -> list[str]:
+    """Private names of torch that a file uses: imported from a private module, or attributes of `torch` itself."""
+    private = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names = [f"{node.value.id}.{node.attr}"]
+        for name in names:
+            first, *rest = name.split(".")
+            if first == "torch" and any(part.startswith("_") and not part.startswith("__") for part in rest):
+                private.append(name)
+    return private
+
+
 def test_only_the_command_line_imports_recipes() -> None:
     known = modules(ROOT)
     users = {name for name in known if any(other.startswith("openwork.recipes") for other in imports(name, known))}

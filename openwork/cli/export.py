@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map, tree_map_only
 
 from openwork import export as to
 from openwork.cli.source import FORMS as FORMS_OF_SOURCE
@@ -19,6 +18,7 @@ from openwork.files.checkpoint import load_state_dict
 from openwork.files.container import write_tensors
 from openwork.training.selection import Selection
 from openwork.utils.table import aligned
+from openwork.utils.torch_private import tree_map, tree_map_only
 
 FORMS = ("onnx", "torch", "aot", "huggingface", "dense")
 _BY_SUFFIX = {".onnx": "onnx", ".pt2": "torch", ".safetensors": "dense", "": "huggingface"}

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from openwork.cli.source import FORMS, Source, add_arguments, open_model, with_batch
 from openwork.inference.deploy import plan as plan_of
 from openwork.training.selection import Selection
 from openwork.training.sparsify import project
+from openwork.utils.torch_private import tree_map_only
 
 _ABOUT = f"""\
 Time every layer of a model on this hardware, dense and sparse, and print what ow.deploy would choose.

@@ -16,11 +16,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from openwork.files.checkpoint import describe, load
 from openwork.nm.pattern import Pattern
 from openwork.training.selection import Remainder, Selection
+from openwork.utils.torch_private import tree_map_only
 
 FORMS = """\
 SOURCE names a model:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from openwork.export.check import KEY, MatMul, as_metadata, check_onnx, constant_matmuls
 from openwork.export.outputs import arguments, check_equal, exportable, outputs
@@ -26,6 +25,7 @@ from openwork.training.selection import PatternChoice, Selection
 from openwork.utils.atomic import atomic_file, sync
 from openwork.utils.deployed import check_not_deployed
 from openwork.utils.example import quiet
+from openwork.utils.torch_private import tree_leaves
 
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes; weights of larger models lie in a second file
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from openwork.training.parametrize import masked_modules, unwrap
 from openwork.training.record import sparsity_records
 from openwork.training.sparsify import finalize
 from openwork.utils.difference import largest_difference
 from openwork.utils.example import quiet, run
+from openwork.utils.torch_private import tree_leaves
 
 # Largest difference of any output, as a share of the largest output: other kernels add up in another order.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from openwork.export.outputs import arguments, check_equal, exportable, outputs
 from openwork.utils.atomic import atomic_file
 from openwork.utils.example import quiet
-from openwork.utils.torch_private import aot_inductor
+from openwork.utils.torch_private import aot_inductor, tree_leaves
 
 _SUFFIX = ".part.pt2"  # both loaders look at the suffix
 

@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from openwork.inference.choose import Packed, measure_layers
 from openwork.inference.fold import fold_batch_norm, following_relu, replace
@@ -28,6 +27,7 @@ from openwork.training.verify import verify
 from openwork.utils.difference import largest_difference
 from openwork.utils.example import run
 from openwork.utils.timing import as_graph, compile_frozen, fastest, finished
+from openwork.utils.torch_private import tree_leaves
 
 TimedAs = Literal["eager", "graph", "compiled"]
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 import openwork.kernels as kernels
 from openwork.files.hub import local
@@ -31,6 +30,7 @@ from openwork.inference.streamed_model import StreamedModel, parameter, streamed
 from openwork.layouts.layout import Request, kind_named, kinds_on
 from openwork.nm.pattern import Pattern
 from openwork.utils.example import run
+from openwork.utils.torch_private import tree_leaves
 
 
 def load_deployed(

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdRef
 
 from openwork.training.parametrize import plain_name, sparse_weights, weight_name
 from openwork.utils.example import quiet, run
+from openwork.utils.torch_private import TorchDispatchMode, tree_leaves
 
 
 def flop_formulas() -> dict[Any, Any]:

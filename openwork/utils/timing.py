@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from openwork.utils.example import run
+from openwork.utils.torch_private import freezing
 
 ABOUT_A_MILLISECOND = 2_000_000
 """In cycles of a GPU's clock."""
@@ -85,12 +86,10 @@ def finished(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def compile_frozen(model: nn.Module, example: Any) -> nn.Module:
-    """A copy compiled for inference at its best: weights are constants, which dense products have laid out ahead of
+    """A copy compiled for inference at its best: weights are constants, which dense matmuls have laid out ahead of
     time."""
-    import torch._inductor.config as inductor
-
     made: Any = torch.compile(copy.deepcopy(model))
-    with inductor.patch(freezing=True), torch.inference_mode():
+    with freezing(), torch.inference_mode():
         run(made, example)
     return made
 

@@ -1,4 +1,8 @@
-"""What torch has no public name for, in one place, each with what happens where a version of torch lacks it."""
+"""What torch has no public name for, in one place, each with what happens where a version of torch lacks it.
+
+Trees and dispatch modes (`torch.utils._pytree`, `_python_dispatch`) have been there since torch 2.0, are what torch's
+own documentation uses, and are taken as they are.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_map_only as tree_map_only
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -47,3 +55,14 @@ def without_modes() -> AbstractContextManager[Any]:
     except ImportError:
         return nullcontext()
     return _disable_current_modes()
+
+
+def freezing() -> AbstractContextManager[Any]:
+    """Weights are constants of what `torch.compile` compiles inside, which dense matmuls have laid out ahead of time.
+    Since torch 2.1; raises RuntimeError without it."""
+    try:
+        import torch._inductor.config as inductor
+
+        return inductor.patch(freezing=True)
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(f"torch {torch.__version__} does not freeze weights ({error})") from error
