@@ -67,6 +67,7 @@ class PackedLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.packed.check_contents()  # a pickle may come from anyone
         self.packed = self.packed.on(kernels.vectors())
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:

@@ -131,6 +131,11 @@ class Layout(nn.Module, ABC):
         """The kind that takes its place on a CPU that lacks it."""
         return cls
 
+    def check_contents(self) -> None:
+        """Raises ValueError where offsets or indices are damaged. Called when a layer is unpickled, because `linear`
+        then calls its operator with `checked=True`; a kind whose tensors can point out of their memory must define
+        it."""
+
     def on(self, vectors: Vectors) -> Layout:
         """As a CPU with these vectors reads it: itself, or packed anew to the same numbers."""
         return self
@@ -164,7 +169,7 @@ Kind = type[Layout]
 AnyKind = TypeVar("AnyKind", bound=Kind)
 
 KINDS: dict[str, Kind] = {}
-"""The kinds by name, in the order in which they are tried."""
+"""The kinds by name, in the order in which they were imported; of equally fast ones the first is chosen."""
 
 
 def register_kind(kind: AnyKind) -> AnyKind:
