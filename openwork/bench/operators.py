@@ -18,7 +18,7 @@ from openwork.kernels import fuses
 from openwork.kernels.cpu.masks import prune_into
 from openwork.kernels.cpu.onednn import prepacked_linear
 from openwork.layouts import Gemm
-from openwork.layouts.layout import Kind, Request, kinds_on
+from openwork.layouts.layout import Kind, Request, kinds_on, refusal_of
 from openwork.nm.groups import Axis
 from openwork.nm.masks import apply_mask, magnitude_mask
 from openwork.nm.pattern import Pattern
@@ -141,7 +141,7 @@ def _kinds(pattern: Pattern, weight_dtype: torch.dtype, rows_: int) -> list[Kind
     """The kernels of this CPU that are made for so many rows. A layer with bfloat16 weights is in bfloat16."""
     dtype = torch.bfloat16 if weight_dtype == torch.bfloat16 else torch.float32
     request = Request(pattern, dtype, weight_dtype, torch.device("cpu"), kernels.vectors(), rows=rows_)
-    return [kind for kind in kinds_on("cpu") if rows_ in kind.best_rows and not kind.refusal(request)]
+    return [kind for kind in kinds_on("cpu") if rows_ in kind.best_rows and not refusal_of(kind, request)]
 
 
 def _packed(

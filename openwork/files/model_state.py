@@ -116,10 +116,15 @@ def check_same(contents: Contents, targets: Mapping[str, Tensor], tied: Mapping[
             raise ValueError(f"{what} {len(missing)} tensors, such as {', '.join(map(repr, sorted(missing)[:3]))}")
     for name, target in targets.items():
         stored = tensors[aliases.get(name, name)]
-        if (stored.shape, stored.dtype) != (tuple(target.shape), target.dtype):
+        if stored.shape != (shape := tuple(target.shape)):
             raise ValueError(
-                f"{name} is {stored.dtype} {stored.shape} in the file, {target.dtype} {tuple(target.shape)} in the "
-                "model: build the model of the file's shapes, and convert it with model.to(dtype)"
+                f"{name} is {stored.shape} in the file, {shape} in the model: build it of the file's shapes"
+            )
+        if stored.dtype != target.dtype:
+            short = str(stored.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name}: the file is {stored.dtype}, the model {target.dtype}: load into a {short} model and convert "
+                f"afterwards, or save the model in {str(target.dtype).removeprefix('torch.')}"
             )
         if any(step == 0 and length > 1 for step, length in zip(target.stride(), target.shape, strict=True)):
             raise ValueError(f"{name} of the model is expanded, so that it cannot be written: make it contiguous")

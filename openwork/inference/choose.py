@@ -16,7 +16,7 @@ from openwork.inference.geometry import form_of, is_known
 from openwork.inference.layers import PackedConv2d, PackedLinear, pack_layer
 from openwork.inference.plan import MARGIN, LayerTiming
 from openwork.kernels.cpu.onednn import prepacked_linear
-from openwork.layouts.layout import KernelRefused, Kind, Request, kinds_on
+from openwork.layouts.layout import KernelRefused, Kind, Request, kinds_on, refusal_of
 from openwork.nm.groups import Axis
 from openwork.nm.masks import too_dense
 from openwork.nm.pattern import Pattern
@@ -91,7 +91,7 @@ def request_of(
 def accepting(request: Request) -> tuple[list[Kind], str]:
     """The kernels that take a layer, or why none does."""
     kinds = kinds_on(request.device.type)
-    reasons = {kind: kind.refusal(request) for kind in kinds}
+    reasons = {kind: refusal_of(kind, request) for kind in kinds}
     takes = [kind for kind, reason in reasons.items() if not reason]
     if takes:
         return takes, ""

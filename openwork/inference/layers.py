@@ -1,7 +1,8 @@
 """What `deploy` puts in the place of a layer: a module whose weight lies as a kernel reads it. For inference only.
 
-Its state dict is that of the layer it replaced: `weight` dense with zeros, `bias`. So a deployed model is saved and
-loaded like a plain one, on any machine; loading packs the weight for the machine at hand, unpickling too.
+Its state dict is that of the layer it replaced: `weight` dense with zeros, `bias`, a BatchNorm after it folded in. So a
+deployed model is saved and loaded like any, on any machine, into the same model deployed there (where nothing was
+folded, into the plain one too); loading packs the weight for the machine at hand, unpickling too.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class PackedLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.packed.check_contents()  # a pickle may come from anyone
         self.packed = self.packed.on(kernels.vectors())
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:

@@ -27,7 +27,7 @@ from openwork.inference.geometry import form_of
 from openwork.inference.layers import PackedLayer, pack_layer
 from openwork.inference.plan import LayerTiming, Plan, environment
 from openwork.inference.streamed_model import StreamedModel, parameter, streamed_model
-from openwork.layouts.layout import Request, kind_named, kinds_on
+from openwork.layouts.layout import Request, kind_named, kinds_on, refusal_of
 from openwork.nm.pattern import Pattern
 from openwork.utils.example import run
 from openwork.utils.torch_private import tree_leaves
@@ -155,7 +155,7 @@ def _possible(layer: Any, pattern: Pattern, weight_dtype: torch.dtype) -> list[s
     """The kernels that take a layer, as far as its shape tells."""
     conv = form_of(layer, pattern).conv
     request = Request(pattern, layer.weight.dtype, weight_dtype, torch.device("cpu"), kernels.vectors(), conv)
-    return [kind.name for kind in kinds_on("cpu") if not kind.refusal(request)]
+    return [kind.name for kind in kinds_on("cpu") if not refusal_of(kind, request)]
 
 
 def _settle(streamed: StreamedModel, timing: LayerTiming, packed: Packed | None, weight_dtype: torch.dtype) -> None:

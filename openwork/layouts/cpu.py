@@ -15,8 +15,6 @@ def cpu_refusal(request: Request) -> str:
     """Why no kernel of a CPU can take a layer; empty where one may."""
     if request.dtype not in (torch.float32, torch.bfloat16):
         return f"{request.dtype} on a CPU: kernels there are for float32 and bfloat16"
-    if request.weight_dtype not in WEIGHT_DTYPES:
-        return f"weights in {request.weight_dtype}: kernels of a CPU keep them in float32, bfloat16 or int8"
     if request.weight_dtype == torch.int8 and not request.finite:
         return "its weight holds numbers that are not finite, which int8 cannot"
     return ""

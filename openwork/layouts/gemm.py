@@ -95,10 +95,11 @@ class Gemm(Layout):
         return dense.to(torch.int8) if int8 else dense
 
     def on(self, vectors: Vectors) -> Gemm:
-        if self.numbers.columns == vectors.columns:
-            check_offsets(self.offsets, self.numbers, self.scales is not None)  # a pickle may come from anyone
-            return self
-        return self.pack(self.unpack(), self.scales, self.pattern, vectors)
+        same = self.numbers.columns == vectors.columns
+        return self if same else self.pack(self.unpack(), self.scales, self.pattern, vectors)
+
+    def check_contents(self) -> None:
+        check_offsets(self.offsets, self.numbers, self.scales is not None)
 
     def linear(self, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         y: Tensor = torch.ops.openwork.gemm_linear.default(x.float(), self.tensors(), bias, self.integers, relu, True)

@@ -70,11 +70,15 @@ class Layout(nn.Module, ABC):
     operands: ClassVar[tuple[str, ...]] = ()
     """The buffers that its operator takes, in this order; the last may be None."""
     Numbers: ClassVar[Any] = None
-    """The class of `numbers`."""
+    """The class of `numbers`. A kind with an operator needs it, and `operands`: the operator is given no layout but
+    tensors and integers, and its reference makes the layout of them by `of`."""
     times_channels_last: ClassVar[bool] = False
     """Whether convolutions are timed on images with their channels last as well."""
     algorithms: Mapping[int, Algorithm] = MappingProxyType({})
     """By rows of input, the algorithm that was the fastest, where there are several."""
+
+    numbers: Any
+    """A `NamedTuple` of integers: n, m, what the kind needs, outputs, inputs. All that the operator is told."""
 
     def __init__(self, tensors: Mapping[str, Tensor | None], numbers: Any):
         super().__init__()
@@ -86,7 +90,8 @@ class Layout(nn.Module, ABC):
 
     @classmethod
     def of(cls, packed: Sequence[Tensor], numbers: Sequence[int]) -> Layout:
-        """From what its operator is given. Raises ValueError where there are too many or too few integers."""
+        """From what its operator is given: the inverse of `tensors` and `integers`, which works for every kind whose
+        `__init__` is this one. Raises ValueError where there are too many or too few integers."""
         return cls(
             dict.fromkeys(cls.operands) | dict(zip(cls.operands, packed, strict=False)), numbers_of(cls, numbers)
         )
@@ -100,7 +105,7 @@ class Layout(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def refusal(cls, request: Request) -> str:
-        """Why it cannot take a layer; empty where it can."""
+        """Why it cannot take a layer; empty where it can. Of `weight_dtypes` it need not say anything."""
 
     @classmethod
     @abstractmethod
@@ -130,6 +135,11 @@ class Layout(nn.Module, ABC):
     def stand_in(cls, vectors: Vectors) -> type[Layout]:
         """The kind that takes its place on a CPU that lacks it."""
         return cls
+
+    def check_contents(self) -> None:
+        """Raises ValueError where offsets or indices are damaged. Called when a layer is unpickled, because `linear`
+        then calls its operator with `checked=True`; a kind whose tensors can point out of their memory must define
+        it."""
 
     def on(self, vectors: Vectors) -> Layout:
         """As a CPU with these vectors reads it: itself, or packed anew to the same numbers."""
@@ -164,7 +174,7 @@ Kind = type[Layout]
 AnyKind = TypeVar("AnyKind", bound=Kind)
 
 KINDS: dict[str, Kind] = {}
-"""The kinds by name, in the order in which they are tried."""
+"""The kinds by name, in the order in which they were imported; of equally fast ones the first is chosen."""
 
 
 def register_kind(kind: AnyKind) -> AnyKind:
@@ -183,6 +193,14 @@ def kind_named(name: str) -> Kind:
     if name not in KINDS:
         raise ValueError(f"no kernel is named {name!r}; there are {', '.join(KINDS)}")
     return KINDS[name]
+
+
+def refusal_of(kind: Kind, request: Request) -> str:
+    """Why a kind cannot take a layer, by its own word or by its `weight_dtypes`; empty where it can."""
+    if reason := kind.refusal(request):
+        return reason
+    known = ", ".join(map(str, kind.weight_dtypes))
+    return "" if request.weight_dtype in kind.weight_dtypes else f"{kind.name} keeps no {request.weight_dtype}: {known}"
 
 
 def numbers_of(kind: Any, numbers: Sequence[int]) -> Any:

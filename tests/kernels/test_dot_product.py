@@ -259,15 +259,6 @@ def test_any_indices_stay_inside_the_window(weight_dtype: torch.dtype, data: st.
     assert ops.dot_product_linear(**arguments(fits)).isfinite().all()
 
 
-@pytest.mark.parametrize("weight_dtype", SHORT)
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_compilers_see_them(operator: str, weight_dtype: torch.dtype) -> None:
-    fits = good(operator, weight_dtype)
-    function = getattr(ops, operator).default
-    given = arguments(fits) | {"checked": False}
-    torch.library.opcheck(function, tuple(given[each.name] for each in function._schema.arguments))
-
-
 def test_which_layers_they_take(isa: str) -> None:
     vectors, cpu = kernels.vectors(), torch.device("cpu")
 
