@@ -60,8 +60,8 @@ def _names_a_model(source: str) -> bool:
 
 
 def _selection(source: Source, pattern: str | None, exclude: Sequence[str]) -> Selection | None:
-    if source.selection is not None and (pattern or exclude):
-        raise ValueError(f"{source.name} records its patterns: leave --pattern and --exclude out")
+    if source.selection is not None or source.is_sparsified:
+        source.check_recorded(pattern, exclude)
     return Selection(pattern, exclude=exclude) if pattern or exclude else source.selection
 
 

@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_map_only
 
 from openwork.files.checkpoint import describe, load
 from openwork.nm.pattern import Pattern
+from openwork.training.parametrize import unwrap
+from openwork.training.record import sparsity_records
 from openwork.training.selection import Remainder, Selection
 
 FORMS = """\
@@ -50,6 +52,16 @@ class Source:
     selection: Selection | None = None
     method: str = ""
     random: bool = False
+
+    @property
+    def is_sparsified(self) -> bool:
+        """Whether the model itself records its patterns, so that no other can be asked of it."""
+        return bool(sparsity_records(unwrap(self.model)))
+
+    def check_recorded(self, pattern: str | None, exclude: Sequence[str]) -> None:
+        """Raises ValueError where patterns are asked of a source that records its own."""
+        if pattern or exclude:
+            raise ValueError(f"{self.name} records its patterns: leave --pattern and --exclude out")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
