@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from openwork import export as to
 from openwork.cli.source import FORMS as FORMS_OF_SOURCE
 from openwork.cli.source import Source, add_arguments, open_model
 from openwork.export.check import IN_GEMM, MatMul
+from openwork.export.outputs import exportable
 from openwork.files.checkpoint import load_state_dict
 from openwork.files.container import write_tensors
+from openwork.files.model_state import tensors_by_name
 from openwork.training.selection import Selection
+from openwork.utils.deployed import DEPLOYED
 from openwork.utils.table import aligned
 from openwork.utils.torch_private import tree_map, tree_map_only
 
@@ -40,10 +43,10 @@ def export(words: Sequence[str]) -> int:
     if form == "dense" and not asked.model and not _names_a_model(asked.source):
         _write_dense(load_state_dict(asked.source), asked.out)
         return 0
-    source = open_model(asked.source, model=asked.model, shapes=asked.input)
+    source = open_model(asked.source, model=asked.model, shapes=asked.input, needs_input=form != "dense")
     selection = _selection(source, asked.pattern, asked.exclude)
     if form == "dense":
-        _write_dense(source.model.state_dict(), asked.out)
+        _write_dense(_dense_tensors(source.model), asked.out)
     else:
         print(_written(form, source, selection, asked.out, asked.dynamic_batch))
     return 0
@@ -52,13 +55,13 @@ def export(words: Sequence[str]) -> int:
 def _names_a_model(source: str) -> bool:
     path = Path(source)
     return any((path / name).exists() for name in ("config.yaml", "config.json")) or (
-        not path.exists() and ":" in source and "//" not in source
+        not path.exists() and "//" not in source and (":" in source or not ("/" in source or path.suffix))
     )
 
 
 def _selection(source: Source, pattern: str | None, exclude: Sequence[str]) -> Selection | None:
-    if source.selection is not None and (pattern or exclude):
-        raise ValueError(f"{source.name} records its patterns: leave --pattern and --exclude out")
+    if source.selection is not None or source.is_sparsified:
+        source.check_recorded(pattern, exclude)
     return Selection(pattern, exclude=exclude) if pattern or exclude else source.selection
 
 
@@ -118,6 +121,12 @@ def _cells(matmul: MatMul) -> tuple[str, ...]:
     shape = "x".join(map(str, matmul.shape))
     pattern = str(matmul.pattern or "dense") + " (inferred)" * (matmul.pattern is not None and not matmul.recorded)
     return matmul.name, shape, matmul.dtype, matmul.op, pattern, f"{matmul.density:.3f}"
+
+
+def _dense_tensors(model: nn.Module) -> Mapping[str, Tensor]:
+    """By name; of a sparsified model what it multiplies by, not what it trains."""
+    deployed = any(hasattr(module, DEPLOYED) for module in model.modules())
+    return model.state_dict() if deployed else tensors_by_name(exportable(model))
 
 
 def _write_dense(state: Mapping[str, Tensor], out: str) -> None:

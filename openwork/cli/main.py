@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
+from openwork import __version__
 from openwork.recipes import TASKS
 
 COMMANDS = ("train", "compare", "report", "inspect", "verify", "export", "plan", "bench")
@@ -34,8 +35,12 @@ Flags may stand in a YAML file: --config FILE; flags after it override it.
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit status. Errors of the user come as one line on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help", "help"):
+    without_task = len(words) == 2 and words[0] in ("train", "compare") and words[1] in ("-h", "--help")
+    if not words or words[0] in ("-h", "--help", "help") or without_task:
         print(USAGE, end="")
+        return 0
+    if words == ["--version"]:
+        print(f"openwork {__version__}")
         return 0
     try:
         return _command(words[0])(words[1:])

@@ -64,11 +64,10 @@ def _on(example: Any, device: str) -> Any:
     return tree_map_only(Tensor, moved, example)
 
 
-def _projected(source: Source, pattern: str | None, exclude: Sequence[str]) -> Selection:
+def _projected(source: Source, pattern: str | None, exclude: Sequence[str]) -> Selection | None:
     """What the model is held to; weights without a recorded pattern are projected to the one that was asked for."""
-    if source.selection is not None:
-        if pattern or exclude:
-            raise ValueError(f"{source.name} records its patterns: leave --pattern and --exclude out")
+    if source.selection is not None or source.is_sparsified:
+        source.check_recorded(pattern, exclude)
         return source.selection
     project(source.model, pattern or "2:4", exclude=exclude)
     return Selection(pattern or "2:4", exclude=exclude)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from openwork.files.checkpoint import describe, load
 from openwork.nm.pattern import Pattern
+from openwork.training.parametrize import unwrap
+from openwork.training.record import sparsity_records
 from openwork.training.selection import Remainder, Selection
 from openwork.utils.torch_private import tree_map_only
 
@@ -51,6 +53,16 @@ class Source:
     method: str = ""
     random: bool = False
 
+    @property
+    def is_sparsified(self) -> bool:
+        """Whether the model itself records its patterns, so that no other can be asked of it."""
+        return bool(sparsity_records(unwrap(self.model)))
+
+    def check_recorded(self, pattern: str | None, exclude: Sequence[str]) -> None:
+        """Raises ValueError where patterns are asked of a source that records its own."""
+        if pattern or exclude:
+            raise ValueError(f"{self.name} records its patterns: leave --pattern and --exclude out")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """SOURCE's --model and --input."""
@@ -60,17 +72,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", nargs="+", default=(), metavar="SHAPE", help="of each argument, such as 1x3x224x224")
 
 
-def open_model(source: str, *, model: str = "", shapes: Sequence[str] = ()) -> Source:
-    """The model that SOURCE names. Raises ValueError that says what was found and which forms there are."""
+def open_model(source: str, *, model: str = "", shapes: Sequence[str] = (), needs_input: bool = True) -> Source:
+    """The model that SOURCE names; its example may be None where no input is needed. Raises ValueError that says what
+    was found and which forms there are."""
     path = Path(source)
     if (path / "config.yaml").exists():
         opened = _of_run(path, shapes)
     elif (path / "config.json").exists() and not model:
         opened = _of_transformers(path, shapes)
     elif ":" in source and not path.exists() and not re.match("https?://", source, re.IGNORECASE):
-        opened = Source(source, make(source, "SOURCE"), _needed_example(source, shapes))
+        opened = Source(source, make(source, "SOURCE"), _example(source, shapes, needs_input))
     elif model:
-        opened = _of_file(source, model, shapes)
+        opened = _of_file(source, model, _example(source, shapes, needs_input))
     elif path.exists() or "/" in source or path.suffix:
         raise _unknown(source)
     else:
@@ -151,8 +164,10 @@ def _current_folder() -> Iterator[None]:
         sys.path.remove(os.getcwd())
 
 
-def _needed_example(source: str, shapes: Sequence[str]) -> Any:
+def _example(source: str, shapes: Sequence[str], needed: bool) -> Any:
     if not shapes:
+        if not needed:
+            return None
         raise ValueError(f"{source} does not say what its input is: add --input SHAPE, such as 1x3x224x224")
     return example_of(shapes)
 
@@ -167,8 +182,7 @@ def _of_run(folder: Path, shapes: Sequence[str]) -> Source:
     return Source(str(folder), net, example_of(shapes) if shapes else example, selection, config.method)
 
 
-def _of_file(source: str, factory: str, shapes: Sequence[str]) -> Source:
-    example = _needed_example(source, shapes)
+def _of_file(source: str, factory: str, example: Any) -> Source:
     model = load(source, into=make(factory))
     patterns: dict[str, str | Pattern] = {
         entry.name: entry.pattern for entry in describe(source) if entry.pattern and not entry.alias_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from openwork.cli.inspect import file_table
@@ -45,7 +45,8 @@ def verify(words: Sequence[str]) -> int:
     pattern = Pattern.parse(asked.pattern) if asked.pattern else None
     if asked.source.endswith(".onnx"):
         return _verify_onnx(asked.source, pattern, asked.exclude)
-    if asked.input or asked.model or (":" in asked.source and "//" not in asked.source):
+    is_factory = ":" in asked.source and "//" not in asked.source and not Path(asked.source).exists()
+    if asked.input or asked.model or is_factory:
         return _verify_model(asked, pattern)
     with local(asked.source) as path:
         return _verify_weights(Path(path), pattern, asked.include, asked.exclude)
@@ -57,11 +58,14 @@ def _verify_weights(path: Path, pattern: Pattern | None, include: Sequence[str],
     plain = plain_files(path)
     status = 0
     if has_compressed or not plain:
-        print(file_table(check(path)))
-        print("verified: every group holds what its pattern says")
+        entries = check(path)
+        print("the file is intact: every group holds what it records")
         if pattern or include or exclude:
             with opened(path) as contents:
-                status = _report(weight_patterns(contents, pattern, include, exclude), pattern)
+                weights = weight_patterns(contents, pattern, include, exclude)
+            status = _report(weights, pattern, {entry.name: entry.pattern for entry in entries})
+        else:
+            print(file_table(entries))
     if plain:
         with opened_plain(path) as contents:
             weights = weight_patterns(contents, pattern, include, exclude)
@@ -69,7 +73,10 @@ def _verify_weights(path: Path, pattern: Pattern | None, include: Sequence[str],
     return status
 
 
-def _report(weights: Sequence[WeightPattern], pattern: Pattern | None) -> int:
+def _report(
+    weights: Sequence[WeightPattern], pattern: Pattern | None, recorded: Mapping[str, Pattern | None] | None = None
+) -> int:
+    """Print how each weight is, and what a compressed file `recorded` of those that are not; the exit status."""
     print("\n".join(aligned(("weight", "shape", "dtype", "pattern", "along"), [_cells(weight) for weight in weights])))
     keeping = [weight for weight in weights if weight.axes]
     counts = Counter(f"{weight.pattern} along {' and '.join(weight.axes)}" for weight in keeping)
@@ -82,10 +89,17 @@ def _report(weights: Sequence[WeightPattern], pattern: Pattern | None) -> int:
     if skipped:
         print(f"not held to {pattern}, which does not divide them: {', '.join(skipped)}")
     if dense:
-        print(f"not {pattern}: {', '.join(dense)}")
+        print(f"not {pattern}: {', '.join(name + _recorded(name, recorded or {}) for name in dense)}")
         return 1
     print(f"verified: {pattern}" if keeping else f"no weight can be {pattern}")
     return 0 if keeping else 1
+
+
+def _recorded(name: str, recorded: Mapping[str, Pattern | None]) -> str:
+    if name not in recorded:
+        return ""
+    pattern, module = recorded[name], name.rpartition(".")[0] or name
+    return f" (recorded as {pattern})" if pattern else f" (recorded as dense; --exclude {module})"
 
 
 def _cells(weight: WeightPattern) -> tuple[str, ...]:
@@ -98,7 +112,10 @@ def _verify_model(asked: argparse.Namespace, pattern: Pattern | None) -> int:
     from openwork.training.verify import verify as verify_model
 
     source = open_model(asked.source, model=asked.model, shapes=asked.input)
-    selection = Selection(pattern, exclude=asked.exclude) if pattern or source.selection is None else source.selection
+    selection: Selection | None = Selection(pattern, exclude=asked.exclude)
+    if source.is_sparsified or (source.selection is not None and not pattern):
+        source.check_recorded(asked.pattern, asked.exclude)
+        selection = source.selection
     print(verify_model(source.model, source.example, pattern=selection))
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,8 +58,9 @@ def weight_patterns(
 def _found(name: str, weight: Tensor, pattern: Pattern | None) -> WeightPattern:
     if not weight.numel():
         return WeightPattern(name, tuple(weight.shape), weight.dtype, pattern, problem="it is empty", divisible=False)
-    weight = weight if weight.dtype in HELD else weight.float()
-    return _tightest(name, weight) if pattern is None else _held(name, weight, pattern)
+    known = weight if weight.dtype in HELD else weight.float()
+    found = _tightest(name, known) if pattern is None else _held(name, known, pattern)
+    return replace(found, dtype=weight.dtype)
 
 
 def _axes(shape: tuple[int, ...]) -> dict[str, Axis]:

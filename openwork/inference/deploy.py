@@ -92,7 +92,8 @@ def deploy(
         difference = largest_difference(expected, _outputs(result, example))
     measured = dataclasses.replace(measured, whole=whole, difference=difference, returned=best)
     if result is dense:
-        warnings.warn(f"sparse is not faster than dense here: the dense model is returned\n{measured}", stacklevel=2)
+        why = "sparse is not faster than dense here: the dense model is returned (see model.deployment)"
+        warnings.warn(why, stacklevel=2)
     exact = weight_dtype == torch.float32 and all(each.dtype == torch.float32 and each.is_cpu for each in expected)
     if difference > (most := 1e-3 if exact else 0.1):  # rounding of float32 makes 1e-6 or so
         warnings.warn(

@@ -80,6 +80,7 @@ def environment(device: torch.device) -> str:
 
 def _cells(layer: LayerTiming) -> list[str]:
     inputs = " ".join("x".join(map(str, shape)) for shape in layer.inputs)
-    times = [f"{layer.dense * 1e6:.0f}", layer.dense_by, f"{layer.sparse * 1e6:.0f}", f"{layer.ratio:.2f}"]
+    times = [f"{layer.dense * 1e6:.0f}", layer.dense_by] if layer.dense else ["-", "-"]
+    times += [f"{layer.sparse * 1e6:.0f}", f"{layer.ratio:.2f}"] if layer.sparse else ["-", "-"]
     cells = [layer.name, "x".join(map(str, layer.shape)), str(layer.pattern or "-"), inputs]
-    return [*cells, *(times if layer.inputs else ["-"] * 4), layer.kind or "dense", layer.reason]
+    return [*cells, *times, layer.kind or "dense", layer.reason]

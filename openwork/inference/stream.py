@@ -75,7 +75,8 @@ def load_deployed(
                 layer.relu = True
                 _put(streamed.model, relu, nn.Identity())
     if not plan.chosen:
-        warnings.warn(f"no layer is faster sparse here: the model is dense\n{plan}", stacklevel=2)
+        why = "no layer is faster sparse here: the model" if chosen is None else "chosen is empty: every layer"
+        warnings.warn(f"{why} is dense (see model.deployment)", stacklevel=2)
     streamed.model.deployment = plan  # type: ignore[assignment]
     return streamed.model
 
@@ -137,6 +138,9 @@ def _as_chosen(
     vectors = kernels.vectors()
     kinds = {name: kind_named(kind).stand_in(vectors) for name, kind in chosen.items()}
     by_name = {each.name: (layer, each.pattern) for layer, each in streamed.layers.items()}
+    for name in sorted(chosen.keys() - by_name.keys() - {each.name for each in streamed.dense}):
+        there = ", ".join(by_name) or "no sparse weight that a kernel could take"
+        raise ValueError(f"chosen names {name!r}, which the file does not have; it has {there}")
     for name, kind in kinds.items():
         possible = _possible(*by_name[name], weight_dtype) if name in by_name else []
         if kind.name not in possible:

@@ -74,6 +74,7 @@ class Layout(nn.Module, ABC):
     tensors and integers, and its reference makes the layout of them by `of`."""
     times_channels_last: ClassVar[bool] = False
     """Whether convolutions are timed on images with their channels last as well."""
+    _checked: tuple[int, int] | None = None
     algorithms: Mapping[int, Algorithm] = MappingProxyType({})
     """By rows of input, the algorithm that was the fastest, where there are several."""
 
@@ -84,9 +85,22 @@ class Layout(nn.Module, ABC):
         super().__init__()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
+        self._take_numbers(numbers)
+
+    def _take_numbers(self, numbers: Any) -> None:
         self.numbers, self.integers = numbers, list(numbers)
         self.pattern = Pattern(numbers.n, numbers.m)
         self.shape: tuple[int, int] = (numbers.outputs, numbers.inputs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A pickle may come from anyone: what is derived is derived again, and nothing counts as checked."""
+        super().__setstate__(state)
+        self._take_numbers(self.numbers)
+        self._checked = None
+        with torch.inference_mode(False):  # others cannot be watched, see `checked`
+            self._buffers.update(
+                {name: x.clone() for name, x in self._buffers.items() if x is not None and x.is_inference()}
+            )
 
     @classmethod
     def of(cls, packed: Sequence[Tensor], numbers: Sequence[int]) -> Layout:
@@ -137,9 +151,19 @@ class Layout(nn.Module, ABC):
         return cls
 
     def check_contents(self) -> None:
-        """Raises ValueError where offsets or indices are damaged. Called when a layer is unpickled, because `linear`
-        then calls its operator with `checked=True`; a kind whose tensors can point out of their memory must define
-        it."""
+        """Raises ValueError where offsets or indices are damaged. Called when a layer is unpickled, and by `checked`; a
+        kind whose tensors can point out of their memory must define it."""
+
+    def checked(self, tensor: Tensor) -> bool:
+        """What `linear` tells its operator: whether contents were checked since `tensor`, which says where inputs are,
+        was last changed. They are checked here if not; a compiled or exported program leaves it to its operator."""
+        if torch.compiler.is_compiling() or tensor.is_inference():
+            return False
+        now = (tensor._version, tensor.data_ptr())
+        if now != self._checked:
+            self.check_contents()
+            self._checked = now
+        return True
 
     def on(self, vectors: Vectors) -> Layout:
         """As a CPU with these vectors reads it: itself, or packed anew to the same numbers."""
@@ -160,7 +184,7 @@ class Layout(nn.Module, ABC):
                 self.register_buffer(name, tensor, persistent=False)
             else:
                 before.copy_(tensor)
-        self.numbers, self.integers = other.numbers, other.integers
+        self._take_numbers(other.numbers)
 
     @property
     def nbytes(self) -> int:

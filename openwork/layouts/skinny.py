@@ -105,8 +105,8 @@ class SkinnyExpand(Skinny):
 def skinny_index_bits(pattern: Pattern) -> int:
     """Bits of one index.
 
-    >>> index_bits(Pattern(2, 4)), index_bits(Pattern(1, 5)), index_bits(Pattern(1, 1))
-    (2, 3, 1)
+    >>> [skinny_index_bits(Pattern(*each)) for each in ((2, 4), (1, 5), (1, 1))]
+    [2, 3, 1]
     """
     return max(1, (pattern.m - 1).bit_length())
 

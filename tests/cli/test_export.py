@@ -65,6 +65,49 @@ def test_onnx_and_its_verification(file, capsys):
     assert "the file records nothing" in capsys.readouterr().out
 
 
+def sparsified() -> nn.Module:
+    model = network()
+    ow.sparsify(model, "2:4", ow.SRSTE())
+    return model
+
+
+def deployed() -> nn.Module:
+    model = network()
+    ow.project(model, "2:4")
+    return ow.deploy(model, torch.randn(2, 16), pattern="2:4")
+
+
+@pytest.mark.parametrize("make", [sparsified, deployed])
+@pytest.mark.filterwarnings("ignore:sparse is not faster")
+def test_dense_of_a_model_is_what_it_multiplies_by(file, monkeypatch, make):
+    monkeypatch.setattr(sys.modules["made"], "network", make)
+    assert main(["export", "made:network", "--out", "dense.safetensors"]) == 0
+    found = load_file("dense.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in found.items() if tensor.ndim > 1} == {
+        "0.weight": (8, 16),
+        "2.weight": (4, 8),
+    }
+    assert ((found["0.weight"].reshape(-1, 4) != 0).sum(1) <= 2).all()
+
+
+def test_dense_needs_no_input(file):
+    assert main(["export", "net.safetensors", "--model", "made:network", "--out", "dense.safetensors"]) == 0
+    assert torch.equal(load_file("dense.safetensors")["0.weight"], file[0].weight)
+
+
+def test_dense_of_a_model_of_torchvision(file):
+    pytest.importorskip("torchvision")
+    assert main(["export", "squeezenet1_1", "--out", "dense.safetensors"]) == 0
+    assert load_file("dense.safetensors")["classifier.1.weight"].shape == (1000, 512, 1, 1)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+def test_dense_of_what_no_file_holds_is_one_line(file, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["made"], "network", lambda: nn.Linear(4, 4).to(torch.complex128))
+    assert main(["export", "made:network", "--out", "dense.safetensors"]) == 2
+    assert "is torch.complex128" in capsys.readouterr().err
+
+
 def test_dense_needs_no_network(file, capsys):
     assert main(["export", "net.safetensors", "--out", "dense.safetensors"]) == 0
     assert "4 dense tensors" in capsys.readouterr().out

@@ -9,10 +9,15 @@ import openwork as ow
 from openwork.cli.main import main
 
 
-@pytest.mark.parametrize("words", [[], ["--help"]])
+@pytest.mark.parametrize("words", [[], ["--help"], ["train", "--help"], ["compare", "-h"]])
 def test_usage(words, capsys):
     assert main(words) == 0
     assert "openwork compare TASK" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"openwork {ow.__version__}\n"
 
 
 def test_help_needs_nothing_of_the_training_extra():
@@ -75,7 +80,7 @@ def test_a_compressed_file_is_listed_by_tensor(verb, saved, capsys):
     printed = capsys.readouterr().out
     assert ["weight", "4x8", "float32", "2:4", "0.500", "68"] in [line.split() for line in printed.splitlines()]
     assert "1 of 2 tensors compressed" in printed
-    assert ("verified" in printed) == (verb == "verify")
+    assert ("the file is intact" in printed) == (verb == "verify")
 
 
 def test_verify_fails_on_a_file_whose_indices_are_bent(saved, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -145,7 +147,7 @@ def test_a_folder_of_both_kinds_is_checked_in_both(tmp_path, capsys):
     to_huggingface(model, tmp_path, pattern="2:4")
     assert main(["verify", str(tmp_path), "--pattern", "2:4"]) == 0
     printed = capsys.readouterr().out
-    assert "verified: every group holds what its pattern says" in printed
+    assert printed.startswith("the file is intact: every group holds what it records\n")
     assert printed.count("2 of 2 weights are 2:4") == 2
     with torch.no_grad():
         model[0].weight.fill_(1.0)
@@ -159,8 +161,45 @@ def test_a_compressed_file_is_held_to_another_pattern(tmp_path, capsys):
     ow.project(model, "2:4")
     ow.save(model, tmp_path / "net.safetensors", pattern="2:4")
     assert main(["verify", str(tmp_path / "net.safetensors"), "--pattern", "2:4"]) == 0
+    capsys.readouterr()
     assert main(["verify", str(tmp_path / "net.safetensors"), "--pattern", "1:4"]) == 1
-    assert "not 1:4: weight" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "not 1:4: weight (recorded as 2:4)" in printed
+    assert "tensors compressed" not in printed  # one table
+
+
+def test_a_weight_that_a_file_records_as_dense_can_be_excluded(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = nn.ModuleDict({"fc": nn.Linear(8, 4), "up": nn.Linear(16, 8)})
+    ow.project(model, {"up": "2:4"})
+    ow.save(model, "a:b.safetensors", pattern={"up": "2:4"})  # a file, and no factory
+    assert main(["verify", "a:b.safetensors", "--pattern", "2:4"]) == 1
+    assert capsys.readouterr().out.endswith("not 2:4: fc.weight (recorded as dense; --exclude fc)\n")
+    assert main(["verify", "a:b.safetensors", "--pattern", "2:4", "--exclude", "fc"]) == 0
+
+
+def sparsified() -> nn.Module:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8))
+    ow.sparsify(model, "2:4", ow.SRSTE(), exclude=["1"])
+    return model
+
+
+@pytest.mark.parametrize("verb", ["verify", "plan"])
+def test_a_factory_that_sparsifies_records_its_patterns(verb, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "made", types.SimpleNamespace(sparsified=sparsified))
+    given = [verb, "made:sparsified", "--input", "4x64"]
+    assert main(given) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("0.weight")]
+    assert "2:4" in line
+    for more in (["--pattern", "2:4"], ["--exclude", "0"]):
+        assert main([*given, *more]) == 2
+        assert "records its patterns: leave --pattern and --exclude out" in capsys.readouterr().err
+
+
+def test_float8_is_listed_as_it_is_stored(tmp_path, capsys):
+    save_file({"a.weight": pruned((8, 32), "2:4", Axis(1)).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    assert main(["verify", str(tmp_path / "a.safetensors")]) == 0
+    assert table(capsys.readouterr().out)["a.weight"][1] == "float8_e4m3fn"
 
 
 @pytest.mark.parametrize(

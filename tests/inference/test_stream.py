@@ -293,12 +293,27 @@ def test_an_example_on_another_device_is_refused(tmp_path):
         ow.load_deployed(tmp_path / "none.safetensors", Net(), (EXAMPLE.to("meta"),))
 
 
-@pytest.mark.parametrize("chosen", [{"stem.weight": "gemm"}, {"conv.weight": "gemv"}, {"gone": "gemm"}])
+@pytest.mark.parametrize("chosen", [{"stem.weight": "gemm"}, {"conv.weight": "gemv"}])
 def test_a_choice_that_cannot_be_is_named(path, saved, chosen):
     ((name, kind),) = chosen.items()
     there = "gemm" if name == "conv.weight" else "none"
     with pytest.raises(ValueError, match=f"chosen: '{name}' by the kernel '{kind}'; .* there is: {there}"):
         ow.load_deployed(path, Net(), EXAMPLE, chosen=chosen)
+
+
+def test_a_name_that_the_file_does_not_have_is_named(path, saved):
+    wanted = r"chosen names 'gone\.weight', which the file does not have; it has conv\.weight, "
+    with pytest.raises(ValueError, match=wanted):
+        ow.load_deployed(path, Net(), EXAMPLE, chosen={"conv.weight": "gemm", "gone.weight": "gemm"})
+
+
+def test_what_was_not_timed_has_no_times(path, saved):
+    with pytest.warns(UserWarning, match=r"^chosen is empty: every layer is dense \(see model\.deployment\)$"):
+        dense = ow.load_deployed(path, Net(), EXAMPLE, chosen={})
+    fast = ow.load_deployed(path, Net(), EXAMPLE, chosen={"up.weight": "gemm"})
+    for model in (dense, fast):
+        (line,) = [line for line in str(model.deployment).splitlines() if line.startswith("up.weight")]
+        assert line.split()[4:8] == ["-"] * 4
 
 
 def test_models_that_do_not_fit_are_refused(path, saved):

@@ -7,6 +7,7 @@ Everything raises ValueError, and RuntimeError where the weight is packed for an
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,10 +55,26 @@ def gemm_weight(
     _check(offsets.dtype == torch.int16 and _whole(offsets, slots + 1), "offsets", offsets, numbers)
     _check_outputs(scales, bias, named.outputs, numbers)
     if not checked:
-        gemm.check_offsets(offsets, named, int8)
+        _check_offsets(offsets, named, int8)
     addresses = (values.data_ptr(), offsets.data_ptr(), address(scales), address(bias))
     n, m, tile, _, O, K = named
     return GemmWeight(*addresses, DTYPES[_GEMM_DTYPES[values.dtype]], n, m, tile, K, O), named
+
+
+_GOOD: dict[int, tuple[weakref.ref[Tensor], object]] = {}
+"""Offsets that were checked, by id: a program that was compiled or exported has no layout to remember it."""
+
+
+def _check_offsets(offsets: Tensor, numbers: GemmNumbers, int8: bool) -> None:
+    """`gemm.check_offsets`, once for what has not changed since."""
+    key = id(offsets)
+    state = None if offsets.is_inference() else (offsets._version, offsets.data_ptr(), numbers, int8)
+    known = _GOOD.get(key)
+    if known is not None and known[0]() is offsets and known[1] == state is not None:
+        return
+    gemm.check_offsets(offsets, numbers, int8)
+    if state is not None:
+        _GOOD[key] = weakref.ref(offsets, lambda _: _GOOD.pop(key, None)), state
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ BACKENDS: Mapping[str, Backend] = {
 def backend_refusal(backend: str, weight_dtype: torch.dtype, device: torch.device) -> str:
     """Why a backend multiplies by no weight in a dtype there; empty where it does.
 
-    >>> refusal("cusparselt", torch.float32, torch.device("cpu"))
+    >>> backend_refusal("cusparselt", torch.float32, torch.device("cpu"))
     'torch has no sparse product of torch.float32: choose weight_dtype=torch.bfloat16, or convert the model'
     """
     known = BACKENDS[backend]
