@@ -35,8 +35,8 @@ class _StraightThrough(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, computed: Tensor) -> Tensor:
-        return computed.detach()  # as an input that is returned it could not be changed in place
+    def forward(*inputs: Tensor) -> Tensor:  # torch looks at every parameter of the signature in every call
+        return inputs[1].detach()  # as an input that is returned it could not be changed in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
