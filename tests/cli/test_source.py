@@ -29,6 +29,11 @@ class Two(torch.nn.Module):
 number = lambda: 3
 def broken():
     import no_such_package
+def sparsified():
+    import openwork
+    model = network()
+    openwork.sparsify(model, "2:4", openwork.SRSTE())
+    return model
 def picky(size):
     return torch.nn.Linear(size, size)
 """
@@ -151,6 +156,8 @@ def test_bench(compressed, threads, monkeypatch):
     words = ["--patterns", "2:4", "--batches", "1", "--threads", "1", "--seconds", "0", "--no-compile"]
     assert main(["bench", "net.safetensors", "--model", "my_net:network", "--input", "1x16", *words]) == 0
     assert "net.safetensors" in Path("bench.csv").read_text()
+    assert main(["bench", "my_net:sparsified", "--input", "1x16", *words]) == 0
+    assert "my_net:sparsified" in Path("bench.csv").read_text()
 
 
 @pytest.mark.slow
