@@ -24,6 +24,9 @@ try:
 except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
+if not os.environ.get("CXX", "unset"):
+    del os.environ["CXX"]  # empty: setuptools would call a compiler without a name
+
 FLAGS = [
     "-std=c++17",
     "-O3",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -89,15 +90,31 @@ def open_model(source: str, *, model: str = "", shapes: Sequence[str] = (), need
     else:
         opened = _by_name(source)
     opened.model.eval()
+    if shapes:
+        _check_takes(opened.model, opened.example)
     return opened
+
+
+def _check_takes(model: nn.Module, example: Any) -> None:
+    """Raises ValueError where --input names arguments that the model does not have, or too few or many."""
+    takes = inspect.signature(model.forward)
+    positional, named = ((), example) if isinstance(example, Mapping) else (example, {})
+    try:
+        takes.bind(*(positional if isinstance(positional, tuple) else (positional,)), **named)
+    except TypeError as error:
+        raise ValueError(f"--input: {error}; {type(model).__name__}.forward takes {takes}") from error
 
 
 def with_batch(example: Any, batch: int) -> Any:
     """The first sample of each tensor of an example, `batch` times.
 
+    Raises ValueError where that is none.
+
     >>> with_batch({"x": torch.tensor([[1.0], [2.0]])}, 3)["x"].tolist()
     [[1.0], [1.0], [1.0]]
     """
+    if batch < 1:
+        raise ValueError(f"a batch of {batch} samples; needed at least 1")
     return tree_map_only(Tensor, lambda tensor: torch.cat([tensor[:1]] * batch), example)
 
 
@@ -139,16 +156,16 @@ def _random(text: str, generator: torch.Generator) -> Tensor:
 
 def make(name: str, what: str = "--model") -> nn.Module:
     """What package.module:factory makes; modules of the current folder are found."""
-    module, colon, function = name.partition(":")
-    if not colon:
+    module, _, function = name.partition(":")
+    if not (module and function):
         raise ValueError(f"{what} {name}: needed package.module:factory")
     with _current_folder():
         torch.manual_seed(0)
         try:
             factory: Callable[[], Any] = getattr(importlib.import_module(module), function)
             model = factory()
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{what} {name}: {error}") from error
+        except (ImportError, AttributeError, TypeError) as error:  # TypeError: it needs arguments
+            raise ValueError(f"{what} {name}: {error}; needed a function or class that takes no argument") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{what} {name} gives a {type(model).__name__}; needed an nn.Module")
     return model.eval()
@@ -197,8 +214,11 @@ def _of_transformers(folder: Path, shapes: Sequence[str]) -> Source:
     prepare_torchvision()
     import transformers
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "model_type" not in config:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    if not isinstance(config, dict) or "model_type" not in config:
         raise ValueError(f"{folder / 'config.json'} has no model_type: it is no configuration of transformers")
     name = next(iter(config.get("architectures") or []), "")
     cls = getattr(transformers, name, None) or transformers.AutoModel
@@ -248,6 +268,8 @@ def _unknown(source: str) -> ValueError:
             f"{source} is a folder with {names}; needed a run's config.yaml, transformers' config.json, or --model "
             f"MODULE:FACTORY for a compressed file in it; {_HELP}"
         )
+    if "/" in source and "//" not in source and not path.exists():
+        return ValueError(f"there is no {source} here; weights on the Hub need --model MODULE:FACTORY as well; {_HELP}")
     if path.exists() or "/" in source:
         return ValueError(f"{source} is weights and no model: add --model MODULE:FACTORY and --input SHAPE; {_HELP}")
     return ValueError(f"there is no {source}; {_HELP}")

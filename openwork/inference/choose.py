@@ -84,7 +84,9 @@ def request_of(
     others = {str(x.dtype if _is_plain(x) else x.layout) for x in inputs} - {str(weight.dtype)}
     if others:
         return f"its inputs are {', '.join(sorted(others))}, its weight {weight.dtype}"
-    rows, finite = max(x.numel() // x.shape[-1] for x in inputs), bool(weight.isfinite().all())
+    rows = max(x.numel() // x.shape[-1] for x in inputs)
+    kept = weight.to(weight_dtype) if weight_dtype in (torch.float16, torch.bfloat16) else weight  # it may overflow
+    finite = bool(kept.isfinite().all())
     return Request(pattern, weight.dtype, weight_dtype, weight.device, kernels.vectors(), form.conv, rows, finite)
 
 

@@ -2,8 +2,8 @@
 
 One operator a layout, all with the same arguments. `packed` and `numbers` are the tensors and integers of the layout
 (`openwork.layouts`), so that a compiler or an exporter can carry it; `geometry` is that of the convolution. `relu` is
-applied to the result, which has the dtype of `x`. `checked` says that the layer has looked at the contents of `packed`,
-as it does once, when it packs or is loaded; without it the operator looks at every call.
+applied to the result, which has the dtype of `x`. `checked` says that the layer has looked at the contents of `packed`
+since they changed (`Layout.checked`); without it the operator does, once for each state of a tensor.
 """
 
 from __future__ import annotations

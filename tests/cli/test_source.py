@@ -29,6 +29,13 @@ class Two(torch.nn.Module):
 number = lambda: 3
 def broken():
     import no_such_package
+def sparsified():
+    import openwork
+    model = network()
+    openwork.sparsify(model, "2:4", openwork.SRSTE())
+    return model
+def picky(size):
+    return torch.nn.Linear(size, size)
 """
 
 
@@ -149,6 +156,8 @@ def test_bench(compressed, threads, monkeypatch):
     words = ["--patterns", "2:4", "--batches", "1", "--threads", "1", "--seconds", "0", "--no-compile"]
     assert main(["bench", "net.safetensors", "--model", "my_net:network", "--input", "1x16", *words]) == 0
     assert "net.safetensors" in Path("bench.csv").read_text()
+    assert main(["bench", "my_net:sparsified", "--input", "1x16", *words]) == 0
+    assert "my_net:sparsified" in Path("bench.csv").read_text()
 
 
 @pytest.mark.slow
@@ -180,6 +189,12 @@ def test_a_run_directory(tmp_path, threads, capsys):
         (["plan", "empty"], "empty is a folder with nothing; needed a run's config.yaml, transformers' config.json"),
         (["plan", "resnet19"], "resnet19 is no file or folder here, and no model of torchvision: "),
         (["plan", "gone.safetensors"], "there is no gone.safetensors; --help lists what names a model"),
+        (["plan", "no_folder/x"], "there is no no_folder/x here; weights on the Hub need --model MODULE:FACTORY"),
+        (["plan", "broken"], "broken/config.json: Expecting property name"),
+        (["verify", ":"], "SOURCE :: needed package.module:factory"),
+        (["plan", "my_net:network", "--input", "1x16", "--batch", "0"], "a batch of 0 samples; needed at least 1"),
+        (["plan", "my_net:picky", "--input", "1x16"], "picky() missing 1 required positional argument"),
+        (["plan", "my_net:network", "--input", "x=1x16"], "--input: missing a required argument: 'input'"),
         (["plan", "diffuser"], "has no model_type: it is no configuration of transformers"),
     ],
 )
@@ -187,6 +202,8 @@ def test_mistakes_get_one_line(compressed, threads, words, message, capsys):
     Path("empty").mkdir()
     Path("diffuser").mkdir()
     Path("diffuser/config.json").write_text(json.dumps({"_class_name": "UNet"}))
+    Path("broken").mkdir()
+    Path("broken/config.json").write_text("{bad")
     assert main(words) == 2
     error = capsys.readouterr().err
     assert message in error

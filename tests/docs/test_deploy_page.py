@@ -20,6 +20,7 @@ NEEDS = {"ONNX Runtime": "onnxruntime", "OpenVINO": "openvino", "llama.cpp and G
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:chosen is empty"),
     pytest.mark.filterwarnings("ignore:no layer is faster sparse here"),  # of so small a network that may be
 ]
 

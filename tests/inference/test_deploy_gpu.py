@@ -542,3 +542,21 @@ def test_the_fp8_scale_reaches_the_largest_number() -> None:
     made, scales = quantize(torch.tensor([[1.0, -0.5], [0.0, 0.0]]), torch.float8_e4m3fn)
     assert made.float().tolist() == [[448.0, -224.0], [0.0, 0.0]]
     assert torch.allclose(scales[0], torch.tensor(1 / 448))
+
+
+def test_which_patterns_are_within_2_4() -> None:
+    """Every four neighbours of the fullest weight, where groups of M and of four lie in every way to each other."""
+    for m in range(1, 13):
+        for n in range(1, m + 1):
+            fours = [[at // m for at in range(start, start + 4)] for start in range(0, 4 * m, 4)]
+            most = max(sum(min(n, four.count(group)) for group in set(four)) for four in fours)
+            assert cusparselt.within_2_4(ow.Pattern(n, m)) == (most <= 2), (n, m)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32])
+def test_a_weight_that_overflows_where_it_is_kept_is_not_finite(weight_dtype: torch.dtype) -> None:
+    layer = nn.Linear(8, 4).requires_grad_(False)
+    layer.weight[0, 0] = 1e6
+    ow.project(layer, "2:4")
+    request: Any = choose.request_of(layer, "weight", ow.Pattern(2, 4), weight_dtype, [torch.randn(2, 8)])
+    assert request.finite == (weight_dtype == torch.float32)

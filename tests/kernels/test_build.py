@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -119,12 +120,17 @@ def test_a_compiler_that_was_named_has_to_work(source: Path) -> None:
     assert "OPENWORK_NO_NATIVE=1 installs without" in printed
 
 
+PYTHONS_CXX = str(sysconfig.get_config_var("CXX")).partition(" ")[0]
 WARNING = "warning: openwork is installed without its native library; everything works, slower: "
 
 
 @pytest.mark.parametrize(
     ("environment", "reason"),
-    [({"PATH": "/no/such/folder"}, "there is no C++ compiler here"), ({"OPENWORK_NO_NATIVE": "1", "CXX": "false"}, "")],
+    [
+        ({"PATH": "/no/such/folder"}, "there is no C++ compiler here"),
+        ({"PATH": "/no/such/folder", "CXX": ""}, f"there is no C++ compiler here ({PYTHONS_CXX})"),
+        ({"OPENWORK_NO_NATIVE": "1", "CXX": "false"}, ""),
+    ],
 )
 def test_without_a_compiler_the_installation_says_last_that_it_is_slower(
     source: Path, environment: dict[str, str], reason: str
