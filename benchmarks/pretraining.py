@@ -196,7 +196,7 @@ def trained(text: Text, how: str, recipe: Recipe, seed: int, device: torch.devic
 def table(document: dict[str, Any]) -> str:
     """Held-out loss of the finalized networks."""
     finals = {how: {run["seed"]: run["final"] for run in runs} for how, runs in by_method(document).items()}
-    lines = ["| method | held-out loss, nats a byte | to dense | SAD, % of weights |", "|---|---|---|---|"]
+    lines = ["| method | held-out loss, nats a byte | delta vs dense | SAD, % of weights |", "|---|---|---|---|"]
     for how, runs in by_method(document).items():
         values = list(finals[how].values())
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""

@@ -76,9 +76,9 @@ def _run(what: str, asked: argparse.Namespace, build: Build) -> list[BenchRow]:
     rows: list[BenchRow] = []
     with torch.inference_mode():
         if what == "masks":
-            rows += operators.mask_rows(roofline(), patterns, asked.seconds)
+            rows += operators.time_masks(roofline(), patterns, asked.seconds)
         elif what == "linear":
-            rows += operators.linear_rows(roofline(), SHAPES, patterns, asked.seconds)
+            rows += operators.time_linear(roofline(), SHAPES, patterns, asked.seconds)
         elif what == "growth":
             rows += operators.growth(roofline(), GROWTH, patterns, asked.seconds)
         elif what == "threads":

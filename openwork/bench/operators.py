@@ -29,7 +29,7 @@ WEIGHT = (2048, 4096)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-def mask_rows(peak: Roofline, patterns: Sequence[Pattern], seconds: float) -> Iterator[BenchRow]:
+def time_masks(peak: Roofline, patterns: Sequence[Pattern], seconds: float) -> Iterator[BenchRow]:
     """Pruning 8.4 M weights (`WEIGHT`), and the SR-STE term on their gradient, beside a copy of them and the published
     argsort form. Fresh memory costs more than either, so what allocates is compared with what allocates."""
     weight, target = torch.randn(WEIGHT), torch.empty(WEIGHT)
@@ -61,7 +61,7 @@ def _published(weight: Tensor, pattern: Pattern) -> Tensor:
     return weight * torch.ones_like(groups).scatter_(1, lowest, 0).reshape(weight.shape)
 
 
-def linear_rows(
+def time_linear(
     peak: Roofline,
     shapes: Sequence[tuple[int, int, int]],
     patterns: Sequence[Pattern],
@@ -134,7 +134,7 @@ def growth(
 ) -> Iterator[BenchRow]:
     """The same in float32 along series of shapes: `shapes` has them by what grows."""
     for what, series in shapes.items():
-        yield from linear_rows(peak, series, patterns, seconds, op=f"growth with {what}", dtypes=["float32"])
+        yield from time_linear(peak, series, patterns, seconds, op=f"growth with {what}", dtypes=["float32"])
 
 
 def _kinds(pattern: Pattern, weight_dtype: torch.dtype, rows_: int) -> list[Kind]:

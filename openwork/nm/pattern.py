@@ -57,3 +57,13 @@ class Pattern:
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
+
+
+def within_2_4(pattern: Pattern) -> bool:
+    """Whether weights of this pattern are 2:4 as well.
+
+    >>> [within_2_4(Pattern(*each)) for each in ((2, 4), (1, 4), (1, 2), (2, 8), (4, 8), (1, 3))]
+    [True, True, True, True, False, True]
+    """
+    # Four neighbours lie in one group of a multiple of 4, and in at most two of any other M >= 2.
+    return (pattern.n <= 2 and pattern.m % 4 == 0) or (pattern.n == 1 and pattern.m > 1)

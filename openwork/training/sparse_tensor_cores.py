@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from openwork.kernels.cuda import cusparselt
-from openwork.kernels.cuda.cusparselt import BACKENDS, within_2_4
+from openwork.kernels.cuda.cusparselt import BACKENDS
 from openwork.kernels.cuda.stream import on_device
 from openwork.layouts.layout import Algorithm
+from openwork.nm.pattern import within_2_4
 from openwork.training.accelerated_linear import Engine, SparseMatmul, accelerated_class
 from openwork.training.masked import Masked
 from openwork.training.parametrize import sparse_weights, unwrap

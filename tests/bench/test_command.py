@@ -151,7 +151,7 @@ def test_whole_models_in_bfloat16_and_with_torchs_int8(monkeypatch):
 
 
 def test_each_precision_is_compared_with_those_that_round_no_more():
-    rows = list(operators.linear_rows(Roofline(1e9, 1e9), [(8, 64, 48)], [ow.Pattern(2, 4)], 0))
+    rows = list(operators.time_linear(Roofline(1e9, 1e9), [(8, 64, 48)], [ow.Pattern(2, 4)], 0))
     assert {row.baseline.split()[1] for row in rows if row.dtype == "float32"} == {"float32"}
     assert {row.baseline.split()[1] for row in rows if row.dtype == "bfloat16"} <= {"float32", "bfloat16"}
     assert [row.impl for row in rows if row.dtype == "float32"][:2] == ["torch float32", "oneDNN float32"]

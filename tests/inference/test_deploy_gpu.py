@@ -31,6 +31,7 @@ from openwork.kernels.cuda.cusparselt import BACKENDS, Backend
 from openwork.layouts.layout import KINDS, kinds_on
 from openwork.nm.groups import Axis
 from openwork.nm.masks import apply_mask, magnitude_mask
+from openwork.nm.pattern import within_2_4
 from openwork.nm.quantize import quantize
 
 deploy = sys.modules["openwork.inference.deploy"]  # the name `openwork.inference.deploy` is the function
@@ -550,7 +551,7 @@ def test_which_patterns_are_within_2_4() -> None:
         for n in range(1, m + 1):
             fours = [[at // m for at in range(start, start + 4)] for start in range(0, 4 * m, 4)]
             most = max(sum(min(n, four.count(group)) for group in set(four)) for four in fours)
-            assert cusparselt.within_2_4(ow.Pattern(n, m)) == (most <= 2), (n, m)
+            assert within_2_4(ow.Pattern(n, m)) == (most <= 2), (n, m)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32])

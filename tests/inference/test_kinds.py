@@ -187,14 +187,14 @@ def test_it_is_loaded_from_a_file_as_it_was_chosen(tmp_path: Path, monkeypatch: 
 
 
 def test_it_is_benchmarked() -> None:
-    rows = operators.linear_rows(Roofline(1e9, 1e9), [(4, 16, 8)], [ow.Pattern(2, 4)], 0, dtypes=["float32"])
+    rows = operators.time_linear(Roofline(1e9, 1e9), [(4, 16, 8)], [ow.Pattern(2, 4)], 0, dtypes=["float32"])
     assert {row.impl for row in rows} >= {"toy 2:4 float32", "gemm 2:4 float32"}
 
 
 def test_it_is_not_asked_for_weights_in_a_dtype_that_it_does_not_have(monkeypatch: Any) -> None:
     say(monkeypatch, toy=0.4, gemm=0.5, gemv=0.6)
     assert set(ow.plan(net(), X, pattern="2:4", weight_dtype=torch.int8).chosen.values()) == {"gemm"}
-    rows = operators.linear_rows(Roofline(1e9, 1e9), [(4, 16, 8)], [ow.Pattern(2, 4)], 0, dtypes=["int8"])
+    rows = operators.time_linear(Roofline(1e9, 1e9), [(4, 16, 8)], [ow.Pattern(2, 4)], 0, dtypes=["int8"])
     assert not any("toy" in row.impl for row in rows)
     monkeypatch.setattr("openwork.inference.choose.kinds_on", lambda _: [Toy])
     (timing, *_) = ow.plan(net(), X, pattern="2:4", weight_dtype=torch.bfloat16).layers

@@ -1,11 +1,11 @@
-"""2:4 products on NVIDIA's sparse tensor cores, by operators that torch has without a public name. They are named here
-alone; where they are missing no weight is taken, and `refusal` says why.
+"""2:4 matmuls on NVIDIA's sparse tensor cores, by operators that torch has without a public name. They are named here
+alone; where they are missing no weight is taken, and `backend_refusal` says why.
 
     B = rows of input, O = outputs, K = inputs
 
 A backend packs a weight (O, K) whose groups of four hold at most two non-zeros, and multiplies (B, K) by it. What it
 packs belongs to a library version and a GPU, so it is never stored: `unpack` gives the weight back. cuSPARSELt has
-several algorithms for each shape, and splits sums in several ways; which is fastest is searched once and kept.
+several algorithms for each shape; which is fastest, with which split of sums, is searched once and kept.
 """
 
 from __future__ import annotations
@@ -168,16 +168,6 @@ def weight_refusal(weight: Tensor) -> str:
     if problem := too_dense(weight, PATTERN, Axis(1)):
         return f"{problem}: sparse tensor cores multiply {PATTERN}"
     return "" if bool(weight.isfinite().all()) else "the weight holds numbers that are not finite"
-
-
-def within_2_4(pattern: Pattern) -> bool:
-    """Whether weights of this pattern are 2:4 as well.
-
-    >>> [within_2_4(Pattern(*each)) for each in ((2, 4), (1, 4), (1, 2), (2, 8), (4, 8), (1, 3))]
-    [True, True, True, True, False, True]
-    """
-    # Four neighbours lie in one group of a multiple of 4, and in at most two of any other M >= 2.
-    return (pattern.n <= 2 and pattern.m % 4 == 0) or (pattern.n == 1 and pattern.m > 1)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from openwork.kernels.cuda import cusparselt
 from openwork.layouts.conv import ConvGeometry, patches
 from openwork.layouts.layout import Algorithm, Layout, Request, Vectors, register_kind
-from openwork.nm.pattern import Pattern
+from openwork.nm.pattern import Pattern, within_2_4
 from openwork.nm.quantize import QUANTIZED, quantize
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -58,7 +58,7 @@ class SemiStructured(Layout):
             return reason
         if request.conv is not None and request.conv.groups > 1:
             return f"a convolution in {request.conv.groups} groups: sparse tensor cores multiply one matrix"
-        if not cusparselt.within_2_4(request.pattern):
+        if not within_2_4(request.pattern):
             return f"{request.pattern} is not within 2:4, which sparse tensor cores multiply"
         return "" if request.finite else "the weight holds numbers that are not finite"
 
