@@ -24,15 +24,18 @@ from openwork.training.shared_class import plain_class
 
 _GUESSES = tuple(2**i for i in range(1, 7))  # group sizes tried when no pattern is given
 _Recorded = dict[str, tuple[Pattern, Axis]]
+_EXCLUDE = "layers that are to stay dense are left out by pattern=ow.Selection('2:4', exclude=[...])"
 
 
 class NotSparse(ValueError):
-    """Raised by `verify`. `layers`: name of each weight that is denser than its pattern -> what was found."""
+    """Raised by `verify`. `layers`: name of each weight that is denser than its pattern -> what was found. `advice`
+    says what to do."""
 
-    def __init__(self, layers: dict[str, str]):
+    def __init__(self, layers: dict[str, str], advice: str = ""):
         self.layers = layers
-        listed = "\n".join(f"  {name}: {problem}" for name, problem in layers.items())
-        super().__init__(f"{len(layers)} weights are denser than their pattern:\n{listed}")
+        listed = [f"  {name}: {problem}" for name, problem in layers.items()]
+        what = f"{len(layers)} weights are denser than their pattern:"
+        super().__init__("\n".join([what, *listed, *([advice] if advice else [])]))
 
 
 def verify(
@@ -80,7 +83,7 @@ def verify(
         watch(model, example, operands.visit)
         broken = operands.problems | broken
     if broken:
-        raise NotSparse(broken)
+        raise NotSparse(broken, _EXCLUDE if pattern is not None else "")
     rows = tuple(_row(name, weights[name], *recorded[name]) for name in recorded)
     rows += skipped
     others = sum(parameter.numel() for parameter in model.parameters()) - sum(row.weights for row in rows)

@@ -456,3 +456,13 @@ def test_a_model_of_the_dense_method_has_nothing_to_verify():
     ow.sparsify(model, "2:4", ow.Dense())
     with pytest.raises(ValueError, match=r"trains with ow\.Dense, which keeps every weight"):
         ow.verify(model)
+
+
+def test_who_gives_a_pattern_is_told_how_layers_are_left_out():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    ow.project(model, "2:4", exclude=["1"])
+    with pytest.raises(
+        ow.NotSparse, match=r"\n  1\.weight: .*\nlayers that are to stay dense are left out by pattern=ow\.S"
+    ):
+        ow.verify(model, pattern="2:4")
+    ow.verify(model, pattern=ow.Selection("2:4", exclude=["1"]))
