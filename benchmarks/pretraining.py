@@ -28,7 +28,7 @@ from torch.nn import functional as F
 import openwork as ow
 from openwork.bench.measure import today
 from openwork.bench.models import EncoderBlock
-from openwork.utils.hardware import cpu_name
+from openwork.utils.hardware import cpu_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_tables import between
@@ -252,7 +252,7 @@ def write_page(source: Path, page: Path = PAGE) -> None:
 
 
 def where(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 

@@ -17,7 +17,7 @@ import torch
 
 import openwork.kernels as kernels
 from openwork.kernels.cpu.native import library
-from openwork.utils.hardware import cpu_name
+from openwork.utils.hardware import cpu_model
 from openwork.utils.timing import take_turns
 
 
@@ -145,5 +145,5 @@ def _seconds(function: Callable[[], object]) -> float:
 
 def _where() -> dict[str, Any]:
     version = importlib.metadata.version("openwork")
-    here = {"threads": torch.get_num_threads(), "machine": cpu_name(), "isa": kernels.status().isa or "none"}
+    here = {"threads": torch.get_num_threads(), "machine": cpu_model(), "isa": kernels.status().isa or "none"}
     return here | {"torch": torch.__version__, "openwork": version, "date": today()}

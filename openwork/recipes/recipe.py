@@ -29,6 +29,7 @@ from openwork.recipes.summary import flip_rates
 from openwork.recipes.task import Task, description_of
 from openwork.recipes.weights import load_weights, save_weights
 from openwork.training.selection import Remainder
+from openwork.utils.hardware import cpu_name
 
 _MASK = 32, 96  # rows and columns of the mask in the report
 
@@ -176,16 +177,9 @@ def layer(row: Any) -> dict[str, Any]:
 
 def run_environment() -> Mapping[str, Any]:
     """What the numbers depend on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "openwork": ow.__version__}
     return {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def shown_layer(report: ow.Report) -> str:
