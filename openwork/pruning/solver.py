@@ -1,0 +1,74 @@
+"""What a one-shot solver is, and the layer problem that it solves.
+
+    R = rows (outputs), K = columns (inputs of one output), S = samples, rows of the layer's input X (S, K)
+
+With the Gram matrix H = X' X (K, K), the squared error of the output is tr((W - W0) H (W - W0)'): its rows are
+independent problems, and the samples themselves are not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openwork.nm.groups import Axis
+from openwork.nm.masks import magnitude_mask
+from openwork.nm.pattern import Pattern
+from openwork.nm.transposable import transposable_mask
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Where the groups of a row lie: `pattern` along every run of `width` columns (the channels of one tap of a
+    convolution; K where there is one run). `transposable`: N:M down the columns as well."""
+
+    pattern: Pattern
+    width: int
+    transposable: bool = False
+
+    def mask(self, score: Tensor) -> Tensor:
+        """The mask that keeps the N highest of each group: non-negative (R, K) -> bool (R, K), K whole runs or one
+        group of a run."""
+        runs = score.unflatten(1, (-1, min(self.width, score.shape[1])))
+        if self.transposable:
+            tiles = [transposable_mask(runs[:, run], self.pattern, Axis(1), Axis(0)) for run in range(runs.shape[1])]
+            return torch.stack(tiles, 1).flatten(1)
+        return magnitude_mask(runs.flatten(0, 1), self.pattern, Axis(1)).view(score.shape)
+
+    def slices(self, columns: int) -> Iterator[slice]:
+        """The columns of each group, in order; the last of a run may be short."""
+        for run in range(0, columns, self.width):
+            for start in range(run, run + self.width, self.pattern.m):
+                yield slice(start, min(start + self.pattern.m, run + self.width))
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How one layer is pruned. `needs_gram`: the whole Gram matrix, not its diagonal alone."""
+
+    @property
+    def needs_gram(self) -> bool:
+        return True
+
+    def solve(self, weight: Tensor, gram: Tensor, groups: Groups) -> Tensor:
+        """The N:M weight for a dense one: (R, K) float32, `gram` (K, K), or (K,), its diagonal."""
+        raise NotImplementedError
+
+
+def damped(gram: Tensor, share: float) -> Tensor:
+    """The Gram matrix plus `share` of its mean diagonal: invertible, also with inputs that are always zero. It stands
+    for a pull towards the dense weights: the error is tr((W - W0) A (W - W0)') with A in place of H."""
+    return gram + share * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+
+
+def relative_error(weight: Tensor, dense: Tensor, gram: Tensor) -> float:
+    """||X (W - W0)'||^2 / ||X W0'||^2, of the outputs on the calibration samples; the Gram matrix, or its diagonal."""
+    change, dense = (weight - dense).double(), dense.double()
+    energy = [
+        float(((rows @ gram.double() if gram.ndim == 2 else rows * gram.double()) * rows).sum())
+        for rows in (change, dense)
+    ]
+    return energy[0] / energy[1] if energy[1] else 0.0
