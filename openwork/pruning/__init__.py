@@ -1,1 +1,1 @@
-"""From a trained network: choose which weights to keep once, from calibration batches, and compensate for the others."""
+"""From a trained network: which weights to keep, chosen once from calibration batches, and what makes up for the rest."""
