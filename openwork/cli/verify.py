@@ -10,7 +10,7 @@ from pathlib import Path
 from openwork.cli.inspect import file_table
 from openwork.cli.source import FORMS, add_arguments, open_model
 from openwork.files.checkpoint import check
-from openwork.files.hub import local
+from openwork.files.hub import is_address, local
 from openwork.files.plain import opened_plain, plain_files
 from openwork.files.reader import FILE, opened
 from openwork.files.weight_patterns import WeightPattern, weight_patterns
@@ -45,7 +45,7 @@ def verify(words: Sequence[str]) -> int:
     pattern = Pattern.parse(asked.pattern) if asked.pattern else None
     if asked.source.endswith(".onnx"):
         return _verify_onnx(asked.source, pattern, asked.exclude)
-    is_factory = ":" in asked.source and "//" not in asked.source and not Path(asked.source).exists()
+    is_factory = ":" in asked.source and not is_address(asked.source) and not Path(asked.source).exists()
     if asked.input or asked.model or is_factory:
         return _verify_model(asked, pattern)
     with local(asked.source) as path:

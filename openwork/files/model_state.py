@@ -11,7 +11,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from openwork.files.container import CODES
+from openwork.files.header import CODES
 from openwork.files.reader import Contents
 from openwork.nm.groups import Axis
 from openwork.nm.masks import apply_mask, too_dense
@@ -126,6 +126,8 @@ def check_same(contents: Contents, targets: Mapping[str, Tensor], tied: Mapping[
                 f"{name}: the file is {stored.dtype}, the model {target.dtype}: load into a {short} model and convert "
                 f"afterwards, or save the model in {str(target.dtype).removeprefix('torch.')}"
             )
+        if target.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"{name} of the model was made in inference_mode and cannot be changed: make it anew")
         if any(step == 0 and length > 1 for step, length in zip(target.stride(), target.shape, strict=True)):
             raise ValueError(f"{name} of the model is expanded, so that it cannot be written: make it contiguous")
     for name, first in tied.items():

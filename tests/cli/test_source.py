@@ -189,7 +189,10 @@ def test_a_run_directory(tmp_path, threads, capsys):
         (["plan", "empty"], "empty is a folder with nothing; needed a run's config.yaml, transformers' config.json"),
         (["plan", "resnet19"], "resnet19 is no file or folder here, and no model of torchvision: "),
         (["plan", "gone.safetensors"], "there is no gone.safetensors; --help lists what names a model"),
-        (["plan", "no_folder/x"], "there is no no_folder/x here; weights on the Hub need --model MODULE:FACTORY"),
+        (
+            ["plan", "no_folder/x"],
+            "there is no no_folder/x; weights on the Hugging Face Hub are named hf://no_folder/x",
+        ),
         (["plan", "broken"], "broken/config.json: Expecting property name"),
         (["verify", ":"], "SOURCE :: needed package.module:factory"),
         (["plan", "my_net:network", "--input", "1x16", "--batch", "0"], "a batch of 0 samples; needed at least 1"),

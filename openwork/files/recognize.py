@@ -1,0 +1,105 @@
+"""What a file is that is no safetensors file, from its first bytes, and what to do with it."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from typing import BinaryIO
+
+_NEEDED = "needed a safetensors file"
+_LOAD = (
+    "torch.load(path, weights_only=True) reads it; load that into the model, and ow.save writes this format "
+    "(safetensors.torch.save_file a dense one)"
+)
+_SAVE = "save the weights with ow.save, save_pretrained or safetensors.torch.save_file"
+_CHECK = "openwork verify FILE.onnx checks it; "
+_FETCH = "fetch it again from where it came"
+_UNPACK = "unpack it first"
+
+# How the file begins -> what it is, what to do.
+_BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
+    (rb"version https://git-lfs", "a pointer of Git LFS and not the file it stands for", "git lfs pull fetches that"),
+    (rb"GGUF|ggjt|ggml|lmgg|tjgg", "a GGUF or GGML file of llama.cpp", _SAVE),
+    (rb"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes", _SAVE),
+    (rb"\x93NUMPY", "an array of NumPy (.npy)", "numpy.load reads it; " + _SAVE),
+    (rb"\x80[\x02-\x05][\x8a\x95}\](cq]", "a pickle, as older torch.save writes", _LOAD),
+    (rb"PK\x05\x06", "an empty zip archive", _FETCH),
+    (rb"\x1f\x8b", "a gzip archive", _UNPACK),
+    (rb"\x28\xb5\x2f\xfd", "a Zstandard archive", _UNPACK),
+    (rb"\xfd7zXZ\0", "an xz archive", _UNPACK),
+    (rb"BZh[1-9]1AY", "a bzip2 archive", _UNPACK),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", _UNPACK),
+    (rb".{257}ustar", "a tar archive", _UNPACK),
+    (rb".{4}TFL3", "a model of TensorFlow Lite", _SAVE),
+    (rb"ftrt|ptrt", "an engine of TensorRT", _SAVE),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8|%PDF", "an image or a PDF", _FETCH),
+    (rb"\x7fELF|MZ", "a program or library", _FETCH),
+    (
+        rb"(?i)(?:\xef\xbb\xbf)?\s*<(?:!doctype html|html|head|body|!--)",
+        "a page in HTML, perhaps an error or log-in page",
+        _FETCH,
+    ),
+    (rb"(?:\xef\xbb\xbf)?\s*<\?xml", "an XML file, such as the description of an OpenVINO model", _SAVE),
+    # Protocol buffers name nothing: the version of ONNX, then its producer, or the length of the next text.
+    (
+        rb"\x08[\x01-\x14](?:\x12|\x1a|\x22|\x2a|\x32|\x3a|\x42)",
+        "an ONNX model",
+        "openwork verify FILE.onnx checks it; " + _SAVE,
+    ),
+)
+
+
+def not_safetensors(file: BinaryIO, problem: str) -> str:
+    """An error about a file whose first bytes are not those of a safetensors file: `problem`, or what it is instead."""
+    file.seek(0)
+    begins = file.read(512)
+    if not begins:
+        return f"it is empty (0 bytes, cut short or never written): {_NEEDED}; {_FETCH}"
+    if begins[8:9] == b"{":
+        return f"the header: {problem}; {_FETCH}"
+    if begins.startswith(b"PK\x03\x04"):
+        return f"it is {_zip(file)}"
+    for beginning, what, to_do in _BEGINNINGS:
+        if re.match(beginning, begins, re.DOTALL):
+            return f"it is {what}; {_NEEDED}: {to_do}"
+    if described := _text(begins):
+        return f"it is {described}"
+    return f"it begins with {begins[:8].hex(' ')}, as no format that is known here: {_NEEDED} ({problem})"
+
+
+def _zip(file: BinaryIO) -> str:
+    """What a zip archive is, by the names of its members."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = [info.filename for info in archive.infolist()[:10_000]]
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
+        return f"a zip archive that was cut short or is damaged; {_FETCH}"
+    ends = {name.rpartition("/")[2] for name in names}
+    if "constants.pkl" in ends:
+        return f"a TorchScript model; torch.jit.load(path).state_dict() has its weights: {_SAVE}"
+    if "archive_format" in ends or "serialized_exported_program.json" in ends:
+        return f"a program of torch.export or AOTInductor (.pt2), which torch.export.load runs: {_SAVE}"
+    if "data.pkl" in ends:
+        return f"a checkpoint of torch.save, which is a pickle: {_LOAD}"
+    if names and all(name.endswith(".npy") for name in names):
+        return f"an archive of NumPy (.npz), which numpy.load reads: {_SAVE}"
+    if "model.weights.h5" in ends:
+        return f"a model of Keras: {_SAVE}"
+    return f"a zip archive with {', '.join(names[:3]) or 'nothing'}; {_UNPACK}"
+
+
+def _text(begins: bytes) -> str:
+    """What a text file is; nothing where it is none."""
+    try:
+        text = begins.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.start < len(begins) - 4:  # not merely cut within a letter
+            return ""
+        text = begins[: error.start].decode("utf-8-sig")
+    if not text.isprintable() and not all(letter.isprintable() or letter in "\t\r\n" for letter in text):
+        return ""
+    if re.match(r"\s*[{\[]", text):
+        if '"weight_map"' in text or re.search(r'"metadata"\s*:\s*\{\s*"total_', text):
+            return "the index of a model in several files: name the folder, which is read with its index"
+        return f"a JSON file; {_NEEDED}: name the weights, *.safetensors, or the folder"
+    return f"a text file that begins with {text.strip()[:40]!r}; {_NEEDED}: {_FETCH}"
