@@ -272,7 +272,7 @@ def _unknown(source: str) -> ValueError:
     if not is_address(source) and not path.exists():
         meant = f"; weights on the Hugging Face Hub are named hf://{source}" if source.count("/") == 1 else ""
         return ValueError(f"there is no {source}{meant}; {_HELP}")
-    if path.is_file():
+    if path.exists():
         with open_files(path, [path]) as (file,):
             read_header(file)  # says what else the file is
     return ValueError(f"{shown(source)} is weights and no model: add --model MODULE:FACTORY and --input SHAPE; {_HELP}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,8 @@ def verify(words: Sequence[str]) -> int:
     asked = parser.parse_args(words)
     pattern = Pattern.parse(asked.pattern) if asked.pattern else None
     if asked.source.endswith(".onnx"):
-        return _verify_onnx(asked.source, pattern, asked.exclude)
+        with local(asked.source) as path:
+            return _verify_onnx(os.fspath(path), pattern, asked.exclude)
     is_factory = ":" in asked.source and not is_address(asked.source) and not Path(asked.source).exists()
     if asked.input or asked.model or is_factory:
         return _verify_model(asked, pattern)

@@ -6,17 +6,21 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from openwork.files.reader import open_files
+from openwork.files.recognize import recognized
 from openwork.files.strict_json import is_text_mapping, strict_json
 from openwork.nm.groups import Axis, reduction_size
 from openwork.nm.masks import too_dense
 from openwork.nm.pattern import Pattern
 from openwork.training.selection import PatternChoice, Selection
 from openwork.training.verify import NotSparse, tightest
+from openwork.utils.atomic import open_plain
 
 KEY = "openwork"  # in the metadata of the file: {"fc.weight": "2:4"}, what was recorded of each constant
 IN_GEMM = ("Gemm", "Conv")  # where TensorRT looks for sparse tactics
@@ -78,11 +82,19 @@ def _loaded(path: str | os.PathLike[str]) -> Any:
 
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no file {os.fspath(path)}")
+    with open_files(path, [Path(path)]):
+        pass  # refuses what is no plain file
     try:  # the checker also refuses external data outside of the folder, so it comes first
         onnx.checker.check_model(os.fspath(path))
         return onnx_ir.load(path)
     except Exception as error:  # protobuf, onnx and onnx_ir each have their own
-        raise ValueError(f"{os.fspath(path)} is no valid ONNX file: {str(error)[:500]}") from error
+        raise ValueError(f"{os.fspath(path)} is no valid ONNX file: {_reason(path, error)}") from error
+
+
+def _reason(path: str | os.PathLike[str], error: Exception) -> str:
+    with open_plain(path) as file:
+        what, to_do = recognized(file)
+    return str(error)[:500] if what in ("", "an ONNX model") else f"it is {what}; {to_do}"
 
 
 def _recorded(text: str) -> dict[str, Pattern]:

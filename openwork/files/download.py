@@ -24,6 +24,8 @@ _HOST = re.compile(r"(?:[^\s:@\[\]]*|\[[0-9a-fA-F:.]+\])(?::\d*)?")
 def download(url: str, path: Path, room: int) -> Path:
     """The file at an address, whole, of at most `room` bytes. Raises OSError for what goes wrong on the way, and names
     the address, without what may be secret in it."""
+    if shown(url).endswith("://..."):
+        raise OSError(f"{shown(url)} is no address: in a name or password, / ? # @ : are written %2F %3F %23 %40 %3A")
     failed: OSError | None = None
     try:
         bare, login = _without_user(url)
@@ -118,7 +120,7 @@ def _shut(connection: socket.socket) -> None:
 def _watched() -> Iterator[_Watch]:
     """A watch that runs meanwhile. Raises TimeoutError where it ended the exchange, whatever that looked like."""
     watch = _Watch()
-    thread = threading.Thread(target=watch.run, daemon=True)
+    thread = threading.Thread(target=watch.run, name="openwork-download", daemon=True)
     thread.start()
     try:
         yield watch
@@ -136,7 +138,7 @@ def _opener(watch: _Watch) -> urllib.request.OpenerDirector:
     """Opens addresses by connections that the watch knows as soon as they are made."""
 
     def known(kind: Any) -> Any:
-        class Known(kind):  # type: ignore[misc]
+        class Known(kind):
             @property
             def sock(self) -> socket.socket | None:
                 return self._sock

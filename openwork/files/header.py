@@ -88,10 +88,12 @@ def read_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, Stored]]:
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-        raise ValueError(not_safetensors(file, "its first 8 bytes are not the length of a header: cut short"))
+        raise ValueError(
+            not_safetensors(file, f"it should take {length} bytes, the file has {size}: cut short, or damaged")
+        )
     text = file.read(length)
     if not text.startswith(b"{"):
-        raise ValueError(not_safetensors(file, "the header does not begin with '{'"))
+        raise ValueError(not_safetensors(file, "damaged"))
     try:
         _check_seal(length.to_bytes(8, "little"), text)
         metadata, stored = _read_entries(text.decode("utf-8"), 8 + length)

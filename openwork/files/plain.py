@@ -50,7 +50,12 @@ def _listed(folder: Path) -> list[Path]:
     names: Any = read_json(indices[0]).get("weight_map")
     if not is_text_mapping(names) or any(Path(name).name != name for name in names.values()):
         raise ValueError(f"{indices[0]}: its weight_map does not map names of weights to names of files in the folder")
-    return [folder / name for name in sorted(set(names.values()))]
+    files = [folder / name for name in sorted(set(names.values()))]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        listed = f"{', '.join(missing[:3])} ({len(missing)} in all)"
+        raise FileNotFoundError(f"{indices[0]} lists {listed}, which the folder lacks: fetch them too")
+    return files
 
 
 def _is_compressed(path: Path) -> bool:

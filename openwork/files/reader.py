@@ -72,7 +72,9 @@ def open_files(path: str | os.PathLike[str], files: Sequence[Path]) -> Iterator[
         try:
             yield [stack.enter_context(open_plain(file)) for file in files]
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
+            text = str(error)  # with names from the file, which may be of any length
+            text = text if len(text) < 2000 else f"{text[:1000]} ... {text[-500:]}"
+            raise ValueError(f"{os.fspath(path)}: {text}") from error
 
 
 def _files(path: Path) -> list[Path]:

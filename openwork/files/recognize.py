@@ -6,7 +6,6 @@ import re
 import zipfile
 from typing import BinaryIO
 
-_NEEDED = "needed a safetensors file"
 _LOAD = (
     "torch.load(path, weights_only=True) reads it; load that into the model, and ow.save writes this format "
     "(safetensors.torch.save_file a dense one)"
@@ -50,56 +49,66 @@ _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
 
 
 def not_safetensors(file: BinaryIO, problem: str) -> str:
-    """An error about a file whose first bytes are not those of a safetensors file: `problem`, or what it is instead."""
+    """An error about a file without a header of safetensors: what it is, or the `problem` of what may have one."""
+    what, to_do = recognized(file)
+    file.seek(0)
+    begins = file.read(9)
+    if begins[8:] == b"{":
+        return f"the header: {problem}; {_FETCH}"
+    if not what:
+        what, to_do = f"of no format that is known here, and begins with {begins[:8].hex(' ')}", _FETCH
+        what += " (a header that does not begin with '{', or was cut short)"
+    return f"it is {what}; needed a safetensors file: {to_do}"
+
+
+def recognized(file: BinaryIO) -> tuple[str, str]:
+    """What a file is, and what to do with it; nothing where that is not known, or it could be a safetensors file."""
     file.seek(0)
     begins = file.read(512)
-    if not begins:
-        return f"it is empty (0 bytes, cut short or never written): {_NEEDED}; {_FETCH}"
-    if begins[8:9] == b"{":
-        return f"the header: {problem}; {_FETCH}"
+    if not begins.strip(b"\0"):
+        what = f"nothing but zeros, at least {len(begins)} of them" if begins else "empty"
+        return f"{what} (cut short, or never written)", _FETCH
     if begins.startswith(b"PK\x03\x04"):
-        return f"it is {_zip(file)}"
+        return _zip(file)
     for beginning, what, to_do in _BEGINNINGS:
         if re.match(beginning, begins, re.DOTALL):
-            return f"it is {what}; {_NEEDED}: {to_do}"
-    if described := _text(begins):
-        return f"it is {described}"
-    return f"it begins with {begins[:8].hex(' ')}, as no format that is known here: {_NEEDED} ({problem})"
+            return what, to_do
+    return _text(begins)
 
 
-def _zip(file: BinaryIO) -> str:
+def _zip(file: BinaryIO) -> tuple[str, str]:
     """What a zip archive is, by the names of its members."""
     try:
         with zipfile.ZipFile(file) as archive:
             names = [info.filename for info in archive.infolist()[:10_000]]
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
-        return f"a zip archive that was cut short or is damaged; {_FETCH}"
+        return "a zip archive, as torch.save and NumPy write, that was cut short or is damaged", _FETCH
     ends = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in ends:
-        return f"a TorchScript model; torch.jit.load(path).state_dict() has its weights: {_SAVE}"
+        return "a TorchScript model", f"torch.jit.load(path).state_dict() has its weights; {_SAVE}"
     if "archive_format" in ends or "serialized_exported_program.json" in ends:
-        return f"a program of torch.export or AOTInductor (.pt2), which torch.export.load runs: {_SAVE}"
+        return "a program of torch.export or AOTInductor", f"torch.export.load reads it; {_SAVE}"
     if "data.pkl" in ends:
-        return f"a checkpoint of torch.save, which is a pickle: {_LOAD}"
+        return "a checkpoint of torch.save, which is a pickle", _LOAD
     if names and all(name.endswith(".npy") for name in names):
-        return f"an archive of NumPy (.npz), which numpy.load reads: {_SAVE}"
+        return "an archive of NumPy (.npz)", f"numpy.load reads it; {_SAVE}"
     if "model.weights.h5" in ends:
-        return f"a model of Keras: {_SAVE}"
-    return f"a zip archive with {', '.join(names[:3]) or 'nothing'}; {_UNPACK}"
+        return "a model of Keras", _SAVE
+    return f"a zip archive with {', '.join(names[:3]) or 'nothing'}", _UNPACK
 
 
-def _text(begins: bytes) -> str:
+def _text(begins: bytes) -> tuple[str, str]:
     """What a text file is; nothing where it is none."""
     try:
         text = begins.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if error.start < len(begins) - 4:  # not merely cut within a letter
-            return ""
+            return "", ""
         text = begins[: error.start].decode("utf-8-sig")
-    if not text.isprintable() and not all(letter.isprintable() or letter in "\t\r\n" for letter in text):
-        return ""
+    if not all(letter.isprintable() or letter in "\t\r\n" for letter in text):
+        return "", ""
     if re.match(r"\s*[{\[]", text):
         if '"weight_map"' in text or re.search(r'"metadata"\s*:\s*\{\s*"total_', text):
-            return "the index of a model in several files: name the folder, which is read with its index"
-        return f"a JSON file; {_NEEDED}: name the weights, *.safetensors, or the folder"
-    return f"a text file that begins with {text.strip()[:40]!r}; {_NEEDED}: {_FETCH}"
+            return "the index of a model in several files", "name the folder, which is read with its index"
+        return f"a JSON file that begins with {text.strip()[:40]!r}", "name the weights, *.safetensors, or the folder"
+    return f"a text file that begins with {text.strip()[:40]!r}", _FETCH

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from openwork.utils.atomic import open_plain
 _MOST_DIMS = 64  # numpy's limit; torch has none, and becomes slow
 _MOST_VALUES = 250_000  # of which each takes up to some 250 bytes of memory
 _LONGEST_FILE = 100_000_000  # bytes
-_SPACE = " \t\n\r"
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def strict_json(text: str, most: int = _MOST_VALUES) -> dict[str, Any]:
@@ -99,9 +100,9 @@ class Cursor:
 
     def _next(self) -> str:
         """The next character that is no space; nothing at the end."""
-        while (letter := self._text[self._at : self._at + 1]) and letter in _SPACE:
-            self._at += 1
-        return letter
+        spaces = _SPACE.match(self._text, self._at)
+        self._at = spaces.end() if spaces else self._at
+        return self._text[self._at : self._at + 1]
 
     def _expect(self, letters: str) -> str:
         found = self._next()
