@@ -6,6 +6,7 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from openwork.cli.inspect import file_table
@@ -45,7 +46,7 @@ def verify(words: Sequence[str]) -> int:
     asked = parser.parse_args(words)
     pattern = Pattern.parse(asked.pattern) if asked.pattern else None
     if asked.source.endswith(".onnx"):
-        with local(asked.source) as path:
+        with local(asked.source) if is_address(asked.source) else nullcontext(asked.source) as path:
             return _verify_onnx(os.fspath(path), pattern, asked.exclude)
     is_factory = ":" in asked.source and not is_address(asked.source) and not Path(asked.source).exists()
     if asked.input or asked.model or is_factory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -68,6 +69,8 @@ def to_onnx(
     data = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
     with atomic_file(target, ".part.onnx") as part, _deleted_on_error(data):
         _save(exported.model, part, data)
+        if data.exists() and target.exists():
+            data.chmod(stat.S_IMODE(target.stat().st_mode))  # as secret as the file that is replaced
         matmuls = check_onnx(part)
         difference = _compare(part, plain, example)
     _delete_former_weights(target, data)

@@ -7,6 +7,7 @@ urllib, requests and httpx are for one wait of many), and `torch.hub` follows re
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -53,7 +54,7 @@ def _check_exists(path: str) -> None:
     """Raise FileNotFoundError, with what might have been meant, where there is no such path."""
     if not os.path.lexists(path):
         meant = f"; a repository of the Hugging Face Hub is named hf://{path}" if _HUB.fullmatch(f"hf://{path}") else ""
-        raise FileNotFoundError(f"there is no file or folder {path}{meant}")
+        raise FileNotFoundError(errno.ENOENT, f"No such file or directory{meant}", path)
 
 
 def _from_hub(address: str) -> str:
