@@ -169,6 +169,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         allowed = "https" if req.type == "https" else "https?"
         if not re.match(f"{allowed}://", newurl, re.IGNORECASE):
             raise ValueError(f"it leads to {shown(newurl)}, and only addresses of {allowed} are followed")
+        fp.close()  # urllib would read all of what comes with it into memory
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 import traceback
+import tracemalloc
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -85,7 +86,7 @@ def serve() -> Iterator[Callable[..., str]]:
         each.close()
 
 
-@pytest.mark.parametrize("what", [each for each in SLOW if "error" not in each])
+@pytest.mark.parametrize("what", [each for each in SLOW if each not in ("body of an error", "body of a redirection")])
 def test_every_part_of_an_exchange_has_an_end(serve: Callable[..., str], patience: float, what: str) -> None:
     address = serve(*SLOW[what])
     with pytest.raises(OSError, match=f"{address} could not be fetched: .*timed out"):
@@ -96,6 +97,15 @@ def test_every_part_of_an_exchange_has_an_end(serve: Callable[..., str], patienc
 def test_an_error_is_not_read_to_its_end(serve: Callable[..., str], patience: float) -> None:
     with pytest.raises(OSError, match="404"):
         ow.load_state_dict(serve(*SLOW["body of an error"]))
+
+
+def test_what_comes_with_a_redirection_is_not_read(serve: Callable[..., str], patience: float) -> None:
+    for first, piece in (SLOW["body of a redirection"], (SLOW["body of a redirection"][0], bytes(1 << 20))):
+        tracemalloc.start()
+        with pytest.raises(OSError, match="infinite loop"):
+            ow.load_state_dict(serve(first, piece))
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+        tracemalloc.stop()
 
 
 @pytest.fixture(scope="module")
