@@ -1,6 +1,7 @@
-"""What must work after `pip install openwork`, with torch, numpy and safetensors alone: run it anywhere but in the source.
+"""What must work after `pip install openwork`, with torch, numpy and safetensors alone.
 
-`python smoke.py native` also demands the native kernels, `python smoke.py slow` that they are missing and that it is said.
+Run it outside of the source. `python smoke.py native` also demands the native kernels, `python smoke.py slow` that they
+are missing and that it is said.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """`finalize` gives back the plain model: classes, parameters, order, outputs, and exact zeros."""
 
 import copy
+import warnings
 
 import pytest
 import torch
