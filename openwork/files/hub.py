@@ -66,7 +66,9 @@ def _from_hub(address: str) -> str:
     hub = _hub(address)
     try:
         path: str = hub.hf_hub_download(name, FILE, revision=revision)
-    except hub.errors.EntryNotFoundError:
+    except hub.errors.EntryNotFoundError as error:
+        if isinstance(error, getattr(hub.errors, "LocalEntryNotFoundError", ())):  # the Hub was not reached
+            raise
         path = hub.snapshot_download(name, allow_patterns="model*.safetensors", revision=revision)
     except hub.errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(f"{address}: the Hub has no model of that name, or not for you") from error

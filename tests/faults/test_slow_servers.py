@@ -129,7 +129,7 @@ def test_under_tls_too(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     monkeypatch.setattr(download, "_PATIENCE", 3 * patience)  # for the handshake
-    with pytest.raises(OSError, match=r"bytes of the file came in . seconds, which is too slow"):
+    with pytest.raises(OSError, match=r"could not be fetched: .*timed out"):
         ow.load_state_dict(serve(*SLOW[what], context))
 
 
@@ -142,7 +142,9 @@ def test_a_handshake_that_does_not_end(serve: Callable[..., str], patience: floa
 def test_a_slow_server_that_is_fast_enough_is_waited_for(
     serve: Callable[..., str], patience: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three times longer than the patience, in small pieces."""
+    """Twice as long as the patience, in small pieces."""
+    patience *= 2
+    monkeypatch.setattr(download, "_PATIENCE", patience)
     monkeypatch.setattr(download, "_SLOWEST", 10)
     model = nn.Linear(8, 4)
     ow.project(model, "2:4")
@@ -156,7 +158,7 @@ def test_a_slow_server_that_is_fast_enough_is_waited_for(
             self.end_headers()
             for start in range(0, len(content), 32):
                 self.wfile.write(content[start : start + 32])
-                time.sleep(3 * patience / (len(content) / 32))
+                time.sleep(2 * patience / (len(content) / 32))
 
         def log_message(self, *_: object) -> None: ...
 

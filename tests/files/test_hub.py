@@ -115,6 +115,28 @@ def test_a_repository_of_several_files_is_read_as_a_folder(tmp_path, model, monk
     assert torch.equal(ow.load_state_dict("hf://org/net@v1.0")["weight"], model.weight)
 
 
+def test_a_hub_that_is_not_reached_says_so(tmp_path, monkeypatch):
+    class Unreached(Hub):
+        def __init__(self):
+            super().__init__(tmp_path)
+            self.LocalEntryNotFoundError = type("LocalEntryNotFoundError", (self.EntryNotFoundError,), {})
+
+        def hf_hub_download(self, name, file, revision):
+            raise self.LocalEntryNotFoundError("cannot reach the Hub")
+
+    hub = Unreached()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", hub)
+    with pytest.raises(hub.LocalEntryNotFoundError, match="cannot reach the Hub"):
+        ow.load_state_dict("hf://org/net")
+
+
+@pytest.mark.parametrize("name", ["hf://net", "hf://a/b/c", "hf://", "hf://a/b@", "hf://a b/c", "HF://../x"])
+def test_names_that_are_none_of_the_hub(name):
+    with pytest.raises(ValueError, match="needed hf://owner/name or hf://owner/name@revision"):
+        ow.load_state_dict(name)
+
+
 def test_without_huggingface_hub_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"hf://org/net: .*pip install huggingface_hub"):
