@@ -36,7 +36,7 @@ def local(source: str | os.PathLike[str]) -> Iterator[str | os.PathLike[str]]:
     scheme = text.partition("://")[0].lower()
     if not is_address(text):
         _check_exists(text)
-        yield source
+        yield text
     elif scheme == "hf":
         yield _from_hub(text)
     elif scheme in ("http", "https"):

@@ -77,6 +77,8 @@ def special_file(mode: int) -> str:
 def _target(path: str | os.PathLike[str]) -> tuple[Path, os.stat_result | None]:
     """Where a path leads, and what the file that is there is like. Raises OSError where no file can be written."""
     text = os.fsdecode(path)
+    if not text:
+        raise FileNotFoundError(errno.ENOENT, "needed the name of a file, found an empty one")
     target = Path(os.path.realpath(text))
     try:
         former = os.stat(text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import stat
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,12 +91,14 @@ def test_reading_it_is_refused_and_waits_for_nobody(
             assert str(path) in capsys.readouterr().err
 
 
-def test_standard_output_that_is_a_pipe_is_refused() -> None:
-    code = "import torch, openwork as ow; ow.save(torch.nn.Linear(8, 4), '/dev/stdout', pattern='4:4')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "it is a pipe" in done.stderr
-    assert "/dev/stdout" in done.stderr
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="needs /dev/fd")
+def test_what_stands_for_an_open_pipe_is_refused(model: nn.Linear) -> None:
+    reader, writer = os.pipe()
+    for number, use in ((writer, lambda path: ow.save(model, path, pattern="2:4")), (reader, ow.load_state_dict)):
+        with pytest.raises((OSError, ValueError), match=f"/dev/fd/{number}") as caught:
+            use(f"/dev/fd/{number}")
+        assert "it is a pipe" in str(caught.value)
+        os.close(number)
 
 
 def test_links_are_followed_and_stay(tmp_path: Path, model: nn.Linear) -> None:
@@ -163,21 +164,30 @@ def test_onnx_files_keep_their_mode(tmp_path: Path, model: nn.Linear, monkeypatc
     path = tmp_path / "net.onnx"
     path.touch()
     path.chmod(0o600)
-    to_onnx(model, torch.ones(1, 8), path, pattern="2:4")
-    assert mode(path) == 0o600
     monkeypatch.setattr(onnx, "_PROTOBUF_LIMIT", 1)  # the weights in a second file
     to_onnx(model, torch.ones(1, 8), path, pattern="2:4")
     assert [mode(file) for file in tmp_path.iterdir()] == [0o600, 0o600]
 
 
-def test_folders_that_are_not_there_and_names_that_end_in_a_slash(tmp_path: Path, model: nn.Linear) -> None:
+def test_folders_that_are_not_there_and_names_that_are_none(
+    tmp_path: Path, model: nn.Linear, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no such folder.*missing"):
         ow.save(model, tmp_path / "missing" / "net", pattern="2:4")
     with pytest.raises(IsADirectoryError, match="slash"):
         ow.save(model, f"{tmp_path}/net/", pattern="2:4")
     with pytest.raises(OSError, match="net"):
         ow.save(model, tmp_path / ("net" * 200), pattern="2:4")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="an empty one"):
+        ow.save(model, "", pattern="2:4")
     assert not list(tmp_path.iterdir())
+
+
+def test_paths_of_every_type(tmp_path: Path, model: nn.Linear) -> None:
+    for path in (tmp_path / "a", os.fspath(tmp_path / "b"), os.fsencode(tmp_path / "c")):
+        ow.save(model, path, pattern="2:4")
+        assert torch.equal(ow.load(path, into=nn.Linear(8, 4)).weight, model.weight)
 
 
 @pytest.mark.parametrize("call", ["write", "truncate", "fsync", "replace", "open"])
@@ -204,20 +214,18 @@ def test_a_disk_that_takes_nothing_is_named_by_the_path(
     assert os.listdir(tmp_path) == ["net"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists() or os.name != "posix", reason="needs Linux")
-def test_a_disk_that_is_really_full(tmp_path: Path, model: nn.Linear) -> None:
-    code = """
-import resource, signal, sys, torch, openwork as ow
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # no file may become longer
-ow.save(torch.nn.Linear(64, 64), sys.argv[1], pattern="4:4")
-"""
-    path = tmp_path / "net"
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    path, model = tmp_path / "net", nn.Linear(64, 64)
     path.write_bytes(b"old")
-    arguments = [sys.executable, "-c", code, str(path)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 1
-    assert f"File too large: '{path}'" in done.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # no file may become longer
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            ow.save(model, path, pattern="4:4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(path)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["net"]
 
