@@ -21,8 +21,6 @@ from openwork.utils.checksum import as_text, crc32, pieces
 
 def read_tensor(file: BinaryIO, stored: Stored) -> Tensor:
     """One tensor, in memory of its own on the CPU. Raises ValueError where the file is damaged, as far as it shows."""
-    if stored.start == stored.stop:
-        return torch.empty(stored.shape, dtype=stored.dtype)
     buffer, found = bytearray(stored.stop - stored.start), 0
     file.seek(stored.start)
     for piece in pieces(memoryview(buffer)):
@@ -35,6 +33,8 @@ def read_tensor(file: BinaryIO, stored: Stored) -> Tensor:
             f"its bytes have the CRC-32 {as_text(found)} and should have {as_text(stored.crc32)}: the file is damaged, "
             "or was written while it was read; copy or make it anew"
         )
+    if not buffer:
+        return torch.empty(stored.shape, dtype=stored.dtype)
     if stored.dtype == torch.bool and max(buffer) > 1:
         raise ValueError("a boolean is neither 0 nor 1: the file is damaged")
     return torch.frombuffer(buffer, dtype=stored.dtype).reshape(stored.shape)

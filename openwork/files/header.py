@@ -98,7 +98,7 @@ def read_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, Stored]]:
         _check_seal(length.to_bytes(8, "little"), text)
         metadata, stored = _read_entries(text.decode("utf-8"), 8 + length)
         _check_no_holes(stored, 8 + length, size)
-        return metadata, _with_checksums(stored, metadata) if text.startswith(_SEAL) else stored
+        return metadata, _with_checksums(stored, text) if text.startswith(_SEAL) else stored
     except ValueError as error:
         raise ValueError(f"the header: {error}") from error
 
@@ -147,12 +147,12 @@ def _check_seal(length: bytes, text: bytes) -> None:
         )
 
 
-def _with_checksums(stored: dict[str, Stored], metadata: Mapping[str, str]) -> dict[str, Stored]:
+def _with_checksums(stored: dict[str, Stored], text: bytes) -> dict[str, Stored]:
     """The tensors with the checksums of the header, which stand in the order of the data."""
-    digits = metadata[CHECKSUMS][DIGITS:]
-    if len(digits) != DIGITS * len(stored) or not re.fullmatch("[0-9a-f]*", digits):
+    digits = text[len(_SEAL) : text.index(b'"', len(_SEAL))]
+    if len(digits) != DIGITS * (1 + len(stored)) or not re.fullmatch(b"[0-9a-f]*", digits):
         raise ValueError(f"needed {DIGITS} hexadecimal digits for itself and each of {len(stored)} tensors")
-    at = {name: DIGITS * i for i, name in enumerate(sorted(stored, key=lambda name: _place(stored[name])))}
+    at = {name: DIGITS * i for i, name in enumerate(sorted(stored, key=lambda name: _place(stored[name])), 1)}
     return {name: replace(each, crc32=int(digits[at[name] : at[name] + DIGITS], 16)) for name, each in stored.items()}
 
 

@@ -167,3 +167,11 @@ def test_checksums_that_are_missing_too_few_or_of_another_header(path: Path) -> 
             describe(path)
     path.write_bytes(renewed(note))
     check(path)
+    for bent, complaint in (
+        (digits[:-1] + b"\\u00%02x" % digits[-1], "the header: needed 8 hexadecimal digits"),
+        (digits[:8] + digits[8:].replace(b"00000000", b"00000001"), r"tensor 'empty': .*CRC-32"),
+    ):
+        assert bent != digits
+        path.write_bytes(renewed(text.replace(digits, bent)))
+        with pytest.raises(ValueError, match=complaint):
+            check(path)
