@@ -28,7 +28,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 REMAINDERS = ("skip", "pad", "error")
 
 # These say where and how a run happens, not what it computes: they may differ between a run and its resumption.
-_PLACE = ("out", "resume", "threads", "progress", "preset", "workers")
+_PLACE = ("out", "resume", "threads", "progress", "preset", "workers", "allow_nan", "follow_links")
 
 C = TypeVar("C", bound="Config")
 
@@ -91,6 +91,8 @@ class Common:
     limit: int = flag(0, "use only so many training samples (0: all)")
     limit_val: int = flag(0, "use only so many validation samples (0: all)")
     skip_bad: bool = flag(False, "leave out samples that cannot be read, and count them, instead of stopping")
+    follow_links: bool = flag(False, "read files of the data set that are symbolic links to places outside its folder")
+    allow_nan: bool = flag(False, "train on where the loss, a weight or a score is not finite, instead of stopping")
     checkpoint_every: int = flag(500, "optimizer steps between checkpoints; one more after each epoch")
     validate_every: int = flag(1, "epochs between validations; there is one more of the finalized network")
     topology_every: int = flag(20, "optimizer steps between records of the masks")

@@ -13,26 +13,9 @@ import yaml
 
 from openwork.recipes.config import CompareConfig, Config, default_of
 from openwork.recipes.method_flags import defaults_of, option_flags
+from openwork.recipes.yaml_files import load_yaml
 
 T = TypeVar("T", Config, CompareConfig)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 2:4 is a pattern (YAML 1.1 reads 124, base sixty) and 2e-4 a number."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag.rsplit(":", 1)[1] not in ("int", "float", "timestamp")]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"), list("-+.0123456789")
-)
-
-
-def load_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
 def build_parser(cls: type[T], prog: str, about: str) -> jsonargparse.ArgumentParser:
