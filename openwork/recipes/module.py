@@ -254,7 +254,7 @@ class TaskModule(pl.LightningModule):
 
 
 class Agreement:
-    """Whether any of several processes was asked to stop: the same answer in all, one step after the first was asked."""
+    """Whether any of several processes was asked to stop: the same answer in all, a step after the first was asked."""
 
     def __init__(self, world: int) -> None:
         self._group = dist.new_group(backend="gloo") if world > 1 and dist.is_initialized() else None

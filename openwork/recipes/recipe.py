@@ -134,11 +134,8 @@ def train_in(
     layer = shown_layer(report)
     start = mask_rows(net, layer)
     full = full_copy(config, net)
-    silence_lightning()
-    module = TaskModule(task, net, config, data, run, interruption)
-    trainer = build_trainer(config, run.path, callbacks)
     try:
-        fit(module, trainer, interruption)
+        module, trainer = fit(task, config, data, net, run, callbacks, interruption)
         net = module.net = gather(net, full)
         mask = {"layer": layer, "start": start, "end": mask_rows(net, layer)}
         if is_sparse(config.method):
@@ -146,9 +143,6 @@ def train_in(
         ow.finalize(net)
         task.before_last_validation(config, net)
         trainer.validate(module, verbose=False)
-    except Interrupted as stop:
-        total = config.epochs * module.steps_per_epoch
-        raise Interrupted(stop.signum, f"{stop} at step {module.step} of {total}") from None
     except Diverged as error:
         run.write_diverged({"step": error.step, "what": str(error)})
         raise Diverged(error.step, diverged_text(config, run, str(error))) from error
@@ -198,13 +192,30 @@ def diverged_text(config: Config, run: RunDir, what: str) -> str:
     )
 
 
-def fit(module: Any, trainer: Any, interruption: Interruption) -> None:
-    """Runs Lightning's loops from the start or from the last checkpoint."""
-    newest = module.run.checkpoints.newest()
+def fit(
+    task: Task,
+    config: Config,
+    data: Data,
+    net: nn.Module,
+    run: RunDir,
+    callbacks: Sequence[Any],
+    interruption: Interruption | None = None,
+) -> tuple[Any, Any]:
+    """Runs Lightning's loops from the start or from the last checkpoint; returns the module and the trainer."""
+    silence_lightning()
+    interruption = interruption or Interruption()
+    module = TaskModule(task, net, config, data, run, interruption)
+    trainer = build_trainer(config, run.path, callbacks)
+    newest = run.checkpoints.newest()
     if newest is None and trainer.is_global_zero:
-        module.run.rewind({})  # lines of a run that was killed before its first checkpoint
-    with interruption.deferred():
-        trainer.fit(module, ckpt_path=None if newest is None else str(newest[0]), weights_only=True)
+        run.rewind({})  # lines of a run that was killed before its first checkpoint
+    try:
+        with interruption.deferred():
+            trainer.fit(module, ckpt_path=None if newest is None else str(newest[0]), weights_only=True)
+    except Interrupted as stop:
+        total = config.epochs * module.steps_per_epoch
+        raise Interrupted(stop.signum, f"{stop} at step {module.step} of {total}") from None
+    return module, trainer
 
 
 def silence_lightning() -> None:

@@ -1,6 +1,6 @@
 """report.html: one self-contained page on a run or a comparison. No scripts, nothing loaded from elsewhere.
 
-The files of a run may be a stranger's: they are checked, every text in them is escaped, and a content security policy in
+The files of a run may be a stranger's: they are checked, every text is escaped, and a content security policy in
 the page forbids scripts, forms, and whatever is not in the page itself.
 """
 
@@ -80,6 +80,7 @@ def build_page(runs: Runs) -> str:
             subtitle=f"{len(runs)} run{'s' * (len(runs) > 1)} of {config['epochs']} epochs on {environment['device']}",
             results=(header, lines),
             notes=" ".join(notes(metrics)),
+            diverged=[f"{run.name}: {told['what']}" for run, result in runs if (told := result.get("diverged"))],
             legend_entries=[(label, COLORS[i % len(COLORS)]) for i, label in enumerate(labels)],
             charts=charts(runs, metrics, labels),
             samples=samples(runs),

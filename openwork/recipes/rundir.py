@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from openwork.recipes.checkpoints import Checkpoints
-from openwork.recipes.json_files import read_lines as read_lines
 from openwork.recipes.json_files import read_json, to_json
+from openwork.recipes.json_files import read_lines as read_lines
 from openwork.recipes.yaml_files import read_yaml, write_yaml
 from openwork.utils import atomic
 

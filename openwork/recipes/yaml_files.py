@@ -12,7 +12,7 @@ import yaml
 from openwork.utils import atomic
 
 _MOST_BYTES = 1_000_000  # of a text
-_MOST_NODES = 100_000  # with every alias written out
+_MOST_NODES = 10_000  # with every alias written out
 
 
 class _Loader(yaml.SafeLoader):

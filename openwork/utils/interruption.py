@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP as an orderly end: an exception with the shell's exit status, at once or at a safe place."""
+"""SIGINT, SIGTERM and SIGHUP as an orderly end: an exception with the shell's exit status."""
 
 from __future__ import annotations
 
