@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Those of torchvision's IMG_EXTENSIONS: Pillow decides by content, and would also start Ghostscript for an EPS.
-_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+# Pillow decides by content, and would also start Ghostscript for an EPS. (MPO comes with JPEG.)
+_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _FLO_HEADER = 12  # bytes: magic, width, height
 
 
