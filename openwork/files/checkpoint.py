@@ -24,6 +24,7 @@ from openwork.training.parametrize import unwrap
 from openwork.training.record import unfinished_weights
 from openwork.training.selection import PatternChoice, Selection
 from openwork.training.verify import NotSparse
+from openwork.utils.deployed import check_not_folded
 
 Model = TypeVar("Model", bound=nn.Module)
 Path = str | os.PathLike[str]
@@ -139,6 +140,7 @@ def load(path: Path, into: Model) -> Model:
     """
     with local(path) as here, opened(here) as contents:
         inner = unwrap(into)
+        check_not_folded(inner)
         targets, masked = tensors_by_name(inner), masked_by_name(inner)
         check_same(contents, targets, ties(targets, masked))
         for name in contents.tensors:
