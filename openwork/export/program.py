@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from openwork.export.outputs import arguments, check_equal, exportable, outputs
+from openwork.inference.layers import without_dense_weights
 from openwork.utils.atomic import atomic_file
 from openwork.utils.example import quiet
 from openwork.utils.torch_private import aot_inductor, tree_leaves
@@ -48,7 +49,7 @@ def to_aot_inductor(
 
 def _traced(model: nn.Module, example: Any, dynamic_shapes: Any) -> torch.export.ExportedProgram:
     args, kwargs = arguments(model, example)
-    with quiet(model):
+    with quiet(model), without_dense_weights(model):
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
 
 

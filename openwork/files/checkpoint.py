@@ -25,6 +25,7 @@ from openwork.training.parametrize import unwrap
 from openwork.training.record import unfinished_weights
 from openwork.training.selection import PatternChoice, Selection
 from openwork.training.verify import NotSparse
+from openwork.utils.deployed import check_not_folded
 from openwork.utils.interrupt import without_interrupt
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -142,6 +143,7 @@ def load(path: Path, into: Model) -> Model:
     """
     with local(path) as here, opened(here) as contents:
         inner = unwrap(into)
+        check_not_folded(inner)
         targets, masked = tensors_by_name(inner), masked_by_name(inner)
         check_same(contents, targets, ties(targets, masked))
         contents = contents.in_memory()

@@ -69,7 +69,8 @@ def deploy(
     The whole model is timed as well, against the same model all dense. If dense wins, the dense one is returned, and a
     warning says so. What was measured is in the result's `deployment`, a `Plan`, with how far outputs on the example
     are from the given model's; of more than rounding explains, a warning says so. The result is saved, loaded, copied
-    and pickled like any model: its state dict has dense names and shapes, without normalizations that were folded.
+    and pickled like any model: its layers are of the classes they were, and its state dict is that of the model, with
+    normalizations that do nothing where they were folded (docs/limits.md).
     `timed_as` says how the caller will run it, and whole models are timed so: "graph", as a CUDA graph, without what
     launching costs; "compiled", by `torch.compile` with frozen weights (`torch._inductor.config.freezing`, which helps
     dense products), which takes minutes for a large model, and on a CPU a C++ compiler.
@@ -217,7 +218,7 @@ def _channels_last(model: nn.Module) -> nn.Module:
         if type(module) is nn.Conv2d:
             module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
         elif isinstance(module, PackedConv2d):
-            module.channels_last = not module.form.flat
+            module.channels_last = True
     return model
 
 

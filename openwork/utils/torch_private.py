@@ -30,6 +30,12 @@ def is_transformed(tensor: Tensor) -> bool:
     return True if _is_wrapped is None else _is_wrapped(tensor)
 
 
+def without_memory(subclass: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of a subclass, which has a shape and no numbers; the subclass answers for them. Since torch 1.11, and
+    what torch's own notes on subclasses build on."""
+    return Tensor._make_wrapper_subclass(subclass, shape, dtype=dtype, device=device, requires_grad=False)
+
+
 def constant_when_compiled(function: Function) -> Function:
     """Lets compiled code take what the function returns as a constant. `torch.compiler.assume_constant_result` does
     the same, and imports the compiler, which takes seconds. A torch that does not read the mark traces the function."""
