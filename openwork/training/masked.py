@@ -6,6 +6,7 @@ groups, or on the gathered weight; the formulas of a method see plain tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +48,8 @@ class Masked(nn.Module):
         self.step = self.age = 0
         self.phase = end
         self.go_to(0)
-        self.register_buffer("mask", None)
+        self.mask = None  # no buffer: averages add and subtract buffers
+        self._chosen_at = 0  # the weight's version
         state = method.state(weight.detach(), end)
         self.state_names = tuple(state)
         for name, tensor in state.items():
@@ -59,6 +61,14 @@ class Masked(nn.Module):
             self.register_buffer(f"state_{name}", tensor.detach().clone())
         if schedule.stores_mask:
             self.choose_mask(weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_chosen_at": 0}  # versions of copied weights begin at 0
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Masked:
+        super()._apply(function, recurse)
+        self.mask = None if self.mask is None else function(self.mask)
+        return self
 
     @property
     def state(self) -> State:
@@ -78,6 +88,7 @@ class Masked(nn.Module):
     def mask_of(self, weight: Tensor) -> Tensor:
         """The mask in force: bool, the shape of `weight`."""
         if self.mask is not None:
+            self._follow_average(weight)
             return placed_like(self.mask, weight)
         return self.ranked(weight.detach().to(self.seen_dtype), self.phase)
 
@@ -93,12 +104,33 @@ class Masked(nn.Module):
     def mask_at_end(self, weight: Tensor) -> Tensor:
         """The mask in force, or the one that the end of the schedule would give this weight."""
         if self.mask is not None and not self.unfinished:
-            return placed_like(self.mask, weight)
+            return self.mask_of(weight)
         return self.ranked(weight.detach().to(self.seen_dtype), self.end)
 
+    @torch.no_grad()
     def choose_mask(self, weight: Tensor) -> None:
-        """Store the mask that `weight` has now."""
-        self.mask, self.age = self.ranked(weight.detach(), self.phase).contiguous(), 0
+        """Store the mask that `weight` has now, in place, so that compiled graphs find it. Weights that are spread over
+        processes are gathered for it."""
+        full = full_tensor(weight.detach())
+        mask = self.method.mask(self.method.score(full, self.state), self.phase)
+        if self.mask is None:
+            self.mask = mask.contiguous()
+        else:
+            self.mask.copy_(placed_like(mask, self.mask))
+        self.age = 0
+        self.belongs_to(weight)
+
+    def belongs_to(self, weight: Tensor) -> None:
+        """The stored mask is right for what the weight is now."""
+        self._chosen_at = 0 if weight.is_inference() else weight._version
+
+    def _follow_average(self, weight: Tensor) -> None:
+        """Choose the stored mask of a copy anew whose weight somebody changed: that of an average, in which nobody
+        counts steps. One that is chosen only once stays."""
+        copied = self.cache.copied and bool(self.schedule.refresh_every)
+        if copied and type(weight) is nn.Parameter and not weight.is_inference() and weight._version != self._chosen_at:
+            if not torch.compiler.is_compiling():
+                self.choose_mask(weight)
 
     # --- the forward pass ------------------------------------------------------------------------------------------
 
@@ -161,8 +193,7 @@ class Masked(nn.Module):
 
     @torch.no_grad()
     def count_step(self, weight: Tensor) -> None:
-        """An optimizer step is done: the schedule goes on, and a stored mask that has served its time is chosen anew,
-        in place, so that compiled graphs find it. Weights that are spread over processes are gathered for it."""
+        """An optimizer step is done: the schedule goes on, and a stored mask that has served its time is chosen anew."""
         schedule, pattern = self.schedule, self.phase.pattern
         if schedule.steps:
             self.go_to(self.step + 1)
@@ -170,10 +201,7 @@ class Masked(nn.Module):
             return
         self.age += 1
         if self.phase.pattern != pattern or 0 < (schedule.refresh_every or 0) <= self.age:
-            full = full_tensor(weight.detach())
-            mask = self.method.mask(self.method.score(full, self.state), self.phase)
-            self.mask.copy_(placed_like(mask, self.mask))
-            self.age = 0
+            self.choose_mask(weight)
 
     def go_to(self, step: int) -> None:
         """Set the schedule to where it is after so many optimizer steps. While the pattern stays and the mask decays,
@@ -192,21 +220,30 @@ class Masked(nn.Module):
 
     @property
     def buffers_saved(self) -> dict[str, str]:
-        """What is saved beside the weight: what follows its name in a state dict -> the buffer here."""
-        masks = {} if self.mask is None else {"mask": "mask"}
-        return masks | {name: f"state_{name}" for name in self.state_names}
+        """Buffers saved beside the weight: what follows its name in a state dict -> the buffer here."""
+        return {name: f"state_{name}" for name in self.state_names}
 
     @property
-    def counters_saved(self) -> dict[str, int]:
-        """The same of the counters."""
+    def others_saved(self) -> dict[str, Tensor]:
+        """The same of what is no buffer: the mask and the counters."""
         schedule = self.schedule
-        ages = {"mask_age": self.age} if self.mask is not None and schedule.refresh_every else {}
-        return ages | ({"step": self.step} if schedule.steps else {})
+        masks = {} if self.mask is None else {"mask": self.mask.detach()}
+        ages = {"mask_age": torch.tensor(self.age)} if self.mask is not None and schedule.refresh_every else {}
+        return masks | ages | ({"step": torch.tensor(self.step)} if schedule.steps else {})
 
     def saved(self) -> dict[str, Tensor]:
         """Everything that is saved beside the weight, by what follows its name."""
-        buffers: dict[str, Tensor] = {key: getattr(self, name) for key, name in self.buffers_saved.items()}
-        return buffers | {key: torch.tensor(number) for key, number in self.counters_saved.items()}
+        return {key: getattr(self, name) for key, name in self.buffers_saved.items()} | self.others_saved
+
+    def take_mask(self, mask: Tensor, assign: bool) -> None:
+        """The stored mask of a state dict, in place of the one here. Raises ValueError where it has another shape."""
+        assert self.mask is not None
+        if mask.shape != self.mask.shape:
+            raise ValueError(f"found shape {tuple(mask.shape)}, needed {tuple(self.mask.shape)}")
+        if assign:
+            self.mask = mask.detach().bool()
+        else:
+            self.mask.copy_(placed_like(mask, self.mask))
 
     def restart(self, weight: Tensor) -> dict[str, Tensor]:
         """Begin anew with another dense weight, and return the mask and state that belong to it, by what follows its

@@ -179,7 +179,7 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
             )
         sparse.masked.reuses_mask = sparse.masked.reuses_mask and not is_sharded(sparse.weight)
     for _, _, record in records:
-        record.watch.attached[optimizer] = True
+        record.watch.attached[optimizer], record.cache.copied = True, False
     return Handle(optimizer, model, topology)
 
 

@@ -144,16 +144,27 @@ def _to_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, _: ob
         if inside in state:
             state[outside] = state.pop(inside)
     for name, masked, _weight in masked_weights(module):
-        state |= {f"{prefix}{name}_{key}": torch.tensor(count) for key, count in masked.counters_saved.items()}
+        state |= {f"{prefix}{name}_{key}": tensor for key, tensor in masked.others_saved.items()}
     order = [prefix + name for name in module.__dict__["_openwork"][0]]
     rest = [name for name in state if name.startswith(prefix) and name not in order]
     for name in [name for name in order if name in state] + rest:
         state[name] = state.pop(name)
 
 
-def _from_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+def _from_dense_names(
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    _: object,
+    errors: list[str],
+) -> None:
     for name, masked, _weight in masked_weights(module):
         _take_counters(masked, state, prefix + name)
+        if masked.mask is not None:
+            _take_mask(masked, state, f"{prefix}{name}_mask", metadata, missing if strict else [], errors)
     for inside, outside in _renamed(module, prefix):
         if outside in state:
             state[inside] = state.pop(outside)
@@ -163,10 +174,23 @@ def _from_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, *_:
             state[inside] = placed_like(state[inside], weight)
 
 
+def _take_mask(
+    masked: Masked, state: dict[str, Any], key: str, metadata: dict[str, Any], missing: list[str], errors: list[str]
+) -> None:
+    if key not in state:
+        missing.append(key)
+        return
+    try:
+        with torch.no_grad():
+            masked.take_mask(state.pop(key), bool(metadata.get("assign_to_params_buffers")))
+    except ValueError as error:
+        errors.append(f"{key}: {error}")
+
+
 def _take_counters(masked: Masked, state: dict[str, Any], name: str) -> None:
     """Take the counters of one weight out of a state dict. One that has the weight but nothing of what is kept beside
     it is dense: then training begins anew."""
-    keys = masked.buffers_saved
+    keys = [*masked.buffers_saved, *(["mask"] if masked.mask is not None else [])]
     if name in state and keys and not any(f"{name}_{key}" in state for key in keys):
         kind = "fixed" if masked.method.schedule.refresh_every is None else "stored"
         what = f"{kind} masks were chosen anew" if masked.mask is not None else "what the method keeps was made anew"
@@ -179,6 +203,8 @@ def _take_counters(masked: Masked, state: dict[str, Any], name: str) -> None:
         masked.go_to(step)
 
 
-def _report_dense_names(_: nn.Module, incompatible: Any) -> None:
+def _report_dense_names(module: nn.Module, incompatible: Any) -> None:
+    for _, masked, weight in masked_weights(module):
+        masked.belongs_to(weight)
     for names in incompatible:
         names[:] = [_ORIGINAL.sub(r"\1", name) for name in names]
