@@ -25,7 +25,7 @@ class _StepClock:
             self.steps += 1
 
 
-# Registered when openwork is imported, and for good: torch's list of hooks must not change while a step goes through it.
+# Registered when openwork is imported, and for good: torch's hooks must not change while a step goes through them.
 _clock = _StepClock()
 register_optimizer_step_post_hook(_clock.tick)
 

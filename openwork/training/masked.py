@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ class Masked(nn.Module):
     """
 
     mask: Tensor | None
+    assignments: ClassVar[int] = 0  # how often `load_state_dict(assign=True)` replaced a weight, of any model
+    replaced: ref[Tensor] | None = None  # what the weight was before
 
     def __init__(self, method: Method, end: Phase, cache: ForwardCache, weight: Tensor):
         super().__init__()
@@ -63,7 +66,7 @@ class Masked(nn.Module):
             self.choose_mask(weight)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_chosen_at": 0}  # versions of copied weights begin at 0
+        return {**self.__dict__, "_chosen_at": 0, "replaced": None}  # versions of copied weights begin at 0
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Masked:
         super()._apply(function, recurse)
@@ -128,9 +131,10 @@ class Masked(nn.Module):
         """Choose the stored mask of a copy anew whose weight somebody changed: that of an average, in which nobody
         counts steps. One that is chosen only once stays."""
         copied = self.cache.copied and bool(self.schedule.refresh_every)
-        if copied and type(weight) is nn.Parameter and not weight.is_inference() and weight._version != self._chosen_at:
-            if not torch.compiler.is_compiling():
-                self.choose_mask(weight)
+        if not copied or torch.compiler.is_compiling() or type(weight) is not nn.Parameter or weight.is_inference():
+            return
+        if weight._version != self._chosen_at:
+            self.choose_mask(weight)
 
     # --- the forward pass ------------------------------------------------------------------------------------------
 
@@ -182,18 +186,18 @@ class Masked(nn.Module):
 
     # --- the optimizer step ----------------------------------------------------------------------------------------
 
-    def add_decay(self, weight: Tensor, scale: Tensor | None = None) -> None:
-        """gradient += decay * weight where the mask of the forward prunes, in place; the sum's second half times
+    def add_decay(self, weight: Tensor, rate: float, scale: Tensor | None = None) -> None:
+        """gradient += rate * weight where the mask of the forward prunes, in place; the sum's second half times
         `scale` where the gradient is scaled."""
         gradient: Any = weight.grad
         reused = self.cache.recall(self, weight)
         mask = self.mask_of(weight) if reused is None else reused
-        decayed = elementwise(lambda w, m: apply_mask(w, ~m).mul_(self.method.decay), weight, mask)
+        decayed = elementwise(lambda w, m: apply_mask(w, ~m).mul_(rate), weight, mask)
         gradient.add_(decayed if scale is None else decayed.mul_(scale.to(decayed.device)))
 
     @torch.no_grad()
     def count_step(self, weight: Tensor) -> None:
-        """An optimizer step is done: the schedule goes on, and a stored mask that has served its time is chosen anew."""
+        """An optimizer step is done: the schedule goes on; a stored mask that has served its time is chosen anew."""
         schedule, pattern = self.schedule, self.phase.pattern
         if schedule.steps:
             self.go_to(self.step + 1)

@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import nn
@@ -96,8 +97,13 @@ class SparseWeight(NamedTuple):
 def sparse_weights(model: nn.Module) -> Iterator[SparseWeight]:
     """Every masked weight in `model`, in the order of its modules."""
     for name, module in masked_modules(model):
-        for tensor_name, masked, weight in masked_weights(module):
-            yield SparseWeight(join(name, tensor_name), module, tensor_name, masked, weight)
+        yield from sparse_weights_of(name, module)
+
+
+def sparse_weights_of(name: str, module: nn.Module) -> Iterator[SparseWeight]:
+    """Those of one module, which has this name in the plain model."""
+    for tensor_name, masked, weight in masked_weights(module):
+        yield SparseWeight(join(name, tensor_name), module, tensor_name, masked, weight)
 
 
 def trained_weights(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[SparseWeight]:
@@ -161,10 +167,14 @@ def _from_dense_names(
     _: object,
     errors: list[str],
 ) -> None:
-    for name, masked, _weight in masked_weights(module):
+    assigns = bool(metadata.get("assign_to_params_buffers"))
+    for name, masked, weight in masked_weights(module):
         _take_counters(masked, state, prefix + name)
         if masked.mask is not None:
-            _take_mask(masked, state, f"{prefix}{name}_mask", metadata, missing if strict else [], errors)
+            _take_mask(masked, state, f"{prefix}{name}_mask", assigns, missing if strict else [], errors)
+        if assigns and prefix + name in state:
+            masked.replaced = ref(weight)
+            Masked.assignments += 1
     for inside, outside in _renamed(module, prefix):
         if outside in state:
             state[inside] = state.pop(outside)
@@ -175,14 +185,14 @@ def _from_dense_names(
 
 
 def _take_mask(
-    masked: Masked, state: dict[str, Any], key: str, metadata: dict[str, Any], missing: list[str], errors: list[str]
+    masked: Masked, state: dict[str, Any], key: str, assigns: bool, missing: list[str], errors: list[str]
 ) -> None:
     if key not in state:
         missing.append(key)
         return
     try:
         with torch.no_grad():
-            masked.take_mask(state.pop(key), bool(metadata.get("assign_to_params_buffers")))
+            masked.take_mask(state.pop(key), assigns)
     except ValueError as error:
         errors.append(f"{key}: {error}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
 from openwork.training.forward_cache import ForwardCache
 from openwork.training.optimizer_watch import OptimizerWatch
-from openwork.training.parametrize import plain_name, sparse_weights
+from openwork.training.parametrize import SparseWeight, plain_name, sparse_weights, sparse_weights_of
 from openwork.utils.names import join
 
 
@@ -36,6 +37,21 @@ def sparsity_records(model: nn.Module) -> list[tuple[str, nn.Module, SparsityRec
         for name, module in model.named_modules()
         if "_openwork_record" in module.__dict__
     ]
+
+
+def weights_of(model: nn.Module, records: Collection[SparsityRecord]) -> list[SparseWeight]:
+    """The masked weights in `model` that one of these records answers for: the innermost one around each."""
+    mine = {id(record) for record in records}
+    around: list[tuple[str, bool]] = []
+    found: list[SparseWeight] = []
+    for name, module in model.named_modules():
+        while around and not f"{name}.".startswith(around[-1][0]):
+            around.pop()
+        if (record := module.__dict__.get("_openwork_record")) is not None:
+            around.append((f"{name}." if name else "", id(record) in mine))
+        if around and around[-1][1] and "_openwork" in module.__dict__:
+            found += sparse_weights_of(plain_name(name), module)
+    return found
 
 
 def recorded_weights(model: nn.Module) -> dict[str, tuple[Pattern, Axis]]:

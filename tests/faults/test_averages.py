@@ -1,4 +1,4 @@
-"""Averages of a model in training are N:M whatever is averaged: masks are no buffers, which averages add and subtract."""
+"""Averages of a model in training are N:M, also with buffers, which are added and subtracted: masks are none."""
 
 import copy
 
@@ -85,8 +85,8 @@ def test_an_average_copied_into_its_model(tmp_path, method):
     model, optimizer = net(method)
     average = AveragedModel(model, use_buffers=True, avg_fn=get_ema_avg_fn(0.7))
     train(model, optimizer, 2 * EVERY + 1, lambda: average.update_parameters(model))
-    both = zip([*average.module.parameters(), *average.module.buffers()], [*model.parameters(), *model.buffers()])
-    for mean, mine in both:
+    means = [*average.module.parameters(), *average.module.buffers()]
+    for mean, mine in zip(means, [*model.parameters(), *model.buffers()], strict=True):
         mine.data.copy_(mean.data)
     check_sparse(model, tmp_path)
 
