@@ -72,6 +72,12 @@ class Handle:
         1000)". Empty once it has ended, and where there is none."""
         return "; ".join(dict.fromkeys(each.masked.unfinished for each in self._weights() if each.masked.unfinished))
 
+    @property
+    def weights(self) -> list[str]:
+        """Names of the sparse weights that the optimizer holds and this handle serves."""
+        optimizer = self._optimizer()
+        return [] if optimizer is None else [sparse.name for sparse in self.trained(optimizer)]
+
     def detach(self) -> None:
         """Take the method's part out of the optimizer's steps."""
         optimizer = self._optimizer()
@@ -91,6 +97,7 @@ class Handle:
         self._steps, self._skipped = state["steps"], None
         if self.topology and state["topology"]:
             self.topology.load_state_dict(state["topology"])
+            self.topology.attach(self, self._model, self._masks())
         if self.topology:
             self.topology.steps = self._steps
 

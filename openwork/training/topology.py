@@ -59,11 +59,8 @@ class Topology:
                 "this Topology records the steps of another optimizer, which is attached still: call detach() on that "
                 "handle first, or use one recorder for each optimizer"
             )
-        recorded = self._model() if self._model else None
-        if recorded is not None and recorded is not model:
-            raise ValueError(
-                f"this Topology recorded another {type(recorded).__name__}: use one recorder for each model"
-            )
+        if self._model and self._model() is not model:
+            raise ValueError(f"this Topology recorded another {type(model).__name__}: use one recorder for each model")
         if self.snapshots:
             self._check_begun(masks)
         else:
@@ -71,10 +68,10 @@ class Topology:
         self._model, self._source = ref(model), ref(source)
 
     def begin(self, masks: Mapping[str, Tensor]) -> None:
-        """The masks before the first step. What was recorded before is forgotten."""
-        self.records, self.steps = [], 0
+        """The masks before the first step. What was recorded before is forgotten, and of which model."""
+        self.records, self.steps, self._model = [], 0, None
         self._weights = {name: mask.numel() for name, mask in masks.items()}
-        self.snapshots = {0: _packed(masks)}
+        self.snapshots = {0: _packed(masks)} if masks else {}
 
     def due(self, step: int) -> bool:
         """Whether a record is made after step `step`."""
@@ -133,7 +130,7 @@ class Topology:
             for step, masks in state["snapshots"].items()
         }
         self._weights = dict(state["weights"])
-        self.steps = max(self.snapshots, default=0)
+        self.steps, self._model = max(self.snapshots, default=0), None
 
     def _check_begun(self, masks: Mapping[str, Tensor]) -> None:
         if not self.snapshots:
