@@ -58,6 +58,7 @@ class Handle:
             topology.attach(self, model, self._masks())
         for _, record in records:
             record.watch.attached[optimizer], record.cache.copied = True, False
+        self.trained(optimizer)
         Hooks.of(optimizer).add(self)
 
     @property
@@ -188,8 +189,8 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
     """Let `optimizer.step()` do the method's part for the weights of `model` that the optimizer holds.
 
     Call it after `sparsify` and once per optimizer; the training loop stays as it is. `model` may be wrapped in DDP or
-    compiled, `optimizer` may be wrapped by Accelerate. Where a further part of the model was sparsified since, call it
-    again: each handle serves its own part. `finalize` ends what a handle does. Raises ValueError when the model is not
+    compiled, `optimizer` may be wrapped by Accelerate. Where a further part of the model was sparsified since, attach
+    that part: each handle serves its own. `finalize` ends what a handle does. Raises ValueError when the model is not
     sparsified, the optimizer holds none of its sparse weights, is attached already, has the state of other weights, or
     is LBFGS with a line search (which evaluates losses that lack the decay).
     """
@@ -204,11 +205,12 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
             f"{type(model).__name__} is not sparsified: call ow.sparsify(model, pattern) before ow.attach; "
             "to resume a sparse run, sparsify first and then load the checkpoint"
         )
-    new = [(root, record) for _, root, record in records if not _attached(record, optimizer)]
-    if not new:
-        raise ValueError(f"this {type(optimizer).__name__} is attached already: the decay would be added twice")
+    new = [(name, root) for name, root, record in records if not _attached(record, optimizer)]
+    if len(new) < len(records):
+        remedy = f"; hand it the part that was sparsified since: {', '.join(name for name, _ in new)}" if new else ""
+        raise ValueError(f"this {type(optimizer).__name__} is attached already: the decay would be added twice{remedy}")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trained = [sparse for sparse in weights_of(model, [record for _, record in new]) if id(sparse.weight) in held]
+    trained = [sparse for sparse in weights_of(model, [record for *_, record in records]) if id(sparse.weight) in held]
     if not trained:
         raise ValueError(
             f"this {type(optimizer).__name__} holds none of the sparse weights of {type(model).__name__}; "
@@ -223,7 +225,7 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
                 "for each weight, which is not spread with it: train without fully_shard, or with another method"
             )
         sparse.masked.reuses_mask = sparse.masked.reuses_mask and not is_sharded(sparse.weight)
-    return Handle(optimizer, model, new, topology)
+    return Handle(optimizer, model, [(root, record) for _, root, record in records], topology)
 
 
 def _attached(record: SparsityRecord, optimizer: Optimizer) -> bool:
