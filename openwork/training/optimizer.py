@@ -166,14 +166,15 @@ class Handle:
 
     def _check_held(self, optimizer: Optimizer, weights: list[SparseWeight], trained: list[SparseWeight]) -> None:
         """Fewer weights are trained than were before: raise RuntimeError where something replaced them."""
-        if names := replaced(optimizer, self._held, {sparse.name: sparse.weight for sparse in weights}):
-            raise RuntimeError(no_longer_held(optimizer, self._model, names))
         if not trained and weights:
             raise RuntimeError(
                 f"this {type(optimizer).__name__} held sparse weights of {type(self._model).__name__} when it was "
-                "attached and holds none now: something replaced them in the model (fully_shard, which must come "
-                "before the optimizer is built) or in the optimizer (DeepSpeed ZeRO, which is not supported)"
+                "attached and holds none now: something replaced them in the model (load_state_dict(assign=True) or "
+                "fully_shard, which must come before the optimizer is built) or in the optimizer (DeepSpeed ZeRO, "
+                "which is not supported)"
             )
+        if names := replaced(optimizer, self._held, {sparse.name: sparse.weight for sparse in weights}):
+            raise RuntimeError(no_longer_held(optimizer, self._model, names))
 
     def _warn_if_finalized(self) -> None:
         if not self.finished:
