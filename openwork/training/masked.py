@@ -18,11 +18,12 @@ from openwork import kernels
 from openwork.methods import Method, Phase
 from openwork.methods.autograd import masked, straight_through
 from openwork.methods.method import State
-from openwork.nm.masks import apply_mask
+from openwork.nm.masks import apply_mask, too_dense
+from openwork.nm.pattern import Pattern
 from openwork.training.dtensor import by_groups, cuts_groups, elementwise, full_tensor, placed_like
 from openwork.training.forward_cache import ForwardCache
 
-RESERVED = ("mask", "mask_age", "step")
+RESERVED = ("mask", "mask_age", "step", "pattern")
 """What follows a weight's name in a state dict already, so that no state of a method may be called so."""
 
 
@@ -49,6 +50,7 @@ class Masked(nn.Module):
         self._ranks_by_magnitude = not method.overrides("score", "mask")
         self._straight_through = not method.overrides("forward", "backward")
         self.step = self.age = 0
+        self.changed = False  # whether `end` is no longer what sparsify was given
         self.phase = end
         self.go_to(0)
         self.mask = None  # no buffer: averages add and subtract buffers
@@ -207,6 +209,18 @@ class Masked(nn.Module):
         if self.phase.pattern != pattern or 0 < (schedule.refresh_every or 0) <= self.age:
             self.choose_mask(weight)
 
+    @torch.no_grad()
+    def change_pattern(self, pattern: Pattern, weight: Tensor | None) -> None:
+        """Go on at another pattern, where the schedule is; what is stored is made anew from the weight, or, without
+        one, left to whoever loads it."""
+        self.end, self.changed = replace(self.end, pattern=pattern), True
+        self.go_to(self.step)
+        if weight is not None:
+            for name, tensor in self.method.state(full_tensor(weight.detach()), self.end).items():
+                self.state[name].copy_(tensor)
+            if self.mask is not None:
+                self.choose_mask(weight)
+
     def go_to(self, step: int) -> None:
         """Set the schedule to where it is after so many optimizer steps. While the pattern stays and the mask decays,
         its beta is a tensor that is written to, so that compiled code stays as it is."""
@@ -229,11 +243,13 @@ class Masked(nn.Module):
 
     @property
     def others_saved(self) -> dict[str, Tensor]:
-        """The same of what is no buffer: the mask and the counters."""
+        """The same of what is no buffer: the mask, the counters, and the pattern once it was changed."""
         schedule = self.schedule
         masks = {} if self.mask is None else {"mask": self.mask.detach()}
         ages = {"mask_age": torch.tensor(self.age)} if self.mask is not None and schedule.refresh_every else {}
-        return masks | ages | ({"step": torch.tensor(self.step)} if schedule.steps else {})
+        steps = {"step": torch.tensor(self.step)} if schedule.steps else {}
+        pattern = self.end.pattern
+        return masks | ages | steps | ({"pattern": torch.tensor([pattern.n, pattern.m])} if self.changed else {})
 
     def saved(self) -> dict[str, Tensor]:
         """Everything that is saved beside the weight, by what follows its name."""
@@ -244,6 +260,8 @@ class Masked(nn.Module):
         assert self.mask is not None
         if mask.shape != self.mask.shape:
             raise ValueError(f"found shape {tuple(mask.shape)}, needed {tuple(self.mask.shape)}")
+        if not mask.is_meta and (problem := too_dense(full_tensor(mask), self.phase.pattern, self.phase.axis)):
+            raise ValueError(f"{problem}: call ow.change_pattern, or sparsify, at the pattern of the checkpoint first")
         if assign:
             self.mask = mask.detach().bool()
         else:

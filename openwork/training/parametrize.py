@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
+from openwork.nm.pattern import Pattern
 from openwork.training.dtensor import is_sharded, placed_like
 from openwork.training.masked import Masked
 from openwork.training.shared_class import plain_class, shared_class
@@ -206,6 +207,8 @@ def _take_counters(masked: Masked, state: dict[str, Any], name: str) -> None:
         what = f"{kind} masks were chosen anew" if masked.mask is not None else "what the method keeps was made anew"
         warnings.warn(f"the checkpoint is dense: {what}, from its weights", stacklevel=3)
         state |= {f"{name}_{key}": tensor for key, tensor in masked.restart(state[name]).items()}
+    if (pattern := state.pop(f"{name}_pattern", None)) is not None:
+        masked.change_pattern(Pattern(*pattern.tolist()), None)
     if (age := state.pop(f"{name}_mask_age", None)) is not None:
         masked.age = int(age)
     step = int(state.pop(f"{name}_step", 0))  # of a method without a running schedule it means nothing

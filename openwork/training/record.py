@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from openwork.methods import Method
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
 from openwork.training.forward_cache import ForwardCache
+from openwork.training.masked import Masked
 from openwork.training.optimizer_watch import OptimizerWatch
 from openwork.training.parametrize import SparseWeight, plain_name, sparse_weights, sparse_weights_of
 from openwork.utils.names import join
@@ -19,15 +20,24 @@ from openwork.utils.names import join
 
 @dataclass
 class SparsityRecord:
-    """What `sparsify` leaves on the model's root: the pattern and axis of each weight, and who trains it.
-    `output_axes`: those of weights that are N:M along them as well."""
+    """What `sparsify` leaves on the model's root: what masks each weight, by name, also where its module was swapped
+    since, and who trains it."""
 
-    weights: dict[str, tuple[Pattern, Axis]]
+    masks: dict[str, Masked]
     method: Method
     cache: ForwardCache
     watch: OptimizerWatch
     hooks: tuple[Any, ...] = ()
-    output_axes: dict[str, Axis] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> dict[str, tuple[Pattern, Axis]]:
+        """The pattern and axis of each weight, at the end of the method's schedule."""
+        return {name: (masked.end.pattern, masked.end.axis) for name, masked in self.masks.items()}
+
+    @property
+    def output_axes(self) -> dict[str, Axis]:
+        """The output axes of those that are N:M along them as well."""
+        return {name: masked.end.output_axis for name, masked in self.masks.items() if masked.end.output_axis}
 
 
 def sparsity_records(model: nn.Module) -> list[tuple[str, nn.Module, SparsityRecord]]:
