@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from openwork import kernels
 from openwork.training.foreach import add_decay
 from openwork.training.masked import Stepped
 from openwork.training.optimizer_checks import check_fitting_state, creates_state_only
@@ -115,9 +116,10 @@ class Hooks:
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         self._trained = [each.trained(optimizer) for each in self._taking_part]
         weights = [sparse for trained in self._trained for sparse in trained]
-        lent = [sparse for sparse in weights if _gets_term(sparse)]
-        self._gradients.lend([sparse.weight for sparse in lent])
-        add_decay(lent, _signs(optimizer, lent), scale)
+        signs = _signs(optimizer)
+        for lent in _together([sparse for sparse in weights if _gets_term(sparse)]):
+            self._gradients.lend([sparse.weight for sparse in lent])
+            add_decay(lent, [signs.get(id(sparse.weight), 1) for sparse in lent], scale)
         call_hooks("before_step", optimizer, weights)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -190,12 +192,19 @@ def _gets_term(sparse: SparseWeight) -> bool:
     return sparse.weight.grad is not None and (bool(method.decay) or method.overrides("before_step"))
 
 
-def _signs(optimizer: Optimizer, weights: Sequence[SparseWeight]) -> list[int]:
-    """-1 for the weights whose gradient the optimizer turns round, because it maximizes: the decay shall shrink them
-    all the same."""
+def _together(weights: list[SparseWeight]) -> list[list[SparseWeight]]:
+    """What is copied and changed at once: on a GPU all, elsewhere one after another, while the copy is in the cache."""
+    batched = [sparse for sparse in weights if kernels.batches(sparse.weight)]
+    others = [[sparse] for sparse in weights if not kernels.batches(sparse.weight)]
+    return [batched, *others] if batched else others
+
+
+def _signs(optimizer: Optimizer) -> dict[int, int]:
+    """-1 for what the optimizer turns the gradient of round, because it maximizes: the decay shall shrink it all the
+    same."""
     default = getattr(optimizer, "maximize", False)
-    ascends = {id(p) for group in optimizer.param_groups if group.get("maximize", default) for p in group["params"]}
-    return [-1 if id(sparse.weight) in ascends else 1 for sparse in weights]
+    ascending = [group for group in optimizer.param_groups if group.get("maximize", default)]
+    return {id(p): -1 for group in ascending for p in group["params"]}
 
 
 def _unscaled_by(optimizer: Optimizer) -> Tensor | None:

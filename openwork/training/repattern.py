@@ -99,5 +99,6 @@ def _report(model: nn.Module, weights: list[SparseWeight]) -> Report:
     ]
     masked = {sparse.name: sparse.masked for sparse in weights}
     title = f"{type(model).__name__}, at other patterns"
+    title = f"{type(model).__name__}, at other patterns"
     report = report_on(model, candidates, lambda name, weight: masked[name].mask_at_end(weight), None, title)
     return dataclasses.replace(report, notes=notes_on(model, weights[0].masked.method))
