@@ -25,7 +25,8 @@ class SparseCallback(TrainerCallback, ExportableState):
 
     Sparsify the model before the `Trainer` gets it. The state of `handle` travels in trainer_state.json. Inside a
     checkpoint folder `model.safetensors` holds the dense latent weights, for resuming; after `train()` the model is
-    plain, and what `trainer.save_model` writes is sparse.
+    plain, and what `trainer.save_model` writes is sparse. Callbacks that put an average into the model when training
+    ends belong before this one. A further `train()` that does not resume begins new records, as the Trainer does.
     """
 
     def __init__(self, trainer: Trainer | None, topology: ow.Topology | None = None):
@@ -43,11 +44,17 @@ class SparseCallback(TrainerCallback, ExportableState):
                 "SparseCallback was rebuilt without its trainer: set restore_callback_states_from_checkpoint=False, "
                 "it finds its own state in the checkpoint"
             )
-        if self.handle:  # of an earlier train(), which failed
+        if self.trainer.state is not state:
+            raise ValueError(
+                "this SparseCallback was made for another Trainer: make one for each, SparseCallback(trainer)"
+            )
+        if self.handle:  # of an earlier train(), whose records and steps are not this one's
             self.handle.detach()
+            self.topology.begin({})
         self.handle = ow.attach(self.trainer.optimizer, self.trainer.model, topology=self.topology)
         kept: Any = state.stateful_callbacks  # what trainer_state.json holds
-        if saved := kept.setdefault(type(self).__name__, self.state())["attributes"]["saved"]:
+        saved = kept.setdefault(type(self).__name__, self.state())["attributes"]["saved"]
+        if saved and state.global_step:  # it resumes
             self.handle.load_state_dict(from_text(saved))
         self._scalars = Scalars(self.topology)
 

@@ -15,12 +15,12 @@ from openwork.files.reader import FILE as FILE
 from openwork.training.record import sparsity_records
 
 
-def save_compressed(model: nn.Module, folder: str | Path) -> None:
+def save_compressed(model: nn.Module, folder: str | Path, file: str = FILE) -> None:
     """Write the weights that the forward pass uses, compressed, as `folder`/model.openwork.safetensors; `ow.load`
     reads it. Nothing is written for `ow.Dense`, which has no zeros."""
     if is_sparsified(model):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        ow.save(model, Path(folder) / FILE)
+        ow.save(model, Path(folder) / file)
 
 
 def verify_recorded(model: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -26,12 +25,9 @@ class _StepClock:
             self.steps += 1
 
 
-@functools.cache
-def _clock() -> _StepClock:
-    """The one of this process, which runs from the first weight on that is sparsified."""
-    clock = _StepClock()
-    register_optimizer_step_post_hook(clock.tick)
-    return clock
+# Registered when openwork is imported, and for good: torch's hooks must not change while a step goes through them.
+_clock = _StepClock()
+register_optimizer_step_post_hook(_clock.tick)
 
 
 class ForwardCache:
@@ -44,12 +40,12 @@ class ForwardCache:
     is changed between two reads is computed again, but for writes into `.data`, of which torch keeps no count.
     """
 
-    def __init__(self, ahead: Callable[[nn.Module], None] | None = None) -> None:
+    def __init__(self, ahead: Callable[[nn.Module], None] | None = None, copied: bool = False) -> None:
         self._ahead, self._here = ahead, threading.local()
-        _clock()
+        self.copied = copied  # and no optimizer attached since
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ForwardCache, (self._ahead,)
+        return ForwardCache, (self._ahead, True)
 
     def remember(self, owner: object, weight: Tensor, mask: Tensor) -> None:
         """Hold the mask that a forward used until the optimizer step asks for it."""
@@ -116,4 +112,4 @@ def _state(weight: Tensor) -> tuple[int | None, int]:
 
 def change_of(weight: Tensor) -> tuple[object, ...]:
     """What stays equal as long as a weight has not changed, also for optimizers that raise no version."""
-    return (*_state(weight), _clock().steps)
+    return (*_state(weight), _clock.steps)

@@ -14,12 +14,14 @@ import re
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
+from openwork.nm.pattern import Pattern
 from openwork.training.dtensor import is_sharded, placed_like
 from openwork.training.masked import Masked
 from openwork.training.shared_class import plain_class, shared_class
@@ -96,8 +98,13 @@ class SparseWeight(NamedTuple):
 def sparse_weights(model: nn.Module) -> Iterator[SparseWeight]:
     """Every masked weight in `model`, in the order of its modules."""
     for name, module in masked_modules(model):
-        for tensor_name, masked, weight in masked_weights(module):
-            yield SparseWeight(join(name, tensor_name), module, tensor_name, masked, weight)
+        yield from sparse_weights_of(name, module)
+
+
+def sparse_weights_of(name: str, module: nn.Module) -> Iterator[SparseWeight]:
+    """Those of one module, which has this name in the plain model."""
+    for tensor_name, masked, weight in masked_weights(module):
+        yield SparseWeight(join(name, tensor_name), module, tensor_name, masked, weight)
 
 
 def trained_weights(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[SparseWeight]:
@@ -144,16 +151,31 @@ def _to_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, _: ob
         if inside in state:
             state[outside] = state.pop(inside)
     for name, masked, _weight in masked_weights(module):
-        state |= {f"{prefix}{name}_{key}": torch.tensor(count) for key, count in masked.counters_saved.items()}
+        state |= {f"{prefix}{name}_{key}": tensor for key, tensor in masked.others_saved.items()}
     order = [prefix + name for name in module.__dict__["_openwork"][0]]
     rest = [name for name in state if name.startswith(prefix) and name not in order]
     for name in [name for name in order if name in state] + rest:
         state[name] = state.pop(name)
 
 
-def _from_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    for name, masked, _weight in masked_weights(module):
+def _from_dense_names(
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    _: object,
+    errors: list[str],
+) -> None:
+    assigns = bool(metadata.get("assign_to_params_buffers"))
+    for name, masked, weight in masked_weights(module):
         _take_counters(masked, state, prefix + name)
+        if masked.mask is not None:
+            _take_mask(masked, state, f"{prefix}{name}_mask", assigns, missing if strict else [], errors)
+        if assigns and prefix + name in state:
+            masked.replaced = ref(weight)
+            Masked.assignments += 1
     for inside, outside in _renamed(module, prefix):
         if outside in state:
             state[inside] = state.pop(outside)
@@ -163,15 +185,30 @@ def _from_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, *_:
             state[inside] = placed_like(state[inside], weight)
 
 
+def _take_mask(
+    masked: Masked, state: dict[str, Any], key: str, assigns: bool, missing: list[str], errors: list[str]
+) -> None:
+    if key not in state:
+        missing.append(key)
+        return
+    try:
+        with torch.no_grad():
+            masked.take_mask(state.pop(key), assigns)
+    except ValueError as error:
+        errors.append(f"{key}: {error}")
+
+
 def _take_counters(masked: Masked, state: dict[str, Any], name: str) -> None:
     """Take the counters of one weight out of a state dict. One that has the weight but nothing of what is kept beside
     it is dense: then training begins anew."""
-    keys = masked.buffers_saved
+    keys = [*masked.buffers_saved, *(["mask"] if masked.mask is not None else [])]
     if name in state and keys and not any(f"{name}_{key}" in state for key in keys):
         kind = "fixed" if masked.method.schedule.refresh_every is None else "stored"
         what = f"{kind} masks were chosen anew" if masked.mask is not None else "what the method keeps was made anew"
         warnings.warn(f"the checkpoint is dense: {what}, from its weights", stacklevel=3)
         state |= {f"{name}_{key}": tensor for key, tensor in masked.restart(state[name]).items()}
+    if (pattern := state.pop(f"{name}_pattern", None)) is not None:
+        masked.change_pattern(Pattern(*pattern.tolist()), None)
     if (age := state.pop(f"{name}_mask_age", None)) is not None:
         masked.age = int(age)
     step = int(state.pop(f"{name}_step", 0))  # of a method without a running schedule it means nothing
@@ -179,6 +216,8 @@ def _take_counters(masked: Masked, state: dict[str, Any], name: str) -> None:
         masked.go_to(step)
 
 
-def _report_dense_names(_: nn.Module, incompatible: Any) -> None:
+def _report_dense_names(module: nn.Module, incompatible: Any) -> None:
+    for _, masked, weight in masked_weights(module):
+        masked.belongs_to(weight)
     for names in incompatible:
         names[:] = [_ORIGINAL.sub(r"\1", name) for name in names]

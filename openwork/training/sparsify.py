@@ -74,17 +74,15 @@ def sparsify(
     macs = count_macs(model, example, {c.name: c.weight for c in decided}) if example is not None else None
     title, cache = f"{type(model).__name__}, {method.name}", ForwardCache(prune_ahead)
     masked = {candidate.name: _masked(candidate, method, cache) for candidate in decided if candidate.pattern}
-    report = _report(model, decided, lambda name, weight: masked[name].mask_at_end(weight), macs, title)
+    report = report_on(model, decided, lambda name, weight: masked[name].mask_at_end(weight), macs, title)
     _register(decided, masked)
-    weights = {candidate.name: (candidate.pattern, candidate.axis) for candidate in decided if candidate.pattern}
     hooks = (
         model.register_forward_pre_hook(cache.enter, prepend=True),
         model.register_forward_hook(cache.leave, always_call=True),
     )
-    output_axes = {candidate.name: candidate.output_axis for candidate in decided if candidate.output_axis}
     watch = OptimizerWatch(model, method)
-    model.__dict__["_openwork_record"] = SparsityRecord(weights, method, cache, watch, hooks, output_axes)
-    return dataclasses.replace(report, notes=_notes(model, method))
+    model.__dict__["_openwork_record"] = SparsityRecord(masked, method, cache, watch, hooks)
+    return dataclasses.replace(report, notes=notes_on(model, method))
 
 
 def finalize(model: nn.Module) -> nn.Module:
@@ -127,7 +125,7 @@ def project(
     _check_plain(model)
     decided = decide(model, _selection(pattern, exclude, axis, remainder))
     masks = {candidate.name: _magnitude_mask(candidate) for candidate in decided if candidate.pattern}
-    report = _report(model, decided, lambda name, _: masks[name], None, f"{type(model).__name__}, projected")
+    report = report_on(model, decided, lambda name, _: masks[name], None, f"{type(model).__name__}, projected")
     with torch.no_grad():
         for candidate in decided:
             if candidate.pattern:
@@ -195,19 +193,19 @@ def _check_whole(model: nn.Module, remedy: str) -> None:
             raise ValueError(f"{weight_name(name)} is sharded: {remedy}")
 
 
-def _notes(model: nn.Module, method: Method) -> tuple[str, ...]:
+def notes_on(model: nn.Module, method: Method) -> tuple[str, ...]:
     running = sorted(set(unfinished_weights(model).values()))
     return tuple(running) if method.sparse else (_ONLY_WATCHED, *running)
 
 
-def _report(
+def report_on(
     model: nn.Module,
     decided: list[Candidate],
     mask_of: Callable[[str, Tensor], Tensor],
     macs: dict[str, int] | None,
     title: str,
 ) -> Report:
-    """`mask_of(name, weight)`: the mask that a weight has, or will have in the end."""
+    """The report on these candidates. `mask_of(name, weight)`: the mask that a weight has, or will have in the end."""
     counts = {candidate.name: None if macs is None else macs.get(candidate.name, 0) for candidate in decided}
     rows = tuple(_row(candidate, counts[candidate.name], mask_of) for candidate in decided)
     seen = {id(candidate.weight) for candidate in decided}
