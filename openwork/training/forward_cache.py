@@ -89,6 +89,13 @@ class ForwardCache:
             known = self.give(owner, weight, compute(weight))
         return known[2]
 
+    def forget(self, owner: object) -> None:
+        """Compute a weight again at its next read: it was written to in a way of which torch keeps no count."""
+        self._masks().pop(id(owner), None)
+        seen = getattr(self._here, "seen", {})
+        for key in [key for key in seen if key[0] == id(owner)]:
+            del seen[key]
+
     def wants(self, owner: object) -> bool:
         """Whether the last forward computed this weight in the grad mode of now, on a device that takes lists: then
         this one, which has just begun, will ask for it too."""

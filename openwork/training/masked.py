@@ -6,6 +6,7 @@ groups, or on the gathered weight; the formulas of a method see plain tensors.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from openwork.methods.method import State
 from openwork.nm.masks import apply_mask
 from openwork.training.dtensor import by_groups, cuts_groups, elementwise, full_tensor, placed_like
 from openwork.training.forward_cache import ForwardCache
+from openwork.utils.torch_private import untraced
 
 RESERVED = ("mask", "mask_age", "step")
 """What follows a weight's name in a state dict already, so that no state of a method may be called so."""
@@ -111,6 +113,8 @@ class Masked(nn.Module):
         """The weight that the layer multiplies with, computed afresh."""
         if not self.method.sparse:
             return weight
+        if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+            return self._traced(weight)
         if self.is_fused(weight):
             return straight_through([weight], self.phase.pattern, [self.phase.axis])[0]
         mask = self.mask_of(weight)
@@ -120,6 +124,18 @@ class Masked(nn.Module):
             self._check_whole_groups(weight)
         phase, state = self.phase, self.state
         return elementwise(lambda w, m: masked(self.method, w, m, phase, state), weight, mask)
+
+    def _traced(self, weight: Tensor) -> Tensor:
+        """What `torch.jit.trace` records, which runs where this package is not: the mask of now, and the formula."""
+        if self.training and weight.requires_grad:
+            warnings.warn(
+                "a trace of a sparsified model keeps the masks of now, and gradients reach only what they keep: train "
+                "the model itself, and trace it in eval mode or after ow.finalize",
+                stacklevel=2,
+            )
+        with untraced():
+            mask = self.mask_of(weight).clone()
+        return self.method.forward(weight, mask, self.phase, self.state)
 
     def is_fused(self, weight: Tensor) -> bool:
         """Whether a kernel does the forward in one pass, mask included: it is that of every method."""

@@ -76,9 +76,9 @@ def masked_weights(module: nn.Module) -> list[tuple[str, Masked, nn.Parameter]]:
     return [(name, steps[0], steps.original) for name, steps in parametrizations.items()]
 
 
-def masked_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The (name, module) of every module in `model` that holds masked weights."""
-    for name, module in model.named_modules():
+def masked_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The (name, module) of every module in `model` that holds masked weights, once or under `every_name`."""
+    for name, module in model.named_modules(remove_duplicate=not every_name):
         if "_openwork" in module.__dict__:
             yield plain_name(name), module
 
@@ -93,9 +93,9 @@ class SparseWeight(NamedTuple):
     weight: nn.Parameter
 
 
-def sparse_weights(model: nn.Module) -> Iterator[SparseWeight]:
-    """Every masked weight in `model`, in the order of its modules."""
-    for name, module in masked_modules(model):
+def sparse_weights(model: nn.Module, *, every_name: bool = False) -> Iterator[SparseWeight]:
+    """Every masked weight in `model`, in the order of its modules: once, or under `every_name` that it has."""
+    for name, module in masked_modules(model, every_name=every_name):
         for tensor_name, masked, weight in masked_weights(module):
             yield SparseWeight(join(name, tensor_name), module, tensor_name, masked, weight)
 

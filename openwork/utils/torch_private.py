@@ -6,8 +6,8 @@ own documentation uses, and are taken as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -66,3 +66,27 @@ def freezing() -> AbstractContextManager[Any]:
         return inductor.patch(freezing=True)
     except (ImportError, AttributeError) as error:
         raise RuntimeError(f"torch {torch.__version__} does not freeze weights ({error})") from error
+
+
+def as_functions_of_tensors() -> AbstractContextManager[Any]:
+    """Functions take subclasses of Tensor inside as they take tensors. Since torch 1.13."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """`torch.jit.trace` takes what is computed inside as a constant. Since torch 1.0."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether both lie in one storage, also where it holds nothing (the meta device). False where one has none."""
+    try:
+        return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return False
