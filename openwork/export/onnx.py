@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from openwork.export.check import KEY, MatMul, as_metadata, check_onnx, constant_matmuls
-from openwork.export.outputs import arguments, check_equal, exportable, outputs
+from openwork.export.outputs import arguments, check_equal, folded, outputs
 from openwork.files.model_state import Placed, masked_by_name, patterns
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
@@ -60,7 +60,8 @@ def to_onnx(
     inner = unwrap(model)
     check_not_deployed(inner, "exporting to ONNX")
     recorded = patterns(inner, masked_by_name(inner), pattern)
-    plain = exportable(model)
+    plain, renamed = folded(model)
+    recorded = {renamed.get(name, name): placed for name, placed in recorded.items()}
     with quiet(plain):
         exported = _program(plain, example, dynamic_shapes)
     exported.model.metadata_props[KEY] = as_metadata(_kept(exported.model, recorded))

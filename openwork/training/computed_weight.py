@@ -30,7 +30,14 @@ _IN_PLACE_OPERATORS = {
 _WRITERS = {*_IN_PLACE_OPERATORS, "__setitem__", "__delitem__", "data=", "grad=", "requires_grad="}
 _OF_THE_PARAMETER = {"grad", "grad=", "requires_grad=", "requires_grad_"}
 """What concerns the Parameter, and not its values."""
-_PARAMETRIZE = "torch.nn.utils.parametrize"
+_INIT = "torch.nn.init"
+_MAKERS = ("torch.nn.utils.parametrize", "torch.nn.utils.weight_norm")
+"""Modules of torch that make a layer's weight of others."""
+_REPLACES = {
+    ("torch.nn.utils.weight_norm", "apply"): "weight_norm",
+    ("torch.nn.utils.prune", "apply"): "pruning",
+}
+"""What of torch puts other tensors in the place of a weight, by the module and function that reads it then."""
 _OF_OTHER_MEMORY = {"resize_", "resize_as_"}
 
 
@@ -73,11 +80,12 @@ class ComputedWeight(Tensor):
 
     _source: _Source
     _path: Path
+    _known: tuple[Tensor, Tensor]  # what was computed, and this view of it
 
     @classmethod
     def of(cls, source: _Source, path: Path, values: Tensor) -> ComputedWeight:
         made: ComputedWeight = values.as_subclass(cls)
-        made._source, made._path = source, path
+        made._source, made._path, made._known = source, path, (source.read(), values)
         return made
 
     @property
@@ -102,7 +110,7 @@ class ComputedWeight(Tensor):
         if any(not issubclass(cls, each) for each in types):  # fx and others see plain tensors
             return func(*_values(args), **_values(kwargs))
         with as_functions_of_tensors():
-            if caller.f_globals.get("__name__") == "torch.nn.init" or name in _OF_THE_PARAMETER:
+            if caller.f_globals.get("__name__") == _INIT or name in _OF_THE_PARAMETER:
                 written = _within((args, kwargs))
             else:
                 written = _within(_targets(name, args, kwargs))
@@ -115,8 +123,13 @@ def handed_out(weight: Tensor, module: nn.Module, name: str, reader: FrameType) 
     """What code gets that reads a masked weight: the weight itself where it only multiplies with it, or is being traced;
     else a `ComputedWeight`. `reader` is the code's frame."""
     where = reader.f_globals.get("__name__", "")
-    if where == _PARAMETRIZE:
-        return _read_by_a_parametrization(weight, module, name, reader)
+    if (where, reader.f_code.co_name) in _REPLACES:
+        raise RuntimeError(
+            f"{_REPLACES[where, reader.f_code.co_name]} of {_Source(module, name, weight, weight)}: call it before "
+            "ow.sparsify, whose report says what it leaves alone, or after ow.finalize; nothing was changed"
+        )
+    if where in _MAKERS:
+        return _read_by_a_maker(weight, module, name, reader)
     multiplies = where.startswith("torch.nn.modules.") and "reset_parameters" not in reader.f_code.co_name
     if multiplies or where.startswith("openwork.") or type(weight) is not Tensor:
         return weight
@@ -129,14 +142,14 @@ def handed_out(weight: Tensor, module: nn.Module, name: str, reader: FrameType) 
     return ComputedWeight.of(_Source(module, name, dense, weight), _itself, weight)
 
 
-def _read_by_a_parametrization(weight: Tensor, module: nn.Module, name: str, reader: FrameType) -> Tensor:
-    """What torch's parametrizations get: those around this one compute with it, and may not take it away."""
+def _read_by_a_maker(weight: Tensor, module: nn.Module, name: str, reader: FrameType) -> Tensor:
+    """What torch's parametrizations and weight norm get: they compute with it, and may not take it away."""
     frame: FrameType | None = reader
     while frame and frame.f_globals.get("__name__", "").startswith("torch.nn."):
-        if frame.f_code.co_name == "remove_parametrizations":
+        if frame.f_code.co_name in ("remove_parametrizations", "remove_weight_norm"):
             raise RuntimeError(
-                f"remove_parametrizations of {_Source(module, name, weight, weight)}: call ow.finalize(model) first, "
-                "which makes the layers plain; nothing was changed"
+                f"{frame.f_code.co_name} takes away {_Source(module, name, weight, weight)}: call ow.finalize(model) "
+                "first, which makes the layers plain; nothing was changed"
             )
         frame = frame.f_back
     return weight
@@ -191,8 +204,15 @@ def _mapped(tree: Any, function: Callable[[ComputedWeight], Any]) -> Any:
     return tree
 
 
+def _same(weight: ComputedWeight) -> ComputedWeight:
+    return weight
+
+
 def _value(weight: ComputedWeight) -> Tensor:
-    return weight._path(weight._source.read())
+    computed = weight._source.read()
+    if weight._known[0] is not computed:  # it was written to
+        weight._known = (computed, weight._path(computed))
+    return weight._known[1]
 
 
 def _values(tree: Any) -> Any:
@@ -202,7 +222,8 @@ def _values(tree: Any) -> Any:
 def _write(func: Any, name: str, args: Any, kwargs: Any, written: list[ComputedWeight]) -> Any:
     """Write into the dense weight, or the same view of it. What autograd is to follow changes the computed values
     instead, as of any result."""
-    if name not in _OF_THE_PARAMETER and torch.is_grad_enabled() and any(_value(each).requires_grad for each in written):
+    followed = torch.is_grad_enabled() and any(_value(each).requires_grad for each in written)
+    if followed and name not in {*_OF_THE_PARAMETER, "data="} and getattr(func, "__module__", "") != _INIT:
         return func(*_values(args), **_values(kwargs))
     twins = {id(each): each._path(each._source.writable()) for each in written}
     sources = [each._source for each in written]
@@ -261,6 +282,7 @@ def _linked(
     origin = next((each for each in given if share_memory(result, _value(each))), None)
     if origin is None or type(result) is not Tensor:
         return result
+    args, kwargs = _mapped((args, kwargs), _same)  # lists may be changed after the call
 
     def path(weight: Tensor) -> Tensor:
         def from_weight(each: ComputedWeight) -> Tensor:

@@ -47,6 +47,7 @@ class Masked(nn.Module):
         self._ranks_by_magnitude = not method.overrides("score", "mask")
         self._straight_through = not method.overrides("forward", "backward")
         self.step = self.age = 0
+        self.registered = False
         self.phase = end
         self.go_to(0)
         self.register_buffer("mask", None)
@@ -74,6 +75,18 @@ class Masked(nn.Module):
         if self.step >= steps:
             return ""
         return f"{self.phase}: not yet {self.end.pattern} (step {self.step} of {steps})"
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What torch asks when it registers a parametrization: the dense weight is the weight. Once: who moves it to
+        another module (`transfer_parametrizations_and_params`, which quantization-aware training calls) leaves behind
+        what `sparsify` made of the module around it."""
+        if self.registered:
+            raise RuntimeError(
+                "the mask of a sparsified layer cannot move to another module: replace layers (quantization-aware "
+                "training: prepare it) before ow.sparsify, or after ow.finalize"
+            )
+        self.registered = True
+        return weight
 
     # --- the mask --------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ the dense names in checkpoints. Kept apart from `torch.nn.utils.parametrize`:
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ def mask_weights(module: nn.Module, masked: dict[str, Masked]) -> None:
     original_class: Any = type(module)
     for name, parametrization in masked.items():
         parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+        parametrizations: Any = module.parametrizations
+        parametrizations[name].__class__ = MaskedSteps
     module.__class__ = shared_class(original_class, tuple(masked))
     module.__dict__.pop("_flat_weights", None)  # the shared class of an RNN has it as a property
     hooks = (
@@ -44,6 +47,24 @@ def mask_weights(module: nn.Module, masked: dict[str, Masked]) -> None:
         module.register_load_state_dict_post_hook(_report_dense_names),
     )
     module.__dict__["_openwork"] = (order, hooks)
+
+
+class MaskedSteps(parametrize.ParametrizationList):
+    """The mask of a weight, and what others register on top of it."""
+
+    def append(self, module: nn.Module) -> MaskedSteps:
+        wanted = [
+            each
+            for each in inspect.signature(module.forward).parameters.values()
+            if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD) and each.default is each.empty
+        ]
+        if len(wanted) != 1:
+            raise RuntimeError(
+                f"{type(module).__name__} makes a weight of {len(wanted)} tensors, and a sparsified layer has one: "
+                "register it before ow.sparsify, which masks the direction of weight_norm and leaves others alone"
+            )
+        super().append(module)
+        return self
 
 
 def unmask_weights(module: nn.Module) -> None:

@@ -22,6 +22,7 @@ from openwork.nm.pattern import Pattern
 from openwork.training.known_layers import known_axis, known_output_axis
 from openwork.training.parametrize import plain_name
 from openwork.training.selection import Selection, matches
+from openwork.training.weight_norm import Factor, factors
 from openwork.utils.deployed import check_not_deployed
 from openwork.utils.names import join
 
@@ -36,7 +37,7 @@ class Candidate:
     one along which it is N:M as well, where masks are to be transposable.
 
     `aliases` are the further names of the weight. Where they are names of one module that has several, the weight can
-    be sparse; where other modules hold it (`tied`), it is left alone.
+    be sparse; where other modules hold it (`tied`), it is left alone. `factor`: what it is of a normalized weight.
     """
 
     module_name: str
@@ -49,6 +50,12 @@ class Candidate:
     reason: str = ""
     aliases: tuple[str, ...] = ()
     tied: bool = False
+    factor: Factor | None = None
+
+    @property
+    def product(self) -> tuple[nn.Module, str]:
+        """The layer that multiplies with it, and its name there."""
+        return (self.factor.layer, self.factor.weight) if self.factor else (self.module, self.tensor_name)
 
     @property
     def name(self) -> str:
@@ -56,7 +63,12 @@ class Candidate:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (self.name, *self.aliases)
+        """Every name that a glob may name it by; of a weight that is normalized its plain name as well."""
+        plain = ()
+        if self.factor:
+            layer = self.module_name.removesuffix(f"parametrizations.{self.factor.weight}").removesuffix(".")
+            plain = (join(layer, self.factor.weight),)
+        return (self.name, *self.aliases, *plain)
 
 
 def decide(model: nn.Module, selection: Selection, *, dtypes: Sequence[torch.dtype] = TRAINED) -> list[Candidate]:
@@ -110,7 +122,7 @@ class _Rules:
         shape = tuple(candidate.weight.shape)
         output_axis, reason = None, ""
         if self.selection.transposable:
-            output_axis, reason = known_output_axis(candidate.module, len(shape), axis)
+            output_axis, reason = known_output_axis(candidate.product[0], len(shape), axis)
         if reason:
             return dataclasses.replace(candidate, reason=reason)
         lengths = {"reduction": reduction_size(shape, axis)} | (
@@ -131,9 +143,10 @@ class _Rules:
     def _axis(self, candidate: Candidate) -> tuple[Axis | None, str]:
         if candidate.tied:
             return None, f"tied to {', '.join(candidate.aliases)}"
-        if isinstance(candidate.module, parametrize.ParametrizationList) or parametrize.is_parametrized(
-            candidate.module
-        ):
+        if candidate.factor and not candidate.factor.direction:
+            return None, f"weight norm's lengths of {candidate.factor.weight}: its mask lies on the direction"
+        other = isinstance(candidate.module, parametrize.ParametrizationList) and not candidate.factor
+        if other or parametrize.is_parametrized(candidate.module):
             return None, "its module is already parametrized"
         if candidate.weight.dtype not in self.dtypes:
             *others, last = (str(dtype).removeprefix("torch.") for dtype in self.dtypes)
@@ -142,18 +155,20 @@ class _Rules:
             for glob, dim in self.selection.axis.items():
                 if _any_matches(glob, candidate.names):
                     return _named_axis(candidate, dim), ""
-        axis, reason = known_axis(candidate.module, candidate.tensor_name)
+        axis, reason = known_axis(*candidate.product)
         return (Axis(flat=True), "") if axis and self.selection.axis == "kernel" else (axis, reason)
 
 
 def _candidates(model: nn.Module, dtypes: Sequence[torch.dtype]) -> list[Candidate]:
     """Every candidate once, under its first name; the others are its aliases."""
     candidates: dict[int, Candidate] = {}
+    normalized = factors(model)
     for module_name, module in model.named_modules(remove_duplicate=False):
         for tensor_name, weight in module._parameters.items():
             if weight is None:
                 continue
-            new = Candidate(plain_name(module_name), module, tensor_name, weight)
+            factor = normalized.get((id(module), tensor_name))
+            new = Candidate(plain_name(module_name), module, tensor_name, weight, factor=factor)
             _check_initialized(new)
             if id(weight) in candidates:
                 candidates[id(weight)] = _also_named(candidates[id(weight)], new)

@@ -39,8 +39,11 @@ def shared_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
     members |= {"register_parameter": _register_parameter, "__delattr__": _refuse_to_remove}
     members |= {"__prepare_scriptable__": _refuse_to_script}
     members["_distribute_module_applied"] = property(_distributed, _set_distributed)
+    members["qconfig"] = property(_qconfig, _set_qconfig)
     if issubclass(original, nn.RNNBase):
         members |= {"_flat_weights": property(_fresh_weights, _ignore), "flatten_parameters": _ignore}
+    if issubclass(original, nn.ModuleList):
+        members |= {"__len__": lambda self: len(_steps(self)), "__iter__": lambda self: iter(_steps(self))}
     return _metaclass(type(original), names)(f"Parametrized{original.__name__}", (original,), members)
 
 
@@ -127,6 +130,24 @@ def _refuse_to_script(self: nn.Module) -> nn.Module:
     )
 
 
+def _qconfig(self: nn.Module) -> Any:
+    if "qconfig" not in self.__dict__:
+        raise AttributeError(f"{plain_class(self).__name__} has no attribute 'qconfig'")
+    return self.__dict__["qconfig"]
+
+
+def _set_qconfig(self: nn.Module, value: object) -> None:
+    """What `torch.ao.quantization` marks the modules with that it will replace by quantized ones. Those that it has
+    made already, before `sparsify`, stay."""
+    if value is not None and not hasattr(self, "weight_fake_quant"):
+        raise RuntimeError(
+            f"a sparsified {plain_class(self).__name__} is to be replaced by a quantized one, without its mask: for "
+            "quantization-aware training call prepare_qat before ow.sparsify; to quantize a trained model call "
+            "ow.finalize first"
+        )
+    self.__dict__["qconfig"] = value
+
+
 class _NotByTorch:
     """The answer to "was this module split over processes?", which only who acts on it may not have: whoever looks at
     all attributes (tracing, debuggers) reads this one too."""
@@ -148,6 +169,11 @@ def _distributed(self: nn.Module) -> Any:
 
 def _set_distributed(self: nn.Module, value: bool) -> None:
     self.__dict__["_distribute_module_applied"] = value
+
+
+def _steps(self: nn.ModuleList) -> list[Any]:
+    """The entries of a list, such as torch's of parametrizations, without what is registered beside them."""
+    return [module for name, module in self._modules.items() if name.isdecimal()]
 
 
 def _fresh_weights(self: nn.RNNBase) -> list[Tensor | None]:

@@ -90,3 +90,12 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
         return a.untyped_storage()._cdata == b.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return False
+
+
+def is_weight_norm(parametrization: object) -> bool:
+    """Whether it is what `torch.nn.utils.parametrizations.weight_norm` registers. Since torch 2.0; without it, weights
+    that are normalized are left alone, as those of any other parametrization."""
+    from torch.nn.utils import parametrizations
+
+    kind = getattr(parametrizations, "_WeightNorm", None)
+    return kind is not None and isinstance(parametrization, kind)
