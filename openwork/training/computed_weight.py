@@ -19,30 +19,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openwork.utils.torch_private import as_functions_of_tensors, is_transformed, share_memory
+from openwork.utils.torch_private import as_functions_of_tensors, share_memory
 
 Path = Callable[[Tensor], Tensor]
 """How a view comes from the weight that it is a view of."""
 
-_IN_PLACE_OPERATORS = {
-    f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()
-}
+_OPERATORS = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+    "matmul",
+)
+_IN_PLACE_OPERATORS = {f"__i{name}__" for name in _OPERATORS}
 _WRITERS = {*_IN_PLACE_OPERATORS, "__setitem__", "__delitem__", "data=", "grad=", "requires_grad="}
 _OF_THE_PARAMETER = {"grad", "grad=", "requires_grad=", "requires_grad_"}
 """What concerns the Parameter, and not its values."""
 _INIT = "torch.nn.init"
-_MAKERS = ("torch.nn.utils.parametrize", "torch.nn.utils.weight_norm")
-"""Modules of torch that make a layer's weight of others."""
-_REPLACES = {
-    ("torch.nn.utils.weight_norm", "apply"): "weight_norm",
-    ("torch.nn.utils.prune", "apply"): "pruning",
-}
-"""What of torch puts other tensors in the place of a weight, by the module and function that reads it then."""
 _OF_OTHER_MEMORY = {"resize_", "resize_as_"}
 
 
 @dataclass
-class _Source:
+class Source:
     """The weight of a module: the dense one, and what is computed from it until it is written to."""
 
     module: Any
@@ -65,8 +71,8 @@ class _Source:
         steps = self.module.parametrizations[self.name]
         if len(steps) > 1:
             raise RuntimeError(
-                f"writing into {self}: beside the mask it has the parametrization {type(steps[1]).__name__}; write into "
-                f"module.parametrizations.{self.name}.original instead"
+                f"writing into {self}: beside the mask it has the parametrization {type(steps[1]).__name__}; write "
+                f"into module.parametrizations.{self.name}.original instead"
             )
         return self.dense
 
@@ -78,12 +84,12 @@ class _Source:
 class ComputedWeight(Tensor):
     """A masked weight, or a view of it, whose writes go to the dense weight."""
 
-    _source: _Source
+    _source: Source
     _path: Path
     _known: tuple[Tensor, Tensor]  # what was computed, and this view of it
 
     @classmethod
-    def of(cls, source: _Source, path: Path, values: Tensor) -> ComputedWeight:
+    def of(cls, source: Source, path: Path, values: Tensor) -> ComputedWeight:
         made: ComputedWeight = values.as_subclass(cls)
         made._source, made._path, made._known = source, path, (source.read(), values)
         return made
@@ -104,9 +110,9 @@ class ComputedWeight(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name, caller = _name(func), sys._getframe(1)
-        if name in ("type", "is_leaf", "retains_grad") and isinstance(args[0], ComputedWeight):
-            if (answer := _asked_as_parameter(args[0]._source, name, caller)) is not None:
-                return answer
+        asks = name in ("type", "is_leaf", "retains_grad") and isinstance(args[0], ComputedWeight)
+        if asks and (answer := _asked_as_parameter(args[0]._source, name, caller)) is not None:
+            return answer
         if any(not issubclass(cls, each) for each in types):  # fx and others see plain tensors
             return func(*_values(args), **_values(kwargs))
         with as_functions_of_tensors():
@@ -119,53 +125,17 @@ class ComputedWeight(Tensor):
             return _read(func, name, args, kwargs)
 
 
-def handed_out(weight: Tensor, module: nn.Module, name: str, reader: FrameType) -> Tensor:
-    """What code gets that reads a masked weight: the weight itself where it only multiplies with it, or is being traced;
-    else a `ComputedWeight`. `reader` is the code's frame."""
-    where = reader.f_globals.get("__name__", "")
-    if (where, reader.f_code.co_name) in _REPLACES:
-        raise RuntimeError(
-            f"{_REPLACES[where, reader.f_code.co_name]} of {_Source(module, name, weight, weight)}: call it before "
-            "ow.sparsify, whose report says what it leaves alone, or after ow.finalize; nothing was changed"
-        )
-    if where in _MAKERS:
-        return _read_by_a_maker(weight, module, name, reader)
-    multiplies = where.startswith("torch.nn.modules.") and "reset_parameters" not in reader.f_code.co_name
-    if multiplies or where.startswith("openwork.") or type(weight) is not Tensor:
-        return weight
-    if torch.jit.is_tracing() or is_transformed(weight):
-        return weight
-    parametrizations: Any = module.parametrizations
-    dense = parametrizations[name].original
-    if is_transformed(dense):
-        return weight
-    return ComputedWeight.of(_Source(module, name, dense, weight), _itself, weight)
-
-
-def _read_by_a_maker(weight: Tensor, module: nn.Module, name: str, reader: FrameType) -> Tensor:
-    """What torch's parametrizations and weight norm get: they compute with it, and may not take it away."""
-    frame: FrameType | None = reader
-    while frame and frame.f_globals.get("__name__", "").startswith("torch.nn."):
-        if frame.f_code.co_name in ("remove_parametrizations", "remove_weight_norm"):
-            raise RuntimeError(
-                f"{frame.f_code.co_name} takes away {_Source(module, name, weight, weight)}: call ow.finalize(model) "
-                "first, which makes the layers plain; nothing was changed"
-            )
-        frame = frame.f_back
-    return weight
-
-
 def is_written(value: object, module: nn.Module, name: str) -> bool:
     """Whether this is what `module.weight *= 2` assigns at last: the weight, in which it has written already."""
     return (
         isinstance(value, ComputedWeight)
         and value._source.module is module
         and value._source.name == name
-        and value._path is _itself
+        and value._path is itself
     )
 
 
-def _itself(weight: Tensor) -> Tensor:
+def itself(weight: Tensor) -> Tensor:
     return weight
 
 
@@ -236,7 +206,7 @@ def _write(func: Any, name: str, args: Any, kwargs: Any, written: list[ComputedW
 
     if name in _OF_OTHER_MEMORY:
         raise _other_memory(name, sources[0])
-    if name == "requires_grad_" and written[0]._path is not _itself:
+    if name == "requires_grad_" and written[0]._path is not itself:
         return func(written[0], *args[1:], **kwargs)
     result = func(*_mapped(args, replaced), **_mapped(kwargs, replaced))
     for source in sources:
@@ -244,7 +214,7 @@ def _write(func: Any, name: str, args: Any, kwargs: Any, written: list[ComputedW
     return next((each for each in written if twins[id(each)] is result), result)
 
 
-def _other_memory(name: str, source: _Source) -> RuntimeError:
+def _other_memory(name: str, source: Source) -> RuntimeError:
     return RuntimeError(
         f"{name} of {source}: it is computed from a dense weight; call it on "
         f"module.parametrizations.{source.name}.original, or ow.finalize(model) first"
@@ -294,7 +264,7 @@ def _linked(
     return ComputedWeight.of(origin._source, path, result)
 
 
-def _asked_as_parameter(source: _Source, name: str, caller: FrameType) -> str | None:
+def _asked_as_parameter(source: Source, name: str, caller: FrameType) -> str | None:
     """What torch is told where a computed weight is used as if it were a Parameter."""
     asks = caller.f_code.co_name
     if name == "type" and asks == "typename":  # for `module.weight = layer.weight`

@@ -6,7 +6,6 @@ import functools
 import threading
 from collections.abc import Callable
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -52,16 +51,17 @@ class ForwardCache:
         return ForwardCache, (self._ahead,)
 
     def remember(self, owner: object, weight: Tensor, mask: Tensor) -> None:
-        """Hold the mask that a forward used until the optimizer step asks for it."""
+        """Hold the mask that a forward used until the optimizer step asks for it. Without a reference to the weight:
+        `torch.utils.swap_tensors` refuses tensors that have any."""
         if not torch.compiler.is_compiling() and weight.requires_grad and torch.is_grad_enabled():
-            self._masks()[id(owner)] = (ref(weight), _state(weight), mask)
+            self._masks()[id(owner)] = (id(weight), _state(weight), mask)
 
     def recall(self, owner: object, weight: Tensor) -> Tensor | None:
         """The mask of the forward since which this very weight has not changed, once; None if there is none."""
         kept = self._masks().pop(id(owner), None)
-        return kept[2] if kept and kept[0]() is weight and kept[1] == _state(weight) else None
+        return kept[2] if kept and kept[:2] == (id(weight), _state(weight)) else None
 
-    def _masks(self) -> dict[int, tuple[ref[Tensor], tuple[int | None, int], Tensor]]:
+    def _masks(self) -> dict[int, tuple[int, tuple[int | None, int], Tensor]]:
         if not hasattr(self._here, "masks"):
             self._here.masks = {}
         return self._here.masks
@@ -79,6 +79,11 @@ class ForwardCache:
             if self._here.depth == 0:
                 self._here.used = {key for key, (weight, *_) in self._here.seen.items() if kernels.batches(weight)}
                 self._here.seen = {}
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a forward of the root is going on in this thread."""
+        return getattr(self._here, "depth", 0) > 0
 
     def once(self, owner: object, weight: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """`compute(weight)`, or what it gave before in this forward for the very same weight."""

@@ -33,7 +33,8 @@ class Masked(nn.Module):
     steps since a stored mask was chosen. `seen_dtype` is the dtype in which the forward pass saw the weight (FSDP2 may
     hand it in bfloat16): the mask is a function of the weight rounded to it, so that the optimizer step and `verify`
     find the same mask. `reuses_mask`: the optimizer step takes the mask of the forward. Not of a sharded weight: each
-    process ranks its part once more, instead of holding the masks of all layers.
+    process ranks its part once more, instead of holding the masks of all layers. `lost`: the stored mask went with the
+    values of the model (`to_empty`); until the model's next forward, which stores one, it follows the weight.
     """
 
     mask: Tensor | None
@@ -47,7 +48,7 @@ class Masked(nn.Module):
         self._ranks_by_magnitude = not method.overrides("score", "mask")
         self._straight_through = not method.overrides("forward", "backward")
         self.step = self.age = 0
-        self.registered = False
+        self.registered = self.lost = False
         self.phase = end
         self.go_to(0)
         self.register_buffer("mask", None)
@@ -92,7 +93,7 @@ class Masked(nn.Module):
 
     def mask_of(self, weight: Tensor) -> Tensor:
         """The mask in force: bool, the shape of `weight`."""
-        if self.mask is not None:
+        if self.mask is not None and not self.lost:
             return placed_like(self.mask, weight)
         return self.ranked(weight.detach().to(self.seen_dtype), self.phase)
 
@@ -107,19 +108,34 @@ class Masked(nn.Module):
 
     def mask_at_end(self, weight: Tensor) -> Tensor:
         """The mask in force, or the one that the end of the schedule would give this weight."""
-        if self.mask is not None and not self.unfinished:
+        if self.mask is not None and not self.lost and not self.unfinished:
             return placed_like(self.mask, weight)
         return self.ranked(weight.detach().to(self.seen_dtype), self.end)
 
     def choose_mask(self, weight: Tensor) -> None:
         """Store the mask that `weight` has now."""
-        self.mask, self.age = self.ranked(weight.detach(), self.phase).contiguous(), 0
+        self.mask, self.age, self.lost = self.ranked(weight.detach(), self.phase).contiguous(), 0, False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Masked:
+        """What `to`, `half` and `to_empty` do to the buffers: a mask whose values did not survive is lost."""
+        mask = self.mask
+        super()._apply(fn, recurse)
+        if mask is not None and type(self.mask) is Tensor:
+            self.lost = self.lost or _differ(mask, self.mask)
+        return self
+
+    def _make_anew(self, weight: Tensor) -> None:
+        """Store the mask and the state that belong to the weight, after those there were are lost."""
+        for name, tensor in self.restart(full_tensor(weight.detach())).items():
+            setattr(self, self.buffers_saved[name], tensor)
 
     # --- the forward pass ------------------------------------------------------------------------------------------
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.seen_dtype != weight.dtype:
             self.seen_dtype = weight.dtype
+        if self.lost and self.cache.is_running:
+            self._make_anew(weight)
         return self.cache.once(self, weight, self.effective)
 
     def effective(self, weight: Tensor) -> Tensor:
@@ -197,6 +213,8 @@ class Masked(nn.Module):
             self.go_to(self.step + 1)
         if self.mask is None or not schedule.counts_steps:
             return
+        if self.lost:
+            self._make_anew(weight)
         self.age += 1
         if self.phase.pattern != pattern or 0 < (schedule.refresh_every or 0) <= self.age:
             full = full_tensor(weight.detach())
@@ -240,7 +258,7 @@ class Masked(nn.Module):
     def restart(self, weight: Tensor) -> dict[str, Tensor]:
         """Begin anew with another dense weight, and return the mask and state that belong to it, by what follows its
         name in a state dict."""
-        self.age = 0
+        self.age, self.lost = 0, False
         self.go_to(0)
         state = dict(self.method.state(weight, self.end))
         return state if self.mask is None else {**state, "mask": self.ranked(weight, self.phase, state)}
@@ -249,6 +267,12 @@ class Masked(nn.Module):
         parts = [str(self.end.pattern), str(self.method), str(self.end.axis)]
         parts += [f"output_axis {self.end.output_axis}"] if self.end.output_axis else []
         return ", ".join(parts + ([self.unfinished] if self.unfinished else []))
+
+
+def _differ(before: Tensor, after: Tensor) -> bool:
+    if before.is_meta or after.is_meta:
+        return before.is_meta != after.is_meta
+    return not torch.equal(before.to(after.device), after)
 
 
 @dataclass

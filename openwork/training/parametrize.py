@@ -52,6 +52,8 @@ def mask_weights(module: nn.Module, masked: dict[str, Masked]) -> None:
 class MaskedSteps(parametrize.ParametrizationList):
     """The mask of a weight, and what others register on top of it."""
 
+    __module__ = parametrize.ParametrizationList.__module__  # torch.fx calls torch's own modules as they are
+
     def append(self, module: nn.Module) -> MaskedSteps:
         wanted = [
             each
@@ -65,6 +67,13 @@ class MaskedSteps(parametrize.ParametrizationList):
             )
         super().append(module)
         return self
+
+    def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
+        return _empty_steps, (), self.__dict__
+
+
+def _empty_steps() -> nn.Module:
+    return MaskedSteps.__new__(MaskedSteps)
 
 
 def unmask_weights(module: nn.Module) -> None:
@@ -164,7 +173,9 @@ def _to_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, _: ob
     for inside, outside in _renamed(module, prefix):
         if inside in state:
             state[outside] = state.pop(inside)
-    for name, masked, _weight in masked_weights(module):
+    for name, masked, weight in masked_weights(module):
+        if masked.lost and f"{prefix}{name}_mask" in state:
+            state[f"{prefix}{name}_mask"] = masked.mask_of(weight)
         state |= {f"{prefix}{name}_{key}": torch.tensor(count) for key, count in masked.counters_saved.items()}
     order = [prefix + name for name in module.__dict__["_openwork"][0]]
     rest = [name for name in state if name.startswith(prefix) and name not in order]
@@ -174,6 +185,7 @@ def _to_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, _: ob
 
 def _from_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
     for name, masked, _weight in masked_weights(module):
+        masked.cache.forget(masked)
         _take_counters(masked, state, prefix + name)
     for inside, outside in _renamed(module, prefix):
         if outside in state:
@@ -193,6 +205,7 @@ def _take_counters(masked: Masked, state: dict[str, Any], name: str) -> None:
         what = f"{kind} masks were chosen anew" if masked.mask is not None else "what the method keeps was made anew"
         warnings.warn(f"the checkpoint is dense: {what}, from its weights", stacklevel=3)
         state |= {f"{name}_{key}": tensor for key, tensor in masked.restart(state[name]).items()}
+    masked.lost = masked.lost and f"{name}_mask" not in state
     if (age := state.pop(f"{name}_mask_age", None)) is not None:
         masked.age = int(age)
     step = int(state.pop(f"{name}_step", 0))  # of a method without a running schedule it means nothing

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openwork.training.computed_weight import handed_out, is_written
+from openwork.training.computed_weight import is_written
+from openwork.training.weight_reads import handed_out
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
