@@ -109,7 +109,7 @@ class _MaskedWithTangents(_Masked):
             return _gradient(ctx, tangent)
         zero = torch.zeros_like(tangent)
         (transposed,) = torch.func.vjp(lambda gradient: _gradient(ctx, gradient), zero)[1](tangent)
-        return transposed  # type: ignore[no-any-return]
+        return transposed
 
 
 def _gradient(ctx: Any, gradient: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class ComputedWeight(Tensor):
     def _is_param(self, value: bool) -> None:
         self.__class__ = nn.Parameter  # type: ignore[assignment]
 
-    def set_(self, *_: Any) -> ComputedWeight:  # type: ignore[override]
+    def set_(self, *_: Any) -> ComputedWeight:
         raise _other_memory("set_", self._source)
 
     @classmethod

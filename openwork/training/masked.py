@@ -20,7 +20,7 @@ from openwork.methods.method import State
 from openwork.nm.masks import apply_mask
 from openwork.training.dtensor import by_groups, cuts_groups, elementwise, full_tensor, placed_like
 from openwork.training.forward_cache import ForwardCache
-from openwork.utils.torch_private import untraced
+from openwork.utils.torch_private import is_traced, untraced
 
 RESERVED = ("mask", "mask_age", "step")
 """What follows a weight's name in a state dict already, so that no state of a method may be called so."""
@@ -121,6 +121,7 @@ class Masked(nn.Module):
         mask = self.mask
         super()._apply(fn, recurse)
         if mask is not None and type(self.mask) is Tensor:
+            self.mask = self.mask.bool()  # `model.type(dtype)` casts whatever it finds
             self.lost = self.lost or _differ(mask, self.mask)
         return self
 
@@ -142,7 +143,7 @@ class Masked(nn.Module):
         """The weight that the layer multiplies with, computed afresh."""
         if not self.method.sparse:
             return weight
-        if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        if not torch.compiler.is_compiling() and is_traced():
             return self._traced(weight)
         if self.is_fused(weight):
             return straight_through([weight], self.phase.pattern, [self.phase.axis])[0]

@@ -65,7 +65,7 @@ class Candidate:
     @property
     def names(self) -> tuple[str, ...]:
         """Every name that a glob may name it by; of a weight that is normalized its plain name as well."""
-        plain = ()
+        plain: tuple[str, ...] = ()
         if self.factor:
             layer = self.module_name.removesuffix(f"parametrizations.{self.factor.weight}").removesuffix(".")
             plain = (join(layer, self.factor.weight),)

@@ -45,7 +45,8 @@ def shared_class(original: Any, names: tuple[str, ...]) -> type[nn.Module]:
         members |= {"_flat_weights": property(_fresh_weights, _ignore), "flatten_parameters": _ignore}
     if issubclass(original, nn.ModuleList):
         members |= {"__len__": lambda self: len(_steps(self)), "__iter__": lambda self: iter(_steps(self))}
-    return _metaclass(type(original), names)(f"Parametrized{original.__name__}", (original,), members)
+    kind: Any = type(original)
+    return _metaclass(kind, names)(f"Parametrized{original.__name__}", (original,), members)
 
 
 @functools.cache

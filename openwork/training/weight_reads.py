@@ -5,11 +5,10 @@ from __future__ import annotations
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from openwork.training.computed_weight import ComputedWeight, Source, itself
-from openwork.utils.torch_private import is_transformed
+from openwork.utils.torch_private import is_traced, is_transformed
 
 _MAKERS = ("torch.nn.utils.parametrize", "torch.nn.utils.weight_norm")
 """Modules of torch that make a layer's weight of others."""
@@ -34,7 +33,7 @@ def handed_out(weight: Tensor, module: nn.Module, name: str, reader: FrameType) 
     multiplies = where.startswith("torch.nn.modules.") and "reset_parameters" not in reader.f_code.co_name
     if multiplies or where.startswith("openwork.") or type(weight) is not Tensor:
         return weight
-    if torch.jit.is_tracing() or is_transformed(weight):
+    if is_traced() or is_transformed(weight):
         return weight
     parametrizations: Any = module.parametrizations
     dense = parametrizations[name].original

@@ -74,15 +74,20 @@ def as_functions_of_tensors() -> AbstractContextManager[Any]:
     return torch._C.DisableTorchFunctionSubclass()
 
 
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` records what runs now. Since torch 1.0."""
+    return torch._C._get_tracing_state() is not None
+
+
 @contextmanager
 def untraced() -> Iterator[None]:
     """`torch.jit.trace` takes what is computed inside as a constant. Since torch 1.0."""
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
