@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -240,7 +241,7 @@ def _read(func: Any, name: str, args: Any, kwargs: Any) -> Any:
             _linked(each, func, args, kwargs, given, index) if isinstance(each, Tensor) else each
             for index, each in enumerate(result)
         )
-    if name in ("numpy", "__array__") and given and hasattr(result, "setflags"):
+    if isinstance(result, np.ndarray) and any(result.ctypes.data == value.data_ptr() for value in values):
         result.setflags(write=False)
     return result
 
