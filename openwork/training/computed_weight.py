@@ -45,6 +45,9 @@ _WRITERS = {*_IN_PLACE_OPERATORS, "__setitem__", "__delitem__", "data=", "grad="
 _OF_THE_PARAMETER = {"grad", "grad=", "requires_grad=", "requires_grad_"}
 """What concerns the Parameter, and not its values."""
 _INIT = "torch.nn.init"
+_RANDOM = ("normal_", "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_", "log_normal_", "geometric_")
+_NEVER_FOLLOWED = {*_OF_THE_PARAMETER, *_RANDOM, "data=", "copy_", "zero_", "fill_", "fill_diagonal_", "__setitem__"}
+"""What does not compute with the values that it replaces."""
 _OF_OTHER_MEMORY = {"resize_", "resize_as_"}
 
 
@@ -191,10 +194,10 @@ def _values(tree: Any) -> Any:
 
 
 def _write(func: Any, name: str, args: Any, kwargs: Any, written: list[ComputedWeight]) -> Any:
-    """Write into the dense weight, or the same view of it. What autograd is to follow changes the computed values
-    instead, as of any result."""
+    """Write into the dense weight, or the same view of it: torch refuses what it does of a dense layer. Where autograd
+    is to follow how values come from the former ones, the computed ones are changed, as of any result."""
     followed = torch.is_grad_enabled() and any(_value(each).requires_grad for each in written)
-    if followed and name not in {*_OF_THE_PARAMETER, "data="} and getattr(func, "__module__", "") != _INIT:
+    if followed and name not in _NEVER_FOLLOWED and getattr(func, "__module__", "") != _INIT:
         return func(*_values(args), **_values(kwargs))
     twins = {id(each): each._path(each._source.writable()) for each in written}
     sources = [each._source for each in written]

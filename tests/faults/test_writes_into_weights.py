@@ -79,6 +79,13 @@ def test_in_place_writes_land_in_the_dense_weight(write, through) -> None:
     ow.verify(model, torch.randn(2, 16))
 
 
+@pytest.mark.parametrize("write", [Tensor.zero_, Tensor.normal_, lambda w: w.copy_(w.detach().clone()), fill_row])
+def test_overwriting_it_where_gradients_are_followed_is_refused_as_in_a_dense_layer(write) -> None:
+    for layer in (net()[0], sparse()[0]):
+        with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+            write(layer.weight)
+
+
 def test_augmented_assignment_lands() -> None:
     model = sparse()
     before = dense(model[0]).detach().clone()
