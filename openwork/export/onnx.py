@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from openwork.export.check import KEY, MatMul, as_metadata, check_onnx, constant_matmuls
 from openwork.export.linear import LinearAs
-from openwork.export.outputs import arguments, check_equal, exportable, outputs
+from openwork.export.outputs import arguments, check_equal, folded, outputs
 from openwork.files.model_state import Placed, masked_by_name, patterns
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
@@ -72,7 +72,8 @@ def to_onnx(
     inner = unwrap(model)
     check_not_deployed(inner, "exporting to ONNX")
     recorded = patterns(inner, masked_by_name(inner), pattern)
-    plain = exportable(model)
+    plain, renamed = folded(model)
+    recorded = {renamed.get(name, name): placed for name, placed in recorded.items()}
     with quiet(plain):
         exported = _exported(plain, example, dynamic_shapes, opset)
     _rename(exported.model.graph, input_names, output_names)

@@ -24,6 +24,7 @@ from openwork.training.record import sparsity_records
 from openwork.training.selection import PatternChoice, Selection
 from openwork.training.sparsify import finalize
 from openwork.training.verify import verify
+from openwork.training.weight_norm import fold_weight_norm
 from openwork.utils.difference import largest_difference
 from openwork.utils.example import run
 from openwork.utils.timing import as_graph, compile_frozen, fastest, finished
@@ -64,7 +65,8 @@ def deploy(
     timed_as: TimedAs = "eager",
 ) -> nn.Module:
     """A copy of the model for inference on the CPU or GPU that it is on, each layer dense or sparse, whichever was
-    measured faster; arguments as in `plan`. Batch normalization is folded into the layers before it.
+    measured faster; arguments as in `plan`. Batch normalization is folded into the layers before it, weight
+    normalization into its weight.
 
     The whole model is timed as well, against the same model all dense. If dense wins, the dense one is returned, and a
     warning says so. What was measured is in the result's `deployment`, a `Plan`, with how far outputs on the example
@@ -124,7 +126,8 @@ def _ready(
     report = verify(inner, pattern=pattern)
     ready = copy.deepcopy(inner)
     ready = (finalize(ready) if sparsity_records(ready) else ready).eval().requires_grad_(False)
-    return ready, {row.name: row.pattern or row.reason for row in report.rows}, weight_dtype
+    renamed = fold_weight_norm(ready)
+    return ready, {renamed.get(row.name, row.name): row.pattern or row.reason for row in report.rows}, weight_dtype
 
 
 def check_weight_dtype(weight_dtype: torch.dtype | None, device_type: str) -> None:

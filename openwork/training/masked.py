@@ -6,6 +6,7 @@ groups, or on the gathered weight; the formulas of a method see plain tensors.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from openwork.nm.masks import apply_mask, too_dense
 from openwork.nm.pattern import Pattern
 from openwork.training.dtensor import by_groups, cuts_groups, elementwise, full_tensor, placed_like
 from openwork.training.forward_cache import ForwardCache
+from openwork.utils.torch_private import is_traced, untraced
 
 RESERVED = ("mask", "mask_age", "step", "pattern")
 """What follows a weight's name in a state dict already, so that no state of a method may be called so."""
@@ -34,7 +36,8 @@ class Masked(nn.Module):
     steps since a stored mask was chosen. `seen_dtype` is the dtype in which the forward pass saw the weight (FSDP2 may
     hand it in bfloat16): the mask is a function of the weight rounded to it, so that the optimizer step and `verify`
     find the same mask. `reuses_mask`: the optimizer step takes the mask of the forward. Not of a sharded weight: each
-    process ranks its part once more, instead of holding the masks of all layers.
+    process ranks its part once more, instead of holding the masks of all layers. `lost`: the stored mask went with the
+    values of the model (`to_empty`); until the model's next forward, which stores one, it follows the weight.
     """
 
     mask: Tensor | None
@@ -51,6 +54,7 @@ class Masked(nn.Module):
         self._straight_through = not method.overrides("forward", "backward")
         self.step = self.age = 0
         self.changed = False  # whether `end` is no longer what sparsify was given
+        self.registered = self.lost = False
         self.phase = end
         self.go_to(0)
         self.mask = None  # no buffer: averages add and subtract buffers
@@ -71,8 +75,13 @@ class Masked(nn.Module):
         return {**self.__dict__, "_chosen_at": 0, "replaced": None}  # versions of copied weights begin at 0
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Masked:
+        """What `to`, `half` and `to_empty` do to buffers; a mask whose values did not survive is lost."""
         super()._apply(function, recurse)
-        self.mask = None if self.mask is None else function(self.mask)
+        if (mask := self.mask) is not None:
+            self.mask = function(mask)
+            if type(self.mask) is Tensor:
+                self.mask = self.mask.bool()  # `model.type(dtype)` casts whatever it finds
+                self.lost = self.lost or _differ(mask, self.mask)
         return self
 
     @property
@@ -88,11 +97,23 @@ class Masked(nn.Module):
             return ""
         return f"{self.phase}: not yet {self.end.pattern} (step {self.step} of {steps})"
 
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What torch asks when it registers a parametrization: the dense weight is the weight. Once: who moves it to
+        another module (`transfer_parametrizations_and_params`, which quantization-aware training calls) leaves behind
+        what `sparsify` made of the module around it."""
+        if self.registered:
+            raise RuntimeError(
+                "the mask of a sparsified layer cannot move to another module: replace layers (quantization-aware "
+                "training: prepare it) before ow.sparsify, or after ow.finalize"
+            )
+        self.registered = True
+        return weight
+
     # --- the mask --------------------------------------------------------------------------------------------------
 
     def mask_of(self, weight: Tensor) -> Tensor:
         """The mask in force: bool, the shape of `weight`."""
-        if self.mask is not None:
+        if self.mask is not None and not self.lost:
             self._follow_average(weight)
             return placed_like(self.mask, weight)
         return self.ranked(weight.detach().to(self.seen_dtype), self.phase)
@@ -108,7 +129,7 @@ class Masked(nn.Module):
 
     def mask_at_end(self, weight: Tensor) -> Tensor:
         """The mask in force, or the one that the end of the schedule would give this weight."""
-        if self.mask is not None and not self.unfinished:
+        if self.mask is not None and not self.lost and not self.unfinished:
             return self.mask_of(weight)
         return self.ranked(weight.detach().to(self.seen_dtype), self.end)
 
@@ -122,7 +143,7 @@ class Masked(nn.Module):
             self.mask = mask.contiguous()
         else:
             self.mask.copy_(placed_like(mask, self.mask))
-        self.age = 0
+        self.age, self.lost = 0, False
         self.belongs_to(weight)
 
     def belongs_to(self, weight: Tensor) -> None:
@@ -138,17 +159,27 @@ class Masked(nn.Module):
         if weight._version != self._chosen_at:
             self.choose_mask(weight)
 
+    def _make_anew(self, weight: Tensor) -> None:
+        """Store the mask and the state that belong to the weight, after those there were are lost."""
+        for name, tensor in self.restart(full_tensor(weight.detach())).items():
+            setattr(self, self.buffers_saved.get(name, name), tensor)
+        self.belongs_to(weight)
+
     # --- the forward pass ------------------------------------------------------------------------------------------
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.seen_dtype != weight.dtype:
             self.seen_dtype = weight.dtype
+        if self.lost and self.cache.is_running:
+            self._make_anew(weight)
         return self.cache.once(self, weight, self.effective)
 
     def effective(self, weight: Tensor) -> Tensor:
         """The weight that the layer multiplies with, computed afresh."""
         if not self.method.sparse:
             return weight
+        if not torch.compiler.is_compiling() and is_traced():
+            return self._traced(weight)
         if self.is_fused(weight):
             return straight_through([weight], self.phase.pattern, [self.phase.axis])[0]
         mask = self.mask_of(weight)
@@ -158,6 +189,18 @@ class Masked(nn.Module):
             self._check_whole_groups(weight)
         phase, state = self.phase, self.state
         return elementwise(lambda w, m: masked(self.method, w, m, phase, state), weight, mask)
+
+    def _traced(self, weight: Tensor) -> Tensor:
+        """What `torch.jit.trace` records, which runs where this package is not: the mask of now, and the formula."""
+        if self.training and weight.requires_grad:
+            warnings.warn(
+                "a trace of a sparsified model keeps the masks of now, and gradients reach only what they keep: train "
+                "the model itself, and trace it in eval mode or after ow.finalize",
+                stacklevel=2,
+            )
+        with untraced():
+            mask = self.mask_of(weight).clone()
+        return self.method.forward(weight, mask, self.phase, self.state)
 
     def is_fused(self, weight: Tensor) -> bool:
         """Whether a kernel does the forward in one pass, mask included: it is that of every method."""
@@ -205,6 +248,8 @@ class Masked(nn.Module):
             self.go_to(self.step + 1)
         if self.mask is None or not schedule.counts_steps:
             return
+        if self.lost:
+            self._make_anew(weight)
         self.age += 1
         if self.phase.pattern != pattern or 0 < (schedule.refresh_every or 0) <= self.age:
             self.choose_mask(weight)
@@ -270,7 +315,7 @@ class Masked(nn.Module):
     def restart(self, weight: Tensor) -> dict[str, Tensor]:
         """Begin anew with another dense weight, and return the mask and state that belong to it, by what follows its
         name in a state dict."""
-        self.age = 0
+        self.age, self.lost = 0, False
         self.go_to(0)
         state = dict(self.method.state(weight, self.end))
         return state if self.mask is None else {**state, "mask": self.ranked(weight, self.phase, state)}
@@ -279,6 +324,12 @@ class Masked(nn.Module):
         parts = [str(self.end.pattern), str(self.method), str(self.end.axis)]
         parts += [f"output_axis {self.end.output_axis}"] if self.end.output_axis else []
         return ", ".join(parts + ([self.unfinished] if self.unfinished else []))
+
+
+def _differ(before: Tensor, after: Tensor) -> bool:
+    if before.is_meta or after.is_meta:
+        return before.is_meta != after.is_meta
+    return not torch.equal(before.to(after.device), after)
 
 
 @dataclass

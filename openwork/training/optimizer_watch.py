@@ -70,8 +70,9 @@ class OptimizerWatch:
         if any("base_layer" in name.split(".") for name, _ in masked_modules(model)):
             self._groups_seen[optimizer] = math.inf
             warnings.warn(
-                "LoRA sits on a model that is still sparsified: what it learns is lost when it is merged, because the "
-                "weight that it is added to is computed anew; call ow.finalize(model) before adding adapters",
+                "LoRA sits on a model that is still sparsified: what it learns is pruned when it is merged, because it "
+                "is added to the dense weight, whose mask is chosen anew; call ow.finalize(model) before adding "
+                "adapters",
                 stacklevel=outside(),
             )
         if not trained_weights(optimizer, model) or any(same_or_around(optimizer, known) for known in self.attached):

@@ -10,6 +10,7 @@ the dense names in checkpoints. Kept apart from `torch.nn.utils.parametrize`:
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Iterator
@@ -38,6 +39,8 @@ def mask_weights(module: nn.Module, masked: dict[str, Masked]) -> None:
     original_class: Any = type(module)
     for name, parametrization in masked.items():
         parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+        parametrizations: Any = module.parametrizations
+        parametrizations[name].__class__ = MaskedSteps
     module.__class__ = shared_class(original_class, tuple(masked))
     module.__dict__.pop("_flat_weights", None)  # the shared class of an RNN has it as a property
     hooks = (
@@ -46,6 +49,33 @@ def mask_weights(module: nn.Module, masked: dict[str, Masked]) -> None:
         module.register_load_state_dict_post_hook(_report_dense_names),
     )
     module.__dict__["_openwork"] = (order, hooks)
+
+
+class MaskedSteps(parametrize.ParametrizationList):
+    """The mask of a weight, and what others register on top of it."""
+
+    __module__ = parametrize.ParametrizationList.__module__  # torch.fx calls torch's own modules as they are
+
+    def append(self, module: nn.Module) -> MaskedSteps:
+        wanted = [
+            each
+            for each in inspect.signature(module.forward).parameters.values()
+            if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD) and each.default is each.empty
+        ]
+        if len(wanted) != 1:
+            raise RuntimeError(
+                f"{type(module).__name__} makes a weight of {len(wanted)} tensors, and a sparsified layer has one: "
+                "register it before ow.sparsify, which masks the direction of weight_norm and leaves others alone"
+            )
+        super().append(module)
+        return self
+
+    def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
+        return _empty_steps, (), self.__dict__
+
+
+def _empty_steps() -> nn.Module:
+    return MaskedSteps.__new__(MaskedSteps)
 
 
 def unmask_weights(module: nn.Module) -> None:
@@ -78,9 +108,9 @@ def masked_weights(module: nn.Module) -> list[tuple[str, Masked, nn.Parameter]]:
     return [(name, steps[0], steps.original) for name, steps in parametrizations.items()]
 
 
-def masked_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The (name, module) of every module in `model` that holds masked weights."""
-    for name, module in model.named_modules():
+def masked_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The (name, module) of every module in `model` that holds masked weights, once or under `every_name`."""
+    for name, module in model.named_modules(remove_duplicate=not every_name):
         if "_openwork" in module.__dict__:
             yield plain_name(name), module
 
@@ -95,9 +125,9 @@ class SparseWeight(NamedTuple):
     weight: nn.Parameter
 
 
-def sparse_weights(model: nn.Module) -> Iterator[SparseWeight]:
-    """Every masked weight in `model`, in the order of its modules."""
-    for name, module in masked_modules(model):
+def sparse_weights(model: nn.Module, *, every_name: bool = False) -> Iterator[SparseWeight]:
+    """Every masked weight in `model`, in the order of its modules: once, or under `every_name` that it has."""
+    for name, module in masked_modules(model, every_name=every_name):
         yield from sparse_weights_of(name, module)
 
 
@@ -150,8 +180,10 @@ def _to_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, _: ob
     for inside, outside in _renamed(module, prefix):
         if inside in state:
             state[outside] = state.pop(inside)
-    for name, masked, _weight in masked_weights(module):
+    for name, masked, weight in masked_weights(module):
         state |= {f"{prefix}{name}_{key}": tensor for key, tensor in masked.others_saved.items()}
+        if masked.lost and masked.mask is not None:
+            state[f"{prefix}{name}_mask"] = masked.mask_of(weight)
     order = [prefix + name for name in module.__dict__["_openwork"][0]]
     rest = [name for name in state if name.startswith(prefix) and name not in order]
     for name in [name for name in order if name in state] + rest:
@@ -170,6 +202,7 @@ def _from_dense_names(
 ) -> None:
     assigns = bool(metadata.get("assign_to_params_buffers"))
     for name, masked, weight in masked_weights(module):
+        masked.cache.forget(masked)
         _take_counters(masked, state, prefix + name)
         if masked.mask is not None:
             _take_mask(masked, state, f"{prefix}{name}_mask", assigns, missing if strict else [], errors)
@@ -207,6 +240,7 @@ def _take_counters(masked: Masked, state: dict[str, Any], name: str) -> None:
         what = f"{kind} masks were chosen anew" if masked.mask is not None else "what the method keeps was made anew"
         warnings.warn(f"the checkpoint is dense: {what}, from its weights", stacklevel=3)
         state |= {f"{name}_{key}": tensor for key, tensor in masked.restart(state[name]).items()}
+    masked.lost = masked.lost and f"{name}_mask" not in state
     if (pattern := state.pop(f"{name}_pattern", None)) is not None:
         masked.change_pattern(Pattern(*pattern.tolist()), None)
     if (age := state.pop(f"{name}_mask_age", None)) is not None:

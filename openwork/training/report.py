@@ -38,8 +38,8 @@ class Row:
 
     @property
     def density(self) -> float:
-        """Share of the weights that are kept, measured on the mask."""
-        return self.kept / self.weights
+        """Share of the weights that are kept, measured on the mask; 1 of a tensor without any."""
+        return self.kept / self.weights if self.weights else 1.0
 
     @property
     def macs_sparse(self) -> int | None:

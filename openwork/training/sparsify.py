@@ -31,7 +31,7 @@ from openwork.training.parametrize import (
 )
 from openwork.training.record import SparsityRecord, sparsity_records, unfinished_weights
 from openwork.training.report import Report, Row
-from openwork.training.select import Candidate, decide
+from openwork.training.select import Candidate, check_has_values, decide
 from openwork.training.selection import AxisChoice, PatternChoice, Remainder, Selection
 from openwork.training.shared_class import plain_class
 
@@ -71,7 +71,8 @@ def sparsify(
     if selection.transposable and not method.transposable:
         raise ValueError(f"transposable=True with {method}, whose masks are not; use ow.TransposableSRSTE()")
     decided = decide(model, dataclasses.replace(selection, transposable=method.transposable))
-    macs = count_macs(model, example, {c.name: c.weight for c in decided}) if example is not None else None
+    multiplied = {c.name: c.weight for c in decided if not c.factor or c.factor.direction}
+    macs = count_macs(model, example, multiplied) if example is not None else None
     title, cache = f"{type(model).__name__}, {method.name}", ForwardCache(prune_ahead)
     masked = {candidate.name: _masked(candidate, method, cache) for candidate in decided if candidate.pattern}
     report = report_on(model, decided, lambda name, weight: masked[name].mask_at_end(weight), macs, title)
@@ -124,6 +125,7 @@ def project(
     model = unwrap(model)
     _check_plain(model)
     decided = decide(model, _selection(pattern, exclude, axis, remainder))
+    check_has_values(decided)
     masks = {candidate.name: _magnitude_mask(candidate) for candidate in decided if candidate.pattern}
     report = report_on(model, decided, lambda name, _: masks[name], None, f"{type(model).__name__}, projected")
     with torch.no_grad():
