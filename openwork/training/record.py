@@ -19,7 +19,8 @@ from openwork.utils.names import join
 @dataclass
 class SparsityRecord:
     """What `sparsify` leaves on the model's root: the pattern and axis of each weight, and who trains it.
-    `output_axes`: those of weights that are N:M along them as well."""
+    `output_axes`: those of weights that are N:M along them as well. `dense`: the weights that were left alone, and why;
+    `exclude`: the globs that were given, which declare buffers dense as well."""
 
     weights: dict[str, tuple[Pattern, Axis]]
     method: Method
@@ -27,6 +28,8 @@ class SparsityRecord:
     watch: OptimizerWatch
     hooks: tuple[Any, ...] = ()
     output_axes: dict[str, Axis] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()
 
 
 def sparsity_records(model: nn.Module) -> list[tuple[str, nn.Module, SparsityRecord]]:
@@ -56,6 +59,22 @@ def recorded_output_axes(model: nn.Module) -> dict[str, Axis]:
         for prefix, _, record in sparsity_records(model)
         for name, axis in record.output_axes.items()
     }
+
+
+def recorded_dense(model: nn.Module) -> dict[str, str]:
+    """The weights that sparsify left alone, by name, and why."""
+    return {
+        join(plain_name(prefix), name): reason
+        for prefix, _, record in sparsity_records(model)
+        for name, reason in record.dense.items()
+    }
+
+
+def recorded_excludes(model: nn.Module) -> tuple[str, ...]:
+    """The globs of what was excluded, as names in `model`."""
+    return tuple(
+        join(plain_name(prefix), glob) for prefix, _, record in sparsity_records(model) for glob in record.exclude
+    )
 
 
 def unfinished_weights(model: nn.Module) -> dict[str, str]:
