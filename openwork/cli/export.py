@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from openwork import export as to
 from openwork.cli.source import FORMS as FORMS_OF_SOURCE
 from openwork.cli.source import Source, add_arguments, open_model
-from openwork.export.check import IN_GEMM, MatMul
+from openwork.export.check import TENSORRT_SPARSE, MatMul
+from openwork.export.linear import LinearAs
 from openwork.export.outputs import exportable
 from openwork.files.checkpoint import load_state_dict
 from openwork.files.container import write_tensors
@@ -24,6 +25,7 @@ from openwork.utils.table import aligned
 from openwork.utils.torch_private import tree_map, tree_map_only
 
 FORMS = ("onnx", "torch", "aot", "huggingface", "dense")
+_ONNX = ("opset", "input_names", "output_names", "linear")
 _BY_SUFFIX = {".onnx": "onnx", ".pt2": "torch", ".safetensors": "dense", "": "huggingface"}
 
 _ABOUT = """\
@@ -38,6 +40,8 @@ def export(words: Sequence[str]) -> int:
     """Runs the command; returns the exit status."""
     asked = _parser().parse_args(words)
     form = asked.to or _BY_SUFFIX.get(Path(asked.out).suffix, "")
+    if form and form != "onnx" and (given := [name for name in _ONNX if getattr(asked, name) is not None]):
+        raise ValueError(f"--{given[0].replace('_', '-')} is for ONNX, and {asked.out} becomes {form}; leave it out")
     if not form:
         raise ValueError(f"--out {asked.out} does not say the form by its suffix; add --to {{{','.join(FORMS)}}}")
     if form == "dense" and not asked.model and not _names_a_model(asked.source):
@@ -48,7 +52,7 @@ def export(words: Sequence[str]) -> int:
     if form == "dense":
         _write_dense(_dense_tensors(source.model), asked.out)
     else:
-        print(_written(form, source, selection, asked.out, asked.dynamic_batch))
+        print(_written(form, source, selection, asked))
     return 0
 
 
@@ -77,16 +81,23 @@ def _parser() -> argparse.ArgumentParser:
     add("--pattern", metavar="N:M", help="of weights that record none (default: the tightest that each has)")
     add("--exclude", nargs="+", default=(), metavar="GLOB", help="weights that are dense")
     add("--dynamic-batch", action="store_true", help="let the first dim of the input vary")
+    onnx = parser.add_argument_group("for ONNX").add_argument
+    onnx("--opset", type=int, metavar="VERSION", help="of ONNX's operators")
+    onnx("--input-names", nargs="+", metavar="NAME", help="what the file calls its inputs, in order")
+    onnx("--output-names", nargs="+", metavar="NAME", help="what the file calls its outputs, in order")
+    onnx("--linear", choices=get_args(LinearAs), help="operator of linear layers on more than two dims (MatMul)")
     return parser
 
 
-def _written(form: str, source: Source, selection: Selection | None, out: str, dynamic: bool) -> str:
+def _written(form: str, source: Source, selection: Selection | None, asked: argparse.Namespace) -> str:
     """Write the form; what to tell about it."""
+    out = asked.out
     if form == "huggingface":
         return to.to_huggingface(source.model, out, pattern=selection, method=source.method)
-    example, shapes = _of_any_size(source.example) if dynamic else (source.example, None)
+    example, shapes = _of_any_size(source.example) if asked.dynamic_batch else (source.example, None)
     if form == "onnx":
-        done = to.to_onnx(source.model, example, out, pattern=selection, dynamic_shapes=shapes)
+        options = {name: getattr(asked, name) for name in _ONNX if getattr(asked, name) is not None}
+        done = to.to_onnx(source.model, example, out, pattern=selection, dynamic_shapes=shapes, **options)
         lines = matmul_table(done.matmuls)
         return "\n".join([*lines, f"{out}: valid ONNX; {_compared('ONNX Runtime', done.difference)}"])
     write = to.to_torch_export if form == "torch" else to.to_aot_inductor
@@ -111,9 +122,9 @@ def matmul_table(matmuls: Sequence[MatMul]) -> list[str]:
     """A table of the matmuls of an ONNX file; a pattern that the file does not record is marked "(inferred)"."""
     rows = [_cells(matmul) for matmul in matmuls]
     lines = aligned(("weight", "shape", "dtype", "operator", "pattern", "density"), rows)
-    other = [matmul.name for matmul in matmuls if matmul.pattern and matmul.op not in IN_GEMM]
+    other = [matmul.name for matmul in matmuls if matmul.pattern and matmul.op not in TENSORRT_SPARSE]
     if other:
-        lines.append(f"not Gemm or Conv, so TensorRT takes no sparse tactic: {', '.join(other)}")
+        lines.append(f"not MatMul, Gemm or Conv, so TensorRT takes no sparse tactic: {', '.join(other)}")
     return lines
 
 

@@ -19,7 +19,7 @@ from openwork.training.selection import PatternChoice, Selection
 from openwork.training.verify import NotSparse, tightest
 
 KEY = "openwork"  # in the metadata of the file: {"fc.weight": "2:4"}, what was recorded of each constant
-IN_GEMM = ("Gemm", "Conv")  # where TensorRT looks for sparse tactics
+TENSORRT_SPARSE = ("MatMul", "Gemm", "Conv")  # where TensorRT looks for sparse tactics, MatMul since 10.3
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""ONNX: what ONNX Runtime, OpenVINO and TensorRT load. The zeros lie in constant weights of `Gemm` and `Conv`."""
+"""ONNX: what ONNX Runtime, OpenVINO and TensorRT load. The zeros lie in constant weights."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import os
 import re
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from openwork.export.check import KEY, MatMul, as_metadata, check_onnx, constant_matmuls
+from openwork.export.linear import LinearAs
 from openwork.export.outputs import arguments, check_equal, exportable, outputs
 from openwork.files.model_state import Placed, masked_by_name, patterns
 from openwork.nm.pattern import Pattern
@@ -25,7 +26,7 @@ from openwork.training.selection import PatternChoice, Selection
 from openwork.utils.atomic import atomic_file, sync
 from openwork.utils.deployed import check_not_deployed
 from openwork.utils.example import quiet
-from openwork.utils.torch_private import tree_leaves
+from openwork.utils.torch_private import decompositions, tree_leaves
 
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes; weights of larger models lie in a second file
 
@@ -47,6 +48,10 @@ def to_onnx(
     *,
     pattern: Selection | PatternChoice | None = None,
     dynamic_shapes: Any = None,
+    opset: int | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    linear: LinearAs = "MatMul",
 ) -> Exported:
     """Write a model as ONNX, and check the file before it gets its name: the ONNX checker, N:M along the axis that
     each matmul sums over, and ONNX Runtime's outputs for `example`.
@@ -55,15 +60,23 @@ def to_onnx(
     exported as finalized; a plain one is held to `pattern` as in `ow.save`.
     `dynamic_shapes` as in torch.export.export: without it the file takes inputs of the example's shape alone. Weights
     of more than 2 GB, which one file cannot hold, go to a second one in the folder, `path`.<8 hexadecimal digits>.data.
-    Raises NotSparse, ValueError from the checker, RuntimeError for other outputs, and what torch.onnx.export raises.
+    `opset` is the version of ONNX's operators (default: torch's choice), `input_names` and `output_names` what the
+    file calls each tensor that goes in and comes out, in order. `linear`: the operator of linear layers on more than
+    two dims, "MatMul", or "Gemm" between two Reshapes (see docs/deploy.md on TensorRT).
+    Raises NotSparse, ValueError for names and versions that do not fit and from the checker, RuntimeError for other
+    outputs, and what torch.onnx.export raises.
     """
+    if linear not in get_args(LinearAs):
+        raise ValueError(f"linear has to be {' or '.join(map(repr, get_args(LinearAs)))}, not {linear!r}")
     inner = unwrap(model)
     check_not_deployed(inner, "exporting to ONNX")
     recorded = patterns(inner, masked_by_name(inner), pattern)
     plain = exportable(model)
     with quiet(plain):
-        exported = _program(plain, example, dynamic_shapes)
-    exported.model.metadata_props[KEY] = as_metadata(_kept(exported.model, recorded))
+        exported = _exported(plain, example, dynamic_shapes, opset)
+    _rename(exported.model.graph, input_names, output_names)
+    transposed = _finish(exported, linear)
+    exported.model.metadata_props[KEY] = as_metadata(_kept(exported.model, recorded, transposed))
     target = Path(os.path.realpath(path))
     data = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
     with atomic_file(target, ".part.onnx") as part, _deleted_on_error(data):
@@ -74,28 +87,73 @@ def to_onnx(
     return Exported(matmuls, difference)
 
 
-def _program(model: nn.Module, example: Any, dynamic_shapes: Any) -> Any:
-    import onnx_ir
-
-    from openwork.export.gemm import matmuls_to_gemms
-
+def _exported(model: nn.Module, example: Any, dynamic_shapes: Any, opset: int | None) -> Any:
+    """torch's ONNX program of a model, not yet optimized."""
     args, kwargs = arguments(model, example)
+    options: dict[str, Any] = {"opset_version": opset, "dynamo": True, "optimize": False, "verbose": False}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own, about its own pytree
-        program: Any = torch.onnx.export(
-            model, args, kwargs=kwargs, dynamo=True, dynamic_shapes=dynamic_shapes, optimize=False, verbose=False
-        )
-    matmuls_to_gemms(program.model.graph)
-    program.optimize()
-    # The exporter notes the path and line of the user's code at every node: larger files, and private.
-    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)
+        if projected := [name for name, module in model.named_modules() if getattr(module, "proj_size", 0)]:
+            program: Any = torch.onnx.export(_unrolled(model, projected, args, kwargs, dynamic_shapes), **options)
+        else:
+            program = torch.onnx.export(model, args, kwargs=kwargs, dynamic_shapes=dynamic_shapes, **options)
+    written = program.model.opset_imports[""]
+    if opset is not None and written != opset:
+        raise ValueError(f"opset={opset}: torch's exporter could not write it, only {written}")
     return program
 
 
-def _kept(model: Any, recorded: Mapping[str, Placed]) -> dict[str, Pattern]:
+def _unrolled(model: nn.Module, projected: Sequence[str], args: Any, kwargs: Any, dynamic_shapes: Any) -> Any:
+    """A model's torch.export program in which every LSTM is a matmul for each time step."""
+    warnings.warn(
+        f"ONNX's LSTM knows no proj_size: {', '.join(projected)} is written step by step, for sequences as long as the "
+        "example's",
+        stacklevel=5,
+    )
+    program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    return program.run_decompositions(decompositions([torch.ops.aten.lstm.input]))
+
+
+def _rename(graph: Any, input_names: Sequence[str] | None, output_names: Sequence[str] | None) -> None:
+    taken = set(graph.initializers)
+    for argument, values, names in (
+        ("input_names", graph.inputs, input_names),
+        ("output_names", graph.outputs, output_names),
+    ):
+        if names is not None:
+            if isinstance(names, str) or len(names) != len(values) or len({*names} - taken) != len(names):
+                raise ValueError(
+                    f"{argument} has to be {len(values)} different names that no weight has and no other argument "
+                    f"gives, for {', '.join(value.name for value in values)}; got {names!r}"
+                )
+            for value, name in zip(values, names, strict=True):
+                value.name = name
+        taken.update(value.name for value in values)
+
+
+def _finish(program: Any, linear: LinearAs) -> frozenset[str]:
+    """Rewrite and optimize a program; the names of the weights that it holds transposed."""
+    import onnx_ir
+
+    from openwork.export.linear import write_linear_layers
+
+    names = [value.name for value in (*program.model.graph.inputs, *program.model.graph.outputs)]
+    transposed = write_linear_layers(program.model.graph, linear)
+    program.optimize()
+    assert names == [value.name for value in (*program.model.graph.inputs, *program.model.graph.outputs)]
+    # The exporter notes the path and line of the user's code at every node: larger files, and private.
+    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)
+    return transposed
+
+
+def _kept(model: Any, recorded: Mapping[str, Placed], transposed: Collection[str]) -> dict[str, Pattern]:
     """What was recorded of weights that are multiplied under their name, along their axis; a warning names others."""
     multiplied = {(matmul.name, matmul.axis) for matmul, _ in constant_matmuls(model)}
-    kept = {name: pattern for name, (pattern, axis) in recorded.items() if (name, axis) in multiplied}
+    kept = {
+        name: pattern
+        for name, (pattern, axis) in recorded.items()
+        if (name, replace(axis, dim=1 - axis.dim) if name in transposed else axis) in multiplied
+    }
     if lost := [name for name in recorded if name not in kept]:
         warnings.warn(
             f"the exporter rewrote {', '.join(lost[:3])} ({len(lost)} in all), so the file records nothing of them; "

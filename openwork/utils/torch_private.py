@@ -6,7 +6,7 @@ own documentation uses, and are taken as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -45,6 +45,13 @@ def aot_inductor() -> tuple[Callable[..., Any], Callable[..., Any]]:
     except ImportError as error:
         raise RuntimeError(f"torch {torch.__version__} does not write packages of AOTInductor ({error})") from error
     return aoti_compile_and_package, aoti_load_package
+
+
+def decompositions(operators: Sequence[Any]) -> Mapping[Any, Callable[..., Any]]:
+    """What each operator is made of, for `ExportedProgram.run_decompositions`. Since torch 2.0."""
+    from torch._decomp import get_decompositions
+
+    return get_decompositions(operators)
 
 
 def without_modes() -> AbstractContextManager[Any]:

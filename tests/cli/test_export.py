@@ -65,6 +65,19 @@ def test_onnx_and_its_verification(file, capsys):
     assert "the file records nothing" in capsys.readouterr().out
 
 
+def test_what_onnx_calls_things(file, capsys):
+    asked = ["--opset", "20", "--input-names", "pixels", "--output-names", "logits", "--linear", "Gemm"]
+    made = ["--model", "made:network", "--input", "2x3x16"]
+    assert main(["export", "net.safetensors", "--out", "net.onnx", *asked, *made]) == 0
+    written = onnx.load("net.onnx")
+    assert [each.name for each in (*written.graph.input, *written.graph.output)] == ["pixels", "logits"]
+    assert [each.version for each in written.opset_import if not each.domain] == [20]
+    assert "MatMul" not in {node.op_type for node in written.graph.node}
+    capsys.readouterr()
+    assert main(["export", "net.safetensors", "--out", "net.pt2", *asked, *made]) == 2
+    assert "--opset is for ONNX, and net.pt2 becomes torch; leave it out" in capsys.readouterr().err
+
+
 def sparsified() -> nn.Module:
     model = network()
     ow.sparsify(model, "2:4", ow.SRSTE())

@@ -66,22 +66,35 @@ WEIGHTS = ["conv", "fc", "encoder.self_attn.out_proj", "encoder.linear1", "encod
 WEIGHTS = [f"{name}.weight" for name in WEIGHTS] + ["encoder.self_attn.in_proj_weight"]
 
 
+@pytest.mark.parametrize("linear", ["MatMul", "Gemm"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_network(path, dynamic):
+def test_a_network(path, dynamic, linear):
     model = Net().eval()
     ow.project(model, "2:4")
     shapes = {"x": {0: Dim("batch")}} if dynamic else None
-    done = to_onnx(model, images(), path, pattern="2:4", dynamic_shapes=shapes)
+    done = to_onnx(model, images(), path, pattern="2:4", dynamic_shapes=shapes, linear=linear)
 
     onnx.checker.check_model(path, full_check=True)
     assert done.difference < 1e-5
-    assert {each.name: (each.op, str(each.pattern), each.recorded) for each in done.matmuls} == {
-        name: ("Conv" if name == "conv.weight" else "Gemm", "2:4", True) for name in WEIGHTS
+    # Rows of attention are put together before its projections: matmuls on two dims, Gemm in either case.
+    two_dims = {"encoder.self_attn.out_proj.weight", "conv.weight"}
+    assert {each.name: (str(each.pattern), each.recorded) for each in done.matmuls} == dict.fromkeys(
+        WEIGHTS, ("2:4", True)
+    )
+    assert {(each.name in two_dims, each.op) for each in done.matmuls if each.name != "head.weight"} == {
+        (True, "Conv"),
+        (True, "Gemm"),
+        (False, linear),
     }
+    assert {each.op for each in done.matmuls if each.name == "head.weight"} == {"Gemm", linear}
     assert check_onnx(path) == done.matmuls
     found = constants(path)
+    stored = sum(array.size for array in found.values() if array.ndim >= 2)
+    assert stored == sum(model.state_dict()[name].numel() for name in WEIGHTS)  # none of them twice
     for name in WEIGHTS[1:]:  # conv.weight is scaled by the BatchNorm that was folded into it
-        assert np.array_equal(found[name], model.state_dict()[name].numpy())
+        written = model.state_dict()[name].numpy()
+        is_transposed = linear == "MatMul" and name not in two_dims
+        assert np.array_equal(found[name], written.T if is_transposed else written)
     assert np.array_equal(found["conv.weight"] != 0, model.conv.weight.detach().numpy() != 0)
     x = images(5 if dynamic else 2)
     for mine, theirs in zip(ran(path, x), model(x), strict=True):
@@ -141,18 +154,20 @@ class Forms(nn.Module):
         )
 
 
-def test_every_form_of_a_matmul(path):
+@pytest.mark.parametrize("linear", ["MatMul", "Gemm"])
+def test_every_form_of_a_matmul(path, linear):
     model = Forms()
     where = {"w": 0, "experts": 1}
     ow.project(model, "2:4", axis=where, exclude=["wide"])
     x = torch.randn(3, 4, 8)
-    done = to_onnx(model, x, path, pattern=ow.Selection({"w": "2:4", "experts": "2:4"}, axis=where))
+    done = to_onnx(model, x, path, pattern=ow.Selection({"w": "2:4", "experts": "2:4"}, axis=where), linear=linear)
     assert {each.name for each in done.matmuls if each.recorded} == {"w", "experts"}
-    nodes = [node.op_type for node in onnx.load(path).graph.node]
-    assert nodes.count("MatMul") == 1  # the batched one
+    if linear == "Gemm":
+        nodes = [node.op_type for node in onnx.load(path).graph.node]
+        assert nodes.count("MatMul") == 1  # the batched one
     for mine, theirs in zip(ran(path, x), model(x), strict=True):
         torch.testing.assert_close(mine, theirs)
-    assert {(each.op, each.axis.dim) for each in done.matmuls} == {("Gemm", 0), ("Gemm", 1), ("MatMul", 1)}
+    assert {(each.op, each.axis.dim) for each in done.matmuls} == {(linear, 0), ("Gemm", 1), ("MatMul", 1)}
 
 
 def test_convolutions_of_other_kinds_and_recurrent_layers(path, capsys):
@@ -183,7 +198,7 @@ def test_convolutions_of_other_kinds_and_recurrent_layers(path, capsys):
         [op, "2:4", *["(inferred)"] * (op in ("LSTM", "GRU"))]
         for op in ("LSTM", "LSTM", "GRU", "GRU", "ConvTranspose", "Conv")
     ]
-    assert other.startswith("not Gemm or Conv, so TensorRT takes no sparse tactic: ")
+    assert other.startswith("not MatMul, Gemm or Conv, so TensorRT takes no sparse tactic: ")
     assert verified == "verified: 2 of 6 matmuls held to what was recorded"
     assert note.startswith(
         "(inferred): from the weights; the file records none (the exporter renames those of LSTM, GRU, RNN)"
@@ -199,6 +214,72 @@ def test_a_transformer_of_transformers(path):
     sparse = {each.name: (each.op, each.axis.dim) for each in done.matmuls if each.recorded}
     names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert sparse == {f"transformer.h.0.{name}.weight": ("Gemm", 0) for name in names}  # Conv1D: (in, out)
+
+
+def test_a_tied_head_is_stored_once_and_read_as_it_is(path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.hidden = nn.Embedding(32, 16), nn.Linear(16, 16)
+            self.head = nn.Linear(16, 32, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens):
+            return self.head(self.hidden(self.embedding(tokens)))
+
+    model = Tied().eval()
+    ow.project(model, "2:4", exclude=["embedding", "head"])
+    done = to_onnx(model, torch.tensor([[3, 1, 2]]), path, pattern={"hidden": "2:4"})
+    assert {each.name: str(each.pattern) for each in done.matmuls} == {"hidden.weight": "2:4", "head.weight": "None"}
+    assert sum(array.size for array in constants(path).values() if array.ndim >= 2) == 32 * 16 + 16 * 16
+
+
+@pytest.mark.parametrize("linear", ["MatMul", "Gemm"])
+def test_operator_set_and_names_are_those_asked_for(path, linear):
+    model = nn.Sequential(nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+    ow.project(model, "2:4")
+    x = torch.randn(2, 3, 16)
+    names = {"input_names": ["linear"], "output_names": ["logits"]}  # `linear` is also what torch calls a value
+    for opset in (17, 20):
+        done = to_onnx(model, x, path, pattern="2:4", opset=opset, linear=linear, **names)
+        written = onnx.load(path)
+        assert [each.version for each in written.opset_import if not each.domain] == [opset]
+        assert {each.name for each in done.matmuls if each.recorded} == {"0.weight", "2.weight"}
+        session = onnxruntime.InferenceSession(path)
+        assert [each.name for each in session.get_inputs()] == ["linear"]
+        torch.testing.assert_close(torch.from_numpy(session.run(["logits"], {"linear": x.numpy()})[0]), model(x))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"input_names": ["a", "b"]}, "other argument gives, for input; got ['a', 'b']"),
+        ({"input_names": "x"}, "input_names has to be 1 different names"),
+        ({"output_names": []}, "output_names has to be 1 different names"),
+        ({"input_names": ["0.weight"]}, "input_names has to be 1 different names that no weight has"),
+        ({"input_names": ["y"], "output_names": ["y"]}, "output_names has to be 1 different names that no weight has"),
+        ({"opset": 5}, "opset=5"),
+        ({"opset": 1000}, "opset=1000"),
+        ({"linear": "gemm"}, "linear has to be 'MatMul' or 'Gemm', not 'gemm'"),
+    ],
+)
+def test_names_and_versions_that_do_not_fit_are_refused(path, wrong, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        to_onnx(nn.Sequential(nn.Linear(16, 8)), torch.randn(3, 16), path, pattern=None, **wrong)
+    assert not path.exists()
+
+
+def test_an_lstm_with_projection_is_written_step_by_step(path):
+    model = nn.LSTM(16, 32, num_layers=2, bidirectional=True, proj_size=8, batch_first=True).eval()
+    ow.project(model, "2:4")
+    x = torch.randn(2, 3, 16)
+    with pytest.warns(UserWarning, match="knows no proj_size"):
+        done = to_onnx(model, x, path, pattern="2:4", dynamic_shapes=({0: Dim.DYNAMIC},))
+    assert {each.name: str(each.pattern) for each in done.matmuls if each.recorded} == {
+        name: "2:4" for name, weight in model.named_parameters() if weight.ndim == 2
+    }
+    x = torch.randn(5, 3, 16)
+    torch.testing.assert_close(ran(path, x)[0], model(x)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_is_checked_without_being_run(path):

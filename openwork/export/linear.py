@@ -1,39 +1,73 @@
-"""Rewrite matmuls by a constant matrix to `Gemm`: TensorRT looks for sparse tactics there and in `Conv` only.
+"""How linear layers on more than two dims are written: torch's exporter makes
 
-The exporter writes a linear layer on more than two dims as `MatMul` and `Add`. Here
+    x (..., K) -> MatMul with Transpose(weight (O, K)) -> Add of the bias
 
-    x (..., K) -> Reshape (-1, K) -> Gemm with the unmodified weight, (O, K) or (K, O), and the bias -> Reshape (..., O)
+`MatMul`, as every runtime looks for it (and fuses attention around it), then has the transposed weight as its constant,
+under the weight's name. `Gemm` has the weight as it is, between two Reshapes: for runtimes that look for sparse weights
+there and in `Conv` only, as TensorRT did before 10.3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+LinearAs = Literal["MatMul", "Gemm"]
 
-def matmuls_to_gemms(graph: ir.Graph) -> int:
-    """Rewrite every `MatMul` by a constant matrix, with the `Add` of a constant bias after it; returns how many.
 
-    For the graph as the exporter makes it, before its optimizer folds the transposition of the weight into a copy.
+def write_linear_layers(graph: ir.Graph, linear: LinearAs) -> frozenset[str]:
+    """Rewrite the linear layers of a graph; the names of the weights that lie in it transposed from now on.
+
+    For the graph as the exporter makes it, before its optimizer folds transposed weights into copies without a name.
     """
-    rewritten = 0
+    names: list[str] = []
+    if linear == "MatMul":
+        names = [name for name, weight in list(graph.initializers.items()) if _transpose(weight)]
     for node in list(graph):
         matrix = _matrix(node.inputs[1]) if node.op_type == "MatMul" else None
-        if matrix is not None:
-            _rewrite(graph, node, *matrix)
-            rewritten += 1
-    return rewritten
+        if matrix is not None and (linear == "Gemm" or matrix[1]):  # what is tied to an embedding stays as it lies
+            _to_gemm(graph, node, *matrix)
+    return frozenset(names)
+
+
+def _transpose(weight: ir.Value) -> bool:
+    """Transpose a weight in place where all that use it can take it so, and a MatMul does; whether it was."""
+    import onnx_ir as ir
+
+    uses = list(weight.uses())
+    transposes = [use.node for use in uses if _is_transpose(use.node)]
+    gemms = [use.node for use in uses if use.node.op_type == "Gemm" and use.idx == 1]
+    if not transposes or len(transposes) + len(gemms) < len(uses) or weight.is_graph_output():
+        return False
+    assert weight.const_value is not None
+    transposed = np.ascontiguousarray(weight.const_value.numpy().T)
+    weight.const_value, weight.shape = ir.tensor(transposed, name=weight.name), ir.Shape(transposed.shape)
+    for gemm in gemms:
+        gemm.attributes["transB"] = ir.AttrInt64("transB", 1 - _int(gemm, "transB"))
+    for node in transposes:
+        ir.convenience.replace_all_uses_with(node.outputs[0], weight, replace_graph_outputs=True)
+        assert node.graph is not None
+        node.graph.remove(node, safe=True)
+    return True
+
+
+def _is_transpose(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and "perm" in node.attributes and node.attributes["perm"].as_ints() == (1, 0)
+
+
+def _int(node: ir.Node, name: str) -> int:
+    return node.attributes[name].as_int() if name in node.attributes else 0
 
 
 def _matrix(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
     """The initializer of two dims that a value is, and whether transposed; None if it is no such thing."""
     node = value.producer() if value is not None else None
-    transposed = node is not None and node.op_type == "Transpose" and node.attributes["perm"].as_ints() == (1, 0)
+    transposed = node is not None and _is_transpose(node)
     if node is not None and transposed:
         value = node.inputs[0]
     if value is None or not value.is_initializer() or value.shape is None or len(value.shape) != 2:
@@ -41,7 +75,7 @@ def _matrix(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
     return value, transposed
 
 
-def _rewrite(graph: ir.Graph, matmul: ir.Node, weight: ir.Value, transposed: bool) -> None:
+def _to_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value, transposed: bool) -> None:
     import onnx_ir as ir
 
     assert weight.const_value is not None
