@@ -110,10 +110,9 @@ class _Watcher(TorchDispatchMode):
         kwargs = kwargs or {}
         counted = is_product(func) or func._overloadpacket in flop_formulas()
         if not counted and func is not torch.ops.prim.device.default:
-            decomposed = func.decompose(*args, **kwargs)
+            with self:
+                decomposed = func.decompose(*args, **kwargs)
             if decomposed is not NotImplemented:
-                operands = [(tensor, self._trace(tensor)) for tensor in _tensors((args, kwargs))]
-                self._follow(func, args, operands, decomposed, counted)  # what no operator below has shown
                 return decomposed
         operands = [(tensor, self._trace(tensor)) for tensor in _tensors((args, kwargs))]
         if self.visit:
