@@ -145,4 +145,7 @@ def _verify_onnx(file: str, pattern: Pattern | None, exclude: Sequence[str], all
         print("(inferred): from the weights; the file records none (the exporter renames those of LSTM, GRU, RNN)")
     if not held:
         print("the file records nothing, so the patterns above are inferred from the weights: give --pattern N:M")
-    return 0
+    undeclared = [each.name for each in matmuls if not each.pattern and not each.reason]
+    if undeclared:
+        print(f"dense, and nothing says that they may be (--allow-dense): {', '.join(undeclared)}")
+    return 1 if undeclared else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -47,10 +48,10 @@ class MatMul:
 
 @dataclass(frozen=True)
 class Unfollowed:
-    """A node that takes a constant of two dims or more, and may multiply by it: `problem` says what is not known."""
+    """A node that takes a constant of two dims or more, and may multiply by it: `problem` says what is not known.
+    `matmul` is what it may be, with a density of 1."""
 
-    op: str
-    name: str
+    matmul: MatMul
     problem: str
 
 
@@ -83,7 +84,7 @@ def check_onnx(
     for product in constant_products(model):
         holding.take(product)
     holding.check()
-    return tuple(holding.matmuls.values())
+    return tuple(holding.matmuls)
 
 
 @dataclass
@@ -94,7 +95,7 @@ class _Holding:
     recorded: Mapping[str, Pattern]
     dense: Mapping[str, str]
     allowed: tuple[str, ...]
-    matmuls: dict[object, MatMul] = field(default_factory=dict)
+    matmuls: dict[MatMul, None] = field(default_factory=dict)  # those that are alike once
     held: set[str] = field(default_factory=set)
     broken: dict[str, str] = field(default_factory=dict)
     unaccounted: dict[str, str] = field(default_factory=dict)
@@ -102,8 +103,11 @@ class _Holding:
     def take(self, product: ConstantProduct) -> None:
         """Account for one product."""
         if isinstance(product, Unfollowed):
-            if not self._reason(product.name):
-                self.unaccounted[product.name] = f"{product.op}: {product.problem}"
+            matmul = product.matmul
+            reason = self._reason(matmul.name)
+            self.matmuls[replace(matmul, reason=reason)] = None
+            if not reason:
+                self.unaccounted[matmul.name] = f"{matmul.op}: {product.problem}"
             return
         matmul, mask = product
         name = self._recorded_name(matmul.name)
@@ -114,7 +118,7 @@ class _Holding:
             matmul = replace(matmul, pattern=required, recorded=True)
         else:
             matmul = self._inferred(matmul, mask, name, problem)
-        self.matmuls[matmul.op, matmul.name, matmul.axis] = matmul
+        self.matmuls[matmul] = None
 
     def check(self) -> None:
         """Raises NotSparse for what is denser than it should be, missing, or not accounted for."""
@@ -143,16 +147,17 @@ class _Holding:
 
     def _inferred(self, matmul: MatMul, mask: Tensor, name: str, problem: str) -> MatMul:
         """A matmul that is not held: with the tightest pattern it has, or the reason why it may be dense."""
-        tight, known = tightest(mask, matmul.axis), [*self.recorded.values(), *self.selection.patterns.values()]
-        if tight.n < tight.m:
-            matmul = replace(matmul, pattern=tight)
-        reason = self._reason(name)
+        tight, reason = tightest(mask, matmul.axis), self._reason(name)
+        known = [*self.recorded.values(), *self.selection.patterns.values()]
+        matmul = replace(matmul, pattern=tight if tight.n < tight.m else None)
+        is_sparse = matmul.pattern and (not known or tight.density <= max(each.density for each in known))
         if problem:
             self.broken.setdefault(name, problem)
-        elif known and not reason and not (matmul.pattern and tight.density <= max(each.density for each in known)):
-            if any(_divides(each, matmul) for each in known):
+        elif not is_sparse and not reason:
+            if not any(_divides(each, matmul) for each in known or [Pattern(2, 4)]):
+                reason = f"reduction axis has {reduction_size(matmul.shape, matmul.axis)} weights"
+            elif known:
                 self.unaccounted[name] = f"{matmul.op} by a dense constant {matmul.shape}, of which nothing is recorded"
-            reason = f"reduction axis has {reduction_size(matmul.shape, matmul.axis)} weights"
         return replace(matmul, reason=reason)
 
     def _reason(self, name: str) -> str:
@@ -181,10 +186,15 @@ def _loaded(path: str | os.PathLike[str]) -> Any:
     try:  # the checker also refuses external data outside of the folder, so it comes first
         onnx.checker.check_model(os.fspath(path))
         model = onnx_ir.load(path)
-        inlined = common.InlinePass()(model).model if model.functions else model
-        return common.ShapeInferencePass()(inlined).model
+        model = common.InlinePass()(model).model if model.functions else model
     except Exception as error:  # protobuf, onnx and onnx_ir each have their own
         raise ValueError(f"{os.fspath(path)} is no valid ONNX file: {str(error)[:500]}") from error
+    log = logging.getLogger("onnx_ir.passes.common.shape_inference")
+    before, log.disabled = log.disabled, True  # shapes that cannot be inferred are not known, which is enough
+    try:
+        return common.ShapeInferencePass()(model).model
+    finally:
+        log.disabled = before
 
 
 def _texts(text: str, key: str) -> dict[str, str]:
@@ -235,9 +245,9 @@ def _product(node: Any, place: Place, constant: Constant, constants: Constants) 
     if given:
         zero = constants.of(given)
     if constant.scaled and constant.array is None:
-        return Unfollowed(node.op_type, constant.name, "multiplied after it was changed by data")
+        return Unfollowed(_unread(node, constant), "multiplied after it was changed by data")
     if constant.array is None or (given and (zero is None or zero.array is None)):
-        return Unfollowed(node.op_type, constant.name, "its numbers cannot be read")
+        return Unfollowed(_unread(node, constant), "its numbers cannot be read")
     mask = torch.from_numpy(zeros_of(constant.array, zero.array if zero else None, place))
     axis, share = place.axis(mask.ndim), float(mask.float().mean())
     return MatMul(node.op_type, constant.name, tuple(mask.shape), str(constant.array.dtype), axis, share), mask
@@ -248,9 +258,14 @@ def _unfollowed(node: Any, value: Any, constant: Constant) -> Iterator[Unfollowe
     if node.op_type.startswith("Reduce"):
         producer = value.producer()
         if constant.scaled and producer is not None and producer.op_type == "Mul":
-            yield Unfollowed(node.op_type, constant.name, "multiplied by data one by one and summed")
+            yield Unfollowed(_unread(node, constant), "multiplied by data one by one and summed")
         return
-    yield Unfollowed(node.op_type, constant.name, "this operator is not one that verify can follow")
+    yield Unfollowed(_unread(node, constant), "this operator is not one that verify can follow")
+
+
+def _unread(node: Any, constant: Constant) -> MatMul:
+    shape, dtype = ((), "") if constant.array is None else (constant.array.shape, str(constant.array.dtype))
+    return MatMul(node.op_type, constant.name, tuple(shape), dtype, Axis(0), 1.0)
 
 
 def as_metadata(texts: Mapping[str, object]) -> str:
@@ -264,7 +279,7 @@ def dense_names(products: Iterable[ConstantProduct], recorded: Mapping[str, Patt
     dense = {}
     for product in products:
         if isinstance(product, Unfollowed):
-            dense[product.name] = product.op
+            dense[product.matmul.name] = product.matmul.op
             continue
         matmul, mask = product
         required = recorded.get(matmul.name)

@@ -31,6 +31,7 @@ from openwork.training.selection import PatternChoice, Selection
 from openwork.training.shared_class import plain_class
 
 _GUESSES = tuple(2**i for i in range(1, 7))  # group sizes tried when no pattern is given
+_DENSE = "no N:M pattern with N < M holds"
 _ALLOW = "what is to stay dense is named by allow_dense=[...], or by exclude= where the patterns are given; '*' is all"
 _Recorded = dict[str, tuple[Pattern, Axis]]
 _EXCLUDE = "layers that are to stay dense are left out by pattern=ow.Selection('2:4', exclude=[...])"
@@ -66,9 +67,9 @@ def verify(
 
     `example` (a tensor, a tuple of arguments or a mapping of keyword arguments) is run as well, in eval mode. Then
     every product with an operand that comes from a weight, a buffer or another constant is accounted for: sparse along
-    the axis that it sums over, or of a weight that was left dense when the patterns were recorded or given; any other
-    one is an error. `allow_dense`: globs of weights, buffers or modules whose products may be dense besides; "*" is
-    all. The report counts the products.
+    the axis that it sums over, of a weight that was left dense when the patterns were recorded or given, or of one that
+    cannot be N:M. Any other one is an error, unless it is named by `allow_dense`: globs of weights, buffers or modules;
+    "*" is all. The report counts the products. docs/verify.md says what is held and what is not.
 
     >>> import torch
     >>> model = nn.Linear(4, 1)
@@ -142,7 +143,8 @@ def _accounts(
         raise TypeError(f"allow_dense={allowed!r} is one string; needed a list of globs, such as [{allowed!r}]")
     if example is None:
         return None
-    declared = Declared({row.name: row.reason for row in held.skipped}, held.excluded, tuple(allowed))
+    dense = {row.name: row.reason for row in held.skipped if row.reason != _DENSE}  # which nobody has declared
+    declared = Declared(dense, held.excluded, tuple(allowed))
     accounts = Accounts(held.patterns, {name: tuple(each.shape) for name, each in weights.items()}, declared)
     watch(model, example, accounts.visit)
     return accounts
@@ -195,7 +197,7 @@ def _inferred(candidate: Candidate) -> Candidate:
     pattern = tightest(candidate.weight, candidate.axis)
     if pattern.n < pattern.m:
         return dataclasses.replace(candidate, pattern=pattern)
-    return dataclasses.replace(candidate, pattern=None, reason="no N:M pattern with N < M holds")
+    return dataclasses.replace(candidate, pattern=None, reason=_DENSE)
 
 
 def _warn_of_inferred(decided: list[Candidate]) -> None:
