@@ -25,8 +25,10 @@ Check a file or a model, as sparse as it says; exit status 0 where all holds.
     every weight to it besides
   any other safetensors file, or a Hugging Face folder (with an index, too): which N:M its weights keep and along which
     axis, read one weight at a time; with --pattern the exit status is 1 if a weight does not keep it
-  an ONNX file: every GEMM and convolution by a constant, held to what the file records, or to --pattern
-  a model (package.module:factory, or what else is named below, together with --input): what its GEMMs multiply
+  an ONNX file: every GEMM and convolution by a constant, quantized or not, held to what the file records, or to
+    --pattern; a dense one that nothing declares, or an unknown operator with a constant, is status 1 or 2
+  a model (package.module:factory, or what else is named below, together with --input): every product of a weight, a
+    buffer or another constant; a dense one that nothing declares is status 2
 
 {FORMS}"""
 

@@ -70,16 +70,17 @@ class Accounts:
         if not operands:
             return
         found = [self._problem(each, product) for each in operands]
-        for operand in operands:
-            self.reached |= operand.names & self.recorded.keys()
-        if not all(found):
-            self.sparse += 1
-            for operand, problem in zip(operands, found, strict=True):
-                self.sparse_names |= set() if problem else operand.names & self.recorded.keys()
-        elif product.with_data:
+        self.reached |= {name for operand in operands for name in operand.names & self.recorded.keys()}
+        for operand, problem in zip(operands, found, strict=True):
+            self.sparse_names |= set() if problem else operand.names & self.recorded.keys()
+        if not product.with_data:
+            return
+        if all(found):
             self.dense += 1
             for operand, problem in zip(operands, found, strict=True):
                 self._note(operand, problem, product)
+        else:
+            self.sparse += 1
 
     @property
     def products(self) -> Products:

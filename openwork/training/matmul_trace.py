@@ -28,7 +28,7 @@ from torch.utils.weak import WeakIdRef
 from openwork.nm.groups import Axis
 from openwork.training.operands import Product, is_product, name_of, products
 from openwork.training.parametrize import plain_name, sparse_weights, weight_name
-from openwork.training.traces import CONSTANT, DATA, GENERATED, Trace, Traced, after, is_activation
+from openwork.training.traces import CONSTANT, DATA, VECTOR, Trace, Traced, after, is_activation
 from openwork.utils.example import quiet, run
 from openwork.utils.torch_private import TorchDispatchMode, tree_leaves
 
@@ -101,8 +101,8 @@ class _Watcher(TorchDispatchMode):
         self.traces: dict[Hashable, Trace] = {}
         self.stack: list[str] = [""]
         for name, weight in weights:
-            own = Trace(True, names=frozenset([name])) if weight.ndim >= 2 else GENERATED  # vectors are no candidates
-            self.traces[storage_key(weight)] = own | self.traces.get(storage_key(weight), GENERATED)
+            own = Trace(True, names=frozenset([name])) if weight.ndim >= 2 else VECTOR  # vectors are no candidates
+            self.traces[storage_key(weight)] = own | self.traces.get(storage_key(weight), own)
         for tensor in _tensors(dict(example) if isinstance(example, Mapping) else example):
             self.traces[storage_key(tensor)] = DATA
 
@@ -126,7 +126,7 @@ class _Watcher(TorchDispatchMode):
         """What is known of a tensor; one that no operator made was there before."""
         known = self.traces.get(storage_key(tensor))
         if known is None:
-            return CONSTANT if tensor.ndim >= 2 else GENERATED
+            return CONSTANT if tensor.ndim >= 2 else VECTOR
         return known
 
     def _show(self, func: Any, args: Any, kwargs: Any, operands: Traced) -> None:
@@ -143,9 +143,10 @@ class _Watcher(TorchDispatchMode):
 
     def _show_product(self, name: str, product: Product) -> None:
         traced = [(factor, self._trace(factor.tensor)) for factor in product]
-        weights = [(factor, trace) for factor, trace in traced if trace.constant and not is_activation(factor, trace)]
+        fixed = [(factor, trace) for factor, trace in traced if trace.constant and not is_activation(factor, trace)]
+        weights = [(factor, trace) for factor, trace in fixed if not trace.vector]
         if weights:
-            with_data = len(weights) < len(traced) or any(trace.meets_data for _, trace in weights)
+            with_data = len(fixed) < len(traced) or any(trace.meets_data for _, trace in weights)
             operands = [Operand(trace.names, factor.tensor, factor.axes) for factor, trace in weights]
             self._visit(name, operands, with_data or len(product) == 1)
 

@@ -18,9 +18,9 @@ _WRITES = {"copy", "index_copy", "index_put", "_index_put_impl", "scatter", "sli
 class Trace:
     """What is known of the tensors in one storage.
 
-    `names`: the parameters and buffers a constant comes from. `made`: by a product of constants. `fed`: it was handed
-    to a module as its input, as learned queries are. `scaled`, `looked_up`: data had a part, but only as a factor that
-    does not cover it, or as the indices of its rows.
+    `names`: the parameters and buffers a constant comes from; none of a `vector`, which is no weight. `made`: by a
+    product of constants. `fed`: it was handed to a module as its input, as learned queries are. `scaled`, `looked_up`:
+    data had a part, but only as a factor that does not cover it, or as the indices of its rows.
     """
 
     constant: bool = False
@@ -30,6 +30,7 @@ class Trace:
     fed: bool = False
     scaled: bool = False
     looked_up: bool = False
+    vector: bool = False
 
     def __or__(self, other: Trace) -> Trace:
         return Trace(
@@ -40,6 +41,7 @@ class Trace:
             self.fed or other.fed,
             self.scaled or other.scaled,
             self.looked_up or other.looked_up,
+            self.vector and other.vector,
         )
 
     @property
@@ -48,6 +50,7 @@ class Trace:
 
 
 GENERATED, DATA, CONSTANT = Trace(), Trace(from_example=True), Trace(constant=True)
+VECTOR = Trace(constant=True, vector=True)
 Traced = list[tuple[Tensor, Trace]]
 
 
@@ -74,14 +77,15 @@ def after(name: str, operands: Traced, is_product: bool) -> Trace:
             return DATA
         return replace(traces[0], looked_up=traces[0].looked_up or from_example)
     if not from_example:
-        return _joined(constants)
+        is_noise = all(trace.vector for trace in constants) and len(constants) < len(traces)
+        return GENERATED if is_noise else _joined(constants)
     data = [tensor for tensor, trace in operands if trace.from_example]
     scaled = [trace for tensor, trace in operands if trace.constant and _is_weight_beside(tensor, data)]
     return replace(_joined(scaled), scaled=True) if scaled else DATA
 
 
 def _joined(constants: list[Trace]) -> Trace:
-    return reduce(Trace.__or__, constants, GENERATED)
+    return reduce(Trace.__or__, constants) if constants else GENERATED
 
 
 def _is_weight_beside(constant: Tensor, data: list[Tensor]) -> bool:

@@ -124,7 +124,8 @@ def _held(model: nn.Module, pattern: Selection | PatternChoice | None) -> _Held:
 
 def _left_alone(model: nn.Module) -> tuple[Row, ...]:
     """The weights that sparsify left alone, and those that lie in none of the modules that it was given."""
-    reasons, prefixes = recorded_dense(model), [plain_name(name) for name, _, _ in sparsity_records(model)]
+    reasons = {weight_name(name): reason for name, reason in recorded_dense(model).items()}
+    prefixes = [plain_name(name) for name, _, _ in sparsity_records(model)]
     recorded, rows = recorded_weights(model), []
     for full_name, weight in model.named_parameters():
         name = weight_name(full_name)
@@ -143,7 +144,9 @@ def _accounts(
         raise TypeError(f"allow_dense={allowed!r} is one string; needed a list of globs, such as [{allowed!r}]")
     if example is None:
         return None
-    dense = {row.name: row.reason for row in held.skipped if row.reason != _DENSE}  # which nobody has declared
+    dense = {
+        weight_name(row.name): row.reason for row in held.skipped if row.reason != _DENSE
+    }  # which nobody has declared
     declared = Declared(dense, held.excluded, tuple(allowed))
     accounts = Accounts(held.patterns, {name: tuple(each.shape) for name, each in weights.items()}, declared)
     watch(model, example, accounts.visit)

@@ -349,6 +349,19 @@ def test_modules_outside_of_what_was_sparsified_are_dense():
     assert declared == {"1.weight": "in no module that sparsify was given"}
 
 
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.orthogonal])
+def test_weights_that_somebody_parametrized_are_dense_as_they_were_reported(norm):
+    model = nn.Sequential(norm(fc()), fc())
+    report = ow.sparsify(model, "2:4")
+    x = torch.randn(2, 32)
+    products = ow.verify(model, x).products
+    assert (products.sparse, products.dense) == (1, 1)
+    assert list(products.declared.values()) == list(report.skipped.values()) == ["its module is already parametrized"]
+    ow.finalize(model)
+    with torch.no_grad():
+        assert ow.verify(model, x, pattern="2:4").products.dense == 1
+
+
 def test_every_weight_of_a_recurrent_layer_is_a_product():
     model = nn.LSTM(8, 16)
     ow.sparsify(model, "2:4")
