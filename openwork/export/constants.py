@@ -128,7 +128,7 @@ def _evaluated(node: Any, arrays: Sequence[Any], value: Any) -> np.ndarray[Any, 
     proto.domain = ""
     feeds = {name: array for name, array in zip(proto.input, arrays, strict=True) if name}
     try:
-        results = ReferenceEvaluator(proto).run([value.name], feeds)
+        results: Any = ReferenceEvaluator(proto).run([value.name], feeds)
     except Exception:  # each operator of it has its own
         return None
     return results[0] if isinstance(results[0], np.ndarray) else None

@@ -78,9 +78,13 @@ def _at(*of: tuple[int, int, int | None]) -> Callable[[Any], list[Place]]:
     """Fixed (input, axis, zero point); a zero point for each index of dim 0, or of the last where the axis is 0."""
 
     def find(_: Any) -> list[Place]:
-        return [Place(index, lambda _, axis=axis: Axis(axis), zero, 0 if axis else -1) for index, axis, zero in of]
+        return [Place(index, _fixed(axis), zero, 0 if axis else -1) for index, axis, zero in of]
 
     return find
+
+
+def _fixed(dim: int) -> Callable[[int], Axis]:
+    return lambda _: Axis(dim)
 
 
 def _transposed_convolution(node: Any) -> list[Place]:

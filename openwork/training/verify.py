@@ -163,7 +163,7 @@ def _report(model: nn.Module, rows: tuple[Row, ...], held: _Held, accounts: Acco
         title += ", and every product" if not accounts.allowed else "; not every product does"
         idle = held.patterns.keys() - accounts.reached
         notes += [f"not reached by the example: {', '.join(sorted(idle))}"] if idle else []
-    return Report(rows, title, others, notes=tuple(notes), products=accounts and accounts.products)
+    return Report(rows, title, others, notes=tuple(notes), products=accounts.products if accounts else None)
 
 
 def _unseen(model: nn.Module, patterns: _Recorded) -> list[str]:
