@@ -17,7 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from openwork.export.check import KEY, MatMul, as_metadata, check_onnx, constant_matmuls
+from openwork.export.check import (
+    DENSE_KEY,
+    KEY,
+    MatMul,
+    as_metadata,
+    check_onnx,
+    constant_matmuls,
+    constant_products,
+    dense_names,
+)
 from openwork.export.linear import LinearAs
 from openwork.export.outputs import arguments, check_equal, folded, outputs
 from openwork.files.model_state import Placed, masked_by_name, patterns
@@ -78,7 +87,9 @@ def to_onnx(
         exported = _exported(plain, example, dynamic_shapes, opset)
     _rename(exported.model.graph, input_names, output_names)
     transposed = _finish(exported, linear)
-    exported.model.metadata_props[KEY] = as_metadata(_kept(exported.model, recorded, transposed))
+    kept = _kept(exported.model, recorded, transposed)
+    dense = dense_names(constant_products(exported.model), kept)
+    exported.model.metadata_props.update({KEY: as_metadata(kept), DENSE_KEY: as_metadata(dense)})
     target = Path(os.path.realpath(path))
     data = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
     with atomic_file(target, ".part.onnx") as part, _deleted_on_error(data):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -21,13 +21,16 @@ from openwork.utils.names import join
 @dataclass
 class SparsityRecord:
     """What `sparsify` leaves on the model's root: what masks each weight, by name, also where its module was swapped
-    since, and who trains it."""
+    since, and who trains it. `dense`: the weights that were left alone, and why; `exclude`: the globs that were given,
+    which declare buffers dense as well."""
 
     masks: dict[str, Masked]
     method: Method
     cache: ForwardCache
     watch: OptimizerWatch
     hooks: tuple[Any, ...] = ()
+    dense: dict[str, str] = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()
 
     @property
     def weights(self) -> dict[str, tuple[Pattern, Axis]]:
@@ -82,6 +85,22 @@ def recorded_output_axes(model: nn.Module) -> dict[str, Axis]:
         for prefix, _, record in sparsity_records(model)
         for name, axis in record.output_axes.items()
     }
+
+
+def recorded_dense(model: nn.Module) -> dict[str, str]:
+    """The weights that sparsify left alone, by name, and why."""
+    return {
+        join(plain_name(prefix), name): reason
+        for prefix, _, record in sparsity_records(model)
+        for name, reason in record.dense.items()
+    }
+
+
+def recorded_excludes(model: nn.Module) -> tuple[str, ...]:
+    """The globs of what was excluded, as names in `model`."""
+    return tuple(
+        join(plain_name(prefix), glob) for prefix, _, record in sparsity_records(model) for glob in record.exclude
+    )
 
 
 def unfinished_weights(model: nn.Module) -> dict[str, str]:

@@ -83,13 +83,19 @@ def decide(model: nn.Module, selection: Selection, *, dtypes: Sequence[torch.dty
         check_has_values(candidates)
     rules = _Rules(selection, tuple(dtypes))
     if candidates:
-        rules.check_globs([candidate.names for candidate in candidates])
+        buffers = [plain_name(name) for name, buffer in model.named_buffers() if buffer.ndim >= 2]
+        rules.check_globs([candidate.names for candidate in candidates], buffers)
     decided = [rules.decide(candidate) for candidate in candidates]
+    check_some_sparse(model, decided)
+    return decided
+
+
+def check_some_sparse(model: nn.Module, decided: list[Candidate]) -> None:
+    """Raises ValueError, with the reasons, where no weight is to be sparse."""
     if not any(candidate.pattern for candidate in decided):
         listed = [f"  {candidate.name}: {candidate.reason}" for candidate in decided]
         listed = listed or ["  it has no parameter of two dims or more"]
         raise ValueError("\n".join([f"{type(model).__name__} has no weight that can be sparse:", *listed]))
-    return decided
 
 
 def check_has_values(candidates: Sequence[Candidate]) -> None:
@@ -106,9 +112,10 @@ class _Rules:
     selection: Selection
     dtypes: tuple[torch.dtype, ...]
 
-    def check_globs(self, names_of_each: list[tuple[str, ...]]) -> None:
+    def check_globs(self, names_of_each: list[tuple[str, ...]], buffers: list[str]) -> None:
+        """`exclude` may name buffers, so that `verify` lets them be multiplied."""
         names = [name for aliases in names_of_each for name in aliases]
-        _check_matches("exclude", self.selection.exclude, names)
+        _check_matches("exclude", self.selection.exclude, names + buffers)
         _check_matches("axis", self.selection.axis if isinstance(self.selection.axis, Mapping) else (), names)
         _check_matches("pattern", self.selection.patterns, names)
         deciding = {self._pattern_glob(aliases) for aliases in names_of_each}

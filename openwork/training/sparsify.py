@@ -19,7 +19,6 @@ from openwork.training.dtensor import is_sharded
 from openwork.training.foreach import masks_of, prune_ahead
 from openwork.training.forward_cache import ForwardCache
 from openwork.training.masked import Masked
-from openwork.training.matmul_trace import count_macs
 from openwork.training.optimizer_watch import OptimizerWatch
 from openwork.training.parametrize import (
     mask_weights,
@@ -34,6 +33,7 @@ from openwork.training.report import Report, Row
 from openwork.training.select import Candidate, check_has_values, decide
 from openwork.training.selection import AxisChoice, PatternChoice, Remainder, Selection
 from openwork.training.shared_class import plain_class
+from openwork.training.try_masks import Tried, try_masks
 
 _ONLY_WATCHED = "ow.Dense masks nothing: the table says what its mask would keep"
 
@@ -52,7 +52,8 @@ def sparsify(
 
     `pattern`: "2:4" for all, or a mapping from globs to patterns; `exclude`, `axis` and `remainder` are those of
     `Selection`, which may stand in place of all four. `example`: one input (a tensor, a tuple of arguments or a dict of
-    keyword arguments), to count multiply-adds with.
+    keyword arguments), to count multiply-adds with, and to find weights that are multiplied as something else than they
+    are, such as standardized ones: their zeros would be in no product, so they stay dense.
 
     Nothing is excluded by default but what cannot be sparse. Call it after initialization and before `fully_shard`.
     Raises ValueError when nothing can be sparse, a glob matches nothing, or the model is sparse already.
@@ -71,19 +72,23 @@ def sparsify(
     if selection.transposable and not method.transposable:
         raise ValueError(f"transposable=True with {method}, whose masks are not; use ow.TransposableSRSTE()")
     decided = decide(model, dataclasses.replace(selection, transposable=method.transposable))
-    multiplied = {c.name: c.weight for c in decided if not c.factor or c.factor.direction}
-    macs = count_macs(model, example, multiplied) if example is not None else None
     title, cache = f"{type(model).__name__}, {method.name}", ForwardCache(prune_ahead)
     masked = {candidate.name: _masked(candidate, method, cache) for candidate in decided if candidate.pattern}
-    report = report_on(model, decided, lambda name, weight: masked[name].mask_at_end(weight), macs, title)
+    masks = {name: each.mask_at_end for name, each in masked.items() if method.sparse}
+    excluded = tuple(selection.exclude)
+    tried = Tried(decided) if example is None else try_masks(model, example, decided, masks, excluded)
+    decided = tried.decided
+    masked = {candidate.name: masked[candidate.name] for candidate in decided if candidate.pattern}
+    report = report_on(model, decided, lambda name, weight: masked[name].mask_at_end(weight), tried.macs, title)
     _register(decided, masked)
     hooks = (
         model.register_forward_pre_hook(cache.enter, prepend=True),
         model.register_forward_hook(cache.leave, always_call=True),
     )
     watch = OptimizerWatch(model, method)
-    model.__dict__["_openwork_record"] = SparsityRecord(masked, method, cache, watch, hooks)
-    return dataclasses.replace(report, notes=notes_on(model, method))
+    dense = {candidate.name: candidate.reason for candidate in decided if not candidate.pattern}
+    model.__dict__["_openwork_record"] = SparsityRecord(masked, method, cache, watch, hooks, dense, excluded)
+    return dataclasses.replace(report, notes=(*notes_on(model, method), *tried.notes))
 
 
 def finalize(model: nn.Module) -> nn.Module:
@@ -174,7 +179,7 @@ def _register(decided: list[Candidate], masked: Mapping[str, Masked]) -> None:
     """Change the model, once nothing can fail any more."""
     of_module: dict[nn.Module, dict[str, Masked]] = defaultdict(dict)
     for candidate in decided:
-        if candidate.name in masked:
+        if candidate.pattern:
             of_module[candidate.module][candidate.tensor_name] = masked[candidate.name]
     for module, its in of_module.items():
         mask_weights(module, its)
