@@ -63,9 +63,10 @@ OPENWORK_API void openwork_prune(const Groups* g, int32_t dtype, const void* wei
                [=](int64_t first, int64_t last) { kernels->prune(*g, dtype, weight, out, first, last); });
 }
 
-OPENWORK_API void openwork_decay(const Groups* g, int32_t dtype, const void* weight, void* gradient, float rate) {
+OPENWORK_API void openwork_decay(const Groups* g, int32_t dtype, const void* weight, const void* gradient, void* out,
+                                 float rate) {
   parallel_for(all_groups(*g), grain(*g), [=](int64_t first, int64_t last) {
-    kernels->decay(*g, dtype, weight, gradient, rate, first, last);
+    kernels->decay(*g, dtype, weight, gradient, out, rate, first, last);
   });
 }
 

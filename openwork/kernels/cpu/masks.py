@@ -52,6 +52,19 @@ def prune_into(out: Tensor, weight: Tensor, pattern: Pattern, axis: Axis) -> boo
     return True
 
 
+def decay_into(out: Tensor, gradient: Tensor, weight: Tensor, rate: float, pattern: Pattern, axis: Axis) -> bool:
+    """Write gradient + rate * weight where pruned to `out`, which has the gradient's strides and may be it, where a
+    kernel can; says whether it did."""
+    lib, groups = _native(weight, pattern, axis)
+    alike = same_strides(gradient, weight) and same_strides(out, weight)
+    same = gradient.dtype == out.dtype == weight.dtype != torch.float16
+    if groups is None or not alike or not same:
+        return False
+    places = (weight.data_ptr(), gradient.data_ptr(), out.data_ptr())
+    lib.openwork_decay(ctypes.byref(groups), DTYPES[weight.dtype], *places, rate)
+    return True
+
+
 def _mask(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
     lib, groups = _native(score, pattern, axis)
     if groups is None:
@@ -69,12 +82,8 @@ def _pruned(weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
 
 
 def _decay(gradient: Tensor, weight: Tensor, rate: float, pattern: Pattern, axis: Axis) -> None:
-    lib, groups = _native(weight, pattern, axis)
-    alike = same_strides(gradient, weight) and gradient.dtype == weight.dtype != torch.float16
-    if groups is None or not alike:
-        return add_decay(gradient, weight, rate, magnitude_mask(weight.abs(), pattern, axis))
-    lib.openwork_decay(ctypes.byref(groups), DTYPES[weight.dtype], weight.data_ptr(), gradient.data_ptr(), rate)
-    return None
+    if not decay_into(gradient, gradient, weight, rate, pattern, axis):
+        add_decay(gradient, weight, rate, magnitude_mask(weight.abs(), pattern, axis))
 
 
 def _native(weight: Tensor, pattern: Pattern, axis: Axis) -> tuple[Any, Groups | None]:

@@ -114,7 +114,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "openwork_size_of": (c_int64, (c_int32,)),
     "openwork_keep": (None, (POINTER(Groups), c_int32, c_void_p, c_void_p)),
     "openwork_prune": (None, (POINTER(Groups), c_int32, c_void_p, c_void_p)),
-    "openwork_decay": (None, (POINTER(Groups), c_int32, c_void_p, c_void_p, c_float)),
+    "openwork_decay": (None, (POINTER(Groups), c_int32, c_void_p, c_void_p, c_void_p, c_float)),
     "openwork_peak": (c_int64, (c_int64, c_void_p)),
     "openwork_gemm_linear_scratch": (c_int64, (POINTER(GemmLinear),)),
     "openwork_gemm_linear": (None, (POINTER(GemmLinear),)),
