@@ -70,10 +70,10 @@ OPENWORK_API int32_t openwork_prune(const Kernels* kernels, const Groups* g, int
   return each_group(*g, [=](int64_t first, int64_t last) { kernels->prune(*g, dtype, weight, out, first, last); });
 }
 
-OPENWORK_API int32_t openwork_decay(const Kernels* kernels, const Groups* g, int32_t dtype, const void* weight, void* gradient,
-                                    float rate) {
+OPENWORK_API int32_t openwork_decay(const Kernels* kernels, const Groups* g, int32_t dtype, const void* weight,
+                                    const void* gradient, void* out, float rate) {
   return each_group(
-      *g, [=](int64_t first, int64_t last) { kernels->decay(*g, dtype, weight, gradient, rate, first, last); });
+      *g, [=](int64_t first, int64_t last) { kernels->decay(*g, dtype, weight, gradient, out, rate, first, last); });
 }
 
 // Float operations done by `rounds` rounds of the fastest loop there is, on the calling thread. result: one vector.

@@ -9,9 +9,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from openwork import kernels
+from openwork.kernels.cpu.masks import decay_into
 from openwork.methods.autograd import straight_through
 from openwork.nm.pattern import Pattern
 from openwork.ops import foreach_decay, foreach_mask
@@ -50,6 +52,20 @@ def prune_ahead(root: nn.Module) -> None:
         pruned = straight_through([ahead[i].weight for i in indices], pattern, axes)
         for i, weight in zip(indices, pruned, strict=True):
             ahead[i].masked.cache.give(ahead[i].masked, ahead[i].weight, weight)
+
+
+def decayed_copy(sparse: SparseWeight, rate: float) -> Tensor | None:
+    """gradient + rate * weight where pruned, in one pass; None where no kernel does that."""
+    gradient: Any = sparse.weight.grad
+    if (
+        gradient.device.type != "cpu"
+        or kernels.batches(gradient)
+        or gradient.requires_grad
+        or not _gradient_fused(sparse)
+    ):
+        return None
+    copy, phase = torch.empty_like(gradient), sparse.masked.phase
+    return copy if decay_into(copy, gradient, sparse.weight, rate, phase.pattern, phase.axis) else None
 
 
 def add_decay(weights: Sequence[SparseWeight], signs: Sequence[int], scale: Tensor | None) -> None:

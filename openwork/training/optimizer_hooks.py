@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from openwork import kernels
-from openwork.training.foreach import add_decay
+from openwork.training.foreach import add_decay, decayed_copy
 from openwork.training.masked import Stepped
 from openwork.training.optimizer_checks import check_fitting_state, creates_state_only
 from openwork.training.parametrize import SparseWeight
@@ -117,9 +116,17 @@ class Hooks:
         self._trained = [each.trained(optimizer) for each in self._taking_part]
         weights = [sparse for trained in self._trained for sparse in trained]
         signs = _signs(optimizer)
-        for lent in _together([sparse for sparse in weights if _gets_term(sparse)]):
-            self._gradients.lend([sparse.weight for sparse in lent])
-            add_decay(lent, [signs.get(id(sparse.weight), 1) for sparse in lent], scale)
+        rest = []
+        for sparse in filter(_gets_term, weights):
+            rate = signs.get(id(sparse.weight), 1) * sparse.masked.method.decay
+            copy = decayed_copy(sparse, rate) if rate and scale is None else None
+            if copy is None:
+                rest.append(sparse)
+            else:
+                self._gradients.lend(sparse.weight, copy)
+        for sparse in rest:
+            self._gradients.lend(sparse.weight)
+        add_decay(rest, [signs.get(id(sparse.weight), 1) for sparse in rest], scale)
         call_hooks("before_step", optimizer, weights)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -137,14 +144,14 @@ class LentGradients:
     def __init__(self) -> None:
         self._lent: list[tuple[nn.Parameter, Tensor, Tensor]] = []
 
-    def lend(self, weights: Sequence[nn.Parameter]) -> None:
-        """Put a copy in the place of each gradient. It is written to; what a graph made stays part of it."""
-        for weight in weights:
-            own: Any = weight.grad
-            with torch.set_grad_enabled(own.requires_grad):
-                lent = own.clone()
-            self._lent.append((weight, own, lent))
-            weight.grad = lent
+    def lend(self, weight: nn.Parameter, lent: Tensor | None = None) -> None:
+        """Put another gradient in the place of the weight's, or a copy to write to. What a graph made stays part of
+        it."""
+        own: Any = weight.grad
+        with torch.set_grad_enabled(own.requires_grad):
+            lent = own.clone() if lent is None else lent
+        self._lent.append((weight, own, lent))
+        weight.grad = lent
 
     def give_back(self, divisor: Tensor | None = None) -> None:
         """Put the own gradients in their places again, where the copies still are: a closure or an optimizer may have
@@ -190,13 +197,6 @@ def _gets_term(sparse: SparseWeight) -> bool:
     """Whether something will be added to the gradient of a weight."""
     method = sparse.masked.method
     return sparse.weight.grad is not None and (bool(method.decay) or method.overrides("before_step"))
-
-
-def _together(weights: list[SparseWeight]) -> list[list[SparseWeight]]:
-    """What is copied and changed at once: on a GPU all, elsewhere one after another, while the copy is in the cache."""
-    batched = [sparse for sparse in weights if kernels.batches(sparse.weight)]
-    others = [[sparse] for sparse in weights if not kernels.batches(sparse.weight)]
-    return [batched, *others] if batched else others
 
 
 def _signs(optimizer: Optimizer) -> dict[int, int]:

@@ -55,6 +55,20 @@ def prune_into(out: Tensor, weight: Tensor, pattern: Pattern, axis: Axis) -> boo
     return True
 
 
+def decay_into(out: Tensor, gradient: Tensor, weight: Tensor, rate: float, pattern: Pattern, axis: Axis) -> bool:
+    """Write gradient + rate * weight where pruned to `out`, which has the gradient's strides and may be it, where a
+    kernel can; says whether it did."""
+    call = _native(weight, pattern, axis)
+    alike = same_strides(gradient, weight) and same_strides(out, weight)
+    same = gradient.dtype == out.dtype == weight.dtype != torch.float16
+    if call is None or not alike or not same:
+        return False
+    isa, groups = call
+    places = (address(weight), address(gradient), address(out))
+    done(isa.lib.openwork_decay(isa.kernels, groups, DTYPES[weight.dtype], *places, rate))
+    return True
+
+
 def _mask(score: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
     call = _native(score, pattern, axis)
     if call is None:
@@ -73,13 +87,8 @@ def _pruned(weight: Tensor, pattern: Pattern, axis: Axis) -> Tensor:
 
 
 def _decay(gradient: Tensor, weight: Tensor, rate: float, pattern: Pattern, axis: Axis) -> None:
-    call = _native(weight, pattern, axis)
-    alike = same_strides(gradient, weight) and gradient.dtype == weight.dtype != torch.float16
-    if call is None or not alike:
-        return add_decay(gradient, weight, rate, magnitude_mask(weight.abs(), pattern, axis))
-    isa, groups = call
-    done(isa.lib.openwork_decay(isa.kernels, groups, DTYPES[weight.dtype], address(weight), address(gradient), rate))
-    return None
+    if not decay_into(gradient, gradient, weight, rate, pattern, axis):
+        add_decay(gradient, weight, rate, magnitude_mask(weight.abs(), pattern, axis))
 
 
 def _native(weight: Tensor, pattern: Pattern, axis: Axis) -> tuple[Isa, Any] | None:

@@ -122,7 +122,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "openwork_peak": (c_int64, c_void_p, c_int64, c_void_p),
     "openwork_keep": (*_CALL, POINTER(Groups), c_int32, c_void_p, c_void_p),
     "openwork_prune": (*_CALL, POINTER(Groups), c_int32, c_void_p, c_void_p),
-    "openwork_decay": (*_CALL, POINTER(Groups), c_int32, c_void_p, c_void_p, c_float),
+    "openwork_decay": (*_CALL, POINTER(Groups), c_int32, c_void_p, c_void_p, c_void_p, c_float),
     "openwork_gemm_linear_scratch": (c_int64, c_void_p, POINTER(GemmLinear)),
     "openwork_gemm_linear": (*_CALL, POINTER(GemmLinear)),
     "openwork_gemm_conv2d_scratch": (c_int64, c_void_p, POINTER(GemmConv2d)),
