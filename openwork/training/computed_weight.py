@@ -114,9 +114,8 @@ class ComputedWeight(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name, caller = _name(func), sys._getframe(1)
-        asks = name in ("type", "is_leaf", "retains_grad") and isinstance(args[0], ComputedWeight)
-        if asks and (answer := _asked_as_parameter(args[0]._source, name, caller)) is not None:
-            return answer
+        if name in ("type", "is_leaf", "retains_grad") and isinstance(args[0], ComputedWeight):
+            _check_not_a_parameter(args[0]._source, name, caller)
         if any(not issubclass(cls, each) for each in types):  # fx and others see plain tensors
             return func(*_values(args), **_values(kwargs))
         with as_functions_of_tensors():
@@ -268,14 +267,16 @@ def _linked(
     return ComputedWeight.of(origin._source, path, result)
 
 
-def _asked_as_parameter(source: Source, name: str, caller: FrameType) -> str | None:
-    """What torch is told where a computed weight is used as if it were a Parameter."""
+def _check_not_a_parameter(source: Source, name: str, caller: FrameType) -> None:
+    """Raise where torch is about to refuse a computed weight, or to take it, as if it had been given a Parameter."""
     asks = caller.f_code.co_name
-    if name == "type" and asks == "typename":  # for `module.weight = layer.weight`
-        return f"{source}, which is computed from module.parametrizations.{source.name}.original"
+    if name == "type" and asks == "typename":  # of the value that `module.weight = layer.weight` cannot take
+        raise RuntimeError(
+            f"{source}, which is computed, is assigned to another module: tie or replace layers (quantization-aware "
+            "training: prepare it) before ow.sparsify, or after ow.finalize"
+        )
     if name != "type" and asks == "add_param_group":
         raise ValueError(
             f"{source} is computed from a dense weight: give the optimizer model.parameters(), or "
             f"module.parametrizations.{source.name}.original"
         )
-    return None
