@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
@@ -152,8 +152,11 @@ def _with_checksums(stored: dict[str, Stored], text: bytes) -> dict[str, Stored]
     digits = text[len(_SEAL) : text.index(b'"', len(_SEAL))]
     if len(digits) != DIGITS * (1 + len(stored)) or not re.fullmatch(b"[0-9a-f]*", digits):
         raise ValueError(f"needed {DIGITS} hexadecimal digits for itself and each of {len(stored)} tensors")
-    at = {name: DIGITS * i for i, name in enumerate(sorted(stored, key=lambda name: _place(stored[name])), 1)}
-    return {name: replace(each, crc32=int(digits[at[name] : at[name] + DIGITS], 16)) for name, each in stored.items()}
+    sealed_tensors = {}
+    for i, name in enumerate(sorted(stored, key=lambda name: _place(stored[name])), 1):
+        each, checksum = stored[name], int(digits[DIGITS * i : DIGITS * (i + 1)], 16)
+        sealed_tensors[name] = Stored(each.dtype, each.shape, each.start, each.stop, checksum)
+    return {name: sealed_tensors[name] for name in stored}
 
 
 def _place(stored: Stored) -> tuple[int, int]:

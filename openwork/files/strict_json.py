@@ -126,7 +126,7 @@ def is_shape(value: object) -> bool:
 
 def check_unicode(name: str) -> str:
     """The name, if UTF-8 can write it; else ValueError. (JSON can name halves of surrogate pairs.)"""
-    if any("\ud800" <= letter <= "\udfff" for letter in name):
+    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
         raise ValueError(f"the name {name!r} is not valid Unicode")
     return name
 
