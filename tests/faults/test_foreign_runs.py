@@ -60,7 +60,7 @@ def test_every_text_of_a_run_is_escaped_in_its_page(run, tmp_path):
     assert not {"script", "iframe", "object", "a", "form"} & tags
     for tag in re.findall(r"<img[^>]*>", page):
         assert re.fullmatch(r'<img src="data:image/png;base64,AAAA[^"<>]*" alt="[^"<>]*">', tag)
-    assert not re.findall(r"<[^>]*\son\w+\s*=", page)
+    assert not re.findall(r"<[^>]*\son\w+\s*=", re.sub(r'"[^"]*"', '""', page))
 
 
 def test_the_page_forbids_what_it_does_not_need(run):
