@@ -27,7 +27,7 @@ LAYOUT = (
 )
 _FAR = 1e9  # pixels: no coordinate and no area is larger
 _SLACK = 1.0  # pixels by which a box may stick out: some tools count pixels, others their edges
-_SECTIONS = {
+_SECTIONS: dict[str, dict[str, tuple[type, ...]]] = {
     "images": {"id": (int, str), "file_name": (str,), "width": (object,), "height": (object,)},
     "annotations": {"id": (int, str), "image_id": (int, str)},
     "categories": {"id": (int,), "name": (str,)},

@@ -82,7 +82,7 @@ def photos_of(root: DataFolder, skip_bad: bool) -> tuple[list[Tensor], int]:
         raise FileNotFoundError(f"photos: no images ({', '.join(IMG_EXTENSIONS)}) in {root.path}")
     files = ImageFiles([(path, 0) for path in paths], np.array, root)
     indices = readable(files) if skip_bad else range(len(paths))
-    return [_unit(files[index][0]) for index in indices], len(paths) - len(indices)
+    return [_unit(np.asarray(files[index][0])) for index in indices], len(paths) - len(indices)
 
 
 def scenes_of(

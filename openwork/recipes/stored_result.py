@@ -71,9 +71,11 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 
 
 def _check(result: dict[str, Any]) -> None:
+    if fault := fault_of(result, {"config": _RESULT["config"]}, ""):
+        raise ValueError(fault)
+    check_methods([result["config"]["method"]])  # before the rest, which another version may write otherwise
     if fault := fault_of(result, _RESULT, ""):
         raise ValueError(fault)
-    check_methods([result["config"]["method"]])
     Pattern.parse(result["config"]["pattern"])
     if not result["metrics"]:
         raise ValueError("metrics is empty")

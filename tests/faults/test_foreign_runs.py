@@ -60,7 +60,7 @@ def test_every_text_of_a_run_is_escaped_in_its_page(run, tmp_path):
     assert not {"script", "iframe", "object", "a", "form"} & tags
     for tag in re.findall(r"<img[^>]*>", page):
         assert re.fullmatch(r'<img src="data:image/png;base64,AAAA[^"<>]*" alt="[^"<>]*">', tag)
-    assert not re.findall(r"<[^>]*\son\w+\s*=", page)
+    assert not re.findall(r"<[^>]*\son\w+\s*=", re.sub(r'"[^"]*"', '""', page))
 
 
 def test_the_page_forbids_what_it_does_not_need(run):
@@ -88,7 +88,7 @@ DAMAGES = {
     "NaN": ("result.json", '{"val_loss": NaN}', r"result.json .*NaN is not JSON: an older version wrote it"),
     "list": ("result.json", "[]", r"result.json .*it holds a list, not a dict"),
     "empty": ("result.json", "", r"result.json is not what a run writes"),
-    "lacks": ("result.json", "{}", r"result.json: it lacks config, .*restore it, or train again"),
+    "lacks": ("result.json", "{}", r"result.json: it lacks config.*restore it, or train again"),
     "deep": ("result.json", "[" * 100_000, r"result.json is not what a run writes"),
     "infinite line": ("metrics.jsonl", '{"step": 1, "train_loss": Infinity}\n', r"metrics.jsonl, line 1 .*Infinity"),
     "text line": ("metrics.jsonl", '{"step": 1}\nhello\n', r"metrics.jsonl, line 2 .*correct the line"),
