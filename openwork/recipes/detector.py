@@ -130,8 +130,10 @@ class DetectorTask(Task):
         if folder is None:
             counts = min(config.limit or _TRAIN, _TRAIN), min(config.limit_val or _VAL, _VAL)
             return shapes(*counts, config.image_size, self.masks, config.workers)
-        how = {"masks": self.masks, "skip_bad": config.skip_bad, "follow_links": config.follow_links}
-        read = [coco.read_part(*paths, **how) for paths in coco.coco_parts(folder)]
+        read = [
+            coco.read_part(*paths, masks=self.masks, skip_bad=config.skip_bad, follow_links=config.follow_links)
+            for paths in coco.coco_parts(folder)
+        ]
         (train, classes, bad), (val, val_classes, bad_val) = read
         if classes != val_classes:
             raise ValueError(f"{folder}: training and validation have different categories; they must be the same")

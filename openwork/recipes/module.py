@@ -259,6 +259,7 @@ class Agreement:
     def __init__(self, world: int) -> None:
         self._group = dist.new_group(backend="gloo") if world > 1 and dist.is_initialized() else None
         self._work: Any = None
+        self._told = torch.tensor(0)
 
     def any(self, mine: bool) -> bool:
         """Each process asks once before each step. What travels is on its way during the step."""
