@@ -29,6 +29,7 @@ from openwork.inference.plan import LayerTiming, Plan, environment
 from openwork.inference.streamed_model import StreamedModel, parameter, streamed_model
 from openwork.layouts.layout import Request, kind_named, kinds_on, refusal_of
 from openwork.nm.pattern import Pattern
+from openwork.training.parametrize import unwrap
 from openwork.utils.example import run
 from openwork.utils.torch_private import tree_leaves
 
@@ -50,6 +51,7 @@ def load_deployed(
     with the dense one, which never exists here: `ow.deploy` does that. Where no layer is faster sparse, the result is
     dense, and a warning says so. Raises ValueError where file and model, or `chosen`, do not fit.
     """
+    model = unwrap(model)
     elsewhere = {str(x.device) for x in tree_leaves(example) if isinstance(x, Tensor) and x.device.type != "cpu"}
     if elsewhere:
         raise ValueError(

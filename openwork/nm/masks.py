@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from openwork.nm.groups import Axis, from_rows, to_rows
-from openwork.nm.pattern import Pattern
+from openwork.nm.pattern import Pattern, check_pattern
 from openwork.utils.torch_private import is_traced, is_transformed
 
 # The integers of the same width, and the bits of infinity.
@@ -162,6 +162,7 @@ def _transformed(tensor: Tensor) -> bool:
 
 
 def _grouped(score: Tensor, pattern: Pattern) -> Tensor:
+    check_pattern(pattern)
     if score.ndim == 0 or score.shape[-1] % pattern.m:
         size = score.shape[-1] if score.ndim else "no"
         raise ValueError(

@@ -162,7 +162,11 @@ def weight_name(name: str) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's model inside DDP, `torch.compile`, `AveragedModel`: wrappers have it as their only child."""
+    """The user's model inside DDP, `torch.compile`, `AveragedModel`: wrappers have it as their only child. Raises
+    TypeError for what is no model."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"found {what} where the model is needed, a torch.nn.Module")
     while isinstance(model, _WRAPPERS) or "_orig_mod" in model._modules:
         model = next(model.children())
     return model
