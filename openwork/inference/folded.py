@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PAIRS = "_openwork_folded"
+_PAIRS = "_openwork_folded_pairs"
 
 
 class FoldedNorm(nn.Identity):
@@ -60,7 +60,7 @@ def fuse(layer: Any, weight: Tensor, norm: Any) -> tuple[nn.Parameter, nn.Parame
         )
         scale = scale if norm.weight is None else scale * norm.weight.to(exact)
         shift = shift * scale if norm.bias is None else shift * scale + norm.bias.to(exact)
-        scaled = weight.to(exact) * scale.view(-1, *[1] * (weight.ndim - 1))
+        scaled = weight.to(exact) * scale.view(-1, *[1] * (weight.ndim - 1)) + 0.0  # a scale below 0 makes -0.0
     learns = weight.requires_grad
     return nn.Parameter(scaled.to(weight.dtype), learns), nn.Parameter(shift.to(weight.dtype), learns)
 
