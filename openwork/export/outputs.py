@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from openwork.training.parametrize import masked_modules, unwrap
 from openwork.training.record import sparsity_records
 from openwork.training.sparsify import finalize
 from openwork.training.weight_norm import factors, fold_weight_norm
+from openwork.utils.copied import copied
 from openwork.utils.difference import largest_difference
 from openwork.utils.example import quiet, run
 from openwork.utils.torch_private import tree_leaves
@@ -30,7 +30,7 @@ def exportable(model: nn.Module) -> nn.Module:
     """
     model = unwrap(model)
     if sparsity_records(model) or any(True for _ in masked_modules(model)):
-        return finalize(copy.deepcopy(model))
+        return finalize(copied(model))
     return model
 
 
@@ -40,7 +40,7 @@ def folded(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     plain = exportable(model)
     if not factors(plain):
         return plain, {}
-    own = copy.deepcopy(plain) if plain is unwrap(model) else plain
+    own = copied(plain) if plain is unwrap(model) else plain
     return own, fold_weight_norm(own)
 
 

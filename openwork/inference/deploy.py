@@ -25,6 +25,7 @@ from openwork.training.selection import PatternChoice, Selection
 from openwork.training.sparsify import finalize
 from openwork.training.verify import verify
 from openwork.training.weight_norm import fold_weight_norm
+from openwork.utils.copied import copied
 from openwork.utils.difference import largest_difference
 from openwork.utils.example import run
 from openwork.utils.timing import as_graph, compile_frozen, fastest, finished
@@ -124,7 +125,7 @@ def _ready(
     check_weight_dtype(weight_dtype, _device(inner).type)
     weight_dtype = weight_dtype or own_dtype(inner)
     report = verify(inner, pattern=pattern)
-    ready = copy.deepcopy(inner)
+    ready = copied(inner)
     ready = (finalize(ready) if sparsity_records(ready) else ready).eval().requires_grad_(False)
     renamed = fold_weight_norm(ready)
     return ready, {renamed.get(row.name, row.name): row.pattern or row.reason for row in report.rows}, weight_dtype

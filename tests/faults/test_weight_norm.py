@@ -151,6 +151,18 @@ def test_removing_it_beside_a_mask_is_refused(norm) -> None:
     assert torch.equal(model(X), y)
 
 
+def test_what_a_forward_left_with_its_graph_is_no_hindrance(tmp_path) -> None:
+    model = trained(old_weight_norm, ow.STE())
+    y = model(X)  # a forward with gradients: copy.deepcopy(model) raises
+    assert not model[0].weight.is_leaf
+    torch.testing.assert_close(ow.deploy(model, X)(X), y)
+    ow.plan(model, X)
+    to_onnx(model, X, tmp_path / "net.onnx")
+    to_huggingface(model, tmp_path / "folder")
+    y.sum().backward()
+    assert not model[0].weight.is_leaf
+
+
 def test_a_weight_of_negative_lengths_has_no_negative_zeros() -> None:
     model = nn.Sequential(weight_norm(nn.Linear(16, 16)))
     with torch.no_grad():
