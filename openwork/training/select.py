@@ -22,7 +22,7 @@ from openwork.nm.pattern import Pattern
 from openwork.training.known_layers import known_axis, known_output_axis
 from openwork.training.parametrize import plain_name
 from openwork.training.selection import Selection, matches
-from openwork.training.weight_norm import Factor, factors
+from openwork.training.weight_norm import LENGTHS, Factor, factors
 from openwork.utils.deployed import check_not_deployed
 from openwork.utils.names import join
 from openwork.utils.torch_private import is_traceable_wrapper_subclass
@@ -163,7 +163,7 @@ class _Rules:
         if candidate.tied:
             return None, f"tied to {', '.join(candidate.aliases)}"
         if candidate.factor and not candidate.factor.direction:
-            return None, f"weight norm's lengths of {candidate.factor.weight}: its mask lies on the direction"
+            return None, f"{LENGTHS} of {candidate.factor.weight}: its mask lies on the direction"
         other = isinstance(candidate.module, parametrize.ParametrizationList) and not candidate.factor
         if other or parametrize.is_parametrized(candidate.module):
             return None, "its module is already parametrized"

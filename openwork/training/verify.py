@@ -29,6 +29,7 @@ from openwork.training.report import Report, Row
 from openwork.training.select import HELD, Candidate, decide
 from openwork.training.selection import PatternChoice, Selection
 from openwork.training.shared_class import plain_class
+from openwork.training.weight_norm import LENGTHS
 
 _GUESSES = tuple(2**i for i in range(1, 7))  # group sizes tried when no pattern is given
 _DENSE = "no N:M pattern with N < M holds"
@@ -144,9 +145,8 @@ def _accounts(
         raise TypeError(f"allow_dense={allowed!r} is one string; needed a list of globs, such as [{allowed!r}]")
     if example is None:
         return None
-    dense = {
-        weight_name(row.name): row.reason for row in held.skipped if row.reason != _DENSE
-    }  # which nobody has declared
+    declares = [row for row in held.skipped if row.reason != _DENSE and not row.reason.startswith(LENGTHS)]
+    dense = {weight_name(row.name): row.reason for row in declares}
     declared = Declared(dense, held.excluded, tuple(allowed))
     accounts = Accounts(held.patterns, {name: tuple(each.shape) for name, each in weights.items()}, declared)
     watch(model, example, accounts.visit)

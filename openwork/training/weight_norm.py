@@ -17,6 +17,9 @@ from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from openwork.utils.names import join
 from openwork.utils.torch_private import is_weight_norm
 
+LENGTHS = "weight norm's lengths"
+"""How the reason begins that lengths have no mask. It says nothing of the direction."""
+
 
 class Factor(NamedTuple):
     """A parameter that torch has made of a layer's weight: `direction` or lengths, `weight` the name of the latter."""
@@ -70,6 +73,9 @@ def _remove_parametrization(layer: Any, name: str) -> None:
         del layer.parametrizations
         layer.__class__ = plain
     layer.register_parameter(name, nn.Parameter(values.clone(), requires_grad=trained))
+    for key, hook in [*layer._load_state_dict_pre_hooks.items()]:  # brings old names to those that are gone; no pickle
+        if getattr(hook, "__qualname__", "").startswith("weight_norm.<locals>"):
+            del layer._load_state_dict_pre_hooks[key]
 
 
 def _normalized(layer: nn.Module) -> Iterator[tuple[str, nn.Module, str, str]]:

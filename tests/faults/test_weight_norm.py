@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -161,6 +162,24 @@ def test_what_a_forward_left_with_its_graph_is_no_hindrance(tmp_path) -> None:
     to_huggingface(model, tmp_path / "folder")
     y.sum().backward()
     assert not model[0].weight.is_leaf
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
+def test_its_lengths_declare_no_dense_direction(norm) -> None:
+    model, x = nn.Sequential(nn.Linear(32, 32), norm(nn.Linear(32, 32))), torch.randn(2, 32)
+    ow.project(model[0], "2:4")
+    with pytest.warns(UserWarning, match="inferred"), pytest.raises(ow.NotSparse, match="1 products are not accounted"):
+        ow.verify(model, x)
+    model = nn.Sequential(nn.Linear(32, 30), norm(nn.Linear(30, 32)))
+    ow.sparsify(model, "2:4")
+    (reason,) = ow.verify(model, x).products.declared.values()
+    assert "30 weights" in reason
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
+def test_a_deployed_one_is_pickled(norm) -> None:
+    deployed = ow.deploy(trained(norm, ow.STE()), X)
+    assert torch.equal(pickle.loads(pickle.dumps(deployed))(X), deployed(X))
 
 
 def test_a_weight_of_negative_lengths_has_no_negative_zeros() -> None:
