@@ -74,7 +74,7 @@ def _remove_parametrization(layer: Any, name: str) -> None:
         layer.__class__ = plain
     layer.register_parameter(name, nn.Parameter(values.clone(), requires_grad=trained))
     for key, hook in [*layer._load_state_dict_pre_hooks.items()]:  # brings old names to those that are gone; no pickle
-        if getattr(hook, "__qualname__", "").startswith("weight_norm.<locals>"):
+        if getattr(getattr(hook, "hook", hook), "__qualname__", "").startswith("weight_norm.<locals>"):
             del layer._load_state_dict_pre_hooks[key]
 
 
