@@ -130,7 +130,7 @@ class Accounts:
         if self.declared.allows(named):
             self.allowed[label] = problem
         elif recorded or alike:
-            where = " in a tensor that is none of the model's parameters" if alike else ""
+            where = f" in a tensor that is none of the model's parameters ({label!r} in allow_dense)" if alike else ""
             for name in recorded | alike:
                 self.problems[name] = f"multiplied{where} while {problem}{_together(names - {name})}"
         elif reason := self.declared.reason(named) or self._undivided(operand):

@@ -80,7 +80,7 @@ def _remove_parametrization(layer: Any, name: str) -> None:
 
 def _normalized(layer: nn.Module) -> Iterator[tuple[str, nn.Module, str, str]]:
     """(weight, module that holds its factors, name of the lengths, name of the direction)."""
-    parametrized: Any = layer._modules.get("parametrizations")
+    parametrized: Any = dict(layer.named_children()).get("parametrizations")  # scripted ones have no dict
     steps: Any
     for weight, steps in parametrized.items() if isinstance(parametrized, nn.ModuleDict) else ():
         if len(steps) == 1 and is_weight_norm(steps[0]):

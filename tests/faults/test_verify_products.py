@@ -483,3 +483,23 @@ def test_a_weight_that_is_multiplied_both_ways_stays_sparse_and_is_noted():
     report = ow.sparsify(model, "2:4", example=torch.randn(3, 32))
     assert report.sparse.keys() == {"fc.weight"}
     assert report.notes[0].startswith("fc.weight is also multiplied while ")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_traced_and_scripted_models_say_what_they_need() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU()), torch.randn(2, 16)
+    ow.project(model, "2:4")
+    for made in (torch.jit.trace(model, x), torch.jit.script(model)):
+        with pytest.raises(ValueError, match="name it with axis="):
+            ow.verify(made, x, pattern="2:4")
+        products = ow.verify(made, x, pattern=ow.Selection("2:4", axis={"0.weight": 1})).products
+        assert (products.sparse, products.dense) == (1, 0)
+
+
+def test_the_error_of_a_constant_says_what_allows_it() -> None:
+    constant = torch.randn(16, 16)
+    model = Net(lambda net, x: net.fc(x) @ constant, fc=nn.Linear(16, 16))
+    ow.sparsify(model, "2:4")
+    with pytest.raises(ow.NotSparse, match=r"\('constant' in allow_dense\)"):
+        ow.verify(model, torch.randn(2, 16))
+    assert ow.verify(model, torch.randn(2, 16), allow_dense=["constant"]).products.dense == 1
