@@ -270,7 +270,8 @@ def _linked(
 def _check_not_a_parameter(source: Source, name: str, caller: FrameType) -> None:
     """Raise where torch is about to refuse a computed weight, or to take it, as if it had been given a Parameter."""
     asks = caller.f_code.co_name
-    if name == "type" and asks == "typename":  # of the value that `module.weight = layer.weight` cannot take
+    assigns = caller.f_back is not None and caller.f_back.f_code.co_name in ("__setattr__", "register_parameter")
+    if name == "type" and asks == "typename" and assigns:  # `module.weight = layer.weight`
         raise RuntimeError(
             f"{source}, which is computed, is assigned to another module: tie or replace layers (quantization-aware "
             "training: prepare it) before ow.sparsify, or after ow.finalize"
