@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from openwork import __version__
 from openwork.recipes import TASKS
-from openwork.utils.interruption import Interrupted, interruptions
+from openwork.utils.signals import Interrupted, interruptions
 
 COMMANDS = ("train", "compare", "report", "inspect", "verify", "export", "plan", "bench")
 """Each is the function in the module of its name, which is imported when it runs."""

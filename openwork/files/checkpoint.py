@@ -26,7 +26,7 @@ from openwork.training.record import unfinished_weights
 from openwork.training.selection import PatternChoice, Selection
 from openwork.training.verify import NotSparse
 from openwork.utils.deployed import check_not_folded
-from openwork.utils.interrupt import without_interrupt
+from openwork.utils.signals import without_interrupt
 
 Model = TypeVar("Model", bound=nn.Module)
 Path = str | os.PathLike[str]

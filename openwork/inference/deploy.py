@@ -127,7 +127,9 @@ def _ready(
     ready = copy.deepcopy(inner)
     ready = (finalize(ready) if sparsity_records(ready) else ready).eval().requires_grad_(False)
     renamed = fold_weight_norm(ready)
-    return ready, {renamed.get(row.name, row.name): row.pattern or row.reason for row in report.rows}, weight_dtype
+    names = {name for name, _ in ready.named_parameters(remove_duplicate=False)}  # lengths of directions are gone
+    patterns = {renamed.get(row.name, row.name): row.pattern or row.reason for row in report.rows}
+    return ready, {name: pattern for name, pattern in patterns.items() if name in names}, weight_dtype
 
 
 def check_weight_dtype(weight_dtype: torch.dtype | None, device_type: str) -> None:

@@ -84,3 +84,9 @@ def _is_in_place(name: str) -> bool:
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__int__", "__index__"))
     return name.endswith("_")
+
+
+def bytes_held(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers that lie in memory, each once: not of weights that are packed."""
+    tensors = [each for each in (*model.parameters(), *model.buffers()) if not isinstance(each, PackedWeight)]
+    return sum({each.data_ptr(): each.nbytes for each in tensors}.values())

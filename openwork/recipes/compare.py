@@ -25,7 +25,7 @@ from openwork.recipes.report import write_report
 from openwork.recipes.rundir import RunDir, write_text
 from openwork.recipes.summary import SummaryRow, headline, metrics_of, summary_rows
 from openwork.recipes.yaml_files import write_yaml
-from openwork.utils.interruption import Interrupted, interruptions
+from openwork.utils.signals import Interrupted, interruptions
 
 
 def planned_runs(config: CompareConfig) -> list[Config]:

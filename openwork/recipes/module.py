@@ -27,7 +27,7 @@ from openwork.recipes.models import allow_torchvision
 from openwork.recipes.parallel import build_strategy, shard, share_statistics
 from openwork.recipes.rundir import RunDir
 from openwork.recipes.task import Task
-from openwork.utils.interruption import Interruption
+from openwork.utils.signals import Interruption
 
 allow_torchvision()  # lightning imports it through torchmetrics
 import lightning.pytorch as pl  # noqa: E402

@@ -34,7 +34,7 @@ from openwork.recipes.task import Task, description_of
 from openwork.recipes.weights import load_weights, save_weights
 from openwork.training.selection import Remainder
 from openwork.utils.hardware import cpu_name
-from openwork.utils.interruption import Interrupted, Interruption, interruptions
+from openwork.utils.signals import Interrupted, Interruption, interruptions
 
 _MASK = 32, 96  # rows and columns of the mask in the report
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 from weakref import ref
 
@@ -21,7 +21,7 @@ from openwork.methods.autograd import masked, straight_through
 from openwork.methods.method import State
 from openwork.nm.masks import apply_mask, too_dense
 from openwork.nm.pattern import Pattern
-from openwork.training.dtensor import by_groups, cuts_groups, elementwise, full_tensor, placed_like
+from openwork.training.dtensor import by_groups, check_whole_groups, differ, elementwise, full_tensor, placed_like
 from openwork.training.forward_cache import ForwardCache
 from openwork.utils.torch_private import is_traced, untraced
 
@@ -81,7 +81,7 @@ class Masked(nn.Module):
             self.mask = function(mask)
             if type(self.mask) is Tensor:
                 self.mask = self.mask.bool()  # `model.type(dtype)` casts whatever it finds
-                self.lost = self.lost or _differ(mask, self.mask)
+                self.lost = self.lost or differ(mask, self.mask)
         return self
 
     @property
@@ -186,7 +186,7 @@ class Masked(nn.Module):
         if self.reuses_mask:
             self.cache.remember(self, weight, mask)
         if not self.method.elementwise:
-            self._check_whole_groups(weight)
+            check_whole_groups(weight, self.method, self.phase)
         phase, state = self.phase, self.state
         return elementwise(lambda w, m: masked(self.method, w, m, phase, state), weight, mask)
 
@@ -218,16 +218,9 @@ class Masked(nn.Module):
         if not self.method.sparse:
             return weight
         if not self.method.elementwise:
-            self._check_whole_groups(weight)
+            check_whole_groups(weight, self.method, self.phase)
         state = self.state
         return elementwise(lambda w, m: self.method.fold(w, m, self.end, state), weight, self.mask_at_end(weight))
-
-    def _check_whole_groups(self, weight: Any) -> None:
-        if cuts_groups(weight, self.phase.axis, self.phase.pattern.m):
-            raise ValueError(
-                f"{self.method} needs whole groups of {self.phase.pattern.m}, and sharding {weight.placements} of a "
-                f"weight {tuple(weight.shape)} cuts them apart: shard along another axis, or take another method"
-            )
 
     # --- the optimizer step ----------------------------------------------------------------------------------------
 
@@ -324,32 +317,3 @@ class Masked(nn.Module):
         parts = [str(self.end.pattern), str(self.method), str(self.end.axis)]
         parts += [f"output_axis {self.end.output_axis}"] if self.end.output_axis else []
         return ", ".join(parts + ([self.unfinished] if self.unfinished else []))
-
-
-def _differ(before: Tensor, after: Tensor) -> bool:
-    if before.is_meta or after.is_meta:
-        return before.is_meta != after.is_meta
-    return not torch.equal(before.to(after.device), after)
-
-
-@dataclass
-class Stepped:
-    """A weight as the hooks of a method see it (`openwork.methods.method.TrainedWeight`)."""
-
-    masked: Masked
-    weight: Tensor
-
-    @property
-    def state(self) -> State:
-        return self.masked.state
-
-    @property
-    def step(self) -> int:
-        return self.masked.step
-
-    @step.setter
-    def step(self, step: int) -> None:
-        self.masked.go_to(step)
-
-    def mask(self) -> Tensor:
-        return self.masked.mask_of(self.weight)

@@ -80,7 +80,8 @@ def count_macs(
 ) -> dict[str, int]:
     """Multiply-adds of one forward pass by the name of the weight, and under "" those of no weight in `weights`.
     `visit` is shown each product of a constant as by `watch`."""
-    counter = _Watcher(_constants(model, {id(weight): name for name, weight in weights.items()}), example, visit)
+    constants = _constants(model, {id(weight): name for name, weight in weights.items()})
+    counter = _Watcher(constants, example, visit, frozenset(weights))
     with quiet(model), _uncompiled(), _without_fused_kernels(), counter.hooks(model), counter:
         run(model, example)
     counted = {name: macs for name, macs in counter.macs.items() if name in weights}
@@ -94,8 +95,15 @@ def _constants(model: nn.Module, names: Mapping[int, str]) -> list[tuple[str, Te
 
 
 class _Watcher(TorchDispatchMode):
-    def __init__(self, weights: list[tuple[str, Tensor]], example: Any, visit: Visit | None):
+    def __init__(
+        self,
+        weights: list[tuple[str, Tensor]],
+        example: Any,
+        visit: Visit | None,
+        counted: frozenset[str] = frozenset(),
+    ):
         super().__init__()
+        self.counted = counted
         self.visit = visit
         self.macs: Counter[str] = Counter()
         self.traces: dict[Hashable, Trace] = {}
@@ -168,7 +176,9 @@ class _Watcher(TorchDispatchMode):
         macs = _macs(packet, args, kwargs, out)
         if macs:
             weights = [
-                trace.names for tensor, trace in operands if tensor.ndim >= 2 and not (trace.made or trace.meets_data)
+                trace.names & self.counted
+                for tensor, trace in operands
+                if tensor.ndim >= 2 and not (trace.made or trace.meets_data)
             ]
             single = [name for names in weights if len(names) == 1 for name in names]
             self.macs[single[-1] if single else ""] += macs  # the last: the data may be a parameter too

@@ -49,7 +49,7 @@ class Handle:
         self.topology = topology
         self._optimizer, self._model = ref(optimizer), model  # the optimizer's hooks hold the handle: no circle
         self._records = records
-        self._held: dict[str, ref[Tensor]] = {}
+        self._held: dict[str, Tensor] = {}  # no weak references: torch swaps no tensor that has one
         self._before: dict[str, Tensor] = {}
         self._warned = False
         methods = [record.method for _, record in records]
@@ -127,8 +127,8 @@ class Handle:
         trained = [sparse for sparse in weights if id(sparse.weight) in held]
         if len(trained) < len(self._held):
             self._check_held(optimizer, weights, trained)
-        if [id(sparse.weight) for sparse in trained] != [id(old()) for old in self._held.values()]:
-            self._held |= {sparse.name: ref(sparse.weight) for sparse in trained}
+        if [id(sparse.weight) for sparse in trained] != [id(old) for old in self._held.values()]:
+            self._held |= {sparse.name: sparse.weight for sparse in trained}
         return trained
 
     def end_step(self, optimizer: Optimizer, trained: list[SparseWeight]) -> None:

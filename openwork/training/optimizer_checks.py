@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
-from weakref import ref
 
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
@@ -56,14 +55,10 @@ def _refuse_deepspeed(optimizer: Any) -> None:
         )
 
 
-def replaced(optimizer: Optimizer, before: Mapping[str, ref[Tensor]], now: Mapping[str, Tensor]) -> list[str]:
+def replaced(optimizer: Optimizer, before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
     """The names of weights of which the optimizer holds what they were before, and not what they are now."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [
-        name
-        for name, old in before.items()
-        if (weight := old()) is not None and id(weight) in held and name in now and id(now[name]) not in held
-    ]
+    return [name for name, old in before.items() if id(old) in held and name in now and id(now[name]) not in held]
 
 
 def check_own_state(optimizer: Optimizer) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import ref
 
@@ -17,10 +18,34 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from openwork.methods.method import State
 from openwork.training.foreach import add_decay, decayed_copy
-from openwork.training.masked import Stepped
+from openwork.training.masked import Masked
 from openwork.training.optimizer_checks import check_fitting_state, creates_state_only
 from openwork.training.parametrize import SparseWeight
+
+
+@dataclass
+class Stepped:
+    """A weight as the hooks of a method see it (`openwork.methods.method.TrainedWeight`)."""
+
+    masked: Masked
+    weight: Tensor
+
+    @property
+    def state(self) -> State:
+        return self.masked.state
+
+    @property
+    def step(self) -> int:
+        return self.masked.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self.masked.go_to(step)
+
+    def mask(self) -> Tensor:
+        return self.masked.mask_of(self.weight)
 
 
 class Attached(Protocol):

@@ -88,10 +88,14 @@ class OptimizerWatch:
 
     def _check_replaced(self, optimizer: Optimizer, model: nn.Module) -> None:
         """Somewhere `load_state_dict(assign=True)` has put other parameters into masked modules."""
-        before = {each.name: each.masked.replaced for each in sparse_weights(model) if each.masked.replaced}
+        before = {
+            each.name: old
+            for each in sparse_weights(model)
+            if each.masked.replaced and (old := each.masked.replaced()) is not None
+        }
         if names := replaced(optimizer, before, {each.name: each.weight for each in sparse_weights(model)}):
             raise RuntimeError(no_longer_held(optimizer, model, names))
-        if not any(old() is not None for old in before.values()):
+        if not before:
             self._assignments = Masked.assignments
 
 

@@ -211,7 +211,7 @@ def _from_dense_names(
         _take_counters(masked, state, prefix + name)
         if masked.mask is not None:
             _take_mask(masked, state, f"{prefix}{name}_mask", assigns, missing if strict else [], errors)
-        if assigns and prefix + name in state:
+        if assigns and prefix + name in state and not torch.__future__.get_swap_module_params_on_conversion():
             masked.replaced = ref(weight)
             Masked.assignments += 1
     for inside, outside in _renamed(module, prefix):

@@ -17,7 +17,7 @@ from openwork.recipes.module import pl
 from openwork.recipes.recipe import train
 from openwork.recipes.rundir import RunDir
 from openwork.recipes.weights import read_weights
-from openwork.utils.interruption import Interrupted, Interruption, interruptions
+from openwork.utils.signals import Interrupted, Interruption, interruptions
 
 SMALL = {"limit": 64, "limit_val": 16, "batch_size": 16, "epochs": 2, "threads": 1, "progress": False, "log_every": 1}
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
@@ -130,7 +130,7 @@ def test_a_second_signal_is_raised_at_once_and_an_error_that_follows_the_first_i
 
     with pytest.raises(Interrupted, match="SIGTERM"):
         work()
-    monkeypatch.setattr("openwork.utils.interruption._AGAIN", 0.0)
+    monkeypatch.setattr("openwork.utils.signals._AGAIN", 0.0)
     interruption._waits = True
     with pytest.raises(Interrupted, match="SIGINT"):
         interruption.receive(signal.SIGINT, None)

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP as an orderly end: an exception with the shell's exit status."""
+"""SIGINT, SIGTERM and SIGHUP as an orderly end, an exception with the shell's exit status; and work that none ends."""
 
 from __future__ import annotations
 
@@ -95,3 +95,20 @@ def interruptions() -> Iterator[Interruption]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+@contextmanager
+def without_interrupt() -> Iterator[None]:
+    """SIGINT waits until the end, and then does what it would have done. (Only the first thread gets any.)"""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            before(*came[0])
