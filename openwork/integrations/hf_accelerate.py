@@ -24,8 +24,9 @@ from openwork.integrations.shared import FILE, Scalars, save_beside_checkpoint, 
 class SparseRun:
     """Attaches a prepared optimizer, sends topology to `accelerator.log` at its steps, travels with `save_state` and
     `load_state`, and puts a compressed file with projected weights into every folder that `save_state` writes (once the
-    method's schedule, if it has one, has ended). With several runs at a time (a GAN, a student and its teacher) each has a `file` of its own, numbered as Accelerate
-    numbers its models: model.openwork.safetensors, model_1.openwork.safetensors.
+    method's schedule, if it has one, has ended). With several runs at a time (a GAN, a student and its teacher) each
+    has a `file` of its own, numbered as Accelerate numbers its models: model.openwork.safetensors,
+    model_1.openwork.safetensors.
 
     The model that `save_state` writes holds the dense latent weights, for resuming; what leaves training is `finish`'s.
     """
