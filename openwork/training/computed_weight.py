@@ -140,7 +140,7 @@ def _sharded_class(computed: Any, sharded: Any) -> Any:
 
     def through(method: Any) -> Any:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return computed.__torch_function__(method, (type(self),), (self, *args), kwargs)
+            return computed.__torch_function__(method, (computed,), (self, *args), kwargs)
 
         return functools.wraps(method)(call)
 
