@@ -18,14 +18,15 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 import openwork as ow
-from openwork.integrations.shared import FILE, Scalars, save_compressed, verify_recorded
+from openwork.integrations.shared import FILE, Scalars, save_beside_checkpoint, verify_recorded
 
 
 class SparseRun:
     """Attaches a prepared optimizer, sends topology to `accelerator.log` at its steps, travels with `save_state` and
-    `load_state`, and puts a compressed file with projected weights into every folder that `save_state` writes. With
-    several runs at a time (a GAN, a student and its teacher) each has a `file` of its own, numbered as Accelerate
-    numbers its models: model.openwork.safetensors, model_1.openwork.safetensors.
+    `load_state`, and puts a compressed file with projected weights into every folder that `save_state` writes (once the
+    method's schedule, if it has one, has ended). With several runs at a time (a GAN, a student and its teacher) each
+    has a `file` of its own, numbered as Accelerate numbers its models: model.openwork.safetensors,
+    model_1.openwork.safetensors.
 
     The model that `save_state` writes holds the dense latent weights, for resuming; what leaves training is `finish`'s.
     """
@@ -77,7 +78,7 @@ class SparseRun:
 
     def _save_compressed(self, models: list[nn.Module], weights: list[dict[str, Any]], folder: str | Path) -> None:
         if self.accelerator.is_main_process:
-            save_compressed(self.model, folder, self.file)
+            save_beside_checkpoint(self.model, folder, self.file)
 
 
 def _registered(accelerator: Accelerator) -> list[Any]:

@@ -16,12 +16,20 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import ExportableState
 
 import openwork as ow
-from openwork.integrations.shared import Scalars, from_text, save_compressed, to_text, verify_recorded
+from openwork.integrations.shared import (
+    Scalars,
+    from_text,
+    save_beside_checkpoint,
+    save_compressed,
+    to_text,
+    verify_recorded,
+)
 
 
 class SparseCallback(TrainerCallback, ExportableState):
     """Attaches the trainer's optimizer, sends topology to `trainer.log`, puts a compressed file with projected weights
-    into every checkpoint folder, and at the end verifies the model, saves it and finalizes it.
+    into every checkpoint folder (once the method's schedule, if it has one, has ended), and at the end verifies the
+    model, saves it and finalizes it.
 
     Sparsify the model before the `Trainer` gets it. The state of `handle` travels in trainer_state.json. Inside a
     checkpoint folder `model.safetensors` holds the dense latent weights, for resuming; after `train()` the model is
@@ -64,7 +72,7 @@ class SparseCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         if args.should_save:
-            save_compressed(self.trainer.model, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+            save_beside_checkpoint(self.trainer.model, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         verify_recorded(self.trainer.model)

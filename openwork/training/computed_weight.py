@@ -10,6 +10,7 @@ The forward passes of torch's own modules only read, and get the plain tensor; s
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from openwork.training.dtensor import is_sharded
 from openwork.utils.torch_private import as_functions_of_tensors, share_memory
 
 Path = Callable[[Tensor], Tensor]
@@ -94,7 +96,11 @@ class ComputedWeight(Tensor):
 
     @classmethod
     def of(cls, source: Source, path: Path, values: Tensor) -> ComputedWeight:
-        made: ComputedWeight = values.as_subclass(cls)
+        if is_sharded(values):
+            made: ComputedWeight = values.view_as(values)  # type: ignore[assignment]
+            made.__class__ = _sharded_class(cls, type(values))
+        else:
+            made = values.as_subclass(cls)
         made._source, made._path, made._known = source, path, (source.read(), values)
         return made
 
@@ -126,6 +132,20 @@ class ComputedWeight(Tensor):
             if written:
                 return _write(func, name, args, kwargs, written)
             return _read(func, name, args, kwargs)
+
+
+@functools.cache
+def _sharded_class(computed: Any, sharded: Any) -> Any:
+    """The class of a computed weight that is a DTensor, whose own methods torch calls directly."""
+
+    def through(method: Any) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return computed.__torch_function__(method, (computed,), (self, *args), kwargs)
+
+        return functools.wraps(method)(call)
+
+    own = {name: through(getattr(sharded, name)) for name in ("to_local", "full_tensor", "redistribute")}
+    return type(f"Computed{sharded.__name__}", (computed, sharded), {"__slots__": (), **own})
 
 
 def is_written(value: object, module: nn.Module, name: str) -> bool:
@@ -253,7 +273,7 @@ def _linked(
 ) -> Tensor:
     """The result of a function, where it is a view of a weight as one that sends on writes."""
     origin = next((each for each in given if share_memory(result, _value(each))), None)
-    if origin is None or type(result) is not Tensor:
+    if origin is None or not (type(result) is Tensor or is_sharded(result)):
         return result
     args, kwargs = _mapped((args, kwargs), _same)  # lists may be changed after the call
 
@@ -270,7 +290,8 @@ def _linked(
 def _check_not_a_parameter(source: Source, name: str, caller: FrameType) -> None:
     """Raise where torch is about to refuse a computed weight, or to take it, as if it had been given a Parameter."""
     asks = caller.f_code.co_name
-    if name == "type" and asks == "typename":  # of the value that `module.weight = layer.weight` cannot take
+    assigns = caller.f_back is not None and caller.f_back.f_code.co_name in ("__setattr__", "register_parameter")
+    if name == "type" and asks == "typename" and assigns:  # `module.weight = layer.weight`
         raise RuntimeError(
             f"{source}, which is computed, is assigned to another module: tie or replace layers (quantization-aware "
             "training: prepare it) before ow.sparsify, or after ow.finalize"

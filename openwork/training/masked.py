@@ -114,7 +114,7 @@ class Masked(nn.Module):
     def mask_of(self, weight: Tensor) -> Tensor:
         """The mask in force: bool, the shape of `weight`."""
         if self.mask is not None and not self.lost:
-            self._follow_average(weight)
+            self.follow_average(weight)
             return placed_like(self.mask, weight)
         return self.ranked(weight.detach().to(self.seen_dtype), self.phase)
 
@@ -150,7 +150,7 @@ class Masked(nn.Module):
         """The stored mask is right for what the weight is now."""
         self._chosen_at = 0 if weight.is_inference() else weight._version
 
-    def _follow_average(self, weight: Tensor) -> None:
+    def follow_average(self, weight: Tensor) -> None:
         """Choose the stored mask of a copy anew whose weight somebody changed: that of an average, in which nobody
         counts steps. One that is chosen only once stays."""
         copied = self.cache.copied and bool(self.schedule.refresh_every)

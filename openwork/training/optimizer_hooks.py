@@ -153,6 +153,7 @@ class Hooks:
             self._gradients.lend(sparse.weight)
         add_decay(rest, [signs.get(id(sparse.weight), 1) for sparse in rest], scale)
         call_hooks("before_step", optimizer, weights)
+        self._gradients.seal()
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._gradients.give_back(_unscaled_by(optimizer))
@@ -168,6 +169,7 @@ class LentGradients:
 
     def __init__(self) -> None:
         self._lent: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._versions: list[int | None] = []  # of the copies, when the optimizer got them
 
     def lend(self, weight: nn.Parameter, lent: Tensor | None = None) -> None:
         """Put another gradient in the place of the weight's, or a copy to write to. What a graph made stays part of
@@ -178,15 +180,27 @@ class LentGradients:
         self._lent.append((weight, own, lent))
         weight.grad = lent
 
+    def seal(self) -> None:
+        """The copies are as the optimizer gets them."""
+        self._versions = [_version(copy) for *_, copy in self._lent]
+
     def give_back(self, divisor: Tensor | None = None) -> None:
         """Put the own gradients in their places again, where the copies still are: a closure or an optimizer may have
-        put others there. `divisor`: what the optimizer has divided the copies by."""
+        put others there; zeros, where it has written such (`zero_grad(set_to_none=False)` at the end of a step).
+        `divisor`: what the optimizer has divided the copies by."""
         lent, self._lent = self._lent, []
-        for weight, own, copy in lent:
+        versions, self._versions = self._versions, []
+        for (weight, own, copy), version in zip(lent, versions or [None] * len(lent), strict=True):
             if weight.grad is copy:
+                if version is not None and version != _version(copy) and not copy.any():
+                    own.detach().zero_()
                 if divisor is not None:
                     own.div_(divisor.to(own.device))
                 weight.grad = own
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _restoring(optimizer: Optimizer) -> Callable[..., Any]:

@@ -185,6 +185,7 @@ def _to_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, _: ob
         if inside in state:
             state[outside] = state.pop(inside)
     for name, masked, weight in masked_weights(module):
+        masked.follow_average(weight)
         state |= {f"{prefix}{name}_{key}": tensor for key, tensor in masked.others_saved.items()}
         if masked.lost and masked.mask is not None:
             state[f"{prefix}{name}_mask"] = masked.mask_of(weight)

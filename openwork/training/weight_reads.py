@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from openwork.training.computed_weight import ComputedWeight, Source, itself
+from openwork.training.dtensor import is_sharded
 from openwork.utils.torch_private import is_traced, is_transformed
 
 _MAKERS = ("torch.nn.utils.parametrize", "torch.nn.utils.weight_norm")
@@ -31,7 +32,7 @@ def handed_out(weight: Tensor, module: nn.Module, name: str, reader: FrameType) 
     if where in _MAKERS:
         return _read_by_a_maker(weight, module, name, reader)
     multiplies = where.startswith("torch.nn.modules.") and "reset_parameters" not in reader.f_code.co_name
-    if multiplies or where.startswith("openwork.") or type(weight) is not Tensor:
+    if multiplies or where.startswith("openwork.") or not (type(weight) is Tensor or is_sharded(weight)):
         return weight
     if is_traced() or is_transformed(weight):
         return weight

@@ -104,7 +104,9 @@ def untraced() -> Iterator[None]:
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether both lie in one storage, also where it holds nothing (the meta device). False where one has none."""
+    """Whether both lie in one storage, also where it holds nothing (the meta device). False where one has none. Of a
+    DTensor it is this process's part that counts."""
+    a, b = (getattr(each, "_local_tensor", each) for each in (a, b))
     try:
         return a.untyped_storage()._cdata == b.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):

@@ -80,6 +80,18 @@ def plain_of(model, name, weight):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_an_average_from_its_state_dict_is_the_same(method):
+    """Also where nothing has asked for the masks of the first before it was saved."""
+    model, optimizer = net(method)
+    average = AveragedModel(model)
+    train(model, optimizer, 2 * EVERY + 1, lambda: average.update_parameters(model))
+    again = AveragedModel(net(method)[0])
+    again.load_state_dict(copy.deepcopy(average.state_dict()))
+    masks = ow.masks(again)
+    assert all(torch.equal(mask, masks[name]) for name, mask in ow.masks(average).items())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_an_average_copied_into_its_model(tmp_path, method):
     """As Lightning does at the end, through `.data`: with and without buffers."""
     model, optimizer = net(method)

@@ -319,3 +319,27 @@ def test_a_scaled_fused_step_that_maximizes_shrinks(fused):
     wanted = [w.detach() * (1 - DECAY * mask.float()) for w, mask in zip(dense(model), pruned(model), strict=True)]
     scaler.step(optimizer)
     assert all(torch.allclose(w, end) for w, end in zip(dense(model), wanted, strict=True))
+
+
+class Zeroing(torch.optim.Optimizer):
+    """Descends, and zeroes its gradients in place at the end of each step."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad, alpha=0.1)
+        self.zero_grad(set_to_none=False)
+
+
+def test_gradients_that_the_step_zeroes_are_zero():
+    model = net()
+    optimizer = Zeroing(model.parameters())
+    ow.attach(optimizer, model)
+    for _ in range(2):
+        backward(model)
+        own = [p.grad for p in model.parameters()]
+        optimizer.step()
+        assert all(p.grad is grad and not grad.any() for p, grad in zip(model.parameters(), own, strict=True))

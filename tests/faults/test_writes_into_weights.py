@@ -291,6 +291,13 @@ def test_an_optimizer_of_a_computed_weight_is_told_what_to_take(grad) -> None:
         torch.optim.SGD([model[0].weight], 0.1)
 
 
+def test_its_type_may_be_asked_for() -> None:
+    model = nn.Linear(8, 8)
+    ow.sparsify(model, "2:4")
+    assert torch.typename(model.weight) == "torch.FloatTensor"
+    assert torch.typename(model.weight[0]) == "torch.FloatTensor"
+
+
 def test_tying_another_layer_to_it_says_what_it_is() -> None:
     model, other = sparse(), nn.Linear(16, 16)
     with pytest.raises(RuntimeError, match=r"weight of a sparsified Linear.* assigned .*before ow\.sparsify"):
