@@ -193,9 +193,19 @@ def _example(source: str, shapes: Sequence[str], needed: bool) -> Any:
     return example_of(shapes)
 
 
+def check_finished(folder: Path) -> None:
+    """Raises FileNotFoundError for a run of `openwork train` that has no network yet."""
+    if (folder / "config.yaml").exists() and not (folder / "model.safetensors").exists():
+        raise FileNotFoundError(
+            f"{folder} is a run that did not finish: it has no model.safetensors yet; "
+            f"openwork train TASK --config {folder / 'config.yaml'} --resume goes on with it"
+        )
+
+
 def _of_run(folder: Path, shapes: Sequence[str]) -> Source:
     from openwork.recipes.recipe import load_run
 
+    check_finished(folder)
     net, example, config = load_run(folder)
     selection = None
     if config.method != "dense":

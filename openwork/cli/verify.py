@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from openwork.cli.inspect import file_table
-from openwork.cli.source import FORMS, add_arguments, open_model
+from openwork.cli.source import FORMS, add_arguments, check_finished, open_model
 from openwork.files.checkpoint import check
 from openwork.files.hub import is_address, local
 from openwork.files.plain import opened_plain, plain_files
@@ -66,6 +66,7 @@ def verify(words: Sequence[str]) -> int:
 
 def _verify_weights(path: Path, pattern: Pattern | None, include: Sequence[str], exclude: Sequence[str]) -> int:
     """The compressed file, the ordinary ones, or both where a folder has both."""
+    check_finished(path)
     has_compressed = path.is_dir() and (path / FILE).exists()
     plain = plain_files(path)
     status = 0

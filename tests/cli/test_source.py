@@ -218,3 +218,10 @@ def test_help_lists_the_forms(capsys):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert sources.FORMS in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "plan", "export", "bench"])
+def test_a_run_that_did_not_finish_is_named(command, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("task: classification\n")
+    assert main([command, str(tmp_path), *(["--out", str(tmp_path / "net.onnx")] if command == "export" else [])]) == 2
+    assert f"{tmp_path} is a run that did not finish: it has no model.safetensors yet" in capsys.readouterr().err
