@@ -72,7 +72,7 @@ class Masked(nn.Module):
             self.choose_mask(weight)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_chosen_at": 0, "replaced": None}  # versions of copied weights begin at 0
+        return {**self.__dict__, "replaced": None}
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Masked:
         """What `to`, `half` and `to_empty` do to buffers; a mask whose values did not survive is lost."""

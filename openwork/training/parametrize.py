@@ -71,7 +71,14 @@ class MaskedSteps(parametrize.ParametrizationList):
         return self
 
     def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
+        masked: Any = self[0]
+        masked.follow_average(self.original)
         return _empty_steps, (), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        masked: Any = self[0]
+        masked.belongs_to(self.original)  # torch's versions begin at 0 in a copy, at 1 from a file
 
 
 def _empty_steps() -> nn.Module:
