@@ -11,7 +11,6 @@ _LOAD = (
     "(safetensors.torch.save_file a dense one)"
 )
 _SAVE = "save the weights with ow.save, save_pretrained or safetensors.torch.save_file"
-_CHECK = "openwork verify FILE.onnx checks it; "
 _FETCH = "fetch it again from where it came"
 _UNPACK = "unpack it first"
 

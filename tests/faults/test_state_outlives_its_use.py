@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from outer_optimizer import Outer
 from torch import nn
 from torch.optim.optimizer import (
     _global_optimizer_post_hooks,
@@ -174,15 +175,6 @@ def test_another_optimizer_over_the_same_model():
     assert times_added(model, second) == ONCE
     assert [record["step"] for record in topology.records] == [1, 2]
     assert handle.steps == 2
-
-
-class Outer(torch.optim.Optimizer):
-    def __init__(self, inner):
-        self.inner = inner
-        super().__init__(inner.param_groups, {})
-
-    def step(self, closure=None):
-        return self.inner.step(closure)
 
 
 def test_an_optimizer_and_the_one_inside_it_are_attached_once():

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from outer_optimizer import Outer
 from plain_loop import DECAY, Net, batches, keep_by_sorting
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -663,17 +664,6 @@ def test_nothing_is_said_where_nothing_is_wrong():
     steps_of(SGD([model.conv.bias]), model)()
     ow.finalize(model)
     steps_of(SGD(model.parameters()), model)()
-
-
-class Outer(torch.optim.Optimizer):
-    """Like ZeroRedundancyOptimizer and Lookahead: a torch optimizer that lets another one do the step."""
-
-    def __init__(self, inner):
-        self.inner = inner
-        super().__init__(inner.param_groups, {})
-
-    def step(self, closure=None):
-        return self.inner.step(closure)
 
 
 @pytest.mark.parametrize("attached", ["outer", "inner"])
