@@ -17,7 +17,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check sanitize neon avx512 works-with bench docs clean
+.PHONY: help demo test check sanitize neon avx512 works-with package bench docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 16
@@ -50,6 +50,9 @@ kernels = for each in $(1); do command -v $$each > /dev/null || test -e $$each |
 works-with: .venv/dev.stamp ## run what makes docs/works-with.md, on all nets, and write it
 	OMP_NUM_THREADS=1 OPENWORK_WORKS_WITH=build/works-with.json $(BIN)/python -m pytest -m works_with tests $(PYTEST_ARGS)
 	PYTHONPATH=tests $(BIN)/python tests/works_with/page.py build/works-with.json > docs/works-with.md
+
+package: ## build the wheel and the source archive, install each, with a compiler and without, and use it
+	TORCH_INDEX='$(TORCH_INDEX)' $(PYTHON) tests/install/try_archives.py
 
 bench: .venv/train.stamp ## time a sparse training step against the dense one, on this machine
 	$(BIN)/python benchmarks/training_step.py

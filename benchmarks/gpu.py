@@ -48,6 +48,7 @@ from openwork import kernels
 from openwork.bench.measure import quantile, today, write_csv
 from openwork.bench.models import Encoder
 from openwork.inference.layers import PackedLayer
+from openwork.inference.packed_weight import bytes_held
 from openwork.kernels.cuda import cusparselt
 from openwork.kernels.cuda.semi_structured import SemiStructured
 from openwork.nm.groups import Axis
@@ -386,8 +387,7 @@ def of_decode(bench: Bench, B: int, K: int, O: int, text: str) -> list[Row]:
 def copies(layer: nn.Module, bench: Bench) -> list[nn.Module]:
     """The layer and as many copies of its tensors as it takes to exceed the cache four times: by the bytes that lie in
     memory, which are fewer in a packed layer. (`deepcopy` would pack each of those anew.)"""
-    held = sum(each.nbytes for each in (*layer.parameters(), *layer.buffers()))
-    return [layer, *(_cloned(layer) for _ in range(max(2, -(-cache_to_exceed(bench) // held)) - 1))]
+    return [layer, *(_cloned(layer) for _ in range(max(2, -(-cache_to_exceed(bench) // bytes_held(layer))) - 1))]
 
 
 def cache_to_exceed(bench: Bench) -> int:

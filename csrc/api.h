@@ -1,5 +1,8 @@
-// The structs that Python fills (openwork/kernels/cpu/native.py mirrors them, and a test compares their sizes).
+// The structs that Python fills (openwork/kernels/cpu/native.py mirrors them, and a test compares their sizes), and how a call
+// ends. A call is given its kernels: so it keeps them, whatever another thread chooses meanwhile.
 #pragma once
+
+#include <new>
 
 #include "kernels.h"
 
@@ -7,7 +10,17 @@
 
 namespace openwork {
 
-extern const Kernels* kernels;  // of the instruction set in use
+enum Status : int32_t { kDone = 0, kNoMemory = 1, kDamaged = 2 };  // kDamaged: an offset of the weight is none of its tile
+
+// What `body` returns; no exception leaves the library.
+template <class Body>
+int32_t status_of(const Body& body) {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
+}
 
 // How the weight of a matmul lies in memory for the GEMM kernel: tiles of inputs, in each of them all outputs. `tile`
 // inputs make a tile and the last tile is what is left. A tile holds, for each output, tile / m * n values, rounded up to

@@ -5,21 +5,17 @@
 
 using namespace openwork;
 
-// Whether the processor has the instructions that `dot_product` needs.
-OPENWORK_API int32_t openwork_has_dot_product() { return kernels->dot_product != nullptr; }
-
 // Some groups of rows at a time, so that they stay in the second-level cache while all outputs pass over them. Where there
 // are enough for all threads each packs its own, into memory of its own; else all pack first, into `packed`.
 constexpr int64_t kTogether = 8;
 
 static bool each_packs(const DotProduct& d, int64_t threads) { return dot_product_groups(d) >= 2 * kTogether * threads; }
 
-OPENWORK_API int64_t openwork_dot_product_scratch(const DotProduct* d, int64_t threads) {
+OPENWORK_API int64_t openwork_dot_product_scratch(const Kernels* kernels, const DotProduct* d, int64_t threads) {
   return each_packs(*d, threads) ? 0 : d->batch * d->windows * kernels->lanes * 4;
 }
 
-OPENWORK_API void openwork_dot_product(const DotProduct* given, int32_t dtype, int64_t threads) {
-  const DotProduct& d = *given;
+static void dot_product(const Kernels* kernels, const DotProduct& d, int32_t dtype, int64_t threads) {
   const int64_t groups = dot_product_groups(d), together = parts(groups, parts(groups, kTogether));  // of nearly the same size
   const int64_t parts_of_all = parts(groups, together), rows = lesser(d.batch, together * kDotProductBatch);
   if (each_packs(d, threads))
@@ -46,8 +42,15 @@ OPENWORK_API void openwork_dot_product(const DotProduct* given, int32_t dtype, i
   });
 }
 
+OPENWORK_API int32_t openwork_dot_product(const Kernels* kernels, const DotProduct* d, int32_t dtype, int64_t threads) {
+  return status_of([&] {
+    dot_product(kernels, *d, dtype, threads);
+    return kDone;
+  });
+}
+
 // (N, count) numbers as whole ones plus 128, one scale for each of N. bits: N * pieces of memory.
-OPENWORK_API void openwork_quantize(const float* x, int64_t N, int64_t count, uint8_t* to, float* scales, int32_t* bits) {
+static void quantize(const Kernels* kernels, const float* x, int64_t N, int64_t count, uint8_t* to, float* scales, int32_t* bits) {
   constexpr int64_t piece = 1 << 14;
   const int64_t pieces = parts(count, piece);
   parallel_for(N * pieces, 2, [&](int64_t first, int64_t last) {
@@ -66,5 +69,13 @@ OPENWORK_API void openwork_quantize(const float* x, int64_t N, int64_t count, ui
       const int64_t n = i / pieces, at = n * count + i % pieces * piece;
       kernels->quantize(x + at, lesser(piece, (n + 1) * count - at), scales[n], to + at);
     }
+  });
+}
+
+OPENWORK_API int32_t openwork_quantize(const Kernels* kernels, const float* x, int64_t N, int64_t count, uint8_t* to, float* scales,
+                                       int32_t* bits) {
+  return status_of([&] {
+    quantize(kernels, x, N, count, to, scales, bits);
+    return kDone;
   });
 }

@@ -1,5 +1,6 @@
 // GEMM and convolution with a compressed weight: bring the input into the form that the kernel reads, cut the work into tasks
 // that threads share, bring the result into the form that the caller reads. Nothing here depends on the instruction set.
+#include <atomic>
 #include <cstring>
 
 #include "api.h"
@@ -10,11 +11,11 @@ namespace openwork {
 namespace {
 
 constexpr int64_t kMostColumns = 128;  // of any instruction set
-// Bytes behind the last tile of inputs: what an offset, of 16 bits, can reach at most. So a damaged weight gives wrong numbers
-// and reads nobody else's memory.
+// Bytes behind the last tile of inputs: what an offset, of 16 bits, can reach at most. So a damaged weight, whoever changed it
+// and when, reads nobody else's memory. What it computes is not returned: offsets are looked at in the first panel of columns.
 constexpr int64_t kReach = (1 << 16) + kMostColumns * 4;
 
-int64_t gemm_columns() { return int64_t(kernels->lanes) * kernels->gemm_vectors; }
+int64_t gemm_columns(const Kernels& k) { return int64_t(k.lanes) * k.gemm_vectors; }
 int64_t bytes_of_input(const GemmWeight& w) { return w.dtype == kInt8 ? 2 : 4; }
 
 // Products of one output in a tile that begins at input k.
@@ -23,11 +24,12 @@ int64_t nnz_of(const GemmWeight& w, int64_t k) {
   return w.dtype == kInt8 ? up(nnz, 2) : nnz;
 }
 
-// Outputs [first, last) of some columns, all tiles. `inputs(k)` gives the columns of the tile that begins at input k.
+// Outputs [first, last) of some columns, all tiles. `inputs(k)` gives the columns of the tile that begins at input k. `damaged`,
+// if not null, is set where an offset is not that of an input of its tile.
 template <class Inputs>
-void outputs_of(const GemmWeight& w, int64_t first, int64_t last, int64_t vectors, float* sum, Activation activation,
-                const Inputs& inputs) {
-  const int64_t columns = gemm_columns(), value_bytes = w.dtype == kFloat32 ? 4 : 2;
+void outputs_of(const Kernels& kernels, const GemmWeight& w, int64_t first, int64_t last, int64_t vectors, float* sum,
+                Activation activation, std::atomic<bool>* damaged, const Inputs& inputs) {
+  const int64_t columns = gemm_columns(kernels), row = columns * bytes_of_input(w), value_bytes = w.dtype == kFloat32 ? 4 : 2;
   int64_t before = 0;
   for (int64_t k = 0; k < w.K; k += w.tile) {
     const int64_t nnz = nnz_of(w, k), at = before + first * nnz;
@@ -43,7 +45,9 @@ void outputs_of(const GemmWeight& w, int64_t first, int64_t last, int64_t vector
     p.stride = columns;
     p.vectors = int32_t(vectors);
     p.activation = k + w.tile >= w.K ? activation : kNone;
-    kernels->gemm(p, w.dtype);
+    const int64_t last_row = (lesser(w.tile, up(w.K, w.m) - k) - 1) * row;
+    if (damaged && !kernels.rows_within(p.offsets, p.rows * nnz, uint16_t(last_row), uint16_t(row))) damaged->store(true);
+    kernels.gemm(p, w.dtype);
     before += w.O * nnz;
   }
 }
@@ -51,9 +55,9 @@ void outputs_of(const GemmWeight& w, int64_t first, int64_t last, int64_t vector
 float activated(float value, Activation activation) { return activation == kRelu && value < 0 ? 0 : value; }
 
 // int32 sums to floats, in place: the scale of each column of the input and of each output.
-void rescale(const GemmWeight& w, int64_t first, int64_t last, float* sum, int64_t count, const float* column_scales,
-             Activation activation) {
-  for (int64_t o = first; o < last; o++, sum += gemm_columns())
+void rescale(const GemmWeight& w, int64_t first, int64_t last, float* sum, int64_t columns, int64_t count,
+             const float* column_scales, Activation activation) {
+  for (int64_t o = first; o < last; o++, sum += columns)
     for (int64_t c = 0; c < count; c++) {
       int32_t whole;
       std::memcpy(&whole, sum + c, 4);
@@ -78,14 +82,14 @@ struct Scratch {
 
 Scratch scratch_of(const GemmLinear& call) { return {(float*)call.scratch, (char*)call.scratch + up(call.B * 4, 64)}; }
 
-void pack_panel(const GemmLinear& call, int64_t first, int64_t count, char* to, const float* scales) {
-  const int64_t columns = gemm_columns(), K = call.weight.K, rest = up(K, call.weight.m) - K;
-  const int64_t used = up(count, 2 * kernels->lanes), width = lesser(used, columns);
+void pack_panel(const Kernels& kernels, const GemmLinear& call, int64_t first, int64_t count, char* to, const float* scales) {
+  const int64_t columns = gemm_columns(kernels), K = call.weight.K, rest = up(K, call.weight.m) - K;
+  const int64_t used = up(count, 2 * kernels.lanes), width = lesser(used, columns);
   const float* x = call.x + first * call.x_stride;
   std::memset(to + K * columns * bytes_of_input(call.weight), 0, rest * columns * bytes_of_input(call.weight));
   if (call.weight.dtype != kInt8) {
     float* panel = (float*)to;
-    kernels->transpose(x, call.x_stride, count, K, panel, columns);
+    kernels.transpose(x, call.x_stride, count, K, panel, columns);
     for (int64_t k = 0; count < width && k < K; k++) std::memset(panel + k * columns + count, 0, (width - count) * 4);
     return;
   }
@@ -94,7 +98,7 @@ void pack_panel(const GemmLinear& call, int64_t first, int64_t count, char* to, 
   float* part = memory<1>(some * columns);
   for (int64_t k = 0; k < K; k += some) {
     const int64_t inputs = lesser(some, K - k);
-    kernels->transpose(x + k, call.x_stride, count, inputs, part, columns);
+    kernels.transpose(x + k, call.x_stride, count, inputs, part, columns);
     for (int64_t i = 0; i < inputs; i++) {
       int16_t* to = panel + (k + i) * columns;
       for (int64_t c = 0; c < count; c++) to[c] = int16_t(nearest(part[i * columns + c], scales[first + c]));
@@ -103,18 +107,19 @@ void pack_panel(const GemmLinear& call, int64_t first, int64_t count, char* to, 
   }
 }
 
-void linear(const GemmLinear& call) {
+Status linear(const Kernels& kernels, const GemmLinear& call) {
   const GemmWeight& w = call.weight;
-  const int64_t columns = gemm_columns(), panels = parts(call.B, columns);
+  std::atomic<bool> damaged{false};
+  const int64_t columns = gemm_columns(kernels), panels = parts(call.B, columns);
   const int64_t panel_bytes = up(w.K, w.m) * columns * bytes_of_input(w);
   const Scratch scratch = scratch_of(call);
   if (w.dtype == kInt8)
     parallel_for(call.B, 1 + 16384 / w.K, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; b++) scratch.scales[b] = scale_for(kernels->largest(call.x + b * call.x_stride, w.K));
+      for (int64_t b = first; b < last; b++) scratch.scales[b] = scale_for(kernels.largest(call.x + b * call.x_stride, w.K));
     });
   parallel_for(panels, 1 + 16384 / (w.K * columns), [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; p++)
-      pack_panel(call, p * columns, lesser(columns, call.B - p * columns), scratch.inputs + p * panel_bytes, scratch.scales);
+      pack_panel(kernels, call, p * columns, lesser(columns, call.B - p * columns), scratch.inputs + p * panel_bytes, scratch.scales);
   });
   const int64_t block = outputs_of_task(w.O, panels), blocks = parts(w.O, block);
   parallel_for(panels * blocks, 1, [&](int64_t first, int64_t last) {
@@ -122,14 +127,15 @@ void linear(const GemmLinear& call) {
     for (int64_t task = first; task < last; task++) {
       const int64_t b = task / blocks * columns, count = lesser(columns, call.B - b);
       const int64_t o = task % blocks * block, end = lesser(o + block, w.O);
-      const int64_t step = w.dtype == kInt8 ? 2 : 1, vectors = up(parts(count, kernels->lanes), step);
+      const int64_t step = w.dtype == kInt8 ? 2 : 1, vectors = up(parts(count, kernels.lanes), step);
       const char* x = scratch.inputs + task / blocks * panel_bytes;
       const auto inputs = [=](int64_t k) { return x + k * columns * bytes_of_input(w); };
-      outputs_of(w, o, end, vectors, sum, call.activation, inputs);
-      if (w.dtype == kInt8) rescale(w, o, end, sum, count, scratch.scales + b, call.activation);
-      kernels->transpose(sum, columns, end - o, count, call.y + b * call.y_stride + o, call.y_stride);
+      outputs_of(kernels, w, o, end, vectors, sum, call.activation, b ? nullptr : &damaged, inputs);
+      if (w.dtype == kInt8) rescale(w, o, end, sum, columns, count, scratch.scales + b, call.activation);
+      kernels.transpose(sum, columns, end - o, count, call.y + b * call.y_stride + o, call.y_stride);
     }
   });
+  return damaged ? kDamaged : kDone;
 }
 
 // ---- convolution ----
@@ -173,9 +179,10 @@ void gather_run(const GemmConv2d& c, const Run& run, const Input* plane, int64_t
 
 // Inputs [k, end) of group g for the pixels of some runs, `count` in all.
 template <class Input>
-void gather(const GemmConv2d& c, int64_t g, int64_t k, int64_t end, const Run* runs, int64_t count, Input* to) {
-  const int64_t columns = gemm_columns(), padded = up(c.channels, c.weight.m);
-  const int64_t width = lesser(up(count, 2 * kernels->lanes), columns);
+void gather(const Kernels& kernels, const GemmConv2d& c, int64_t g, int64_t k, int64_t end, const Run* runs, int64_t count,
+            Input* to) {
+  const int64_t columns = gemm_columns(kernels), padded = up(c.channels, c.weight.m);
+  const int64_t width = lesser(up(count, 2 * kernels.lanes), columns);
   int64_t channel = k % padded, column = k / padded % c.kernel_w, row = k / padded / c.kernel_w;
   for (; k < end; k++, to += columns) {
     const Input* plane = (const Input*)c.x + (g * c.channels + channel) * c.H * c.W;
@@ -191,8 +198,8 @@ void gather(const GemmConv2d& c, int64_t g, int64_t k, int64_t end, const Run* r
 }
 
 // Pixels [q, q + count) of outputs [o, end) from `sum` to y.
-void scatter(const GemmConv2d& c, int64_t o, int64_t end, int64_t q, int64_t count, const float* sum) {
-  const int64_t columns = gemm_columns(), pixels = c.outH * c.outW;
+void scatter(const GemmConv2d& c, int64_t o, int64_t end, int64_t q, int64_t count, const float* sum, int64_t columns) {
+  const int64_t pixels = c.outH * c.outW;
   for (int64_t at = 0; at < count;) {
     const int64_t n = (q + at) / pixels, pixel = (q + at) % pixels, some = lesser(pixels - pixel, count - at);
     float* to = c.y + (n * c.weight.O + o) * pixels + pixel;
@@ -202,9 +209,10 @@ void scatter(const GemmConv2d& c, int64_t o, int64_t end, int64_t q, int64_t cou
 }
 
 template <class Input>
-void conv_of(const GemmConv2d& c) {
+Status conv_of(const Kernels& kernels, const GemmConv2d& c) {
   const GemmWeight& w = c.weight;
-  const int64_t columns = gemm_columns(), pixels = c.outH * c.outW, all = c.N * pixels, panels = parts(all, columns);
+  std::atomic<bool> damaged{false};
+  const int64_t columns = gemm_columns(kernels), pixels = c.outH * c.outW, all = c.N * pixels, panels = parts(all, columns);
   const int64_t inputs = up(w.K, w.m), outputs = w.O / c.groups, many = c.groups * panels;
   const bool together = many < 2 * c.threads;  // all gather first
   const int64_t block = together ? outputs_of_task(outputs, many) : 512, blocks = parts(outputs, block);
@@ -217,7 +225,7 @@ void conv_of(const GemmConv2d& c) {
         const int64_t count = lesser(columns, all - q);
         runs_of(c, q, count, runs);
         Input* to = gathered + (task % many * inputs + k) * columns;
-        gather(c, g, k, lesser(k + w.tile, inputs), runs, count, to);
+        gather(kernels, c, g, k, lesser(k + w.tile, inputs), runs, count, to);
       }
     });
   parallel_for(many * blocks, 1, [&](int64_t first, int64_t last) {
@@ -226,18 +234,19 @@ void conv_of(const GemmConv2d& c) {
     for (int64_t task = first; task < last; task++) {
       const int64_t panel = task / blocks, q = panel % panels * columns, count = lesser(columns, all - q), g = panel / panels;
       const int64_t o = g * outputs + task % blocks * block, end = lesser(o + block, (g + 1) * outputs);
-      const int64_t vectors = up(parts(count, kernels->lanes), w.dtype == kInt8 ? 2 : 1);
+      const int64_t vectors = up(parts(count, kernels.lanes), w.dtype == kInt8 ? 2 : 1);
       if (!together) runs_of(c, q, count, runs);
-      outputs_of(w, o, end, vectors, sum, c.activation, [&](int64_t k) {
+      outputs_of(kernels, w, o, end, vectors, sum, c.activation, q ? nullptr : &damaged, [&](int64_t k) {
         if (together) return (const char*)(gathered + (panel * inputs + k) * columns);
-        gather(c, g, k, lesser(k + w.tile, inputs), runs, count, (Input*)tile);
+        gather(kernels, c, g, k, lesser(k + w.tile, inputs), runs, count, (Input*)tile);
         return (const char*)tile;
       });
       for (int64_t i = 0; c.x_scales && i < count; i++) scales[i] = c.x_scales[(q + i) / pixels];
-      if (w.dtype == kInt8) rescale(w, o, end, sum, count, scales, c.activation);
-      scatter(c, o, end, q, count, sum);
+      if (w.dtype == kInt8) rescale(w, o, end, sum, columns, count, scales, c.activation);
+      scatter(c, o, end, q, count, sum, columns);
     }
   });
+  return damaged ? kDamaged : kDone;
 }
 
 }  // namespace
@@ -245,20 +254,22 @@ void conv_of(const GemmConv2d& c) {
 
 using namespace openwork;
 
-OPENWORK_API int64_t openwork_gemm_linear_scratch(const GemmLinear* call) {
-  const int64_t columns = gemm_columns(), K = up(call->weight.K, call->weight.m);
+OPENWORK_API int64_t openwork_gemm_linear_scratch(const Kernels* kernels, const GemmLinear* call) {
+  const int64_t columns = gemm_columns(*kernels), K = up(call->weight.K, call->weight.m);
   return up(call->B * 4, 64) + parts(call->B, columns) * K * columns * bytes_of_input(call->weight) + kReach;
 }
 
-OPENWORK_API void openwork_gemm_linear(const GemmLinear* call) { linear(*call); }
-
-OPENWORK_API int64_t openwork_gemm_conv2d_scratch(const GemmConv2d* c) {
-  const int64_t panels = c->groups * parts(c->N * c->outH * c->outW, gemm_columns());
-  if (panels >= 2 * c->threads) return 0;
-  return panels * up(c->weight.K, c->weight.m) * gemm_columns() * bytes_of_input(c->weight) + kReach;
+OPENWORK_API int32_t openwork_gemm_linear(const Kernels* kernels, const GemmLinear* call) {
+  return status_of([&] { return linear(*kernels, *call); });
 }
 
-OPENWORK_API void openwork_gemm_conv2d(const GemmConv2d* call) {
-  if (call->weight.dtype == kInt8) conv_of<int16_t>(*call);
-  else conv_of<float>(*call);
+OPENWORK_API int64_t openwork_gemm_conv2d_scratch(const Kernels* kernels, const GemmConv2d* c) {
+  const int64_t columns = gemm_columns(*kernels), panels = c->groups * parts(c->N * c->outH * c->outW, columns);
+  if (panels >= 2 * c->threads) return 0;
+  return panels * up(c->weight.K, c->weight.m) * columns * bytes_of_input(c->weight) + kReach;
+}
+
+OPENWORK_API int32_t openwork_gemm_conv2d(const Kernels* kernels, const GemmConv2d* call) {
+  const bool int8 = call->weight.dtype == kInt8;
+  return status_of([&] { return int8 ? conv_of<int16_t>(*kernels, *call) : conv_of<float>(*kernels, *call); });
 }

@@ -18,7 +18,7 @@ constexpr auto quantize = nullptr;
 }  // namespace
 
 extern const Kernels ISA_TABLE;
-const Kernels ISA_TABLE = {ISA_NAME, kLanes, kGemmVectors, keep,     prune,     decay,   gemm, gemv,
+const Kernels ISA_TABLE = {ISA_NAME, kLanes, kGemmVectors, keep,     prune,     decay,   gemm, rows_within, gemv,
                            pack,     dot_product, quantize, transpose, largest, peak, supported};
 
 }  // namespace openwork

@@ -127,8 +127,11 @@ struct Kernels {
   // Groups [first, last) of a weight, counted as outer * (length / m, rounded up). Any dtype but int8.
   void (*keep)(const Groups&, int32_t dtype, const void* weight, uint8_t* keep, int64_t first, int64_t last);
   void (*prune)(const Groups&, int32_t dtype, const void* weight, void* out, int64_t first, int64_t last);
-  void (*decay)(const Groups&, int32_t dtype, const void* weight, void* grad, float decay, int64_t first, int64_t last);
+  void (*decay)(const Groups&, int32_t dtype, const void* weight, const void* gradient, void* out, float rate,
+                int64_t first, int64_t last);
   void (*gemm)(const GemmTile&, int32_t dtype);  // float32, bfloat16, int8
+  // Whether offsets are multiples of `row`, a power of two, and none is above `last`.
+  bool (*rows_within)(const uint16_t* offsets, int64_t count, uint16_t last, uint16_t row);
   void (*gemv)(const Gemv&, int32_t dtype, int64_t first, int64_t last);  // blocks
   // bfloat16, int8; null where the processor has no such instructions. Packs groups [from, to), then multiplies them with
   // blocks [first, last).

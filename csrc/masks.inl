@@ -195,14 +195,15 @@ struct Pruned {  // the weight where kept, else +0.0
   }
 };
 
-struct Decayed {  // float32: what was there plus rate * weight where pruned, each operation rounded
+struct Decayed {  // float32: the gradient plus rate * weight where pruned, each operation rounded
   typedef int32_t Weight;
   typedef int32_t Out;
   static constexpr bool once = true;
   float rate;
+  int64_t gradient;  // where it is, in weights from where the sum goes; 0 is in place
   void one(Out* to, int32_t weight, bool kept) const {
     const float term = kept ? 0.0f : float_of(uint32_t(weight)) * rate;
-    *to = int32_t(bits_of(float_of(uint32_t(*to)) + term));
+    *to = int32_t(bits_of(float_of(uint32_t(to[gradient])) + term));
   }
   template <int BYTES>
   void vector(Out* to, typename Vector<int32_t, BYTES>::type weight,
@@ -210,7 +211,7 @@ struct Decayed {  // float32: what was there plus rate * weight where pruned, ea
     typedef typename Vector<int32_t, BYTES>::type V;
     typedef typename Vector<float, BYTES>::type Floats;
     const Floats term = (Floats)((V)((Floats)weight * rate) & ~kept);
-    store<BYTES>(to, (V)((Floats)load<BYTES>(to) + term));
+    store<BYTES>(to, (V)((Floats)load<BYTES>(to + gradient) + term));
   }
 };
 
@@ -375,7 +376,8 @@ void prune(const Groups& g, int32_t dtype, const void* weight, void* out, int64_
 }
 
 // bfloat16 goes by way of a mask of bytes, some groups at a time: its arithmetic is float32's.
-void decay_half(const Groups& g, const uint16_t* weight, uint16_t* gradient, float rate, int64_t first, int64_t last) {
+void decay_half(const Groups& g, const uint16_t* weight, const uint16_t* gradient, uint16_t* out, float rate,
+                int64_t first, int64_t last) {
   constexpr int64_t kSome = 8192;
   uint8_t mask[kSome];
   const int64_t columns = g.inner < kSome / g.m ? g.inner : kSome / g.m, together = kSome / (g.m * g.inner);
@@ -383,7 +385,7 @@ void decay_half(const Groups& g, const uint16_t* weight, uint16_t* gradient, flo
   const auto add = [=, &mask](int64_t at, int64_t from, int64_t weights) {
     for (int64_t i = 0; i < weights; i++) {
       const uint16_t decayed = to_bfloat16(from_bfloat16(weight[at + i]) * rate), term = decayed & (mask[from + i] - 1);
-      gradient[at + i] = to_bfloat16(from_bfloat16(gradient[at + i]) + from_bfloat16(term));
+      out[at + i] = to_bfloat16(from_bfloat16(gradient[at + i]) + from_bfloat16(term));
     }
   };
   for (int64_t group = first; together && group < last; group += together) {
@@ -404,8 +406,11 @@ void decay_half(const Groups& g, const uint16_t* weight, uint16_t* gradient, flo
   }
 }
 
-// float32 and bfloat16.
-void decay(const Groups& g, int32_t dtype, const void* weight, void* gradient, float rate, int64_t first, int64_t last) {
-  if (dtype == kBFloat16) return decay_half(g, (const uint16_t*)weight, (uint16_t*)gradient, rate, first, last);
-  each_group(g, weight, (int32_t*)gradient + start_of(g, first), dtype, Decayed{rate}, first, last);
+// float32 and bfloat16. `out` may be `gradient`.
+void decay(const Groups& g, int32_t dtype, const void* weight, const void* gradient, void* out, float rate,
+           int64_t first, int64_t last) {
+  if (dtype == kBFloat16)
+    return decay_half(g, (const uint16_t*)weight, (const uint16_t*)gradient, (uint16_t*)out, rate, first, last);
+  const int64_t apart = (int64_t(intptr_t(gradient)) - int64_t(intptr_t(out))) / int64_t(sizeof(float));
+  each_group(g, weight, (int32_t*)out + start_of(g, first), dtype, Decayed{rate, apart}, first, last);
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 
 namespace openwork {
 
@@ -11,16 +12,18 @@ typedef int32_t (*ParallelFor)(int64_t first, int64_t last, int64_t grain, Range
 
 extern ParallelFor parallel_for_of_torch;
 
-// body(first, last) on ranges of [0, count) of at least `grain`, in parallel where that pays.
+// body(first, last) on ranges of [0, count) of at least `grain`, in parallel where that pays. Throws what `body` may throw: of
+// another thread torch catches it, and returns that there was something.
 template <class Body>
 void parallel_for(int64_t count, int64_t grain, const Body& body) {
   if (!parallel_for_of_torch || count <= grain) {
     if (count > 0) body(int64_t(0), count);
     return;
   }
-  parallel_for_of_torch(
+  const int32_t failed = parallel_for_of_torch(
       0, count, grain, [](int64_t first, int64_t last, void* context) { (*(const Body*)context)(first, last); },
       (void*)&body);
+  if (failed) throw std::bad_alloc();
 }
 
 }  // namespace openwork

@@ -25,6 +25,7 @@ from openwork.nm.pattern import Pattern as Pattern
 from openwork.nm.transposable import topn_transposable as topn_transposable
 from openwork.training.optimizer import Handle as Handle
 from openwork.training.optimizer import attach as attach
+from openwork.training.repattern import change_pattern as change_pattern
 from openwork.training.report import Report as Report
 from openwork.training.selection import Selection as Selection
 from openwork.training.sparse_tensor_cores import Acceleration as Acceleration

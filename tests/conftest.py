@@ -12,6 +12,8 @@ import numpy
 import pytest
 import torch
 
+import openwork as ow
+from openwork.kernels.cpu import native
 from openwork.utils.torchvision_compat import prepare_torchvision
 
 # pytest's importlib mode leaves the tests' folder out; processes that tests start inherit it.
@@ -35,6 +37,24 @@ def openwork_data():
     if not folder:
         pytest.skip("needs data sets: set OPENWORK_DATA to their folder")
     return Path(folder)
+
+
+# --- kernels -------------------------------------------------------------------------------------------------------
+
+KERNELS = ow.kernels.status()
+
+
+@pytest.fixture(params=KERNELS.available or [pytest.param(None, marks=pytest.mark.skip(reason=str(KERNELS)))])
+def isa(request):
+    """The name of the instruction set that kernels use during the test: every one of this machine."""
+    yield ow.kernels.use_isa(request.param)
+    ow.kernels.use_isa(KERNELS.isa)
+
+
+@pytest.fixture
+def no_library(monkeypatch):
+    """As where the library was not built."""
+    monkeypatch.setattr(native, "_open", lambda: (None, "a test hides it"))
 
 
 # --- docs/works-with.md ------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ const Test kTests[] = {{"masks", test_masks, 300},     {"transpose", test_transp
                        {"linear", test_linear, 150},   {"dot_product", test_dot_product, 400},
                        {"quantize", test_quantize, 100}, {"convolution", test_conv, 400}};
 
-bool runs(const Test& test) {  // here: not every processor has dot products
-  return openwork::kernels->dot_product || (test.run != test_dot_product && test.run != test_quantize);
+bool runs(const Test& test, const Kernels& kernels) {  // here: not every processor has dot products
+  return kernels.dot_product || (test.run != test_dot_product && test.run != test_quantize);
 }
 
 double now() {
@@ -42,29 +42,29 @@ int32_t pieces(int64_t first, int64_t last, int64_t grain, openwork::RangeBody b
   return 0;
 }
 
-void one_case(const Test& test, uint64_t seed) {
+void one_case(const Test& test, const Kernels& kernels, uint64_t seed) {
   current.kind = test.name, current.seed = seed;
   Random random{seed};
   openwork_use_threads(random.one_in(2) ? pieces : nullptr);
-  test.run(*openwork::kernels, random);
+  test.run(kernels, random);
 }
 
 long run_isa(const char* name, uint64_t first_seed, double seconds) {
-  openwork_use_isa(name);
+  const Kernels& kernels = *openwork_kernels(name);
   current.isa = name;
   const double end = now() + seconds;
   long cases = 0;
   for (uint64_t seed = first_seed, round = 0; round == 0 || now() < end; round++, seed += 10000)
     for (const Test& test : kTests)
-      for (int i = 0; runs(test) && i < (round ? test.least / 10 : test.least); i++, cases++) one_case(test, seed + uint64_t(i));
+      for (int i = 0; runs(test, kernels) && i < (round ? test.least / 10 : test.least); i++, cases++) one_case(test, kernels, seed + uint64_t(i));
   return cases;
 }
 
 void repeat(uint64_t seed, const char* name) {
-  openwork_use_isa(name);
+  const Kernels& kernels = *openwork_kernels(name);
   current.isa = name;
   for (const Test& test : kTests)
-    if (runs(test)) one_case(test, seed);
+    if (runs(test, kernels)) one_case(test, kernels, seed);
 }
 
 #ifdef __SANITIZE_ADDRESS__

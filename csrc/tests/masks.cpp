@@ -110,7 +110,7 @@ void test_masks(const Kernels& kernels, Random& random) {
   const float rate = random.of({0.0f, 2e-4f, 0.5f, 3.0f});
   kernels.keep(g, dtype, weight.data(), keep.data(), first, last);
   kernels.prune(g, dtype, weight.data(), pruned.data(), first, last);
-  if (dtype != openwork::kFloat16) kernels.decay(g, dtype, weight.data(), gradient.data(), rate, first, last);
+  if (dtype != openwork::kFloat16) kernels.decay(g, dtype, weight.data(), gradient.data(), gradient.data(), rate, first, last);
 
   const Answer answer = definition(g, f, weight.data(), first, last);
   for (int64_t i = 0; i < count; i++) {

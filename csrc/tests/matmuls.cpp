@@ -164,7 +164,7 @@ void test_gemv(const Kernels& kernels, Random& random) {
     }
   r.values = values.memory.data(), r.indices = indices.data(), r.x = x.data(), r.y = y.data();
   r.bias = !whole && random.one_in(2) ? bias.data() : nullptr;
-  openwork_gemv(&r, dtype);
+  openwork_gemv(&kernels, &r, dtype);
 
   for (int64_t b = 0; b < r.batch; b++)
     for (int64_t o = 0; o < r.outputs; o++) {
@@ -225,9 +225,9 @@ void test_dot_product(const Kernels& kernels, Random& random) {
   d.x = !whole ? (const void*)halves.data() : images ? (const void*)bytes.data() : numbers.data(), d.y = whole ? (void*)y.data() : y_halves.data();
   d.bias = random.one_in(2) ? bias.data() : nullptr;
   if (whole) d.scales = scales.data(), d.x_scales = x_scales.data();
-  Guarded<char> packed(random, openwork_dot_product_scratch(&d, threads), 64);
+  Guarded<char> packed(random, openwork_dot_product_scratch(&kernels, &d, threads), 64);
   d.packed = packed.data();
-  openwork_dot_product(&d, dtype, threads);
+  openwork_dot_product(&kernels, &d, dtype, threads);
 
   const int64_t pixels = p.outH * p.outW;
   for (int64_t b = 0; b < d.batch; b++) {
@@ -275,13 +275,13 @@ void test_dot_product(const Kernels& kernels, Random& random) {
   }
 }
 
-void test_quantize(const Kernels&, Random& random) {
+void test_quantize(const Kernels& kernels, Random& random) {
   const int64_t N = random.from(1, 3), count = random.one_in(8) ? random.from(16000, 40000) : random.from(1, 200);
   Guarded<float> x(random, N * count), scales(random, N);
   Guarded<uint8_t> whole(random, N * count);
   Guarded<int32_t> bits(random, N * (count / (1 << 14) + 1));
   fill(random, x, true);
-  openwork_quantize(x.data(), N, count, whole.data(), scales.data(), bits.data());
+  openwork_quantize(&kernels, x.data(), N, count, whole.data(), scales.data(), bits.data());
   for (int64_t n = 0; n < N; n++) {
     float largest = 0;
     for (int64_t i = n * count; i < (n + 1) * count; i++)
@@ -351,6 +351,18 @@ struct Weight {
     w.bias = random.one_in(2) ? bias.data() : nullptr;
   }
 
+  // One offset to anything that is not a row of its tile; false where there are none.
+  bool damage(Random& random, int64_t columns) {
+    if (input.empty()) return false;
+    const int64_t at = random.from(0, int64_t(input.size()) - 1), row = columns * (w.dtype == openwork::kInt8 ? 2 : 4);
+    size_t tile = 0;
+    while (tile + 1 < before.size() && at >= before[tile + 1]) tile++;
+    const int64_t rows = inputs(w, int64_t(tile) * w.tile);
+    const int64_t wrong = random.from(0, 16383) * 4;  // misaligned floats are the sanitizer's, not the processor's
+    offsets[at] = uint16_t(wrong % row == 0 && wrong < rows * row ? 65532 : wrong);
+    return true;
+  }
+
   // What output o sums over: term(k) is input k.
   template <class Term>
   Sum sum(int64_t o, const Term& term) const {
@@ -400,9 +412,12 @@ void test_linear(const Kernels& kernels, Random& random) {
   Guarded<float> x(random, (call.B - 1) * call.x_stride + K), y(random, (call.B - 1) * call.y_stride + numbers.O);
   fill(random, x, true);
   call.x = x.data(), call.y = y.data();
-  Guarded<char> scratch(random, openwork_gemm_linear_scratch(&call), 64);
+  Guarded<char> scratch(random, openwork_gemm_linear_scratch(&kernels, &call), 64);
   call.scratch = scratch.data();
-  openwork_gemm_linear(&call);
+  const bool damaged = random.one_in(4) && weight.damage(random, columns);
+  const int32_t status = openwork_gemm_linear(&kernels, &call);
+  if (status != (damaged ? openwork::kDamaged : openwork::kDone)) fail("linear: status %d, damaged %d", status, damaged);
+  if (damaged) return;
 
   for (int64_t b = 0; b < call.B; b++) {
     const float* row = x.data() + b * call.x_stride;
@@ -460,9 +475,12 @@ void test_conv(const Kernels& kernels, Random& random) {
   for (int16_t& each : numbers) each = int16_t(random.from(-127, 127));
   for (float& each : scales) each = random.one_in(16) ? NAN : 0.01f * (1.5f + random.real());
   c.x = whole ? (const void*)numbers.data() : x.data(), c.x_scales = whole ? scales.data() : nullptr, c.y = y.data();
-  Guarded<char> scratch(random, openwork_gemm_conv2d_scratch(&c), 64);
+  Guarded<char> scratch(random, openwork_gemm_conv2d_scratch(&kernels, &c), 64);
   c.scratch = scratch.data();
-  openwork_gemm_conv2d(&c);
+  const bool damaged = random.one_in(4) && weight.damage(random, columns);
+  const int32_t status = openwork_gemm_conv2d(&kernels, &c);
+  if (status != (damaged ? openwork::kDamaged : openwork::kDone)) fail("convolution: status %d, damaged %d", status, damaged);
+  if (damaged) return;
 
   for (int64_t n = 0; n < c.N; n++)
     for (int64_t o = 0; o < O; o++)

@@ -5,22 +5,24 @@
 #include "../threads.h"
 #include "guarded.h"
 
-OPENWORK_API const char* openwork_use_isa(const char* name);
+using openwork::Kernels;
+
+OPENWORK_API const Kernels* openwork_kernels(const char* name);
 OPENWORK_API const char* openwork_isa(int32_t rank);
 OPENWORK_API void openwork_use_threads(openwork::ParallelFor parallel_for);
-OPENWORK_API int64_t openwork_gemm_linear_scratch(const openwork::GemmLinear* call);
-OPENWORK_API void openwork_gemm_linear(const openwork::GemmLinear* call);
-OPENWORK_API int64_t openwork_gemm_conv2d_scratch(const openwork::GemmConv2d* call);
-OPENWORK_API void openwork_gemm_conv2d(const openwork::GemmConv2d* call);
-OPENWORK_API void openwork_gemv(const openwork::Gemv* gemv, int32_t dtype);
-OPENWORK_API void openwork_dot_product(const openwork::DotProduct* dot_product, int32_t dtype, int64_t threads);
-OPENWORK_API int64_t openwork_dot_product_scratch(const openwork::DotProduct* dot_product, int64_t threads);
-OPENWORK_API void openwork_quantize(const float* x, int64_t N, int64_t count, uint8_t* to, float* scales, int32_t* bits);
+OPENWORK_API int64_t openwork_gemm_linear_scratch(const Kernels*, const openwork::GemmLinear* call);
+OPENWORK_API int32_t openwork_gemm_linear(const Kernels*, const openwork::GemmLinear* call);
+OPENWORK_API int64_t openwork_gemm_conv2d_scratch(const Kernels*, const openwork::GemmConv2d* call);
+OPENWORK_API int32_t openwork_gemm_conv2d(const Kernels*, const openwork::GemmConv2d* call);
+OPENWORK_API int32_t openwork_gemv(const Kernels*, const openwork::Gemv* gemv, int32_t dtype);
+OPENWORK_API int32_t openwork_dot_product(const Kernels*, const openwork::DotProduct* d, int32_t dtype, int64_t threads);
+OPENWORK_API int64_t openwork_dot_product_scratch(const Kernels*, const openwork::DotProduct* d, int64_t threads);
+OPENWORK_API int32_t openwork_quantize(const Kernels*, const float* x, int64_t N, int64_t count, uint8_t* to, float* scales,
+                                       int32_t* bits);
 
 namespace openwork_tests {
 
 using openwork::Groups;
-using openwork::Kernels;
 
 void test_masks(const Kernels& kernels, Random& random);
 void test_transpose(const Kernels& kernels, Random& random);

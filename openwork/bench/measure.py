@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import openwork.kernels as kernels
-from openwork.kernels.cpu.native import library
+from openwork.kernels.cpu.native import isa
 from openwork.utils.hardware import cpu_model
 from openwork.utils.timing import take_turns
 
@@ -67,11 +67,13 @@ class Roofline:
 def roofline() -> Roofline:
     """Peak of the multiply-add loop (times the threads), and of moving 128 MiB: copying, both ways counted, or a dot
     product, whichever is faster."""
-    lib, best = library(), 0.0
+    here, best = isa(), 0.0
     result = torch.full((64,), 0.5)
-    for _ in range(5 if lib else 0):
+    for _ in range(5):
+        if here is None:
+            break
         start = time.perf_counter()
-        done = lib.openwork_peak(2_000_000, result.data_ptr())
+        done = here.lib.openwork_peak(here.kernels, 2_000_000, result.data_ptr())
         best = max(best, done / (time.perf_counter() - start))
     source = torch.zeros(32 * 2**20)
     target = torch.empty_like(source)

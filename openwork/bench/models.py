@@ -18,6 +18,7 @@ from torch import nn
 from openwork.bench.measure import BenchRow, alternating, rows
 from openwork.inference.deploy import deploy
 from openwork.inference.fold import fold_batch_norm
+from openwork.inference.packed_weight import bytes_held
 from openwork.inference.plan import Plan
 from openwork.nm.pattern import Pattern
 from openwork.training.sparsify import project
@@ -129,13 +130,12 @@ def _quantized(model: nn.Module) -> nn.Module:
 def memory(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:
     """Bytes of a model's parameters and buffers, and by how much the peak of a fresh process grew while it loaded the
     model and ran it once."""
-    held = {each.data_ptr(): each.nbytes for each in (*model.parameters(), *model.buffers())}
     with tempfile.TemporaryDirectory() as folder:
         torch.save((model, example), f"{folder}/model.pt")
         words = [sys.executable, "-m", "openwork.bench.models", f"{folder}/model.pt", str(torch.get_num_threads())]
         words.append(type(model).__module__)
         printed = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-    return sum(held.values()), int(printed.split()[-1])
+    return bytes_held(model), int(printed.split()[-1])
 
 
 def _grown(file: str, threads: int, module: str) -> int:

@@ -18,6 +18,7 @@ from openwork.export.linear import LinearAs
 from openwork.export.outputs import exportable
 from openwork.files.checkpoint import load_state_dict
 from openwork.files.container import write_tensors
+from openwork.files.hub import is_address
 from openwork.files.model_state import tensors_by_name
 from openwork.training.selection import Selection
 from openwork.utils.deployed import DEPLOYED
@@ -59,7 +60,7 @@ def export(words: Sequence[str]) -> int:
 def _names_a_model(source: str) -> bool:
     path = Path(source)
     return any((path / name).exists() for name in ("config.yaml", "config.json")) or (
-        not path.exists() and "//" not in source and (":" in source or not ("/" in source or path.suffix))
+        not path.exists() and not is_address(source) and (":" in source or not ("/" in source or path.suffix))
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
+from openwork.cli.source import check_finished
 from openwork.files.checkpoint import Entry, describe
 from openwork.utils.table import aligned
 
@@ -13,7 +15,9 @@ def inspect(words: Sequence[str]) -> int:
     """List the tensors of a file of ow.save (or of a folder with one, as a run directory is), from its header alone."""
     parser = argparse.ArgumentParser("openwork inspect", description=inspect.__doc__)
     parser.add_argument("file", metavar="FILE")
-    print(file_table(describe(parser.parse_args(words).file)))
+    file = parser.parse_args(words).file
+    check_finished(Path(file))
+    print(file_table(describe(file)))
     return 0
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from openwork import __version__
 from openwork.recipes import TASKS
+from openwork.utils.signals import Interrupted, interruptions
 
 COMMANDS = ("train", "compare", "report", "inspect", "verify", "export", "plan", "bench")
 """Each is the function in the module of its name, which is imported when it runs."""
@@ -33,7 +36,8 @@ Flags may stand in a YAML file: --config FILE; flags after it override it.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; returns the exit status. Errors of the user come as one line on stderr."""
+    """Runs a subcommand; returns the exit status. Errors of the user come as one line on stderr, with status 2; what a
+    signal ended says so, with the shell's status."""
     words = list(sys.argv[1:] if argv is None else argv)
     without_task = len(words) == 2 and words[0] in ("train", "compare") and words[1] in ("-h", "--help")
     if not words or words[0] in ("-h", "--help", "help") or without_task:
@@ -43,10 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"openwork {__version__}")
         return 0
     try:
-        return _command(words[0])(words[1:])
+        with interruptions():
+            return _command(words[0])(words[1:])
+    except Interrupted as stop:
+        _tell(stop)
+        return 128 + stop.signum
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"openwork: {_explain(error)}", file=sys.stderr)
         return 2
+
+
+def _tell(stop: Interrupted) -> None:
+    with suppress(OSError):  # a terminal that hung up
+        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":  # of several processes one
+            print(f"openwork: {stop}", file=sys.stderr)
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import importlib
 import inspect
-import json
 import os
 import re
 import sys
@@ -19,6 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from openwork.files.checkpoint import describe, load
+from openwork.files.download import shown
+from openwork.files.header import read_header
+from openwork.files.hub import is_address
+from openwork.files.reader import open_files
+from openwork.files.strict_json import read_json
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
 from openwork.training.record import sparsity_records
@@ -81,7 +85,7 @@ def open_model(source: str, *, model: str = "", shapes: Sequence[str] = (), need
         opened = _of_run(path, shapes)
     elif (path / "config.json").exists() and not model:
         opened = _of_transformers(path, shapes)
-    elif ":" in source and not path.exists() and not re.match("https?://", source, re.IGNORECASE):
+    elif ":" in source and not path.exists() and not is_address(source):
         opened = Source(source, make(source, "SOURCE"), _example(source, shapes, needs_input))
     elif model:
         opened = _of_file(source, model, _example(source, shapes, needs_input))
@@ -185,13 +189,23 @@ def _example(source: str, shapes: Sequence[str], needed: bool) -> Any:
     if not shapes:
         if not needed:
             return None
-        raise ValueError(f"{source} does not say what its input is: add --input SHAPE, such as 1x3x224x224")
+        raise ValueError(f"{shown(source)} does not say what its input is: add --input SHAPE, such as 1x3x224x224")
     return example_of(shapes)
+
+
+def check_finished(folder: Path) -> None:
+    """Raises FileNotFoundError for a run of `openwork train` that has no network yet."""
+    if (folder / "config.yaml").exists() and not (folder / "model.safetensors").exists():
+        raise FileNotFoundError(
+            f"{folder} is a run that did not finish: it has no model.safetensors yet; "
+            f"openwork train TASK --config {folder / 'config.yaml'} --resume goes on with it"
+        )
 
 
 def _of_run(folder: Path, shapes: Sequence[str]) -> Source:
     from openwork.recipes.recipe import load_run
 
+    check_finished(folder)
     net, example, config = load_run(folder)
     selection = None
     if config.method != "dense":
@@ -204,7 +218,7 @@ def _of_file(source: str, factory: str, example: Any) -> Source:
     patterns: dict[str, str | Pattern] = {
         entry.name: entry.pattern for entry in describe(source) if entry.pattern and not entry.alias_of
     }
-    return Source(source, model, example, Selection(patterns) if patterns else None)
+    return Source(shown(source), model, example, Selection(patterns) if patterns else None)
 
 
 def _of_transformers(folder: Path, shapes: Sequence[str]) -> Source:
@@ -214,11 +228,8 @@ def _of_transformers(folder: Path, shapes: Sequence[str]) -> Source:
     prepare_torchvision()
     import transformers
 
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    config = read_json(folder / "config.json")
+    if "model_type" not in config:
         raise ValueError(f"{folder / 'config.json'} has no model_type: it is no configuration of transformers")
     name = next(iter(config.get("architectures") or []), "")
     cls = getattr(transformers, name, None) or transformers.AutoModel
@@ -268,8 +279,10 @@ def _unknown(source: str) -> ValueError:
             f"{source} is a folder with {names}; needed a run's config.yaml, transformers' config.json, or --model "
             f"MODULE:FACTORY for a compressed file in it; {_HELP}"
         )
-    if "/" in source and "//" not in source and not path.exists():
-        return ValueError(f"there is no {source} here; weights on the Hub need --model MODULE:FACTORY as well; {_HELP}")
-    if path.exists() or "/" in source:
-        return ValueError(f"{source} is weights and no model: add --model MODULE:FACTORY and --input SHAPE; {_HELP}")
-    return ValueError(f"there is no {source}; {_HELP}")
+    if not is_address(source) and not path.exists():
+        meant = f"; weights on the Hugging Face Hub are named hf://{source}" if source.count("/") == 1 else ""
+        return ValueError(f"there is no {source}{meant}; {_HELP}")
+    if path.exists():
+        with open_files(path, [path]) as (file,):
+            read_header(file)  # says what else the file is
+    return ValueError(f"{shown(source)} is weights and no model: add --model MODULE:FACTORY and --input SHAPE; {_HELP}")

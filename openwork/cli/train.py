@@ -30,7 +30,9 @@ def _show_result(result: dict[str, Any], out: Path) -> None:
     print(result["summary"])
     if result["skipped"]:
         print(f"{result['skipped']} samples could not be read and were left out")
-    print(f"{headline(result)} of the finalized network, density of its sparse layers {result['density']:.3f}")
+    if diverged := result.get("diverged"):
+        print(f"DIVERGED: not finite since step {diverged['step']} ({diverged['what']}); its scores mean nothing")
+    print(f"{headline(result)} of the finalized network, density of its sparse layers {result['density'] or 0:.3f}")
     print(f"report: {(out / 'report.html').resolve()}")
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from openwork.cli.inspect import file_table
-from openwork.cli.source import FORMS, add_arguments, open_model
+from openwork.cli.source import FORMS, add_arguments, check_finished, open_model
 from openwork.files.checkpoint import check
-from openwork.files.hub import local
+from openwork.files.hub import is_address, local
 from openwork.files.plain import opened_plain, plain_files
 from openwork.files.reader import FILE, opened
 from openwork.files.weight_patterns import WeightPattern, weight_patterns
@@ -25,8 +27,10 @@ Check a file or a model, as sparse as it says; exit status 0 where all holds.
     every weight to it besides
   any other safetensors file, or a Hugging Face folder (with an index, too): which N:M its weights keep and along which
     axis, read one weight at a time; with --pattern the exit status is 1 if a weight does not keep it
-  an ONNX file: every GEMM and convolution by a constant, held to what the file records, or to --pattern
-  a model (package.module:factory, or what else is named below, together with --input): what its GEMMs multiply
+  an ONNX file: every GEMM and convolution by a constant, quantized or not, held to what the file records, or to
+    --pattern; a dense one that nothing declares, or an unknown operator with a constant, is status 1 or 2
+  a model (package.module:factory, or what else is named below, together with --input): every product of a weight, a
+    buffer or another constant; a dense one that nothing declares is status 2
 
 {FORMS}"""
 
@@ -40,12 +44,20 @@ def verify(words: Sequence[str]) -> int:
     parser.add_argument("--pattern", metavar="N:M", help="hold weights to it; by default to what the source records")
     parser.add_argument("--include", nargs="+", default=(), metavar="GLOB", help="only these weights (of files)")
     parser.add_argument("--exclude", nargs="+", default=(), metavar="GLOB", help="weights that --pattern leaves alone")
+    parser.add_argument(
+        "--allow-dense",
+        nargs="+",
+        default=(),
+        metavar="GLOB",
+        help="weights, buffers and modules whose products may be dense though nothing says so (models, ONNX)",
+    )
     add_arguments(parser)
     asked = parser.parse_args(words)
     pattern = Pattern.parse(asked.pattern) if asked.pattern else None
     if asked.source.endswith(".onnx"):
-        return _verify_onnx(asked.source, pattern, asked.exclude)
-    is_factory = ":" in asked.source and "//" not in asked.source and not Path(asked.source).exists()
+        with local(asked.source) if is_address(asked.source) else nullcontext(asked.source) as path:
+            return _verify_onnx(os.fspath(path), pattern, asked.exclude, asked.allow_dense)
+    is_factory = ":" in asked.source and not is_address(asked.source) and not Path(asked.source).exists()
     if asked.input or asked.model or is_factory:
         return _verify_model(asked, pattern)
     with local(asked.source) as path:
@@ -54,6 +66,7 @@ def verify(words: Sequence[str]) -> int:
 
 def _verify_weights(path: Path, pattern: Pattern | None, include: Sequence[str], exclude: Sequence[str]) -> int:
     """The compressed file, the ordinary ones, or both where a folder has both."""
+    check_finished(path)
     has_compressed = path.is_dir() and (path / FILE).exists()
     plain = plain_files(path)
     status = 0
@@ -116,20 +129,29 @@ def _verify_model(asked: argparse.Namespace, pattern: Pattern | None) -> int:
     if source.is_sparsified or (source.selection is not None and not pattern):
         source.check_recorded(asked.pattern, asked.exclude)
         selection = source.selection
-    print(verify_model(source.model, source.example, pattern=selection))
+    print(verify_model(source.model, source.example, pattern=selection, allow_dense=asked.allow_dense))
     return 0
 
 
-def _verify_onnx(file: str, pattern: Pattern | None, exclude: Sequence[str]) -> int:
+def _verify_onnx(file: str, pattern: Pattern | None, exclude: Sequence[str], allow_dense: Sequence[str]) -> int:
     from openwork.cli.export import matmul_table
     from openwork.export.check import check_onnx
 
-    matmuls = check_onnx(file, Selection(pattern, exclude=exclude))
+    matmuls = check_onnx(file, Selection(pattern, exclude=exclude), allow_dense=allow_dense)
     print("\n".join(matmul_table(matmuls)))
-    checked = sum(matmul.recorded for matmul in matmuls)
-    print(f"verified: {checked} of {len(matmuls)} matmuls held to what was {'asked' if pattern else 'recorded'}")
-    if 0 < checked < len(matmuls) and not pattern:
+    if not matmuls:
+        print("nothing verified: the file has no matmul or convolution by a constant")
+        return 1
+    held = sum(matmul.recorded for matmul in matmuls)
+    print(f"verified: {held} of {len(matmuls)} matmuls held to what was {'asked' if pattern else 'recorded'}")
+    dense = [f"{each.name} ({each.reason})" for each in matmuls if not each.recorded and each.reason]
+    if dense:
+        print(f"not held, and dense or denser: {', '.join(dense)}")
+    if 0 < held < len(matmuls) and any(each.pattern and not each.recorded for each in matmuls) and not pattern:
         print("(inferred): from the weights; the file records none (the exporter renames those of LSTM, GRU, RNN)")
-    if not checked:
+    if not held:
         print("the file records nothing, so the patterns above are inferred from the weights: give --pattern N:M")
-    return 0
+    undeclared = [each.name for each in matmuls if not each.pattern and not each.reason]
+    if undeclared:
+        print(f"dense, and nothing says that they may be (--allow-dense): {', '.join(undeclared)}")
+    return 1 if undeclared else 0

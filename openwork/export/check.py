@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from openwork.export.constants import Constant, Constants, is_matrix
+from openwork.export.onnx_operands import Place, is_harmless, places, zeros_of
+from openwork.files.reader import open_files
+from openwork.files.recognize import recognized
 from openwork.files.strict_json import is_text_mapping, strict_json
 from openwork.nm.groups import Axis, reduction_size
 from openwork.nm.masks import too_dense
 from openwork.nm.pattern import Pattern
-from openwork.training.selection import PatternChoice, Selection
+from openwork.training.selection import PatternChoice, Selection, matches
 from openwork.training.verify import NotSparse, tightest
+from openwork.utils.atomic import open_plain
 
 KEY = "openwork"  # in the metadata of the file: {"fc.weight": "2:4"}, what was recorded of each constant
+DENSE_KEY = "openwork_dense"  # {"head.weight": "MatMul"}: the constants that were dense when it was written
 TENSORRT_SPARSE = ("MatMul", "Gemm", "Conv")  # where TensorRT looks for sparse tactics, MatMul since 10.3
+_QUANTIZED = re.compile(r"(_(transposed|quantized|QuantizeLinear|DequantizeLinear))+$", re.IGNORECASE)
+_ALLOW = "what is to stay dense is named by allow_dense=[...] (--allow-dense), or excluded where a pattern is given"
 
 
 @dataclass(frozen=True)
 class MatMul:
     """A node that multiplies by a constant weight (matmul, convolution, RNN), and the weight. `pattern` is what it was
-    held to where `recorded`, else the tightest that it satisfies, or None where that is dense. `density` is the share
-    that is not zero."""
+    held to where `recorded`, else the tightest that it satisfies, or None where that is dense; `reason` says why it
+    may be. `density` is the share that is not zero."""
 
     op: str
     name: str
@@ -36,115 +47,254 @@ class MatMul:
     density: float
     pattern: Pattern | None = None
     recorded: bool = False
+    reason: str = ""
 
 
-def check_onnx(path: str | os.PathLike[str], pattern: Selection | PatternChoice | None = None) -> tuple[MatMul, ...]:
-    """Every matmul and convolution by a constant weight of an ONNX file; raises NotSparse with those too dense.
+@dataclass(frozen=True)
+class Unfollowed:
+    """A node that takes a constant of two dims or more, and may multiply by it: `problem` says what is not known.
+    `matmul` is what it may be, with a density of 1."""
 
-    Held to what `to_onnx` wrote into the file, or to `pattern`, but where M does not divide the axis; without either
-    nothing is held, and the tightest pattern of each is found. A constant that is summed over along two axes is held
-    along one of them. Raises ValueError for a file that is not valid ONNX.
+    matmul: MatMul
+    problem: str
+
+
+ConstantProduct = tuple[MatMul, Tensor] | Unfollowed
+
+
+def check_onnx(
+    path: str | os.PathLike[str],
+    pattern: Selection | PatternChoice | None = None,
+    *,
+    allow_dense: Sequence[str] = (),
+) -> tuple[MatMul, ...]:
+    """Every matmul and convolution by a constant weight of an ONNX file; raises NotSparse with those too dense, and
+    with those that are not accounted for.
+
+    Held to what `to_onnx` wrote into the file, or to `pattern`, but where M does not divide the axis. What is computed
+    from constants is a constant; a quantized one is zero where it equals its zero point. Accounted for is a matmul that
+    keeps its pattern, or one as sparse; what the file records as dense; what is excluded; what M does not divide; what
+    the globs of `allow_dense` name. An operator that takes a constant and is not known is not accounted for. Without a
+    record and a pattern nothing is held, and the tightest pattern of each is found. Raises ValueError for a file that
+    is not valid ONNX.
     """
     selection, model = Selection.of(pattern), _loaded(path)
-    recorded = _recorded(model.metadata_props.get(KEY, "{}"))
-    matmuls: dict[object, MatMul] = {}
-    broken = dict.fromkeys(recorded, "recorded by the file, but nothing multiplies by it")
-    holding = set()
-    for matmul, mask in constant_matmuls(model):
-        required = recorded.get(matmul.name)
-        if (given := selection.pattern_of(matmul.name)) is not None:
-            required = given if reduction_size(matmul.shape, matmul.axis) % given.m == 0 else None
+    holding = _Holding(
+        selection,
+        _recorded(model.metadata_props.get(KEY, "{}"), KEY),
+        _texts(model.metadata_props.get(DENSE_KEY, "{}"), DENSE_KEY),
+        tuple(allow_dense),
+    )
+    for product in constant_products(model):
+        holding.take(product)
+    holding.check()
+    return tuple(holding.matmuls)
+
+
+@dataclass
+class _Holding:
+    """What a file is held to, and what was found so far."""
+
+    selection: Selection
+    recorded: Mapping[str, Pattern]
+    dense: Mapping[str, str]
+    allowed: tuple[str, ...]
+    matmuls: dict[MatMul, None] = field(default_factory=dict)  # those that are alike once
+    held: set[str] = field(default_factory=set)
+    broken: dict[str, str] = field(default_factory=dict)
+    unaccounted: dict[str, str] = field(default_factory=dict)
+
+    def take(self, product: ConstantProduct) -> None:
+        """Account for one product."""
+        if isinstance(product, Unfollowed):
+            matmul = product.matmul
+            reason = self._reason(matmul.name)
+            self.matmuls[replace(matmul, reason=reason)] = None
+            if not reason:
+                self.unaccounted[matmul.name] = f"{matmul.op}: {product.problem}"
+            return
+        matmul, mask = product
+        name = self._recorded_name(matmul.name)
+        required = self._required(matmul, name)
         problem = too_dense(mask, required, matmul.axis) if required else ""
+        if required and not problem:
+            self.held.add(name)
+            matmul = replace(matmul, pattern=required, recorded=True)
+        else:
+            matmul = self._inferred(matmul, mask, name, problem)
+        self.matmuls[matmul] = None
+
+    def check(self) -> None:
+        """Raises NotSparse for what is denser than it should be, missing, or not accounted for."""
+        gone = [name for name in self.recorded if name not in self.held and name not in self.broken]
+        broken = dict.fromkeys(gone, "recorded by the file, but nothing multiplies by it")
+        for name, problem in self.broken.items():
+            if name not in self.held:
+                broken[name] = problem
+            elif not self._reason(name):
+                self.unaccounted[name] = f"multiplied along another axis too, where {problem}"
+        unaccounted = {name: problem for name, problem in self.unaccounted.items() if name not in broken}
+        if broken or unaccounted:
+            raise NotSparse(broken | unaccounted, _ALLOW if unaccounted else "", unaccounted)
+
+    def _recorded_name(self, name: str) -> str:
+        """The name before ONNX Runtime quantized the weight, where only that is known."""
+        before = _QUANTIZED.sub("", name)
+        known = (*self.recorded, *self.dense)
+        return before if before in known and name not in known else name
+
+    def _required(self, matmul: MatMul, name: str) -> Pattern | None:
+        given = self.selection.pattern_of(name)
+        if given is None:
+            return self.recorded.get(name)
+        return given if _divides(given, matmul) else None
+
+    def _inferred(self, matmul: MatMul, mask: Tensor, name: str, problem: str) -> MatMul:
+        """A matmul that is not held: with the tightest pattern it has, or the reason why it may be dense."""
+        tight, reason = tightest(mask, matmul.axis), self._reason(name)
+        known = [*self.recorded.values(), *self.selection.patterns.values()]
+        matmul = replace(matmul, pattern=tight if tight.n < tight.m else None)
+        is_sparse = matmul.pattern and (not known or tight.density <= max(each.density for each in known))
         if problem:
-            broken[matmul.name] = problem
-        elif required:
-            holding.add(matmul.name)
-        matmuls[matmul.op, matmul.name, matmul.axis] = _described(matmul, mask, None if problem else required)
-    if broken := {name: problem for name, problem in broken.items() if name not in holding}:
-        raise NotSparse(broken)
-    return tuple(matmuls.values())
+            self.broken.setdefault(name, problem)
+        elif not is_sparse and not reason:
+            if not any(_divides(each, matmul) for each in known or [Pattern(2, 4)]):
+                reason = f"reduction axis has {reduction_size(matmul.shape, matmul.axis)} weights"
+            elif known:
+                self.unaccounted[name] = f"{matmul.op} by a dense constant {matmul.shape}, of which nothing is recorded"
+        return replace(matmul, reason=reason)
+
+    def _reason(self, name: str) -> str:
+        """Why a constant may be dense; empty where nothing says so."""
+        before = self._recorded_name(name)
+        if before in self.dense:
+            return "recorded as dense"
+        for what, globs in (("excluded", self.selection.exclude), ("allowed", self.allowed)):
+            glob = next((glob for glob in globs if matches(glob, before) or matches(glob, name)), None)
+            if glob is not None:
+                return f"{what} by {glob!r}"
+        return ""
 
 
-def _described(matmul: MatMul, mask: Tensor, required: Pattern | None) -> MatMul:
-    if required is not None:
-        return replace(matmul, pattern=required, recorded=True)
-    tight = tightest(mask, matmul.axis)
-    return replace(matmul, pattern=tight if tight.n < tight.m else None)
+def _divides(pattern: Pattern, matmul: MatMul) -> bool:
+    return reduction_size(matmul.shape, matmul.axis) % pattern.m == 0
 
 
 def _loaded(path: str | os.PathLike[str]) -> Any:
     import onnx
     import onnx_ir
+    from onnx_ir.passes import common
 
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no file {os.fspath(path)}")
+    with open_files(path, [Path(path)]):
+        pass  # refuses what is no plain file
     try:  # the checker also refuses external data outside of the folder, so it comes first
         onnx.checker.check_model(os.fspath(path))
-        return onnx_ir.load(path)
+        model = onnx_ir.load(path)
+        model = common.InlinePass()(model).model if model.functions else model
     except Exception as error:  # protobuf, onnx and onnx_ir each have their own
-        raise ValueError(f"{os.fspath(path)} is no valid ONNX file: {str(error)[:500]}") from error
+        raise ValueError(f"{os.fspath(path)} is no valid ONNX file: {_reason(path, error)}") from error
+    log = logging.getLogger("onnx_ir.passes.common.shape_inference")
+    before, log.disabled = log.disabled, True  # shapes that cannot be inferred are not known, which is enough
+    try:
+        return common.ShapeInferencePass()(model).model
+    finally:
+        log.disabled = before
 
 
-def _recorded(text: str) -> dict[str, Pattern]:
-    patterns = strict_json(text)
-    if not is_text_mapping(patterns):
-        raise ValueError(f"the metadata {KEY!r} of the file does not map names to patterns: it was damaged")
-    return {name: Pattern.parse(pattern) for name, pattern in patterns.items()}
+def _reason(path: str | os.PathLike[str], error: Exception) -> str:
+    with open_plain(path) as file:
+        what, to_do = recognized(file)
+    return str(error)[:500] if what in ("", "an ONNX model") else f"it is {what}; {to_do}"
+
+
+def _texts(text: str, key: str) -> dict[str, str]:
+    texts = strict_json(text)
+    if not is_text_mapping(texts):
+        raise ValueError(f"the metadata {key!r} of the file does not map names to texts: it was damaged")
+    return texts
+
+
+def _recorded(text: str, key: str) -> dict[str, Pattern]:
+    return {name: Pattern.parse(pattern) for name, pattern in _texts(text, key).items()}
 
 
 def constant_matmuls(model: Any) -> Iterator[tuple[MatMul, Tensor]]:
     """(the matmul, which of its weights are not zero) of an onnx_ir.Model, also inside of branches and functions."""
+    return (product for product in constant_products(model) if not isinstance(product, Unfollowed))
+
+
+def constant_products(model: Any) -> Iterator[ConstantProduct]:
+    """The same, and the nodes that may multiply by a constant, but are not known or cannot be read."""
     import onnx_ir
 
     for graph in (model.graph, *model.functions.values()):
+        constants = Constants()
         for node in onnx_ir.traversal.RecursiveGraphIterator(graph):
-            for place, axis in _operands(node):
-                constant = _constant(node.inputs[place]) if place < len(node.inputs) else None
-                if constant is not None and constant[1].ndim >= 2 and constant[1].size:
-                    name, weight = constant
-                    mask = torch.from_numpy(weight != 0)
-                    share = float(mask.float().mean())
-                    yield MatMul(node.op_type, name, tuple(mask.shape), str(weight.dtype), axis(mask), share), mask
+            found = [constants.of(value) for value in node.inputs if value is not None]
+            if any(constant is None or constant.scaled for constant in found):
+                yield from _products(node, constants)
 
 
-def _operands(node: Any) -> list[tuple[int, Any]]:
-    """(input, its reduction axis as a function of it) of a node that multiplies matrices."""
-
-    def attribute(name: str, default: int) -> int:
-        return node.attributes[name].as_int() if name in node.attributes else default
-
-    match node.op_type:
-        case "Gemm":
-            return [(0, lambda _: Axis(1 - attribute("transA", 0))), (1, lambda _: Axis(attribute("transB", 0)))]
-        case "MatMul":
-            return [(0, lambda weight: Axis(weight.ndim - 1)), (1, lambda weight: Axis(weight.ndim - 2))]
-        case "Conv":
-            return [(1, lambda _: Axis(1))]
-        case "ConvTranspose":
-            return [(1, lambda _: Axis(0, blocks=attribute("group", 1)))]
-        case "LSTM" | "GRU" | "RNN":
-            return [(1, lambda _: Axis(2)), (2, lambda _: Axis(2))]
-    return []
+def _products(node: Any, constants: Constants) -> Iterator[ConstantProduct]:
+    """What a node multiplies that has data to multiply with."""
+    found = places(node)
+    for place in found:
+        constant = constants.of(node.inputs[place.index]) if place.index < len(node.inputs) else None
+        if constant is not None and (constant.array is None or (constant.array.ndim >= 2 and constant.array.size)):
+            yield _product(node, place, constant, constants)
+    if found or is_harmless(node):
+        return
+    for value in node.inputs:
+        constant = constants.of(value)
+        if constant is not None and (constant.scaled or is_matrix(constant)):
+            yield from _unfollowed(node, value, constant)
 
 
-def _constant(value: Any) -> tuple[str, Any] | None:
-    """Name and numpy array of a constant, seen through what only moves or converts it."""
-    if value is None:
-        return None
-    if value.const_value is not None:
-        return value.name, value.const_value.numpy()
-    node = value.producer()
-    if node is None:
-        return None
-    if node.op_type == "Constant" and "value" in node.attributes:
-        return value.name, node.attributes["value"].as_tensor().numpy()
-    inner = _constant(node.inputs[0]) if node.op_type in ("Identity", "Transpose", "Cast") else None
-    if inner is None or node.op_type != "Transpose":
-        return inner
-    axes = node.attributes["perm"].as_ints() if "perm" in node.attributes else None
-    return inner[0], inner[1].transpose(axes)
+def _product(node: Any, place: Place, constant: Constant, constants: Constants) -> ConstantProduct:
+    zero, given = None, place.zero is not None and place.zero < len(node.inputs) and node.inputs[place.zero]
+    if given:
+        zero = constants.of(given)
+    if constant.scaled and constant.array is None:
+        return Unfollowed(_unread(node, constant), "multiplied after it was changed by data")
+    if constant.array is None or (given and (zero is None or zero.array is None)):
+        return Unfollowed(_unread(node, constant), "its numbers cannot be read")
+    mask = torch.from_numpy(zeros_of(constant.array, zero.array if zero else None, place))
+    axis, share = place.axis(mask.ndim), float(mask.float().mean())
+    return MatMul(node.op_type, constant.name, tuple(mask.shape), str(constant.array.dtype), axis, share), mask
 
 
-def as_metadata(recorded: dict[str, Pattern]) -> str:
+def _unfollowed(node: Any, value: Any, constant: Constant) -> Iterator[Unfollowed]:
+    """Of a sum only where it is one of products; any other operator is not known."""
+    if node.op_type.startswith("Reduce"):
+        producer = value.producer()
+        if constant.scaled and producer is not None and producer.op_type == "Mul":
+            yield Unfollowed(_unread(node, constant), "multiplied by data one by one and summed")
+        return
+    yield Unfollowed(_unread(node, constant), "this operator is not one that verify can follow")
+
+
+def _unread(node: Any, constant: Constant) -> MatMul:
+    shape, dtype = ((), "") if constant.array is None else (constant.array.shape, str(constant.array.dtype))
+    return MatMul(node.op_type, constant.name, tuple(shape), dtype, Axis(0), 1.0)
+
+
+def as_metadata(texts: Mapping[str, object]) -> str:
     """What `check_onnx` reads again."""
-    return json.dumps({name: str(pattern) for name, pattern in sorted(recorded.items())})
+    return json.dumps({name: str(text) for name, text in sorted(texts.items())})
+
+
+def dense_names(products: Iterable[ConstantProduct], recorded: Mapping[str, Pattern]) -> dict[str, str]:
+    """The constants that are not as sparse as `recorded` where they are multiplied -> the operator."""
+    most = max((pattern.density for pattern in recorded.values()), default=0.0)
+    dense = {}
+    for product in products:
+        if isinstance(product, Unfollowed):
+            dense[product.matmul.name] = product.matmul.op
+            continue
+        matmul, mask = product
+        required = recorded.get(matmul.name)
+        if too_dense(mask, required, matmul.axis) if required else tightest(mask, matmul.axis).density > most:
+            dense[matmul.name] = matmul.op
+    return dense

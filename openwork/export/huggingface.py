@@ -18,7 +18,7 @@ from openwork.files.reader import FILE
 from openwork.training.parametrize import unwrap
 from openwork.training.record import sparsity_records
 from openwork.training.selection import PatternChoice, Selection
-from openwork.utils.atomic import give_usual_mode, write_text
+from openwork.utils.atomic import usual_modes, write_text
 
 DENSE, CARD = "model.safetensors", "README.md"
 _BEGIN, _END = "<!-- openwork: begin -->", "<!-- openwork: end -->"
@@ -77,8 +77,8 @@ def card(entries: Sequence[Entry], method: str = "") -> str:
 
 def _write_dense(model: Any, folder: Path) -> None:
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder)
-        give_usual_mode(folder, "*.safetensors")
+        with usual_modes(folder, "*.safetensors"):
+            model.save_pretrained(folder)
         return
     tensors = tensors_by_name(model)
     own = {name: tensor for name, tensor in tensors.items() if name not in ties(tensors, {})}

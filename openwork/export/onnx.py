@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import stat
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,9 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from openwork.export.check import KEY, MatMul, as_metadata, check_onnx, constant_matmuls
+from openwork.export.check import (
+    DENSE_KEY,
+    KEY,
+    MatMul,
+    as_metadata,
+    check_onnx,
+    constant_matmuls,
+    constant_products,
+    dense_names,
+)
 from openwork.export.linear import LinearAs
-from openwork.export.outputs import arguments, check_equal, exportable, outputs
+from openwork.export.outputs import arguments, check_equal, folded, outputs
 from openwork.files.model_state import Placed, masked_by_name, patterns
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
@@ -71,16 +81,21 @@ def to_onnx(
     inner = unwrap(model)
     check_not_deployed(inner, "exporting to ONNX")
     recorded = patterns(inner, masked_by_name(inner), pattern)
-    plain = exportable(model)
+    plain, renamed = folded(model)
+    recorded = {renamed.get(name, name): placed for name, placed in recorded.items()}
     with quiet(plain):
         exported = _exported(plain, example, dynamic_shapes, opset)
     _rename(exported.model.graph, input_names, output_names)
     transposed = _finish(exported, linear)
-    exported.model.metadata_props[KEY] = as_metadata(_kept(exported.model, recorded, transposed))
+    kept = _kept(exported.model, recorded, transposed)
+    dense = dense_names(constant_products(exported.model), kept)
+    exported.model.metadata_props.update({KEY: as_metadata(kept), DENSE_KEY: as_metadata(dense)})
     target = Path(os.path.realpath(path))
     data = target.with_name(f"{target.name}.{secrets.token_hex(4)}.data")
     with atomic_file(target, ".part.onnx") as part, _deleted_on_error(data):
         _save(exported.model, part, data)
+        if data.exists() and target.exists():
+            data.chmod(stat.S_IMODE(target.stat().st_mode))  # as secret as the file that is replaced
         matmuls = check_onnx(part)
         difference = _compare(part, plain, example)
     _delete_former_weights(target, data)

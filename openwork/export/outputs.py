@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from openwork.training.parametrize import masked_modules, unwrap
 from openwork.training.record import sparsity_records
 from openwork.training.sparsify import finalize
+from openwork.training.weight_norm import factors, fold_weight_norm
+from openwork.utils.copied import copied
 from openwork.utils.difference import largest_difference
 from openwork.utils.example import quiet, run
 from openwork.utils.torch_private import tree_leaves
@@ -29,8 +30,18 @@ def exportable(model: nn.Module) -> nn.Module:
     """
     model = unwrap(model)
     if sparsity_records(model) or any(True for _ in masked_modules(model)):
-        return finalize(copy.deepcopy(model))
+        return finalize(copied(model))
     return model
+
+
+def folded(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
+    """The model that is exported as a program, with weight normalization folded into the weights, and the new names of
+    weights that were the direction of one."""
+    plain = exportable(model)
+    if not factors(plain):
+        return plain, {}
+    own = copied(plain) if plain is unwrap(model) else plain
+    return own, fold_weight_norm(own)
 
 
 def arguments(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

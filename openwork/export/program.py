@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from openwork.export.outputs import arguments, check_equal, exportable, outputs
+from openwork.export.outputs import arguments, check_equal, folded, outputs
+from openwork.inference.layers import without_dense_weights
 from openwork.utils.atomic import atomic_file
 from openwork.utils.example import quiet
 from openwork.utils.torch_private import aot_inductor, tree_leaves
@@ -26,7 +27,7 @@ def to_torch_export(
     that loads a deployed model imports openwork first, which knows its operators. Raises RuntimeError for other
     outputs, and what torch.export raises.
     """
-    plain = exportable(model)
+    plain, _ = folded(model)
     with atomic_file(path, _SUFFIX) as part:
         torch.export.save(_anonymous(_traced(plain, example, dynamic_shapes)), part)
         return _difference(plain, example, torch.export.load(part).module())
@@ -38,7 +39,7 @@ def to_aot_inductor(
     """Write a model compiled for this kind of hardware, which `torch._inductor.aoti_load_package(path)` runs without
     compiling anything; the rest as in `to_torch_export`. Needs a C++ compiler, here but not where it is loaded.
     """
-    plain = exportable(model)
+    plain, _ = folded(model)
     compile_package, load_package = aot_inductor()
     with atomic_file(path, _SUFFIX) as part:
         with torch.no_grad():
@@ -48,7 +49,7 @@ def to_aot_inductor(
 
 def _traced(model: nn.Module, example: Any, dynamic_shapes: Any) -> torch.export.ExportedProgram:
     args, kwargs = arguments(model, example)
-    with quiet(model):
+    with quiet(model), without_dense_weights(model):
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
 
 

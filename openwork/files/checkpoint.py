@@ -11,9 +11,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from openwork.files.container import Layout, Stored, write
+from openwork.files.container import write
 from openwork.files.foreign.compressed_tensors import Bitmask
 from openwork.files.format import Sparse, check_free_names, check_little_endian, metadata
+from openwork.files.header import Layout, Stored
 from openwork.files.hub import local
 from openwork.files.model_state import check_fits, check_same, fill, masked_by_name, patterns, tensors_by_name, ties
 from openwork.files.packing import pack_weight, packed_shape
@@ -24,6 +25,8 @@ from openwork.training.parametrize import unwrap
 from openwork.training.record import unfinished_weights
 from openwork.training.selection import PatternChoice, Selection
 from openwork.training.verify import NotSparse
+from openwork.utils.deployed import check_not_folded
+from openwork.utils.signals import without_interrupt
 
 Model = TypeVar("Model", bound=nn.Module)
 Path = str | os.PathLike[str]
@@ -122,8 +125,9 @@ def load_state_dict(path: Path, *, device: torch.device | str = "cpu") -> dict[s
     """The dense state dict in a file, on a device.
 
     `path` may also be a folder with model.openwork.safetensors in it, an http(s) address, and, with huggingface_hub
-    installed, the name of a repository of the Hugging Face Hub, "owner/name". Files and folders that compressed-tensors
-    wrote as `sparse-24-bitmask` are read too.
+    installed, a repository of the Hugging Face Hub, "hf://owner/name" or "hf://owner/name@revision". Files and folders
+    that compressed-tensors wrote as `sparse-24-bitmask` are read too. Raises ValueError where the bytes are not those
+    that were written.
     """
     with local(path) as here, opened(here) as contents:
         state = {name: contents.read(name).to(device) for name in contents.tensors}
@@ -134,17 +138,20 @@ def load(path: Path, into: Model) -> Model:
     """Fill a model from a file, in place and on its own device, and return it; `path` as in `load_state_dict`.
 
     `into` is a plain model, or a sparsified one, whose masks then agree with the file. Names, shapes and dtypes must
-    be equal, and the whole file is checked before anything is written: where ValueError is raised, the model is
-    untouched. One tensor is decompressed at a time.
+    be equal, and the whole file is read and checked before anything is written: after an error, or an interrupt from
+    the keyboard, the model is untouched, or has all of the file. Memory holds the file, and one tensor decompressed.
     """
     with local(path) as here, opened(here) as contents:
         inner = unwrap(into)
+        check_not_folded(inner)
         targets, masked = tensors_by_name(inner), masked_by_name(inner)
         check_same(contents, targets, ties(targets, masked))
+        contents = contents.in_memory()
         for name in contents.tensors:
             check_fits(contents.names_of(name), contents.read(name), masked)
-        for name in contents.tensors:
-            fill(contents.names_of(name), contents.read(name), targets, masked)
+        with without_interrupt():
+            for name in contents.tensors:
+                fill(contents.names_of(name), contents.read(name), targets, masked)
         return into
 
 

@@ -11,17 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openwork.files.container import (
-    CODES,
-    DTYPES,
-    Stored,
-)
+from openwork.files.header import CHECKSUMS, CODES, DTYPES, Stored
 from openwork.files.packing import PACKABLE, packed_shape, unpack_weight, uses_bitmask
 from openwork.files.strict_json import check_unicode, is_shape, is_text_mapping, strict_json
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
 
-VERSION = 1
+VERSION = 2  # what is written; 1 is the same without checksums, and is read
 KEY = "openwork"  # in the safetensors metadata; other keys are others' business
 VALUES, INDICES = ".values", ".indices"
 
@@ -90,10 +86,9 @@ def described(texts: Mapping[str, str], stored: Mapping[str, Stored]) -> tuple[d
             "not written by ow.save; safetensors.torch.load_file reads ordinary safetensors files, and openwork verify "
             "says which N:M their weights are"
         )
-    fields = strict_json(texts[KEY])
-    if type(fields.get("version")) is not int or fields["version"] != VERSION:
-        version = str(fields.get("version"))[:20]
-        raise ValueError(f"format version {version}; this Openwork reads {VERSION}: install a newer one")
+    # Of a weight there are two tensors and some ten values; other names of tensors may be many.
+    fields = strict_json(texts[KEY], max(250_000, 32 * len(stored)))
+    _check_version(fields.get("version"), texts, stored)
     _check_fields("the metadata", fields, {"version", "sparse", "aliases"})
     if not isinstance(fields["sparse"], dict) or not is_text_mapping(fields["aliases"]):
         raise ValueError("the metadata's sparse or aliases are no mapping")
@@ -101,6 +96,16 @@ def described(texts: Mapping[str, str], stored: Mapping[str, Stored]) -> tuple[d
     for name in fields["aliases"]:
         check_unicode(name)
     return sparse, fields["aliases"]
+
+
+def _check_version(version: Any, texts: Mapping[str, str], stored: Mapping[str, Stored]) -> None:
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise ValueError(f"format version {str(version)[:20]}; this Openwork reads 1 to {VERSION}: install a newer one")
+    if version > 1 and (CHECKSUMS not in texts or any(each.crc32 is None for each in stored.values())):
+        raise ValueError(
+            f"the header: format version {version} without checksums at its beginning: the file is damaged, or another "
+            "program rewrote it; copy or make it anew"
+        )
 
 
 def _parts(name: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from openwork.files.container import CODES
+from openwork.files.header import CODES
 from openwork.files.reader import Contents
 from openwork.nm.groups import Axis
 from openwork.nm.masks import apply_mask, too_dense
@@ -50,12 +50,13 @@ def tensors_by_name(model: nn.Module, *, empty: bool = False) -> dict[str, Tenso
 
 
 def masked_by_name(model: nn.Module) -> dict[str, Masked]:
-    """What masks each weight of a sparsified model, by the weight's dense name."""
-    return {sparse.name: sparse.masked for sparse in sparse_weights(model)}
+    """What masks each weight of a sparsified model, by the weight's dense name, under each that it has."""
+    return {sparse.name: sparse.masked for sparse in sparse_weights(model, every_name=True)}
 
 
 def ties(tensors: Mapping[str, Tensor], masked: Mapping[str, Masked]) -> dict[str, str]:
-    """Each further name of a tensor -> its first name. A masked weight is tied to none: others see it unmasked."""
+    """Each further name of a tensor -> its first name. A masked weight is tied to the names of the same module alone:
+    others see it unmasked, or by another mask."""
     first: dict[object, str] = {}
     aliases = {}
     for name, tensor in tensors.items():
@@ -63,8 +64,9 @@ def ties(tensors: Mapping[str, Tensor], masked: Mapping[str, Masked]) -> dict[st
         place = (
             (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if in_memory else id(tensor)
         )
-        if name not in masked and first.setdefault(place, name) != name:
-            aliases[name] = first[place]
+        seen = first.setdefault((place, id(masked.get(name))), name)
+        if seen != name:
+            aliases[name] = seen
     return aliases
 
 
@@ -126,6 +128,8 @@ def check_same(contents: Contents, targets: Mapping[str, Tensor], tied: Mapping[
                 f"{name}: the file is {stored.dtype}, the model {target.dtype}: load into a {short} model and convert "
                 f"afterwards, or save the model in {str(target.dtype).removeprefix('torch.')}"
             )
+        if target.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"{name} of the model was made in inference_mode and cannot be changed: make it anew")
         if any(step == 0 and length > 1 for step, length in zip(target.stride(), target.shape, strict=True)):
             raise ValueError(f"{name} of the model is expanded, so that it cannot be written: make it contiguous")
     for name, first in tied.items():

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from openwork.files.container import read_header, read_tensor
 from openwork.files.foreign.compressed_tensors import bitmasks
 from openwork.files.format import KEY, check_little_endian
-from openwork.files.reader import FILE, Contents, joined, open_files
-from openwork.files.strict_json import is_text_mapping, strict_json
+from openwork.files.header import read_header
+from openwork.files.reader import FILE, Contents, fetched, joined, open_files
+from openwork.files.strict_json import is_text_mapping, read_json
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def opened_plain(path: str | os.PathLike[str]) -> Iterator[Contents]:
     with open_files(path, plain_files(path)) as files:
         _, places = joined(files)
         stored = {name: tensor for name, (_, tensor) in places.items()}
-        yield Contents(stored, {}, {}, lambda name: read_tensor(*places[name]))
+        yield Contents(stored, {}, {}, lambda name: fetched(places, name))
 
 
 def plain_files(path: str | os.PathLike[str]) -> list[Path]:
@@ -47,13 +47,15 @@ def _listed(folder: Path) -> list[Path]:
                 "*.safetensors: model.save_pretrained(folder) of transformers writes them"
             )
         return files
-    try:
-        names: Any = strict_json(indices[0].read_text(encoding="utf-8")).get("weight_map")
-        if not is_text_mapping(names) or any(Path(name).name != name for name in names.values()):
-            raise ValueError("its weight_map does not map names of weights to names of files in the folder")
-    except ValueError as error:
-        raise ValueError(f"{indices[0]}: {error}") from error
-    return [folder / name for name in sorted(set(names.values()))]
+    names: Any = read_json(indices[0]).get("weight_map")
+    if not is_text_mapping(names) or any(Path(name).name != name for name in names.values()):
+        raise ValueError(f"{indices[0]}: its weight_map does not map names of weights to names of files in the folder")
+    files = [folder / name for name in sorted(set(names.values()))]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        listed = f"{', '.join(missing[:3])} ({len(missing)} in all)"
+        raise FileNotFoundError(f"{indices[0]} lists {listed}, which the folder lacks: fetch them too")
+    return files
 
 
 def _is_compressed(path: Path) -> bool:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from torch import Tensor
 
-from openwork.files.container import Stored, read_header, read_tensor
+from openwork.files.container import read_tensor
 from openwork.files.foreign.compressed_tensors import Bitmask, bitmasks
 from openwork.files.format import KEY, Sparse, check_little_endian, described
+from openwork.files.header import Stored, read_header
+from openwork.utils.atomic import open_plain
 
 FILE = "model.openwork.safetensors"  # the compressed file in a folder of other files
 
@@ -37,6 +39,10 @@ class Contents:
     def names_of(self, name: str) -> tuple[str, ...]:
         """A tensor's name and its aliases."""
         return (name, *(alias for alias, first in self.aliases.items() if first == name))
+
+    def in_memory(self) -> Contents:
+        """The same, read already: what happens to the file from now on changes nothing."""
+        return replace(self, fetch={name: self.fetch(name) for name in self.stored}.__getitem__)
 
     def read(self, name: str) -> Tensor:
         """One tensor of the model, dense, on the CPU. Raises ValueError where the file is damaged."""
@@ -63,11 +69,12 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Contents]:
 def open_files(path: str | os.PathLike[str], files: Sequence[Path]) -> Iterator[list[BinaryIO]]:
     """Open the files of a checkpoint for reading; a ValueError while they are read names its path."""
     with ExitStack() as stack:
-        opened_files: list[BinaryIO] = [stack.enter_context(open(file, "rb")) for file in files]
         try:
-            yield opened_files
+            yield [stack.enter_context(open_plain(file)) for file in files]
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
+            text = str(error)  # with names from the file, which may be of any length
+            text = text if len(text) < 2000 else f"{text[:1000]} ... {text[-500:]}"
+            raise ValueError(f"{os.fspath(path)}: {text}") from error
 
 
 def _files(path: Path) -> list[Path]:
@@ -88,7 +95,7 @@ def _contents(files: Sequence[BinaryIO]) -> Contents:
     aliases: dict[str, str] = {}
     if not sparse:
         sparse, aliases = described(texts, stored)
-    contents = Contents(stored, sparse, aliases, lambda name: read_tensor(*places[name]))
+    contents = Contents(stored, sparse, aliases, lambda name: fetched(places, name))
     _check_distinct(contents)
     return contents
 
@@ -104,6 +111,14 @@ def joined(files: Sequence[BinaryIO]) -> tuple[dict[str, str], dict[str, tuple[B
             raise ValueError(f"{name!r} lies in two files of the folder: name one of them")
         places |= {name: (file, tensor) for name, tensor in tensors.items()}
     return texts, places
+
+
+def fetched(places: Mapping[str, tuple[BinaryIO, Stored]], name: str) -> Tensor:
+    """A tensor as it lies in a file; errors name it."""
+    try:
+        return read_tensor(*places[name])
+    except ValueError as error:
+        raise ValueError(f"tensor {name!r}: {error}") from error
 
 
 def _check_distinct(contents: Contents) -> None:

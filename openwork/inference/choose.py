@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import openwork.kernels as kernels
 from openwork.inference.fold import as_it_was_made
 from openwork.inference.geometry import form_of, is_known
-from openwork.inference.layers import PackedConv2d, PackedLinear, pack_layer
+from openwork.inference.layers import Packed as Packed
+from openwork.inference.layers import pack_layer
 from openwork.inference.plan import MARGIN, LayerTiming
 from openwork.kernels.cpu.onednn import prepacked_linear
 from openwork.layouts.layout import KernelRefused, Kind, Request, kinds_on, refusal_of
@@ -23,7 +24,6 @@ from openwork.nm.pattern import Pattern
 from openwork.utils.example import run
 from openwork.utils.timing import clock
 
-Packed = PackedLinear | PackedConv2d
 _LAST = ", channels_last"
 
 

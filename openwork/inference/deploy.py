@@ -24,6 +24,8 @@ from openwork.training.record import sparsity_records
 from openwork.training.selection import PatternChoice, Selection
 from openwork.training.sparsify import finalize
 from openwork.training.verify import verify
+from openwork.training.weight_norm import fold_weight_norm
+from openwork.utils.copied import copied
 from openwork.utils.difference import largest_difference
 from openwork.utils.example import run
 from openwork.utils.timing import as_graph, compile_frozen, fastest, finished
@@ -64,12 +66,14 @@ def deploy(
     timed_as: TimedAs = "eager",
 ) -> nn.Module:
     """A copy of the model for inference on the CPU or GPU that it is on, each layer dense or sparse, whichever was
-    measured faster; arguments as in `plan`. Batch normalization is folded into the layers before it.
+    measured faster; arguments as in `plan`. Batch normalization is folded into the layers before it, weight
+    normalization into its weight.
 
     The whole model is timed as well, against the same model all dense. If dense wins, the dense one is returned, and a
     warning says so. What was measured is in the result's `deployment`, a `Plan`, with how far outputs on the example
     are from the given model's; of more than rounding explains, a warning says so. The result is saved, loaded, copied
-    and pickled like any model: its state dict has dense names and shapes, without normalizations that were folded.
+    and pickled like any model: its layers are of the classes they were, and its state dict is that of the model, with
+    normalizations that do nothing where they were folded (docs/limits.md).
     `timed_as` says how the caller will run it, and whole models are timed so: "graph", as a CUDA graph, without what
     launching costs; "compiled", by `torch.compile` with frozen weights (`torch._inductor.config.freezing`, which helps
     dense products), which takes minutes for a large model, and on a CPU a C++ compiler.
@@ -121,9 +125,12 @@ def _ready(
     check_weight_dtype(weight_dtype, _device(inner).type)
     weight_dtype = weight_dtype or own_dtype(inner)
     report = verify(inner, pattern=pattern)
-    ready = copy.deepcopy(inner)
+    ready = copied(inner)
     ready = (finalize(ready) if sparsity_records(ready) else ready).eval().requires_grad_(False)
-    return ready, {row.name: row.pattern or row.reason for row in report.rows}, weight_dtype
+    renamed = fold_weight_norm(ready)
+    names = {name for name, _ in ready.named_parameters(remove_duplicate=False)}  # lengths of directions are gone
+    patterns = {renamed.get(row.name, row.name): row.pattern or row.reason for row in report.rows}
+    return ready, {name: pattern for name, pattern in patterns.items() if name in names}, weight_dtype
 
 
 def check_weight_dtype(weight_dtype: torch.dtype | None, device_type: str) -> None:
@@ -217,7 +224,7 @@ def _channels_last(model: nn.Module) -> nn.Module:
         if type(module) is nn.Conv2d:
             module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
         elif isinstance(module, PackedConv2d):
-            module.channels_last = not module.form.flat
+            module.channels_last = True
     return model
 
 

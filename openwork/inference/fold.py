@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openwork.inference.layers import PackedConv2d, PackedLinear
+from openwork.inference.folded import fold_away, fuse
+from openwork.inference.layers import PACKED
 from openwork.utils.example import run
 from openwork.utils.torch_private import TorchDispatchMode, tree_leaves
 
@@ -40,8 +41,9 @@ def fold_batch_norm(model: nn.Module, example: Any) -> list[str]:
     """
     pairs = foldable(model, example)
     for layer, norm in pairs.values():
+        had_bias = layer.bias is not None
         layer.weight, layer.bias = fuse(layer, layer.weight, norm)
-        replace(model, norm, nn.Identity())
+        fold_away(model, layer, norm, had_bias)
     return [*pairs]
 
 
@@ -57,25 +59,9 @@ def foldable(model: nn.Module, example: Any) -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def fuse(layer: Any, weight: Tensor, norm: Any) -> tuple[nn.Parameter, nn.Parameter]:
-    """Weight and bias of a layer with that weight and a batch normalization after it, in one; computed in float32 at
-    least. They are new parameters: others may share the old ones."""
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    with torch.no_grad():
-        scale = (norm.running_var.to(exact) + norm.eps).rsqrt()
-        shift = (
-            -norm.running_mean.to(exact) if layer.bias is None else layer.bias.to(exact) - norm.running_mean.to(exact)
-        )
-        scale = scale if norm.weight is None else scale * norm.weight.to(exact)
-        shift = shift * scale if norm.bias is None else shift * scale + norm.bias.to(exact)
-        scaled = weight.to(exact) * scale.view(-1, *[1] * (weight.ndim - 1))
-    learns = weight.requires_grad
-    return nn.Parameter(scaled.to(weight.dtype), learns), nn.Parameter(shift.to(weight.dtype), learns)
-
-
 def following_relu(model: nn.Module, example: Any) -> dict[str, str]:
     """Layer -> the `nn.ReLU` module that is its only reader and is used for nothing else."""
-    layers = (*_LAYERS, PackedConv2d, PackedLinear)
+    layers = (*_LAYERS, *PACKED)
     return {pair.layer: pair.follower for pair in _followed(model, example, layers, (nn.ReLU,))}
 
 

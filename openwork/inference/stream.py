@@ -21,14 +21,15 @@ from openwork.files.hub import local
 from openwork.files.reader import opened
 from openwork.inference.choose import Packed, measure_layers
 from openwork.inference.deploy import check_weight_dtype, own_dtype
-from openwork.inference.fold import foldable, following_relu, fuse
-from openwork.inference.fold import replace as replace_module
+from openwork.inference.fold import foldable, following_relu
+from openwork.inference.folded import fold_away, fuse
 from openwork.inference.geometry import form_of
 from openwork.inference.layers import PackedLayer, pack_layer
 from openwork.inference.plan import LayerTiming, Plan, environment
 from openwork.inference.streamed_model import StreamedModel, parameter, streamed_model
 from openwork.layouts.layout import Request, kind_named, kinds_on, refusal_of
 from openwork.nm.pattern import Pattern
+from openwork.training.parametrize import unwrap
 from openwork.utils.example import run
 from openwork.utils.torch_private import tree_leaves
 
@@ -50,6 +51,7 @@ def load_deployed(
     with the dense one, which never exists here: `ow.deploy` does that. Where no layer is faster sparse, the result is
     dense, and a warning says so. Raises ValueError where file and model, or `chosen`, do not fit.
     """
+    model = unwrap(model)
     elsewhere = {str(x.device) for x in tree_leaves(example) if isinstance(x, Tensor) and x.device.type != "cpu"}
     if elsewhere:
         raise ValueError(
@@ -85,12 +87,13 @@ def _fold(streamed: StreamedModel, example: Any) -> None:
     """Fold batch normalization into the layers before it; into streamed ones whenever they are read."""
     for layer, norm in foldable(streamed.model, example).values():
         stream = streamed.layers.get(layer)
+        had_bias = layer.bias is not None
         weight, layer.bias = fuse(layer, layer.weight if stream is None else stream.read(), norm)
         if stream is None:
             layer.weight = weight
         else:
             stream.read = partial(_folded, layer, stream.read, norm)
-        replace_module(streamed.model, norm, nn.Identity())
+        fold_away(streamed.model, layer, norm, had_bias)
 
 
 def _folded(layer: Any, read: Callable[[], Tensor], norm: Any) -> Tensor:

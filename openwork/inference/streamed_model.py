@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from openwork.files.container import Stored
 from openwork.files.foreign.compressed_tensors import Bitmask
 from openwork.files.format import Sparse
+from openwork.files.header import Stored
 from openwork.files.model_state import check_same, tensors_by_name, ties
 from openwork.files.reader import Contents
 from openwork.inference.geometry import is_known

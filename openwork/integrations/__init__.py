@@ -6,13 +6,13 @@ them, and prepares the torchvision that they import.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
 
 import openwork as ow
 from openwork.training.parametrize import unwrap
+from openwork.utils.copied import copied
 from openwork.utils.torchvision_compat import prepare_torchvision
 
 prepare_torchvision()
@@ -27,4 +27,4 @@ def projected_state_dict(model: nn.Module) -> dict[str, Any]:
     >>> int((projected_state_dict(model)["weight"] != 0).sum()), int((model.state_dict()["weight"] != 0).sum())
     (2, 4)
     """
-    return ow.finalize(copy.deepcopy(unwrap(model))).state_dict()
+    return ow.finalize(copied(unwrap(model))).state_dict()

@@ -16,16 +16,25 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import ExportableState
 
 import openwork as ow
-from openwork.integrations.shared import Scalars, from_text, save_compressed, to_text, verify_recorded
+from openwork.integrations.shared import (
+    Scalars,
+    from_text,
+    save_beside_checkpoint,
+    save_compressed,
+    to_text,
+    verify_recorded,
+)
 
 
 class SparseCallback(TrainerCallback, ExportableState):
     """Attaches the trainer's optimizer, sends topology to `trainer.log`, puts a compressed file with projected weights
-    into every checkpoint folder, and at the end verifies the model, saves it and finalizes it.
+    into every checkpoint folder (once the method's schedule, if it has one, has ended), and at the end verifies the
+    model, saves it and finalizes it.
 
     Sparsify the model before the `Trainer` gets it. The state of `handle` travels in trainer_state.json. Inside a
     checkpoint folder `model.safetensors` holds the dense latent weights, for resuming; after `train()` the model is
-    plain, and what `trainer.save_model` writes is sparse.
+    plain, and what `trainer.save_model` writes is sparse. Callbacks that put an average into the model when training
+    ends belong before this one. A further `train()` that does not resume begins new records, as the Trainer does.
     """
 
     def __init__(self, trainer: Trainer | None, topology: ow.Topology | None = None):
@@ -43,11 +52,17 @@ class SparseCallback(TrainerCallback, ExportableState):
                 "SparseCallback was rebuilt without its trainer: set restore_callback_states_from_checkpoint=False, "
                 "it finds its own state in the checkpoint"
             )
-        if self.handle:  # of an earlier train(), which failed
+        if self.trainer.state is not state:
+            raise ValueError(
+                "this SparseCallback was made for another Trainer: make one for each, SparseCallback(trainer)"
+            )
+        if self.handle:  # of an earlier train(), whose records and steps are not this one's
             self.handle.detach()
+            self.topology.begin({})
         self.handle = ow.attach(self.trainer.optimizer, self.trainer.model, topology=self.topology)
         kept: Any = state.stateful_callbacks  # what trainer_state.json holds
-        if saved := kept.setdefault(type(self).__name__, self.state())["attributes"]["saved"]:
+        saved = kept.setdefault(type(self).__name__, self.state())["attributes"]["saved"]
+        if saved and state.global_step:  # it resumes
             self.handle.load_state_dict(from_text(saved))
         self._scalars = Scalars(self.topology)
 
@@ -57,7 +72,7 @@ class SparseCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         if args.should_save:
-            save_compressed(self.trainer.model, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+            save_beside_checkpoint(self.trainer.model, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         verify_recorded(self.trainer.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,25 @@ from torch import nn
 
 import openwork as ow
 from openwork.files.reader import FILE as FILE
-from openwork.training.record import sparsity_records
+from openwork.training.record import sparsity_records, unfinished_weights
 
 
-def save_compressed(model: nn.Module, folder: str | Path) -> None:
+def save_compressed(model: nn.Module, folder: str | Path, file: str = FILE) -> None:
     """Write the weights that the forward pass uses, compressed, as `folder`/model.openwork.safetensors; `ow.load`
     reads it. Nothing is written for `ow.Dense`, which has no zeros."""
     if is_sparsified(model):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        ow.save(model, Path(folder) / FILE)
+        ow.save(model, Path(folder) / file)
+
+
+def save_beside_checkpoint(model: nn.Module, folder: str | Path, file: str = FILE) -> None:
+    """The same for a training that goes on. While the method's schedule runs, no weights are N:M yet: then nothing is
+    written, with a warning."""
+    if running := unfinished_weights(model):
+        state = next(iter(running.values()))
+        warnings.warn(f"no {file} beside the checkpoint in {folder}, which is for resuming: {state}", stacklevel=2)
+    else:
+        save_compressed(model, folder, file)
 
 
 def verify_recorded(model: nn.Module) -> None:

@@ -109,12 +109,12 @@ class DotProduct(Layout):
 
     def linear(self, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         operator = torch.ops.openwork.dot_product_linear.default
-        y: Tensor = operator(self._input(x), self.tensors(), bias, self.integers, relu, True)
+        y: Tensor = operator(self._input(x), self.tensors(), bias, self.integers, relu)
         return y.to(x.dtype)
 
     def conv2d(self, x: Tensor, bias: Tensor | None, geometry: ConvGeometry, relu: bool) -> Tensor:
         operator = torch.ops.openwork.dot_product_conv2d.default
-        y: Tensor = operator(self._input(x), self.tensors(), bias, self.integers, geometry.numbers, relu, True)
+        y: Tensor = operator(self._input(x), self.tensors(), bias, self.integers, geometry.numbers, relu)
         return y.to(x.dtype)
 
     def _input(self, x: Tensor) -> Tensor:

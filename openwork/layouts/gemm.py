@@ -102,16 +102,12 @@ class Gemm(Layout):
         check_offsets(self.offsets, self.numbers, self.scales is not None)
 
     def linear(self, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        packed = self.tensors()
-        checked = self.checked(packed[1])
-        y: Tensor = torch.ops.openwork.gemm_linear.default(x.float(), packed, bias, self.integers, relu, checked)
+        y: Tensor = torch.ops.openwork.gemm_linear.default(x.float(), self.tensors(), bias, self.integers, relu)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
     def conv2d(self, x: Tensor, bias: Tensor | None, geometry: ConvGeometry, relu: bool) -> Tensor:
         operator = torch.ops.openwork.gemm_conv2d.default
-        packed = self.tensors()
-        checked = self.checked(packed[1])
-        y: Tensor = operator(x.float(), packed, bias, self.integers, geometry.numbers, relu, checked)
+        y: Tensor = operator(x.float(), self.tensors(), bias, self.integers, geometry.numbers, relu)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 

@@ -81,7 +81,7 @@ class Gemv(Layout):
         return self if same else self.pack(self.unpack(), self.scales, self.pattern, vectors)
 
     def linear(self, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        y: Tensor = torch.ops.openwork.gemv_linear.default(x.float(), self.tensors(), bias, self.integers, relu, True)
+        y: Tensor = torch.ops.openwork.gemv_linear.default(x.float(), self.tensors(), bias, self.integers, relu)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 

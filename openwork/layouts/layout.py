@@ -74,7 +74,6 @@ class Layout(nn.Module, ABC):
     tensors and integers, and its reference makes the layout of them by `of`."""
     times_channels_last: ClassVar[bool] = False
     """Whether convolutions are timed on images with their channels last as well."""
-    _checked: tuple[int, int] | None = None
     algorithms: Mapping[int, Algorithm] = MappingProxyType({})
     """By rows of input, the algorithm that was the fastest, where there are several."""
 
@@ -93,14 +92,9 @@ class Layout(nn.Module, ABC):
         self.shape: tuple[int, int] = (numbers.outputs, numbers.inputs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A pickle may come from anyone: what is derived is derived again, and nothing counts as checked."""
+        """A pickle may come from anyone: what is derived is derived again."""
         super().__setstate__(state)
         self._take_numbers(self.numbers)
-        self._checked = None
-        with torch.inference_mode(False):  # others cannot be watched, see `checked`
-            self._buffers.update(
-                {name: x.clone() for name, x in self._buffers.items() if x is not None and x.is_inference()}
-            )
 
     @classmethod
     def of(cls, packed: Sequence[Tensor], numbers: Sequence[int]) -> Layout:
@@ -151,19 +145,8 @@ class Layout(nn.Module, ABC):
         return cls
 
     def check_contents(self) -> None:
-        """Raises ValueError where offsets or indices are damaged. Called when a layer is unpickled, and by `checked`; a
-        kind whose tensors can point out of their memory must define it."""
-
-    def checked(self, tensor: Tensor) -> bool:
-        """What `linear` tells its operator: whether contents were checked since `tensor`, which says where inputs are,
-        was last changed. They are checked here if not; a compiled or exported program leaves it to its operator."""
-        if torch.compiler.is_compiling() or tensor.is_inference():
-            return False
-        now = (tensor._version, tensor.data_ptr())
-        if now != self._checked:
-            self.check_contents()
-            self._checked = now
-        return True
+        """Raises ValueError where offsets or indices are damaged. Called when a layer is unpickled, so that damage is
+        told there, and by references. A kernel does not rely on it: it bounds what it reads."""
 
     def on(self, vectors: Vectors) -> Layout:
         """As a CPU with these vectors reads it: itself, or packed anew to the same numbers."""

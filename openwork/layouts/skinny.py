@@ -84,7 +84,7 @@ class Skinny(Layout):
             y = y.relu() if relu else y
         else:
             operator = getattr(torch.ops.openwork, f"{self.name}_linear").default
-            y = operator(rows, self.tensors(), self.kernel_bias, self.integers, relu, True)
+            y = operator(rows, self.tensors(), self.kernel_bias, self.integers, relu)
         return y.reshape(*x.shape[:-1], self.shape[0]).to(x.dtype)
 
 

@@ -1,5 +1,6 @@
-"""The formulas of a method as functions that autograd knows. They save nothing for it, so that a weight may be masked
-once and used in several checkpointed regions."""
+"""The formulas of a method as functions that autograd knows, backward and forward: a tangent goes through the
+transposed map of the gradient. They save nothing for it, so that a weight may be masked once and used in several
+checkpointed regions."""
 
 from __future__ import annotations
 
@@ -15,18 +16,37 @@ from openwork.methods.schedule import Phase
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
 from openwork.ops import foreach_prune
+from openwork.utils.torch_private import is_transformed
 
 
 def straight_through(weights: Sequence[Tensor], pattern: Pattern, axes: Sequence[Axis]) -> list[Tensor]:
     """The weights with all but the N largest magnitudes of each group pruned, in one pass; the gradient of each flows
     by itself, as if nothing had been pruned."""
     pruned = foreach_prune([weight.detach() for weight in weights], pattern, axes)
-    return [_StraightThrough.apply(*pair) for pair in zip(weights, pruned, strict=True)]
+    if any(_transformed(weight) for weight in weights):
+        return [_with_derivative(*pair) for pair in zip(pruned, weights, strict=True)]
+    function = _StraightThrough if torch.compiler.is_compiling() else _StraightThroughWithTangents
+    return [function.apply(*pair) for pair in zip(weights, pruned, strict=True)]
 
 
 def masked(method: Method, weight: Tensor, mask: Tensor, phase: Phase, state: State) -> Tensor:
     """What a method makes of a weight by its `forward`, with the gradient of its `backward`."""
-    return _Masked.apply(weight, mask, phase.beta, *state.values(), method, phase, tuple(state))
+    if _transformed(weight) and (method.elementwise or not method.overrides("backward")):
+        pruned = method.forward(weight.detach(), mask, phase, state)
+        own = method.overrides("backward")  # each position times its own number: a map that is its own transpose
+        return _with_derivative(pruned, method.backward(weight, mask, phase, state) if own else weight)
+    function = _Masked if torch.compiler.is_compiling() else _MaskedWithTangents
+    return function.apply(weight, mask, phase.beta, *state.values(), method, phase, tuple(state))
+
+
+def _transformed(weight: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and is_transformed(weight)
+
+
+def _with_derivative(value: Tensor, like: Tensor) -> Tensor:
+    """The value, with the derivatives of another tensor, in operators that every transform of `torch.func` takes in
+    every order: functions with rules of their own do not nest."""
+    return value + (like - like.detach())
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -45,6 +65,14 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
+
+
+class _StraightThroughWithTangents(_StraightThrough):
+    """The same with forward derivatives, beside which compilers take no function."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return tangent.clone()  # torch wants a tangent of the output's own
 
 
 class _Masked(torch.autograd.Function):
@@ -67,10 +95,30 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.method.overrides("backward"):
-            state = dict(zip(ctx.names, ctx.tensors, strict=True))
-            gradient = ctx.method.backward(gradient, ctx.mask, _with(ctx.phase, ctx.beta), state)
-        return gradient, *[None] * (ctx.inputs - 1)
+        return _gradient(ctx, gradient), *[None] * (ctx.inputs - 1)
+
+
+class _MaskedWithTangents(_Masked):
+    """The same with forward derivatives, beside which compilers take no function."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        if not ctx.method.overrides("backward"):
+            return tangent.clone()
+        if ctx.method.elementwise:  # each position times its own number, which is its own transpose
+            return _gradient(ctx, tangent)
+        zero = torch.zeros_like(tangent)
+        (transposed,) = torch.func.vjp(lambda gradient: _gradient(ctx, gradient), zero)[1](tangent)
+        return transposed
+
+
+def _gradient(ctx: Any, gradient: Tensor) -> Tensor:
+    """The gradient of the dense weight, by the method's `backward`."""
+    if not ctx.method.overrides("backward"):
+        return gradient
+    state = dict(zip(ctx.names, ctx.tensors, strict=True))
+    made: Tensor = ctx.method.backward(gradient, ctx.mask, _with(ctx.phase, ctx.beta), state)
+    return made
 
 
 def _with(phase: Phase, beta: Tensor | float) -> Phase:

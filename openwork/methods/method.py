@@ -17,7 +17,7 @@ from openwork.ops import foreach_mask, foreach_transposable_mask
 
 State = Mapping[str, Tensor]
 """What a method keeps for one weight, by name: tensors that are saved beside the weight, and move and are cast with it.
-The names mask, mask_age and step are the engine's."""
+The names mask, mask_age, step and pattern are the engine's."""
 
 
 _RULES = ("state", "score", "mask", "forward", "backward", "fold", "before_step", "after_step")
@@ -80,7 +80,8 @@ class Method:
         cls._own = frozenset(rule for rule in _RULES if getattr(cls, rule) is not getattr(Method, rule))
 
     def state(self, weight: Tensor, phase: Phase) -> State:
-        """What to keep for a weight, from its values when it is sparsified; `phase` is that of the schedule's end."""
+        """What to keep for a weight, from its values when it is sparsified, and again when its pattern is changed;
+        `phase` is that of the schedule's end."""
         return {}
 
     def score(self, weight: Tensor, state: State) -> Tensor:
@@ -109,7 +110,8 @@ class Method:
 
     def before_step(self, optimizer: Optimizer, weights: Sequence[TrainedWeight]) -> None:
         """Called when the gradients of a step are there and the decay was added: before a step that is skipped for
-        overflow too, and again after each evaluation of a closure."""
+        overflow too, and again after each evaluation of a closure. What it writes into `weight.grad` is for the
+        optimizer alone: that is a copy, and the gradient is put back after the step."""
 
     def after_step(self, optimizer: Optimizer, weights: Sequence[TrainedWeight]) -> None:
         """Called after each optimizer step that was not skipped."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from openwork.methods.method import Method
+from openwork.ops.masks import check_rate
 
 
 @dataclass(frozen=True)
@@ -26,3 +27,6 @@ class SRSTE(Method):
     decay: float = 2e-4
 
     name: ClassVar[str] = "sr-ste"
+
+    def __post_init__(self) -> None:
+        check_rate("decay", self.decay)

@@ -17,6 +17,7 @@ from typing import ClassVar
 
 from openwork.methods.method import Method
 from openwork.methods.schedule import Schedule
+from openwork.ops.masks import check_rate
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class TransposableSRSTE(Method):
     transposable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_rate("decay", self.decay)
         if type(self.refresh_every) is not int or self.refresh_every < 1:
             raise ValueError(
                 f"refresh_every={self.refresh_every!r}; needed the number of steps that masks stay, 1 or more"

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from openwork.nm.groups import Axis, from_rows, to_rows
-from openwork.nm.pattern import Pattern
-from openwork.utils.torch_private import is_transformed
+from openwork.nm.pattern import Pattern, check_pattern
+from openwork.utils.torch_private import is_traced, is_transformed
 
 # The integers of the same width, and the bits of infinity.
 _BITS = {
@@ -115,9 +115,9 @@ def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     if (
         not eager_cpu
         or weight.dtype not in _BITS
-        or _differentiated(weight)
         or _transformed(weight)
         or _transformed(mask)
+        or _differentiated(weight)
     ):
         return torch.where(mask, weight, 0.0)
     kind, _ = _BITS[weight.dtype]
@@ -156,11 +156,13 @@ def _differentiated(weight: Tensor) -> bool:
 
 
 def _transformed(tensor: Tensor) -> bool:
-    """Whether `torch.func` put it there: before torch 2.13 its vmap cannot take the bits of floats as integers."""
-    return not torch.compiler.is_compiling() and is_transformed(tensor)
+    """Whether `torch.func` put it there, or it is traced: before torch 2.13 vmap cannot take the bits of floats as
+    integers, and recordings of `torch.jit.trace` never can."""
+    return not torch.compiler.is_compiling() and (is_transformed(tensor) or is_traced())
 
 
 def _grouped(score: Tensor, pattern: Pattern) -> Tensor:
+    check_pattern(pattern)
     if score.ndim == 0 or score.shape[-1] % pattern.m:
         size = score.shape[-1] if score.ndim else "no"
         raise ValueError(

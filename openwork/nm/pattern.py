@@ -67,3 +67,11 @@ def within_2_4(pattern: Pattern) -> bool:
     """
     # Four neighbours lie in one group of a multiple of 4, and in at most two of any other M >= 2.
     return (pattern.n <= 2 and pattern.m % 4 == 0) or (pattern.n == 1 and pattern.m > 1)
+
+
+def check_pattern(pattern: object) -> None:
+    """Raises TypeError for anything but a Pattern."""
+    if not isinstance(pattern, Pattern):
+        raise TypeError(
+            f"found {pattern!r} of type {type(pattern).__name__}; needed an ow.Pattern, such as ow.Pattern(2, 4)"
+        )

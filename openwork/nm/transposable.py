@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from openwork.nm.groups import Axis
-from openwork.nm.pattern import Pattern
+from openwork.nm.pattern import Pattern, check_pattern
 from openwork.nm.sinkhorn import best_approximate
 
 _EXACT = 4  # the largest M that is solved exactly
@@ -41,6 +41,7 @@ def topn_transposable(score: Tensor, pattern: Pattern) -> Tensor:
     tensor([[0, 1],
             [1, 0]], dtype=torch.int32)
     """
+    check_pattern(pattern)
     if score.ndim < 2 or score.shape[-1] % pattern.m or score.shape[-2] % pattern.m:
         raise ValueError(
             f"shape {tuple(score.shape)}: the last two axes must be multiples of M={pattern.m}; exclude this layer, or "

@@ -6,6 +6,7 @@ captured, which would have to hold the list's table of addresses, it launches on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,14 +41,22 @@ def foreach_prune(weights: Sequence[Tensor], pattern: Pattern, axes: Sequence[Ax
 def foreach_decay(
     gradients: Sequence[Tensor], weights: Sequence[Tensor], rate: float, pattern: Pattern, axes: Sequence[Axis]
 ) -> None:
-    """gradient += rate * weight where `foreach_prune` prunes, for each weight, in place and in one pass."""
+    """gradient += rate * weight where `foreach_prune` prunes, for each weight, in place and in one pass. Raises
+    ValueError where the rate is not finite."""
     known = has_operators(*gradients, *weights)
     run = torch.ops.openwork.foreach_decay.default if known else decay_reference
     run(list(gradients), list(weights), rate, *numbers(pattern, axes))
 
 
-def check_alike(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-    """Raises ValueError unless every gradient has the shape of its weight."""
+def check_rate(name: str, rate: float) -> None:
+    """Raises ValueError where a decay is not finite: an infinite one times a weight of 0 is NaN."""
+    if not math.isfinite(rate):
+        raise ValueError(f"{name}={rate}; needed a finite number")
+
+
+def check_decay(gradients: Sequence[Tensor], weights: Sequence[Tensor], rate: float) -> None:
+    """Raises ValueError unless the rate is finite and every gradient has the shape of its weight."""
+    check_rate("rate", rate)
     for gradient, weight in zip(gradients, weights, strict=True):
         if gradient.shape != weight.shape:
             raise ValueError(
@@ -74,7 +83,7 @@ def prune_reference(weights: list[Tensor], n: int, m: int, axes: list[int]) -> l
 def decay_reference(
     gradients: list[Tensor], weights: list[Tensor], rate: float, n: int, m: int, axes: list[int]
 ) -> None:
-    check_alike(gradients, weights)
+    check_decay(gradients, weights, rate)
     pattern, places = parsed(weights, n, m, axes)
     for gradient, weight, axis in zip(gradients, weights, places, strict=True):
         add_decay(gradient, weight, rate, magnitude_mask(weight.abs(), pattern, axis))

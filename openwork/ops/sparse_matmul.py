@@ -2,8 +2,7 @@
 
 One operator a layout, all with the same arguments. `packed` and `numbers` are the tensors and integers of the layout
 (`openwork.layouts`), so that a compiler or an exporter can carry it; `geometry` is that of the convolution. `relu` is
-applied to the result, which has the dtype of `x`. `checked` says that the layer has looked at the contents of `packed`
-since they changed (`Layout.checked`); without it the operator does, once for each state of a tensor.
+applied to the result, which has the dtype of `x`.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ def linear(
     bias: Tensor | None,
     numbers: Sequence[int],
     relu: bool,
-    checked: bool = False,
 ) -> Tensor:
     """The reference of every kind: (..., K) to (..., O) by the dense weight, in float32."""
     layout = kind.of(packed, numbers)
+    layout.check_contents()
     scales, flat = getattr(layout, "scales", None), x.reshape(-1, x.shape[-1]).float()
     weight, added = layout.unpack(), None if bias is None else bias.float()
     if scales is None:
@@ -55,10 +54,10 @@ def conv2d(
     numbers: Sequence[int],
     geometry: Sequence[int],
     relu: bool,
-    checked: bool = False,
 ) -> Tensor:
     """(N, C, H, W) to (N, O, ., .) by the dense weight, in float32."""
     layout, form = kind.of(packed, numbers), ConvGeometry.of(geometry)
+    layout.check_contents()
     rest = (form.stride, form.padding, form.dilation, form.groups)
     image, scales = x.float(), layout.scales
     weight = from_conv_rows(layout.unpack(), x.shape[1] // form.groups, form.kernel)
@@ -77,14 +76,12 @@ def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
-def _fake_linear(kind: Any, x: Tensor, packed: Any, bias: Any, numbers: Any, relu: bool, checked: bool = False) -> Any:
+def _fake_linear(kind: Any, x: Tensor, packed: Any, bias: Any, numbers: Any, relu: bool) -> Any:
     _check_one_device(x, *packed, bias)
     return x.new_empty(*x.shape[:-1], numbers_of(kind, numbers).outputs)
 
 
-def _fake_conv2d(
-    kind: Any, x: Tensor, packed: Any, bias: Any, numbers: Any, geometry: Any, relu: bool, checked: bool = False
-) -> Tensor:
+def _fake_conv2d(kind: Any, x: Tensor, packed: Any, bias: Any, numbers: Any, geometry: Any, relu: bool) -> Tensor:
     _check_one_device(x, *packed, bias)
     size = ConvGeometry.of(geometry).output_size(x.shape[2], x.shape[3])
     y = x.new_empty(x.shape[0], numbers_of(kind, numbers).outputs, *size)
@@ -98,7 +95,7 @@ def _check_one_device(*tensors: Tensor | None) -> None:
 
 
 def _define(kind: Any, name: str, more: str, function: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
-    library.define(f"{name}({_PACKED}{more}, bool relu, bool checked=False) -> Tensor")
+    library.define(f"{name}({_PACKED}{more}, bool relu) -> Tensor")
     reference(name)(partial(function, kind))
     torch.library.register_fake(f"openwork::{name}", partial(fake, kind), lib=library)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openwork.recipes import images
-from openwork.recipes.config import Config, DataSource, data_flag, default, flag, source_of
+from openwork.recipes.config import Config, DataSource, data_flag, default, flag, rates, source_of
 from openwork.recipes.data import Data
 from openwork.recipes.models import build_model
 from openwork.recipes.task import Task, percent
@@ -32,6 +32,7 @@ class ClassificationConfig(Config):
         DataSource("cifar10", "cifar-10-batches-py with data_batch_1 to data_batch_5 and test_batch"),
         DataSource("imagefolder", "train/CLASS/*.jpg and val/CLASS/*.jpg"),
     )
+    usual: ClassVar[dict[str, Any]] = {"batch_size": 64, "lr": rates(), "warmup": 1.0}
     # arXiv:2102.04010 and its code: 120 epochs, batch 256, all convolutions sparse, the last layer dense.
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {
@@ -68,10 +69,12 @@ class Classification(Task):
         limits = {"limit": config.limit, "limit_val": config.limit_val}
         if folder is None:
             return images.digits(**limits)
+        if source == "cifar10":  # whose files torchvision knows by their checksums
+            return images.cifar10(folder, **limits)
         if source == "imagefolder":
-            how: dict[str, Any] = {"skip_bad": config.skip_bad, **limits}
+            how: dict[str, Any] = {"skip_bad": config.skip_bad, "follow_links": config.follow_links, **limits}
             return images.imagefolder(folder, config.image_size, config.workers, **how)
-        return {"fashion-mnist": images.fashion_mnist, "cifar10": images.cifar10}[source](folder, **limits)
+        return images.fashion_mnist(folder, **limits, follow_links=config.follow_links)
 
     def build(self, config: ClassificationConfig, data: Data) -> nn.Module:
         return build_model(config.model, classes=data.info.classes, channels=data.info.channels, dropout=config.dropout)

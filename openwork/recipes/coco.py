@@ -10,7 +10,6 @@ are read here and not by torchvision's CocoDetection, which reports none of thei
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,17 +18,19 @@ from typing import Any
 
 import numpy as np
 
+from openwork.recipes.data_files import DataFolder, check_image_size
 from openwork.recipes.images import open_image
 
 LAYOUT = (
     "annotations/instances_train2017.json and instances_val2017.json with train2017/ and val2017/, "
     "or instances_train.json and instances_val.json with images/"
 )
+_FAR = 1e9  # pixels: no coordinate and no area is larger
 _SLACK = 1.0  # pixels by which a box may stick out: some tools count pixels, others their edges
-_SECTIONS = {
-    "images": ("id", "file_name", "width", "height"),
-    "annotations": ("id", "image_id"),
-    "categories": ("id", "name"),
+_SECTIONS: dict[str, dict[str, tuple[type, ...]]] = {
+    "images": {"id": (int, str), "file_name": (str,), "width": (object,), "height": (object,)},
+    "annotations": {"id": (int, str), "image_id": (int, str)},
+    "categories": {"id": (int,), "name": (str,)},
 }
 
 
@@ -52,18 +53,23 @@ def coco_parts(folder: Path) -> list[tuple[Path, Path]]:
     raise FileNotFoundError(f"{folder} has no instances_train.json; it must hold {LAYOUT}")
 
 
-def read_part(file: Path, images: Path, *, masks: bool, skip_bad: bool) -> tuple[list[CocoImage], list[str], int]:
+def read_part(
+    file: Path, images: Path, *, masks: bool, skip_bad: bool, follow_links: bool = False
+) -> tuple[list[CocoImage], list[str], int]:
     """The usable images of a json file, the names of its classes, and how many images were left out.
 
     ValueError says which annotation of which image is wrong and how. `masks` demands one for every object. `skip_bad`
     leaves out every image that has a fault or cannot be decoded; without it that is an error when it is used.
     """
+    root = DataFolder(images.parent, follow_links)
+    root.check(file)
     content = _sections(file)
     categories = sorted(content["categories"], key=lambda category: category["id"])
     numbers = {category["id"]: i for i, category in enumerate(categories, start=1)}
     entries, skipped = [], 0
     for entry in _entries(file, images, content):
         try:
+            root.check(entry.path, images)
             _check(entry, numbers, masks)
             if skip_bad:
                 load_image(entry)
@@ -85,7 +91,7 @@ def _sections(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} is missing; the folder must hold {LAYOUT}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # json's own says the line and column
+    except (ValueError, RecursionError) as error:  # json's own says the line and column
         raise ValueError(f"{file} is not JSON: {error}") from error
     for section, keys in _SECTIONS.items():
         if not isinstance(content, dict) or not isinstance(content.get(section), list):
@@ -93,6 +99,11 @@ def _sections(file: Path) -> dict[str, Any]:
         for place, item in enumerate(content[section]):
             if lacks := [key for key in keys if not isinstance(item, dict) or key not in item]:
                 raise ValueError(f"{file}: {section}[{place}] has no {', '.join(lacks)}")
+            if wrong := [key for key, kinds in keys.items() if not isinstance(item[key], kinds)]:
+                raise ValueError(
+                    f"{file}: {section}[{place}] has {str(item[wrong[0]])[:40]!r} as its {wrong[0]}; needed is "
+                    f"{' or '.join(kind.__name__ for kind in keys[wrong[0]])}"
+                )
     return content
 
 
@@ -116,12 +127,14 @@ def _check(entry: CocoImage, numbers: Mapping[int, int], masks: bool) -> None:
     size = entry.width, entry.height
     if not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(f"image {entry.id}: width and height are {size[0]!r} and {size[1]!r}; needed are pixels")
+    check_image_size(*size)
     if not entry.path.is_file():
         raise ValueError(f"image {entry.id}: {entry.path} is missing")
     for annotation in entry.annotations:
         number = annotation.get("category_id")
-        fault = "" if number in numbers else f"its category_id {number!r} is not in the list of categories"
-        fault = fault or box_fault(annotation.get("bbox"), *size)
+        known = isinstance(number, int) and number in numbers
+        fault = "" if known else f"its category_id {number!r} is not in the list of categories"
+        fault = fault or box_fault(annotation.get("bbox"), *size) or _extras_fault(annotation)
         fault = fault or (mask_fault(annotation.get("segmentation"), *size) if masks else "")
         if fault:
             raise ValueError(f"annotation {annotation['id']} of {entry.path.name}: {fault}")
@@ -144,7 +157,15 @@ def box_fault(box: Any, width: int, height: int) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and -_FAR < value < _FAR  # NaN is not
+
+
+def _extras_fault(annotation: Mapping[str, Any]) -> str:
+    if not _is_number(annotation.get("area", 0)):
+        return f"its area is {str(annotation['area'])[:40]!r}, not a number"
+    if annotation.get("iscrowd", 0) not in (0, 1):
+        return f"its iscrowd is {str(annotation['iscrowd'])[:40]!r}, not 0 or 1"
+    return ""
 
 
 def mask_fault(mask: Any, width: int, height: int) -> str:
@@ -153,10 +174,16 @@ def mask_fault(mask: Any, width: int, height: int) -> str:
         if not mask:
             return "its segmentation is empty"
         short = [p for p in mask if not isinstance(p, list) or len(p) < 6 or len(p) % 2 or not all(map(_is_number, p))]
-        return f"polygon {str(short[0])[:60]} needs three or more points x, y" if short else ""
+        if short:
+            return f"polygon {str(short[0])[:60]} needs three or more points x, y"
+        most = max(width, height)  # pycocotools walks along every edge, however long
+        far = [value for polygon in mask for value in polygon if not -most <= value <= 2 * most]
+        return f"a point of its polygon is at {far[0]}, far outside the image" if far else ""
     if not isinstance(mask, dict) or not {"size", "counts"} <= set(mask):
         return "it has no segmentation: a list of polygons, or size and counts of run lengths"
-    if list(mask["size"]) != [height, width]:
+    if not isinstance(mask["counts"], str | bytes | list):
+        return f"its counts are {str(mask['counts'])[:40]!r}; needed are run lengths, as a list or packed as text"
+    if mask["size"] != [height, width]:
         return f"its run lengths are of a mask of {mask['size']} pixels, those of the image are {[height, width]}"
     runs = mask["counts"] if isinstance(mask["counts"], list) else run_lengths(mask["counts"])
     if any(not isinstance(run, int) or run < 0 for run in runs) or sum(runs) != width * height:

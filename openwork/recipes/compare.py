@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +18,14 @@ import torch
 
 from openwork.methods import METHODS
 from openwork.recipes.config import CompareConfig, Config, differences, values_of
+from openwork.recipes.json_files import to_json
+from openwork.recipes.lock import locked
 from openwork.recipes.method_flags import DENSE, defaults_of, is_sparse, options_of, starts_trained
 from openwork.recipes.report import write_report
-from openwork.recipes.rundir import RunDir, write_text, write_yaml
+from openwork.recipes.rundir import RunDir, write_text
 from openwork.recipes.summary import SummaryRow, headline, metrics_of, summary_rows
+from openwork.recipes.yaml_files import write_yaml
+from openwork.utils.signals import Interrupted, interruptions
 
 
 def planned_runs(config: CompareConfig) -> list[Config]:
@@ -78,17 +82,59 @@ def compare(config: CompareConfig, say: Callable[[str], None]) -> list[SummaryRo
     runs = planned_runs(config)
     for run in runs:
         check_reusable(run)
-    start = time.perf_counter()
-    later = [run for run in runs if starts_trained(run.method)]
-    for stage in ([run for run in runs if run not in later], later):
-        with ThreadPoolExecutor(jobs_of(config, len(runs))) as pool:
-            list(pool.map(lambda run: run_one(run, say), stage))
-    results = [_result(run) for run in runs]
-    rows = summary_rows(results)
-    document = _document(config, results, rows, time.perf_counter() - start)
-    write_text(Path(config.out) / "results.json", json.dumps(document, indent=1))
-    write_report(Path(config.out))
+    with interruptions(), locked(Path(config.out)):
+        start = time.perf_counter()
+        try:
+            train_all(runs, jobs_of(config, len(runs)), say)
+        except Interrupted as stop:
+            raise Interrupted(stop.signum, f"{stop}; its runs too: the same command goes on with them") from None
+        results = [_result(run) for run in runs]
+        rows = summary_rows(results)
+        document = _document(config, results, rows, time.perf_counter() - start)
+        write_text(Path(config.out) / "results.json", to_json(document, indent=1))
+        write_report(Path(config.out))
     return rows
+
+
+def train_all(runs: Sequence[Config], jobs: int, say: Callable[[str], None]) -> None:
+    """Every run, those that start from others last. Where this raises, no run goes on in the background."""
+    later = [run for run in runs if starts_trained(run.method)]
+    workers = Workers()
+    for stage in ([run for run in runs if run not in later], later):
+        pool = ThreadPoolExecutor(jobs)
+        try:
+            list(pool.map(lambda run: run_one(run, say, workers), stage))
+        except BaseException:
+            workers.stop()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class Workers:
+    """The processes that run, so that they can be stopped: by SIGTERM, upon which each keeps a checkpoint and ends."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock, self._stopped = threading.Lock(), False
+
+    def run(self, command: Sequence[str], **how: Any) -> int:
+        """The exit status of a process that is started, unless all have been stopped before."""
+        with self._lock:
+            if self._stopped:
+                return -1
+            process = subprocess.Popen(command, **how)
+            self._running.add(process)
+        code = process.wait()
+        with self._lock:
+            self._running.discard(process)
+        return code
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
 
 
 def _document(
@@ -124,7 +170,7 @@ def check_reusable(run: Config) -> None:
         )
 
 
-def run_one(run: Config, say: Callable[[str], None]) -> None:
+def run_one(run: Config, say: Callable[[str], None], workers: Workers) -> None:
     """One run in a fresh process, continued if it was begun, skipped if it is finished."""
     directory = RunDir(Path(run.out))
     name = Path(run.out).name
@@ -139,7 +185,7 @@ def run_one(run: Config, say: Callable[[str], None]) -> None:
     # Waiting threads that spin slow down the other jobs on the same cores.
     environment = {**os.environ, "OMP_NUM_THREADS": str(run.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     with (directory.path / "log.txt").open("a", encoding="utf-8") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+        code = workers.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     if code:
         tail = (directory.path / "log.txt").read_text(encoding="utf-8", errors="replace")[-1500:]
         raise RuntimeError(f"run {name} ended with exit code {code}; the end of {directory.path / 'log.txt'}:\n{tail}")

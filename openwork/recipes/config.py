@@ -6,7 +6,7 @@ A task derives its own class from `Config`, with defaults and fields of its own;
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -28,7 +28,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 REMAINDERS = ("skip", "pad", "error")
 
 # These say where and how a run happens, not what it computes: they may differ between a run and its resumption.
-_PLACE = ("out", "resume", "threads", "progress", "preset", "workers")
+_PLACE = ("out", "resume", "threads", "progress", "preset", "workers", "allow_nan", "follow_links")
 
 C = TypeVar("C", bound="Config")
 
@@ -56,6 +56,15 @@ def data_flag(sources: Sequence[DataSource]) -> Any:
     return flag(sources[0].name, f"one of {', '.join(map(str, sources))}")
 
 
+def rates(**other: float) -> dict[str, float]:
+    """The usual learning rate of each optimizer; `other` where a task has its own."""
+    return {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, **other}
+
+
+DEPENDENT = ("batch_size", "lr", "warmup", "milestones", "image_size", "max_size")
+"""Fields whose defaults give way to other flags: a preset does not set them, `fitting` does."""
+
+
 @dataclass(frozen=True)
 class Common:
     """The fields that `train` and `compare` share, for every task."""
@@ -63,23 +72,29 @@ class Common:
     task: ClassVar[str]
     sources: ClassVar[Sequence[DataSource]]
     presets: ClassVar[Mapping[str, dict[str, Any]]] = MappingProxyType({})
+    usual: ClassVar[Mapping[str, Any]]  # defaults that give way to other flags: `fitting` has the rules
 
     data: str = flag("", "the data set")
     model: str = flag("", "the network")
     exclude: list[str] = flag([], "globs of layers to leave dense; nothing is excluded by default")
     remainder: str = flag("skip", f"where M does not divide a weight's axis: {', '.join(REMAINDERS)}")
     epochs: int = flag(15, "passes over the training data")
-    batch_size: int = flag(64, "samples per optimizer step, over all devices and micro-batches")
+    batch_size: int = flag(None, "samples per optimizer step, over all devices and micro-batches")
     optimizer: str = flag("sgd", f"one of {', '.join(OPTIMIZERS)}")
-    lr: float = flag(0.1, "peak learning rate")
+    lr: float = flag(None, "peak learning rate")
     momentum: float = flag(0.9, "of SGD")
     betas: list[float] = flag([0.9, 0.999], "of Adam and AdamW")
     eps: float = flag(1e-8, "of Adam and AdamW")
     weight_decay: float = flag(5e-5, "on all parameters")
     clip: float = flag(0.0, "largest norm of the gradient (0: not clipped)")
-    warmup: float = flag(1.0, "epochs of linear warm-up, before the schedule")
+    warmup: float = flag(
+        None,
+        "epochs of linear warm-up, before the schedule (default: half of them at most)",
+    )
     schedule: str = flag("cosine", f"of the learning rate: {', '.join(SCHEDULES)}")
-    milestones: list[float] = flag([], "epochs after which the schedule steps divides the rate by ten")
+    milestones: list[float] = flag(
+        None, "epochs after which the schedule steps divides the rate by ten (default: at 1/2 and 3/4 of the epochs)"
+    )
     precision: str = flag("32-true", "Lightning's precision: 32-true, bf16-mixed, 16-mixed, ...")
     accumulate: int = flag(1, "micro-batches per optimizer step")
     devices: int = flag(1, "processes or GPUs of each machine")
@@ -91,6 +106,8 @@ class Common:
     limit: int = flag(0, "use only so many training samples (0: all)")
     limit_val: int = flag(0, "use only so many validation samples (0: all)")
     skip_bad: bool = flag(False, "leave out samples that cannot be read, and count them, instead of stopping")
+    follow_links: bool = flag(False, "read files of the data set that are symbolic links to places outside its folder")
+    allow_nan: bool = flag(False, "train on where the loss, a weight or a score is not finite, instead of stopping")
     checkpoint_every: int = flag(500, "optimizer steps between checkpoints; one more after each epoch")
     validate_every: int = flag(1, "epochs between validations; there is one more of the finalized network")
     topology_every: int = flag(20, "optimizer steps between records of the masks")
@@ -100,6 +117,25 @@ class Common:
 
     def check(self) -> None:
         """What only this task can say about its values."""
+
+    def fitting(self) -> dict[str, Any]:
+        """The defaults of flags that were not given, None until here, fitted to those that were."""
+        preset = self.presets.get(self.preset, {})
+        usual = {**self.usual, **preset}
+        parts, batch = self.accumulate * self.devices * self.nodes, usual["batch_size"]
+        batch = min(batch, self.limit) if self.limit > 0 else batch
+        if isinstance(rate := usual["lr"], Mapping):
+            rate = rate.get(self.optimizer)
+        elif self.optimizer != preset.get("optimizer", "sgd"):  # the rate of a preset is that of its optimizer
+            rate = self.usual["lr"].get(self.optimizer)
+        milestones = preset.get("milestones", [self.epochs / 2, self.epochs * 3 / 4])  # He et al. 2015, section 4.2
+        share = self.epochs / preset["epochs"] if "milestones" in preset else 1
+        return {
+            "batch_size": max(1, batch // max(1, parts)) * parts,
+            "lr": rate,
+            "warmup": usual["warmup"] if usual["warmup"] < self.epochs else self.epochs / 2,
+            "milestones": [m * share for m in milestones] if self.schedule == "steps" else [],
+        }
 
 
 @dataclass(frozen=True)
@@ -115,6 +151,7 @@ class Config(Common):
     resume: bool = flag(False, "continue the run in --out from its last checkpoint")
 
     def __post_init__(self) -> None:
+        fit_defaults(self, self.fitting)
         check_common(self)
         ow.Pattern.parse(self.pattern)
         check_methods([self.method])
@@ -155,6 +192,7 @@ class CompareConfig(Common):
     out: str = flag("runs/compare", "directory of the comparison, one subdirectory per run")
 
     def __post_init__(self) -> None:
+        fit_defaults(self, lambda: self.run.fitting(cast(Config, self)))
         check_common(self)
         check_methods(self.methods)
         check_options(self.method_options, self.methods)
@@ -178,7 +216,7 @@ def comparison(run: type[Config]) -> type[CompareConfig]:
         [*kept, ("out", str, out)],
         bases=(CompareConfig,),
         frozen=True,
-        namespace={"task": run.task, "sources": run.sources, "presets": run.presets, "run": run},
+        namespace={"task": run.task, "sources": run.sources, "presets": run.presets, "usual": run.usual, "run": run},
     )
 
 
@@ -189,6 +227,14 @@ def flag_of(item: Any) -> Any:
 
 def default_of(item: Any) -> Any:
     return item.default_factory() if callable(item.default_factory) else item.default
+
+
+def fit_defaults(config: Common, fitting: Callable[[], Mapping[str, Any]]) -> None:
+    """Give the fields that are None the values that fit the others."""
+    names = [name for name in DEPENDENT if getattr(config, name, 0) is None]
+    for name, value in (fitting() if names else {}).items():
+        if name in names:
+            object.__setattr__(config, name, value)
 
 
 def check_common(config: Common) -> None:

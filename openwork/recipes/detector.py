@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from openwork.recipes import coco, rcnn
 from openwork.recipes.charts import COLORS, image_uri
 from openwork.recipes.coco_metrics import Detections, detections_of
-from openwork.recipes.config import Config, check_choice, default, flag, source_of
+from openwork.recipes.config import Config, check_choice, default, flag, rates, source_of
 from openwork.recipes.data import Data, spaced
 from openwork.recipes.objects import CocoImages, Sample, object_data, shapes
 from openwork.recipes.task import Task, View, Visualization
@@ -71,12 +71,20 @@ USUAL = {"paper": _ONCE, "paper-2x": {**_ONCE, "epochs": 24, "milestones": [16, 
 class DetectorConfig(Config):
     """The flags of both tasks. Defaults: a tiny network that learns the generated shapes in a minute or two."""
 
+    usual: ClassVar[dict[str, Any]] = {
+        "batch_size": 4,
+        "lr": rates(sgd=0.02),
+        "warmup": 0.5,
+        "image_size": 128,
+        "max_size": 256,
+    }
+
     model: str = flag("resnet18", f"one of {', '.join(rcnn.BLOCKS)}")
     width: int = flag(16, "channels of the ResNet's first stage (64: the usual ResNet)")
     fpn_channels: int = flag(32, "channels of the feature pyramid")
     head: int = flag(128, "width of the box head's linear layers")
-    image_size: int = flag(128, "shorter side of the images, in pixels")
-    max_size: int = flag(256, "longest side of the images, in pixels")
+    image_size: int = flag(None, "shorter side of the images, in pixels (default: 128, or max_size where that is less)")
+    max_size: int = flag(None, "longest side of the images, in pixels (default: twice image_size)")
     anchors: list[int] = flag([8, 16, 32, 64, 128], "side of the anchors in pixels, one per level, finest first")
     rpn_post_nms_top_n: int = flag(100, "regions of an image that reach the second stage")
     rois_per_image: int = flag(64, "regions of an image that train the second stage")
@@ -86,12 +94,15 @@ class DetectorConfig(Config):
     frozen_norm: bool = flag(False, "keep the batch normalization of the ResNet as --backbone has it")
 
     epochs: int = default("epochs", 4)
-    batch_size: int = default("batch_size", 4)
-    lr: float = default("lr", 0.02)
     weight_decay: float = default("weight_decay", 1e-4)
     clip: float = default("clip", 10.0)
-    warmup: float = default("warmup", 0.5)
     workers: int = flag(0, "processes that load images")
+
+    def fitting(self) -> dict[str, Any]:
+        usual = {**self.usual, **self.presets.get(self.preset, {})}
+        side = self.image_size or min(usual["image_size"], self.max_size or usual["image_size"])
+        longest = max(usual["max_size"] * side // usual["image_size"], side)
+        return {**Config.fitting(self), "image_size": side, "max_size": longest}
 
     def check(self) -> None:
         check_choice("model", self.model, rcnn.BLOCKS)
@@ -119,7 +130,10 @@ class DetectorTask(Task):
         if folder is None:
             counts = min(config.limit or _TRAIN, _TRAIN), min(config.limit_val or _VAL, _VAL)
             return shapes(*counts, config.image_size, self.masks, config.workers)
-        read = [coco.read_part(*paths, masks=self.masks, skip_bad=config.skip_bad) for paths in coco.coco_parts(folder)]
+        read = [
+            coco.read_part(*paths, masks=self.masks, skip_bad=config.skip_bad, follow_links=config.follow_links)
+            for paths in coco.coco_parts(folder)
+        ]
         (train, classes, bad), (val, val_classes, bad_val) = read
         if classes != val_classes:
             raise ValueError(f"{folder}: training and validation have different categories; they must be the same")

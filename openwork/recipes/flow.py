@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from openwork.recipes import flow_data
 from openwork.recipes.charts import image_uri
-from openwork.recipes.config import Config, DataSource, check_choice, data_flag, default, flag, source_of
+from openwork.recipes.config import Config, DataSource, check_choice, data_flag, default, flag, rates, source_of
 from openwork.recipes.data import Data
+from openwork.recipes.data_files import DataFolder
 from openwork.recipes.flow_data import LAYOUTS, Pairs
 from openwork.recipes.task import Metric, Task, View, Visualization
 from openwork.utils.torchvision_compat import ensure_torchvision
@@ -43,6 +45,11 @@ class FlowConfig(Config):
         DataSource("photos", "photos of any kind that Pillow reads; scenes are made of them"),
         *(DataSource(name, layout) for name, layout in LAYOUTS.items()),
     )
+    usual: ClassVar[dict[str, Any]] = {
+        "batch_size": 4,
+        "lr": rates(sgd=1e-2, adam=4e-4, adamw=4e-4),
+        "warmup": 0.25,
+    }
     # What the SR-STE authors ran for their one result in flow (github.com/aojunzz/NM-sparsity, RAFT/
     # train_flyingchairs_sparse.sh): FlyingChairs, 200k steps of batch 4 for the sparse network, 100k for the dense.
     # 36 epochs of 22,232 pairs are 200,088 steps. Their one-cycle schedule starts at 1/25 of the rate, ours at its
@@ -83,12 +90,9 @@ class FlowConfig(Config):
     val_scenes: int = flag(48, "scenes for validation (scenes, photos)")
     freeze_bn: bool = flag(False, "keep batch normalization as it is (raft_large, all stages but the first)")
     epochs: int = default("epochs", 5)
-    batch_size: int = default("batch_size", 4)
     optimizer: str = default("optimizer", "adamw")
-    lr: float = default("lr", 4e-4)
     weight_decay: float = default("weight_decay", 1e-4)
     clip: float = default("clip", 1.0)
-    warmup: float = default("warmup", 0.25)
     schedule: str = default("schedule", "linear")
     out: str = default("out", "runs/flow")
 
@@ -170,11 +174,12 @@ class Flow(Task):
     def load_data(self, config: FlowConfig) -> Data:
         source, folder = source_of(config)
         size = config.size[0], config.size[1]
+        root = DataFolder(folder or Path(), config.follow_links)
         if folder is not None and source in LAYOUTS:
             limits = {"limit": config.limit, "limit_val": config.limit_val}
             how: dict[str, Any] = {"workers": config.workers, "skip_bad": config.skip_bad, **limits}
-            return flow_data.flow_files(source, folder, size, **how)
-        photos, skipped = flow_data.photos_of(folder, config.skip_bad) if folder else (flow_data.sample_photos(), 0)
+            return flow_data.flow_files(source, root, size, **how)
+        photos, skipped = flow_data.photos_of(root, config.skip_bad) if folder else (flow_data.sample_photos(), 0)
         counts = config.limit or config.scenes, config.limit_val or config.val_scenes
         # Beside a CPU that trains, more processes would only get in its way.
         workers = config.workers if torch.cuda.is_available() else 0

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from openwork.recipes.data import Data, readable, spaced
+from openwork.recipes.data_files import DataFolder, check_declared_size
 from openwork.recipes.draws import sample_seed
-from openwork.recipes.images import ImageFiles, open_image
+from openwork.recipes.images import ImageFiles
 from openwork.recipes.scenes import BACKGROUND, render, scene
 from openwork.utils.torchvision_compat import ensure_torchvision
 
@@ -74,13 +75,14 @@ def sample_photos() -> list[Tensor]:
     return [_unit(image) for image in load_sample_images().images]
 
 
-def photos_of(folder: Path, skip_bad: bool) -> tuple[list[Tensor], int]:
+def photos_of(root: DataFolder, skip_bad: bool) -> tuple[list[Tensor], int]:
     """The photos of a folder, sorted by name, and how many could not be read and were left out."""
-    paths = [str(path) for path in sorted(folder.iterdir()) if path.suffix.lower() in IMG_EXTENSIONS]
+    paths = [str(path) for path in sorted(root.path.iterdir()) if path.suffix.lower() in IMG_EXTENSIONS]
     if not paths:
-        raise FileNotFoundError(f"photos: no images ({', '.join(IMG_EXTENSIONS)}) in {folder}")
-    indices = readable(ImageFiles([(path, 0) for path in paths], np.array)) if skip_bad else range(len(paths))
-    return [_unit(np.asarray(open_image(paths[index]))) for index in indices], len(paths) - len(indices)
+        raise FileNotFoundError(f"photos: no images ({', '.join(IMG_EXTENSIONS)}) in {root.path}")
+    files = ImageFiles([(path, 0) for path in paths], np.array, root)
+    indices = readable(files) if skip_bad else range(len(paths))
+    return [_unit(np.asarray(files[index][0])) for index in indices], len(paths) - len(indices)
 
 
 def scenes_of(
@@ -115,6 +117,7 @@ class FlowFiles(Dataset[Pairs]):
 
     source: Any
     indices: Sequence[int]
+    folder: DataFolder
     size: tuple[int, int] | None = None
 
     def __len__(self) -> int:
@@ -122,7 +125,7 @@ class FlowFiles(Dataset[Pairs]):
 
     def __getitem__(self, key: Any) -> Pairs:
         index = self.indices[key if isinstance(key, int) else key[2]]
-        pair = read_pair(self.source, index)
+        pair = read_pair(self.source, index, self.folder)
         if self.size is None or isinstance(key, int):
             return pair
         with sample_seed(*key):
@@ -134,11 +137,14 @@ def files_of(source: Any, index: int) -> tuple[str, str, str]:
     return (*source._image_list[index], source._flow_list[index])
 
 
-def read_pair(source: Any, index: int) -> Pairs:
+def read_pair(source: Any, index: int, folder: DataFolder) -> Pairs:
     """One sample, whole; ValueError names its files where one cannot be read or has another size."""
     files = ", ".join(files_of(source, index))
     remedy = "repair or remove them, or add --skip_bad to leave such samples out"
     try:
+        for file in files_of(source, index):
+            folder.check(file)
+            check_declared_size(file)
         first, second, flow, *valid = source[index]
     except Exception as error:  # torchvision's readers raise what they meet
         raise ValueError(f"{files}: one of these cannot be read ({error}); {remedy}") from error
@@ -152,10 +158,11 @@ def read_pair(source: Any, index: int) -> Pairs:
 
 
 def flow_files(
-    name: str, folder: Path, size: tuple[int, int], *, workers: int, skip_bad: bool, limit: int, limit_val: int
+    name: str, root: DataFolder, size: tuple[int, int], *, workers: int, skip_bad: bool, limit: int, limit_val: int
 ) -> Data:
     """Training and validation samples, as the data set divides them or by every fifth. `skip_bad` reads every one once
     and leaves out those that cannot be."""
+    folder = root.path
     try:
         parts = _OPENERS[name](folder)
     except (OSError, IndexError) as error:
@@ -165,7 +172,7 @@ def flow_files(
         check_pairs(source)
         if not indices:
             raise FileNotFoundError(f"{name}: {folder} lacks samples for training or validation: {LAYOUTS[name]}")
-        sets.append(FlowFiles(source, spaced(indices, most), crop))
+        sets.append(FlowFiles(source, spaced(indices, most), root, crop))
     skipped = 0
     if skip_bad:
         good = [replace(part, indices=[part.indices[i] for i in readable(part, workers)]) for part in sets]

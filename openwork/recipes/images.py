@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from openwork.recipes.data import Data, readable, spaced
+from openwork.recipes.data_files import DataFolder, opened_image
 from openwork.recipes.draws import sample_seed, uniform
 from openwork.utils.torchvision_compat import ensure_torchvision
 
 FASHION = "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz"
 PIXEL_MEAN, PIXEL_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, for pixels in [0, 1]
+
+
+_IDX_MOST = 1 << 28  # bytes; Fashion-MNIST's largest file has 47 million
 
 
 @dataclass(frozen=True)
@@ -111,19 +117,28 @@ def digits(limit: int = 0, limit_val: int = 0) -> Data:
 
 def read_idx(path: Path) -> np.ndarray:
     """An array of bytes in the IDX format, gzipped (yann.lecun.com/exdb/mnist)."""
-    raw = gzip.decompress(path.read_bytes())
-    ndim = raw[3] if raw[:3] == b"\0\0\x08" else 0
-    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(ndim)]
-    if not ndim or len(raw) != 4 + 4 * ndim + np.prod(shape):
+    try:
+        with gzip.open(path) as file:
+            head = file.read(4)
+            ndim = head[3] if head[:3] == b"\0\0\x08" else 0
+            sizes = file.read(4 * ndim)
+            shape = [int.from_bytes(sizes[4 * i : 4 * i + 4], "big") for i in range(ndim)]
+            count = math.prod(shape) if len(sizes) == 4 * ndim else 0
+            raw = file.read(min(count, _IDX_MOST) + 1) if ndim else b""
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read ({error}); download it again") from error
+    if not ndim or len(raw) != count:
         raise ValueError(f"{path} is not an IDX file of bytes, or not all of one; download it again")
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape).copy()
+    return np.frombuffer(raw, np.uint8).reshape(shape).copy()
 
 
-def fashion_mnist(folder: Path, limit: int = 0, limit_val: int = 0) -> Data:
+def fashion_mnist(folder: Path, limit: int = 0, limit_val: int = 0, *, follow_links: bool = False) -> Data:
     """Fashion-MNIST, 28x28 grey, 60,000 and 10,000 images, from its four .gz files."""
     paths = [folder / name for name in FASHION.split(", ")]
     if missing := [path.name for path in paths if not path.exists()]:
         raise FileNotFoundError(f"fashion-mnist: {folder} lacks {', '.join(missing)}; the folder must hold {FASHION}")
+    for path in paths:
+        DataFolder(folder, follow_links).check(path)
     train_x, train_y, val_x, val_y = map(read_idx, paths)
     return in_memory((train_x[:, None], train_y, val_x[:, None], val_y), 2, True, limit, limit_val)
 
@@ -149,12 +164,10 @@ def cifar10(folder: Path, limit: int = 0, limit_val: int = 0) -> Data:
 
 def open_image(path: Path | str) -> Any:
     """The decoded image, a PIL image in RGB; ValueError names the file where it cannot be decoded."""
-    from PIL import Image
-
     try:
-        with Image.open(path) as file:
+        with opened_image(path) as file:
             return file.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # PIL raises all three, by format
+    except Exception as error:  # Pillow raises what it meets, by format
         raise ValueError(
             f"{path} cannot be decoded ({error}); repair or remove it, or add --skip_bad to leave such files out"
         ) from error
@@ -166,12 +179,14 @@ class ImageFiles(Dataset[Any]):
 
     files: Sequence[tuple[str, int]]
     transform: Any
+    folder: DataFolder
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, key: Any) -> tuple[Tensor, int]:
         path, label = self.files[key if isinstance(key, int) else key[2]]
+        self.folder.check(path)
         if isinstance(key, int):
             return self.transform(open_image(path)), label
         with sample_seed(*key):
@@ -179,7 +194,14 @@ class ImageFiles(Dataset[Any]):
 
 
 def imagefolder(
-    folder: Path, size: int, workers: int, *, skip_bad: bool = False, limit: int = 0, limit_val: int = 0
+    folder: Path,
+    size: int,
+    workers: int,
+    *,
+    skip_bad: bool = False,
+    limit: int = 0,
+    limit_val: int = 0,
+    follow_links: bool = False,
 ) -> Data:
     """DIR/train/CLASS/* and DIR/val/CLASS/*; the classes are the sorted folder names of train.
 
@@ -190,6 +212,7 @@ def imagefolder(
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
+    root = DataFolder(folder, follow_links)
     for part in ("train", "val"):
         if not (folder / part).is_dir():
             raise FileNotFoundError(
@@ -205,7 +228,7 @@ def imagefolder(
     centre = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *last])
     sets, skipped = [], 0
     for files, most, transform in ((train.samples, limit, augment), (val.samples, limit_val, centre)):
-        good = readable(ImageFiles(files, np.array), workers) if skip_bad else range(len(files))
+        good = readable(ImageFiles(files, np.array, root), workers) if skip_bad else range(len(files))
         skipped += len(files) - len(good)
-        sets.append(ImageFiles(spaced([files[i] for i in good], most), transform))
+        sets.append(ImageFiles(spaced([files[i] for i in good], most), transform, root))
     return Data(sets[0], sets[1], workers=workers, skipped=skipped, info=ImageInfo(len(train.classes), 3))

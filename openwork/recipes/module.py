@@ -8,7 +8,6 @@ Checkpoints are written before a step begins, where nothing is half done.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +21,13 @@ from torch import Tensor, nn
 import openwork as ow
 from openwork.recipes.config import Config
 from openwork.recipes.data import Data
+from openwork.recipes.divergence import Diverged, bad_weights, first_cause, is_finite
 from openwork.recipes.draws import batch_indices, seed_step
 from openwork.recipes.models import allow_torchvision
 from openwork.recipes.parallel import build_strategy, shard, share_statistics
 from openwork.recipes.rundir import RunDir
 from openwork.recipes.task import Task
+from openwork.utils.signals import Interruption
 
 allow_torchvision()  # lightning imports it through torchmetrics
 import lightning.pytorch as pl  # noqa: E402
@@ -51,10 +52,14 @@ def lr_factor(step: int, warmup: int, total: int, schedule: str = "cosine", mile
 
 
 class TaskModule(pl.LightningModule):
-    def __init__(self, task: Task, net: nn.Module, config: Config, data: Data, run: RunDir) -> None:
+    def __init__(
+        self, task: Task, net: nn.Module, config: Config, data: Data, run: RunDir, interruption: Interruption
+    ) -> None:
         super().__init__()
         self.task, self.net, self.config, self.data, self.run = task, net, config, data, run
+        self.interruption = interruption
         self.step = 0
+        self.diverged: dict[str, Any] | None = None  # the first time, under --allow_nan: step and what it was
         self.steps_per_epoch = data.train_count // config.batch_size
         if not self.steps_per_epoch:
             raise ValueError(
@@ -102,9 +107,30 @@ class TaskModule(pl.LightningModule):
         return lr_factor(step, round(c.warmup * per_epoch), c.epochs * per_epoch, c.schedule, milestones)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self.task.loss(self.net, batch)
+        loss = self.task.loss(self.net, batch)
+        if not is_finite(loss):  # before the backward pass: the weights are still those that gave it
+            self._diverge(f"the loss of step {self.step + 1} is {float(loss.detach())}", batch, batch_idx)
+        return loss
+
+    def _diverge(self, what: str, batch: Any = None, batch_idx: int = 0) -> None:
+        """Stop at what is not finite and say where it came from; under --allow_nan note the first time."""
+        if self.config.allow_nan:
+            self.diverged = self.diverged or {"step": self.step, "what": what}
+            return
+
+        def again() -> None:
+            seed_step(self.config.seed, self.step, batch_idx % self.config.accumulate, self.trainer.global_rank)
+            self.task.loss(self.net, batch)
+
+        cause = first_cause(self.net, batch, None if self._sharded or batch is None else again)
+        raise Diverged(self.step, f"{what}: {cause}")
+
+    def _check_weights(self) -> None:
+        if bad_weights(self.net):
+            self._diverge(f"the weights are not finite after step {self.step}")
 
     def on_train_start(self) -> None:
+        self._agreement = Agreement(self.trainer.world_size)
         if self._restored:
             self.handle.load_state_dict(self._restored["handle"])
         self._recorded = len(self.topology.records)
@@ -115,7 +141,10 @@ class TaskModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         micro = batch_idx % self.config.accumulate
         if micro == 0:
-            self._checkpoint_if_due()
+            asked = self._agreement.any(self.interruption.signum is not None)
+            self._checkpoint_if_due(asked)
+            if asked:
+                self.interruption.stop()
         seed_step(self.config.seed, self.step, micro, self.trainer.global_rank)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -156,16 +185,22 @@ class TaskModule(pl.LightningModule):
     # validation
 
     def on_validation_epoch_start(self) -> None:
+        if self.trainer.world_size == 1:  # several processes stop together, before a step
+            self.interruption.check()
         self._last_tick = None
         self._predictions: list[Any] = []
         if self._sharded:
             share_statistics(self.net)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.world_size == 1:
+            self.interruption.check()
         self._predictions += self.task.predictions(self.net, batch)
 
     def on_validation_epoch_end(self) -> None:
         self.scores = self.task.compute_metrics(self._gathered(), self.data)
+        if bad := [f"{key} is {value}" for key, value in self.scores.items() if not math.isfinite(value)]:
+            self._diverge(f"in the validation after step {self.step} {', '.join(bad)}")
         first = self.task.metrics[0].key
         self.log(first, self.scores[first], prog_bar=True, logger=False, rank_zero_only=True)
         if self.trainer.state.fn == "fit":
@@ -191,33 +226,58 @@ class TaskModule(pl.LightningModule):
         if self.logger:
             self.logger.log_metrics(values, step=self.step)
 
-    def _checkpoint_if_due(self) -> None:
+    def _checkpoint_if_due(self, asked: bool) -> None:
         if self.step in (0, self._restored.get("step", 0)):
             return
-        if self.step % self.config.checkpoint_every == 0 or self.step % self.steps_per_epoch == 0:
-            draft = self.run.checkpoint.with_suffix(".part")
-            self.trainer.save_checkpoint(draft, weights_only=False)
+        if asked or self.step % self.config.checkpoint_every == 0 or self.step % self.steps_per_epoch == 0:
+            self._check_weights()
+            checkpoints = self.run.checkpoints
+            self.trainer.save_checkpoint(checkpoints.draft, weights_only=False)
             if self.trainer.is_global_zero:
-                os.replace(draft, self.run.checkpoint)
+                checkpoints.commit(self.step)
             self._last_tick = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["openwork"] = {"step": self.step, "handle": self.handle.state_dict(), "offsets": self.run.offsets()}
+        place = {"step": self.step, "diverged": self.diverged, "offsets": self.run.offsets()}
+        checkpoint["openwork"] = {**place, "handle": self.handle.state_dict()}
+
+    def on_train_end(self) -> None:
+        self._check_weights()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._restored = checkpoint["openwork"]
-        self.step = self._restored["step"]
+        self.step, self.diverged = self._restored["step"], self._restored.get("diverged")
         if self.trainer.is_global_zero:
             self.run.rewind(self._restored["offsets"])
         checkpoint.pop("loops")  # Lightning's loops start afresh, at the right epoch
         self.trainer.fit_loop.epoch_progress.increment_by(self.step // self.steps_per_epoch)
 
 
+class Agreement:
+    """Whether any of several processes was asked to stop: the same answer in all, a step after the first was asked."""
+
+    def __init__(self, world: int) -> None:
+        self._group = dist.new_group(backend="gloo") if world > 1 and dist.is_initialized() else None
+        self._work: Any = None
+        self._told = torch.tensor(0)
+
+    def any(self, mine: bool) -> bool:
+        """Each process asks once before each step. What travels is on its way during the step."""
+        if self._group is None:
+            return mine
+        if self._work is not None:
+            self._work.wait()
+        answer = self._work is not None and bool(self._told)
+        self._told = torch.tensor(int(mine))
+        self._work = dist.all_reduce(self._told, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return answer
+
+
 def build_trainer(config: Config, out: Path, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
     """Lightning's trainer; checkpoints and validation places are the module's."""
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    return pl.Trainer(
+    trainer = pl.Trainer(
         max_epochs=config.epochs,
         precision=config.precision,  # type: ignore[arg-type]
         accumulate_grad_batches=config.accumulate,
@@ -237,3 +297,7 @@ def build_trainer(config: Config, out: Path, callbacks: Sequence[pl.Callback] = 
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
+    # Its handler of SIGTERM ends the run as if it were finished, and where there are several processes it calls a
+    # collective in the middle of others. `recipe.train` has its own.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer

@@ -135,6 +135,7 @@ class CocoImages(Dataset[Sample]):
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=size),
             "labels": torch.tensor([known["category_id"] for known in single]).long(),
         }
+        picture = coco.load_image(entry)  # first: masks are as large as the json file says, and this holds it to that
         if self.masks:
             decoded = [coco.decode_mask(known["segmentation"], entry.width, entry.height) for known in single]
             target["masks"] = tv_tensors.Mask(
@@ -142,5 +143,5 @@ class CocoImages(Dataset[Sample]):
             )
         resize = [v2.Resize(self.side, max_size=self.max_size), v2.ConvertBoundingBoxFormat("XYXY")]
         transform = v2.Compose([*resize, v2.ClampBoundingBoxes(), *flips, v2.ToPureTensor()])
-        image, target = transform(v2.functional.pil_to_tensor(coco.load_image(entry)), target)
+        image, target = transform(v2.functional.pil_to_tensor(picture), target)
         return image, {**target, "size": torch.tensor(size)}

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
 
-from openwork.recipes.config import CompareConfig, Config, default_of
+from openwork.recipes.config import DEPENDENT, CompareConfig, Config, default_of
 from openwork.recipes.method_flags import defaults_of, option_flags
+from openwork.recipes.yaml_files import load_yaml, read_yaml
 
 T = TypeVar("T", Config, CompareConfig)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 2:4 is a pattern (YAML 1.1 reads 124, base sixty) and 2e-4 a number."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag.rsplit(":", 1)[1] not in ("int", "float", "timestamp")]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?\d+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"), list("-+.0123456789")
-)
-
-
-def load_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
 def build_parser(cls: type[T], prog: str, about: str) -> jsonargparse.ArgumentParser:
@@ -61,10 +45,12 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, about: str) -> T:
     """Defaults, then the preset, then --config, then flags."""
     parser, words = build_parser(cls, prog, about), [_normal(word) for word in argv]
     names = [field.name for field in fields(cls) if field.name != "method_options"]
+    for file in _config_files(words):  # here, since jsonargparse does not say which file is wrong
+        read_yaml(file, "correct it; --help lists the fields")
     values = parser.parse_args(words)
     preset = cls.presets.get(values.preset, {})
     if preset:
-        parser.set_defaults({name: value for name, value in preset.items() if name in names})
+        parser.set_defaults({name: value for name, value in preset.items() if name in names and name not in DEPENDENT})
         values = parser.parse_args(words)
     if values.task != cls.task:
         raise ValueError(f"this is a configuration of the task {values.task}, not of {cls.task}: {prog} cannot use it")
@@ -77,6 +63,15 @@ def _preset_options(values: Any, preset: dict[str, Any]) -> dict[str, Any]:
     known = {name for method in values.get("methods") or [values.get("method")] for name in defaults_of(method)}
     options = {name: value for name, value in preset.items() if name in known}
     return {name: [value] for name, value in options.items()} if "methods" in values else options
+
+
+def _config_files(words: Sequence[str]) -> Iterator[Path]:
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        if word == "--config" or word.startswith("--config="):
+            path = Path(following if word == "--config" else word.partition("=")[2])
+            if not path.is_file():
+                raise FileNotFoundError(f"--config {path}: there is no such file")
+            yield path
 
 
 def _normal(word: str) -> str:

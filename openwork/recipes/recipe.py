@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
+import shlex
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -20,16 +21,20 @@ import openwork as ow
 from openwork.recipes import find
 from openwork.recipes.config import Config, differences, values_of
 from openwork.recipes.data import Data
+from openwork.recipes.divergence import Diverged
+from openwork.recipes.json_files import finite
+from openwork.recipes.lock import locked
 from openwork.recipes.method_flags import build_method, is_sparse, mask_steps
 from openwork.recipes.module import TaskModule, build_trainer
 from openwork.recipes.parallel import full_copy, gather
 from openwork.recipes.report import write_report
-from openwork.recipes.rundir import RunDir, first_process, read_lines, write_text
+from openwork.recipes.rundir import RunDir, first_process, read_lines
 from openwork.recipes.summary import flip_rates
 from openwork.recipes.task import Task, description_of
 from openwork.recipes.weights import load_weights, save_weights
 from openwork.training.selection import Remainder
 from openwork.utils.hardware import cpu_name
+from openwork.utils.signals import Interrupted, Interruption, interruptions
 
 _MASK = 32, 96  # rows and columns of the mask in the report
 
@@ -74,6 +79,11 @@ def open_run(config: Config) -> RunDir:
     if not first_process():  # the first one has checked
         return run
     if not run.config.exists():
+        if left := [path.name for path in (run.result, run.checkpoints.last, run.model) if path.exists()]:
+            raise FileNotFoundError(
+                f"{run.path} has {', '.join(left)} of a run, but no {run.config.name}; restore it, or choose another "
+                "--out"
+            )
         run.write_config(values_of(config))
         return run
     if not config.resume:
@@ -83,54 +93,128 @@ def open_run(config: Config) -> RunDir:
             f"{run.path} was started with another configuration ({'; '.join(changed)}); "
             "resume it with its own, or choose another --out"
         )
+    if (record := run.read_diverged()) is not None and not config.allow_nan:
+        raise Diverged(record["step"], diverged_text(config, run, record["what"]))
     return run
 
 
 def train(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
-    """Trains, verifies, finalizes and evaluates; returns the result that it also writes to the run directory."""
+    """Trains, verifies, finalizes and evaluates; returns the result that it also writes to the run directory.
+
+    SIGINT, SIGTERM and SIGHUP raise `Interrupted`, before the next step and with a checkpoint of it; `Diverged` says
+    where numbers stopped being finite. Either way nothing is written that looks like a result.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
-    task = find(config.task)
-    data, net, report = prepare(task, config)  # before the directory: bad input leaves nothing behind
-    run = open_run(config)
-    if (done := run.read_result()) is not None:
-        return done
+    task, run = find(config.task), RunDir(Path(config.out))
+    with interruptions() as interruption:
+        try:
+            prepared = prepare(task, config)  # before the directory: bad input leaves nothing behind
+            with locked(run.path) if first_process() else nullcontext():
+                open_run(config)
+                if (done := finished(run)) is not None:
+                    return done
+                return train_in(run, task, config, prepared, interruption, callbacks)
+        except Interrupted as stop:
+            raise Interrupted(stop.signum, f"{stop}; {how_to_go_on(config, run)}") from None
+
+
+def train_in(
+    run: RunDir,
+    task: Task,
+    config: Config,
+    prepared: tuple[Data, nn.Module, ow.Report],
+    interruption: Interruption,
+    callbacks: Sequence[Any],
+) -> dict[str, Any]:
+    """`train` in its own run directory, from the start or from the last checkpoint."""
+    data, net, report = prepared
     if first_process():
         task.save_artifacts(data, run.path)
     layer = shown_layer(report)
     start = mask_rows(net, layer)
     full = full_copy(config, net)
-    module, trainer = fit(task, config, data, net, run, callbacks)
-    net = module.net = gather(net, full)
-    mask = {"layer": layer, "start": start, "end": mask_rows(net, layer)}
-    if is_sparse(config.method):
-        ow.verify(net)
-    ow.finalize(net)
-    task.before_last_validation(config, net)
-    trainer.validate(module, verbose=False)
+    try:
+        module, trainer = fit(task, config, data, net, run, callbacks, interruption)
+        net = module.net = gather(net, full)
+        mask = {"layer": layer, "start": start, "end": mask_rows(net, layer)}
+        if is_sparse(config.method):
+            ow.verify(net)
+        ow.finalize(net)
+        task.before_last_validation(config, net)
+        trainer.validate(module, verbose=False)
+    except Diverged as error:
+        run.write_diverged({"step": error.step, "what": str(error)})
+        raise Diverged(error.step, diverged_text(config, run, str(error))) from error
     result = summary(config, report, net, run)
     result |= module.scores | {"metrics": description_of(task.metrics), "steps": module.step, "skipped": data.skipped}
-    result |= {"notes": task.notes(config, data), "mask": mask}
+    result |= {"notes": task.notes(config, data), "mask": mask, "diverged": module.diverged}
     if trainer.is_global_zero:
         save_weights(net, run.model)
-        samples = [asdict(sample) for sample in task.visualizations(config, net.eval(), data)]
-        write_text(run.visualizations, json.dumps(samples))
+        run.write_visualizations([asdict(sample) for sample in task.visualizations(config, net.eval(), data)])
         run.write_result(result)
+        write_report(run.path)
+    return finite(result)
+
+
+def finished(run: RunDir) -> dict[str, Any] | None:
+    """The result of a run that has one, with what else belongs to it."""
+    result = run.read_result()
+    if result is None:
+        return None
+    if not run.model.exists():
+        raise FileNotFoundError(
+            f"{run.path} has a {run.result.name}, but no {run.model.name}; remove {run.result.name}, and --resume goes "
+            "on from the last checkpoint"
+        )
+    if first_process() and not run.report.exists():  # killed while it was made
         write_report(run.path)
     return result
 
 
+def how_to_go_on(config: Config, run: RunDir) -> str:
+    """What an interrupted run has kept, and the command that continues it."""
+    if not run.config.exists():
+        return "nothing is written yet: the same command starts it again"
+    try:
+        newest = run.checkpoints.newest()
+    except (ValueError, OSError) as error:
+        return str(error)
+    place = "the beginning: there is no checkpoint yet" if newest is None else f"its checkpoint of step {newest[1]}"
+    file = shlex.quote(str(run.config))
+    return f"`openwork train {config.task} --config {file} --resume` goes on from {place}"
+
+
+def diverged_text(config: Config, run: RunDir, what: str) -> str:
+    return (
+        f"{run.path} stopped: {what}. Resumed, it would end there again: train it with a smaller --lr, --clip, or "
+        f"another --precision in another --out; or add --resume --allow_nan to go on regardless"
+    )
+
+
 def fit(
-    task: Task, config: Config, data: Data, net: nn.Module, run: RunDir, callbacks: Sequence[Any]
+    task: Task,
+    config: Config,
+    data: Data,
+    net: nn.Module,
+    run: RunDir,
+    callbacks: Sequence[Any],
+    interruption: Interruption | None = None,
 ) -> tuple[Any, Any]:
-    """Runs Lightning's loops from the start or from the last checkpoint."""
+    """Runs Lightning's loops from the start or from the last checkpoint; returns the module and the trainer."""
     silence_lightning()
-    module = TaskModule(task, net, config, data, run)
+    interruption = interruption or Interruption()
+    module = TaskModule(task, net, config, data, run, interruption)
     trainer = build_trainer(config, run.path, callbacks)
-    checkpoint = str(run.checkpoint) if run.checkpoint.exists() else None
-    if checkpoint is None and trainer.is_global_zero:
+    newest = run.checkpoints.newest()
+    if newest is None and trainer.is_global_zero:
         run.rewind({})  # lines of a run that was killed before its first checkpoint
-    trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
+    try:
+        with interruption.deferred():
+            trainer.fit(module, ckpt_path=None if newest is None else str(newest[0]), weights_only=True)
+    except Interrupted as stop:
+        total = config.epochs * module.steps_per_epoch
+        raise Interrupted(stop.signum, f"{stop} at step {module.step} of {total}") from None
     return module, trainer
 
 

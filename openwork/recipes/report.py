@@ -1,4 +1,8 @@
-"""report.html: one self-contained page on a run or a comparison. No scripts, nothing loaded from elsewhere."""
+"""report.html: one self-contained page on a run or a comparison. No scripts, nothing loaded from elsewhere.
+
+The files of a run may be a stranger's: they are checked, every text is escaped, and a content security policy in
+the page forbids scripts, forms, and whatever is not in the page itself.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,6 @@ import numpy as np
 
 from openwork.recipes.charts import COLORS, MASK_KINDS, line_chart, mask_picture
 from openwork.recipes.method_flags import (
-    check_methods,
     is_sparse,
     label_of,
     mask_steps,
@@ -21,6 +24,7 @@ from openwork.recipes.method_flags import (
     starts_trained,
 )
 from openwork.recipes.rundir import RunDir, read_lines, write_text
+from openwork.recipes.stored_result import read_finished, read_samples
 from openwork.recipes.summary import flip_rates, metrics_of, notes, summary_rows, table_of
 from openwork.recipes.task import Metric
 
@@ -36,10 +40,20 @@ def write_report(path: Path) -> Path:
     paths = [path] if RunDir(path).result.exists() else [file.parent for file in path.glob("*/result.json")]
     if not paths:
         raise FileNotFoundError(f"{path} holds no finished run: there is no result.json in it or in its subdirectories")
-    runs = [(run, RunDir(run).read_result() or {}) for run in paths]
-    check_methods(result["config"]["method"] for _, result in runs)
-    runs.sort(key=lambda run: _rank(run[1]["config"]))
-    write_text(path / "report.html", build_page(runs))
+    runs = [(run, read_finished(run)) for run in paths]
+    if len(tasks := {(r["config"].get("task"), *(m["key"] for m in r["metrics"])) for _, r in runs}) > 1:
+        raise ValueError(
+            f"{path} holds runs of several tasks, {', '.join(sorted(str(t[0]) for t in tasks))}; move them"
+        )
+    try:
+        runs.sort(key=lambda run: _rank(run[1]["config"]))
+        page = build_page(runs)
+    except (KeyError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{path}: the files of its runs are not what `openwork train` writes ({type(error).__name__}: {error}); "
+            "they were changed, or another version wrote them: restore them, or train again"
+        ) from error
+    write_text(path / "report.html", page)
     return path / "report.html"
 
 
@@ -66,6 +80,7 @@ def build_page(runs: Runs) -> str:
             subtitle=f"{len(runs)} run{'s' * (len(runs) > 1)} of {config['epochs']} epochs on {environment['device']}",
             results=(header, lines),
             notes=" ".join(notes(metrics)),
+            diverged=[f"{run.name}: {told['what']}" for run, result in runs if (told := result.get("diverged"))],
             legend_entries=[(label, COLORS[i % len(COLORS)]) for i, label in enumerate(labels)],
             charts=charts(runs, metrics, labels),
             samples=samples(runs),
@@ -98,7 +113,16 @@ def charts(runs: Runs, metrics: Sequence[Metric], labels: Sequence[str]) -> list
         lines = []
         for run, result in runs:
             records = read_lines(run / file)
-            points = [(r["step"], v) for r, v in zip(records, values(records, result), strict=True) if v is not None]
+            try:
+                values_of = values(records, result)
+                points = [
+                    (float(r["step"]), float(v)) for r, v in zip(records, values_of, strict=True) if v is not None
+                ]
+            except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+                raise ValueError(
+                    f"{run / file}: a record is not what a run writes ({type(error).__name__}: {error}); "
+                    "restore the file, or train again"
+                ) from error
             lines.append((labels.index(label_of(result["config"])), points))
         return title, line_chart(title, lines, **how)
 
@@ -106,7 +130,7 @@ def charts(runs: Runs, metrics: Sequence[Metric], labels: Sequence[str]) -> list
         percent = metric.unit == "%"
         title = metric.label + (f", {metric.unit}" if metric.unit and not percent else "")
         scale = 1 if percent else metric.scale  # the chart makes percents of shares itself
-        pick = partial(_each, lambda r: r[metric.key] * scale if metric.key in r else None)
+        pick = partial(_each, lambda r: None if r.get(metric.key) is None else r[metric.key] * scale)
         return chart(title, "metrics.jsonl", pick, percent=percent, **how)
 
     loss = [Metric("train_loss", "Training loss")]
@@ -134,8 +158,11 @@ def samples(runs: Runs) -> list[tuple[str, list[tuple[str, Any]]]]:
     """What networks say of a few validation samples beside what is right: one run per method, its first seed."""
     shown: dict[str, list[dict[str, Any]]] = {}
     for run, result in runs:
-        if parts := RunDir(run).read_visualizations():
+        if parts := read_samples(run):
             shown.setdefault(label_of(result["config"]), parts)
+    if len({len(parts) for parts in shown.values()}) > 1:
+        counts = ", ".join(f"{label}: {len(parts)}" for label, parts in shown.items())
+        raise ValueError(f"the runs do not show the same samples ({counts}); they are of other data: report each alone")
     return [
         (views[0]["name"], [("truth", views[0]["truth"]), *zip(shown, (v["predicted"] for v in views), strict=True)])
         for views in zip(*shown.values(), strict=True)
@@ -144,7 +171,7 @@ def samples(runs: Runs) -> list[tuple[str, list[tuple[str, Any]]]]:
 
 def _layer(row: dict[str, Any]) -> list[str]:
     counts = ["-" if row[key] is None else f"{row[key]:,}" for key in ("weights", "macs_dense", "macs_sparse")]
-    shares = [f"{row[key]:.3f}" for key in ("density", "retained")]
+    shares = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("density", "retained")]
     return [row["name"], " x ".join(map(str, row["shape"])), row["pattern"] or "dense", *shares, *counts, row["reason"]]
 
 

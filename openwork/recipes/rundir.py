@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from openwork.recipes.checkpoints import Checkpoints
+from openwork.recipes.json_files import read_json, to_json
+from openwork.recipes.json_files import read_lines as read_lines
+from openwork.recipes.yaml_files import read_yaml, write_yaml
 from openwork.utils import atomic
 
 LINES = ("metrics.jsonl", "topology.jsonl", "times.jsonl")  # times differ from run to run, the others may not
@@ -26,18 +27,6 @@ def write_text(path: Path, text: str) -> None:
     atomic.write_text(path, text)
 
 
-def write_yaml(path: Path, values: dict[str, Any]) -> None:
-    write_text(path, yaml.safe_dump(values, sort_keys=False))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; none if it is missing. A last line cut by a kill is left out."""
-    if not path.exists():
-        return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]
-
-
 @dataclass(frozen=True)
 class RunDir:
     """Paths and appended lines of one run. Offsets go into its checkpoints."""
@@ -45,15 +34,17 @@ class RunDir:
     path: Path
 
     config = property(lambda self: self.path / "config.yaml")
-    checkpoint = property(lambda self: self.path / "checkpoints" / "last.ckpt")
+    checkpoints = property(lambda self: Checkpoints(self.path / "checkpoints"))
     model = property(lambda self: self.path / "model.safetensors")
     result = property(lambda self: self.path / "result.json")
     visualizations = property(lambda self: self.path / "visualizations.json")
+    diverged = property(lambda self: self.path / "diverged.json")
+    report = property(lambda self: self.path / "report.html")
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(to_json(record) + "\n")
 
     def offsets(self) -> dict[str, int]:
         """Bytes written so far, per file, safely on disk."""
@@ -82,13 +73,40 @@ class RunDir:
         write_yaml(self.config, values)
 
     def read_config(self) -> dict[str, Any]:
-        return yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        """The fields of config.yaml; FileNotFoundError or ValueError says what is there instead."""
+        if not self.config.exists():
+            raise FileNotFoundError(f"{self.path} is no run directory: it has no {self.config.name}")
+        values = read_yaml(self.config, "restore the file, or train again in another --out")
+        if lacks := [name for name in ("task", "method", "pattern") if not isinstance(values.get(name), str)]:
+            raise ValueError(
+                f"{self.config} does not say the {', '.join(lacks)} of its run; restore the file, or train again in "
+                "another --out"
+            )
+        return values
 
     def read_visualizations(self) -> list[dict[str, Any]]:
-        return json.loads(self.visualizations.read_text(encoding="utf-8")) if self.visualizations.exists() else []
+        if not self.visualizations.exists():
+            return []
+        return read_json(self.visualizations, list, "remove it to have a report without samples")
+
+    def write_visualizations(self, samples: list[dict[str, Any]]) -> None:
+        write_text(self.visualizations, to_json(samples))
+
+    def write_diverged(self, record: dict[str, Any]) -> None:
+        write_text(self.diverged, to_json(record))
+
+    def read_diverged(self) -> dict[str, Any] | None:
+        """The step and what was not finite, of a run that stopped there and has not finished since."""
+        if not self.diverged.exists() or self.result.exists():
+            return None
+        record = read_json(self.diverged, dict, "remove it to train on from the last checkpoint")
+        return {"step": 0, "what": "its numbers were not finite", **record}
 
     def write_result(self, result: dict[str, Any]) -> None:
-        write_text(self.result, json.dumps(result, indent=1))
+        write_text(self.result, to_json(result, indent=1))
 
     def read_result(self) -> dict[str, Any] | None:
-        return json.loads(self.result.read_text(encoding="utf-8")) if self.result.exists() else None
+        """What a finished run found; None of one that has not finished."""
+        if not self.result.exists():
+            return None
+        return read_json(self.result, dict, "remove it, and `openwork train ... --resume` makes it again")

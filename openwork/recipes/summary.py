@@ -24,13 +24,13 @@ class SummaryRow:
     pattern: str
     options: dict[str, Any]
     seeds: list[int]
-    scores: dict[str, float]
+    scores: dict[str, float | None]
     std: float | None
     delta: float | None
     p: float | None
     sad_start: float | None
     flip_rate: float | None
-    density: float
+    density: float | None
     macs: int | None
     seconds_per_step: float | None
     seconds: float | None
@@ -49,26 +49,27 @@ def summary_rows(results: Sequence[dict[str, Any]]) -> list[SummaryRow]:
     return [_row(group, dense) for group in groups.values()]
 
 
-def _row(group: Sequence[dict[str, Any]], dense: dict[int, float]) -> SummaryRow:
+def _row(group: Sequence[dict[str, Any]], dense: dict[int, float | None]) -> SummaryRow:
     c = group[0]["config"]
     is_dense = c["method"] == DENSE
     metrics = metrics_of(group)
     compared = [r[metrics[0].key] for r in group]
     seeds = [r["config"]["seed"] for r in group]
-    paired = not is_dense and all(seed in dense for seed in seeds)
+    told = [score for score in compared if score is not None]  # None: of a run that diverged
+    paired = not is_dense and all(dense.get(seed) is not None for seed in seeds) and told == compared
     deltas = [a - dense[seed] for a, seed in zip(compared, seeds, strict=True)] if paired else []
     return SummaryRow(
         method=c["method"],
         pattern="-" if is_dense else c["pattern"],
         options=options_of(c),
         seeds=seeds,
-        scores={metric.key: statistics.fmean(r[metric.key] for r in group) for metric in metrics},
-        std=statistics.stdev(compared) if len(compared) > 1 else None,
+        scores={metric.key: _average(group, metric.key) for metric in metrics},
+        std=statistics.stdev(told) if len(told) > 1 else None,
         delta=statistics.fmean(deltas) if deltas else None,
         p=paired_p(deltas),
         sad_start=_average(group, "sad_start"),
         flip_rate=_average(group, "flip_rate"),
-        density=statistics.fmean(r["density"] for r in group),
+        density=_average(group, "density"),
         macs=group[0]["macs"],
         seconds_per_step=_average(group, "seconds_per_step", statistics.median),
         seconds=_average(group, "seconds"),
@@ -124,7 +125,7 @@ def _cells(row: SummaryRow, metrics: Sequence[Metric]) -> dict[str, str]:
         **{metric.heading: metric.text(row.scores[metric.key]) for metric in others},
         "SAD %": _text(row.sad_start, ".1f", 100),
         "flip rate %/step": _text(row.flip_rate, ".3f", 100),
-        "density": f"{row.density:.3f}",
+        "density": _text(row.density, ".3f"),
         "MACs": _macs(row.macs),
         "ms/step": _text(row.seconds_per_step, ".1f", 1000),
         "time s": _text(row.seconds, ".0f"),

@@ -34,7 +34,7 @@ class Metric:
         """The value in the metric's unit, without naming it; "-" for None."""
         return "-" if value is None else format(self.scale * value, f"{sign}.{self.digits}f")
 
-    def full_text(self, value: float) -> str:
+    def full_text(self, value: float | None) -> str:
         return f"{self.label} {self.text(value)} {self.unit}".strip()
 
 

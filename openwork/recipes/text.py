@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from openwork.recipes.data import Data
+from openwork.recipes.data_files import DataFolder
 
 Pair = tuple[str, str]
 Batch = dict[str, Tensor]
@@ -28,13 +29,15 @@ Ids = list[np.ndarray]  # int32, the subwords of each sentence
 
 PAD, END = 0, 1  # numbers of the two symbols that are no text; translations start with PAD, as Marian's do
 _BLOCK = 10_000  # lines encoded at a time
+_LONGEST = 1 << 20  # bytes of a line: a compressed file can hold one that no memory does
 _REPAIR = "repair it, or remove the line from both files, or add --skip_bad to leave such pairs out"
 
 
-def find_file(folder: Path, name: str) -> Path:
+def find_file(folder: Path, name: str, follow_links: bool = False) -> Path:
     """FOLDER/NAME or FOLDER/NAME.gz."""
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
+            DataFolder(folder, follow_links).check(path)
             return path
     present = sorted(path.name for path in folder.iterdir())
     raise FileNotFoundError(
@@ -63,7 +66,12 @@ def _lines(path: Path) -> Iterator[bytes]:
     number = 0
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         try:
-            for number, line in enumerate(file, start=1):  # noqa: B007 - told in the error
+            while line := file.readline(_LONGEST + 1):
+                number += 1
+                if len(line) > _LONGEST:
+                    raise ValueError(
+                        f"{path}, line {number} is longer than {_LONGEST} bytes: this is no text of sentences"
+                    )
                 yield line
         except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path} cannot be read after line {number} ({error}); fetch the file again") from error

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openwork.recipes import number_words
-from openwork.recipes.config import Config, DataSource, check_choice, data_flag, default, flag, source_of
+from openwork.recipes.config import Config, DataSource, check_choice, data_flag, default, flag, rates, source_of
 from openwork.recipes.data import Data
 from openwork.recipes.models import allow_torchvision
 from openwork.recipes.rundir import write_text
@@ -47,6 +47,7 @@ class TranslationConfig(Config):
         DataSource("numbers"),
         *(DataSource(name, _LAYOUT) for name in ("tatoeba", "multi30k", "wmt14", "pairs")),
     )
+    usual: ClassVar[dict[str, Any]] = {"batch_size": 64, "lr": rates(adam=2e-3, adamw=2e-3), "warmup": 1.5}
     # The paper does not say how it trains its Transformer, and its code holds none: this is the usual recipe for
     # Transformer-base on WMT14, 100,000 steps of about 25,000 subwords a side (arXiv:1706.03762, 5.1 to 5.4), with
     # batches counted in sentences, and without averaging checkpoints. Only decay and pattern are the paper's.
@@ -80,13 +81,11 @@ class TranslationConfig(Config):
     label_smoothing: float = flag(0.1, "share of the label that is spread over the vocabulary")
     beams: int = flag(4, "of beam search in the last validation (1: greedy); those during training are greedy")
     epochs: int = default("epochs", 5)
-    batch_size: int = flag(64, "sentence pairs per optimizer step, over all devices and micro-batches")
+    batch_size: int = flag(None, "sentence pairs per optimizer step, over all devices and micro-batches")
     optimizer: str = default("optimizer", "adam")
-    lr: float = default("lr", 2e-3)
     betas: list[float] = default("betas", [0.9, 0.98])  # noqa: RUF009
     eps: float = default("eps", 1e-9)
     weight_decay: float = default("weight_decay", 0.0)
-    warmup: float = default("warmup", 1.5)
     schedule: str = default("schedule", "inverse-sqrt")
     out: str = default("out", "runs/translation")
 
@@ -185,7 +184,7 @@ def readers(config: TranslationConfig) -> tuple[Reader, Reader]:
 
 def _reader(config: TranslationConfig, folder: Path, name: str, limit: int) -> Reader:
     """All pairs of two files, or `limit` of them evenly spaced: files are sorted by length often enough."""
-    source, target = (find_file(folder, f"{name}.{language}") for language in config.languages)
+    source, target = (find_file(folder, f"{name}.{language}", config.follow_links) for language in config.languages)
     read = partial(read_pairs, source, target, config.skip_bad)
     if not limit:
         return read

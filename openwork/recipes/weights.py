@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
 import openwork as ow
+from openwork.files.checkpoint import check
 from openwork.files.format import KEY
+from openwork.files.header import read_header
+from openwork.files.reader import open_files
 
 FILE = "model.safetensors"
 
@@ -33,8 +35,8 @@ def weights_file(source: Path, what: str) -> Path:
 
 
 def is_compressed(path: Path) -> bool:
-    with safe_open(path, "pt") as file:
-        return KEY in (file.metadata() or {})
+    with open_files(path, [path]) as (file,):
+        return KEY in read_header(file)[0]
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -44,8 +46,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def load_weights(net: nn.Module, source: Path, what: str = "--init") -> None:
     """Fill a plain network from a run directory or a .safetensors file."""
     path = weights_file(source, what)
+    if compressed := is_compressed(path):
+        check(path)  # damage has a message of its own
     try:
-        ow.load(path, into=net) if is_compressed(path) else load_model(net, path)
+        ow.load(path, into=net) if compressed else load_model(net, path)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{what} {path} does not fit this model; train it with the same --model and --data ({error})"

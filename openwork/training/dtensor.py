@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from openwork.methods import Method, Phase
 from openwork.nm.groups import Axis, reduction_size
 
 
@@ -81,3 +83,19 @@ def _spread(local: Tensor, weight: Any) -> Tensor:
     kind: Any = type(weight)
     shape, stride = weight.shape, weight.stride()
     return kind.from_local(local, weight.device_mesh, weight.placements, run_check=False, shape=shape, stride=stride)
+
+
+def check_whole_groups(weight: Any, method: Method, phase: Phase) -> None:
+    """Raises ValueError where sharding cuts groups apart that a method needs whole."""
+    if cuts_groups(weight, phase.axis, phase.pattern.m):
+        raise ValueError(
+            f"{method} needs whole groups of {phase.pattern.m}, and sharding {weight.placements} of a "
+            f"weight {tuple(weight.shape)} cuts them apart: shard along another axis, or take another method"
+        )
+
+
+def differ(before: Tensor, after: Tensor) -> bool:
+    """Whether the values of two tensors differ, wherever each lies."""
+    if before.is_meta or after.is_meta:
+        return before.is_meta != after.is_meta
+    return not torch.equal(before.to(after.device), after)

@@ -6,12 +6,14 @@ Weights whose mask a kernel finds on the way (`Masked.is_ranked_fused`) go in li
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from openwork import kernels
+from openwork.kernels.cpu.masks import decay_into
 from openwork.methods.autograd import straight_through
 from openwork.nm.pattern import Pattern
 from openwork.ops import foreach_decay, foreach_mask
@@ -52,17 +54,30 @@ def prune_ahead(root: nn.Module) -> None:
             ahead[i].masked.cache.give(ahead[i].masked, ahead[i].weight, weight)
 
 
-def decay_gradients(weights: Iterable[SparseWeight], scale: Tensor | None) -> None:
-    """gradient += decay * weight where a method with a decay prunes; the sum's second half times `scale`."""
-    weights = [sparse for sparse in weights if sparse.weight.grad is not None and sparse.masked.method.decay]
-    fused = [scale is None and _gradient_fused(sparse) for sparse in weights]
-    for (_, rate, pattern), indices in _alike(weights, fused):
+def decayed_copy(sparse: SparseWeight, rate: float) -> Tensor | None:
+    """gradient + rate * weight where pruned, in one pass; None where no kernel does that."""
+    gradient: Any = sparse.weight.grad
+    if (
+        gradient.device.type != "cpu"
+        or kernels.batches(gradient)
+        or gradient.requires_grad
+        or not _gradient_fused(sparse)
+    ):
+        return None
+    copy, phase = torch.empty_like(gradient), sparse.masked.phase
+    return copy if decay_into(copy, gradient, sparse.weight, rate, phase.pattern, phase.axis) else None
+
+
+def add_decay(weights: Sequence[SparseWeight], signs: Sequence[int], scale: Tensor | None) -> None:
+    """gradient += sign * decay * weight where a method with a decay prunes; the sum's second half times `scale`."""
+    decayed = [scale is None and sparse.masked.method.decay != 0 and _gradient_fused(sparse) for sparse in weights]
+    for (_, rate, pattern), indices in _alike(weights, decayed, signs):
         dense = [weights[i].weight for i in indices]
         gradients: Any = [weight.grad for weight in dense]
         foreach_decay(gradients, dense, rate, pattern, [weights[i].masked.phase.axis for i in indices])
-    for sparse, done in zip(weights, fused, strict=True):
-        if not done:
-            sparse.masked.add_decay(sparse.weight, scale)
+    for sparse, sign, done in zip(weights, signs, decayed, strict=True):
+        if sparse.masked.method.decay and not done:
+            sparse.masked.add_decay(sparse.weight, sign * sparse.masked.method.decay, scale)
 
 
 def _gradient_fused(sparse: SparseWeight) -> bool:
@@ -72,10 +87,13 @@ def _gradient_fused(sparse: SparseWeight) -> bool:
     return ranked and gradient.dtype == sparse.weight.dtype and kernels.fuses(gradient)
 
 
-def _alike(weights: list[SparseWeight], chosen: list[bool]) -> list[tuple[tuple[Any, float, Pattern], list[int]]]:
-    """The chosen weights, by (device, decay, pattern)."""
+def _alike(
+    weights: Sequence[SparseWeight], chosen: Sequence[bool], signs: Sequence[int] = ()
+) -> list[tuple[tuple[Any, float, Pattern], list[int]]]:
+    """The chosen weights, by (device, decay with its sign, pattern)."""
     lists: dict[Any, list[int]] = defaultdict(list)
     for i, (sparse, taken) in enumerate(zip(weights, chosen, strict=True)):
         if taken:
-            lists[sparse.weight.device, sparse.masked.method.decay, sparse.masked.phase.pattern].append(i)
+            rate = sparse.masked.method.decay * (signs[i] if signs else 1)
+            lists[sparse.weight.device, rate, sparse.masked.phase.pattern].append(i)
     return list(lists.items())

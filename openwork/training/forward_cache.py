@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +24,9 @@ class _StepClock:
             self.steps += 1
 
 
-@functools.cache
-def _clock() -> _StepClock:
-    """The one of this process, which runs from the first weight on that is sparsified."""
-    clock = _StepClock()
-    register_optimizer_step_post_hook(clock.tick)
-    return clock
+# Registered when openwork is imported, and for good: torch's hooks must not change while a step goes through them.
+_clock = _StepClock()
+register_optimizer_step_post_hook(_clock.tick)
 
 
 class ForwardCache:
@@ -44,24 +39,25 @@ class ForwardCache:
     is changed between two reads is computed again, but for writes into `.data`, of which torch keeps no count.
     """
 
-    def __init__(self, ahead: Callable[[nn.Module], None] | None = None) -> None:
+    def __init__(self, ahead: Callable[[nn.Module], None] | None = None, copied: bool = False) -> None:
         self._ahead, self._here = ahead, threading.local()
-        _clock()
+        self.copied = copied  # and no optimizer attached since
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ForwardCache, (self._ahead,)
+        return ForwardCache, (self._ahead, True)
 
     def remember(self, owner: object, weight: Tensor, mask: Tensor) -> None:
-        """Hold the mask that a forward used until the optimizer step asks for it."""
+        """Hold the mask that a forward used until the optimizer step asks for it. Without a reference to the weight:
+        `torch.utils.swap_tensors` refuses tensors that have any."""
         if not torch.compiler.is_compiling() and weight.requires_grad and torch.is_grad_enabled():
-            self._masks()[id(owner)] = (ref(weight), _state(weight), mask)
+            self._masks()[id(owner)] = (id(weight), _state(weight), mask)
 
     def recall(self, owner: object, weight: Tensor) -> Tensor | None:
         """The mask of the forward since which this very weight has not changed, once; None if there is none."""
         kept = self._masks().pop(id(owner), None)
-        return kept[2] if kept and kept[0]() is weight and kept[1] == _state(weight) else None
+        return kept[2] if kept and kept[:2] == (id(weight), _state(weight)) else None
 
-    def _masks(self) -> dict[int, tuple[ref[Tensor], tuple[int | None, int], Tensor]]:
+    def _masks(self) -> dict[int, tuple[int, tuple[int | None, int], Tensor]]:
         if not hasattr(self._here, "masks"):
             self._here.masks = {}
         return self._here.masks
@@ -80,6 +76,11 @@ class ForwardCache:
                 self._here.used = {key for key, (weight, *_) in self._here.seen.items() if kernels.batches(weight)}
                 self._here.seen = {}
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a forward of the root is going on in this thread."""
+        return getattr(self._here, "depth", 0) > 0
+
     def once(self, owner: object, weight: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """`compute(weight)`, or what it gave before in this forward for the very same weight."""
         if torch.compiler.is_compiling() or not getattr(self._here, "depth", 0):
@@ -88,6 +89,13 @@ class ForwardCache:
         if known is None or known[0] is not weight or known[1] != change_of(weight):
             known = self.give(owner, weight, compute(weight))
         return known[2]
+
+    def forget(self, owner: object) -> None:
+        """Compute a weight again at its next read: it was written to in a way of which torch keeps no count."""
+        self._masks().pop(id(owner), None)
+        seen = getattr(self._here, "seen", {})
+        for key in [key for key in seen if key[0] == id(owner)]:
+            del seen[key]
 
     def wants(self, owner: object) -> bool:
         """Whether the last forward computed this weight in the grad mode of now, on a device that takes lists: then
@@ -116,4 +124,4 @@ def _state(weight: Tensor) -> tuple[int | None, int]:
 
 def change_of(weight: Tensor) -> tuple[object, ...]:
     """What stays equal as long as a weight has not changed, also for optimizers that raise no version."""
-    return (*_state(weight), _clock().steps)
+    return (*_state(weight), _clock.steps)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from openwork.nm.groups import Axis
 
@@ -21,7 +23,19 @@ def known_axis(module: nn.Module, tensor_name: str) -> tuple[Axis | None, str]:
         return Axis(1), ""
     if tensor_name == "weight" and is_hf_conv1d(module):
         return Axis(0), ""
+    if replaced := _replaced_by(module, tensor_name):
+        return None, replaced
     return None, f"no known reduction axis in {type(module).__name__}: name it with axis={{glob: dim}}"
+
+
+def _replaced_by(module: nn.Module, tensor_name: str) -> str:
+    """What of torch makes the layer's weight of this parameter in a hook; empty where nothing does."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod) and tensor_name == f"{hook._tensor_name}_orig":
+            return f"pruned by torch.nn.utils.prune: call prune.remove(module, {hook._tensor_name!r}) first"
+        if isinstance(hook, SpectralNorm) and tensor_name == f"{hook.name}_orig":
+            return "spectral_norm of torch.nn.utils: use that of torch.nn.utils.parametrizations, after ow.sparsify"
+    return ""
 
 
 def known_output_axis(module: nn.Module, ndim: int, axis: Axis) -> tuple[Axis | None, str]:

@@ -6,8 +6,11 @@ groups, or on the gathered weight; the formulas of a method see plain tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +19,13 @@ from openwork import kernels
 from openwork.methods import Method, Phase
 from openwork.methods.autograd import masked, straight_through
 from openwork.methods.method import State
-from openwork.nm.masks import apply_mask
-from openwork.training.dtensor import by_groups, cuts_groups, elementwise, full_tensor, placed_like
+from openwork.nm.masks import apply_mask, too_dense
+from openwork.nm.pattern import Pattern
+from openwork.training.dtensor import by_groups, check_whole_groups, differ, elementwise, full_tensor, placed_like
 from openwork.training.forward_cache import ForwardCache
+from openwork.utils.torch_private import is_traced, untraced
 
-RESERVED = ("mask", "mask_age", "step")
+RESERVED = ("mask", "mask_age", "step", "pattern")
 """What follows a weight's name in a state dict already, so that no state of a method may be called so."""
 
 
@@ -31,10 +36,13 @@ class Masked(nn.Module):
     steps since a stored mask was chosen. `seen_dtype` is the dtype in which the forward pass saw the weight (FSDP2 may
     hand it in bfloat16): the mask is a function of the weight rounded to it, so that the optimizer step and `verify`
     find the same mask. `reuses_mask`: the optimizer step takes the mask of the forward. Not of a sharded weight: each
-    process ranks its part once more, instead of holding the masks of all layers.
+    process ranks its part once more, instead of holding the masks of all layers. `lost`: the stored mask went with the
+    values of the model (`to_empty`); until the model's next forward, which stores one, it follows the weight.
     """
 
     mask: Tensor | None
+    assignments: ClassVar[int] = 0  # how often `load_state_dict(assign=True)` replaced a weight, of any model
+    replaced: ref[Tensor] | None = None  # what the weight was before
 
     def __init__(self, method: Method, end: Phase, cache: ForwardCache, weight: Tensor):
         super().__init__()
@@ -45,9 +53,12 @@ class Masked(nn.Module):
         self._ranks_by_magnitude = not method.overrides("score", "mask")
         self._straight_through = not method.overrides("forward", "backward")
         self.step = self.age = 0
+        self.changed = False  # whether `end` is no longer what sparsify was given
+        self.registered = self.lost = False
         self.phase = end
         self.go_to(0)
-        self.register_buffer("mask", None)
+        self.mask = None  # no buffer: averages add and subtract buffers
+        self._chosen_at = 0  # the weight's version
         state = method.state(weight.detach(), end)
         self.state_names = tuple(state)
         for name, tensor in state.items():
@@ -59,6 +70,19 @@ class Masked(nn.Module):
             self.register_buffer(f"state_{name}", tensor.detach().clone())
         if schedule.stores_mask:
             self.choose_mask(weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "replaced": None}
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Masked:
+        """What `to`, `half` and `to_empty` do to buffers; a mask whose values did not survive is lost."""
+        super()._apply(function, recurse)
+        if (mask := self.mask) is not None:
+            self.mask = function(mask)
+            if type(self.mask) is Tensor:
+                self.mask = self.mask.bool()  # `model.type(dtype)` casts whatever it finds
+                self.lost = self.lost or differ(mask, self.mask)
+        return self
 
     @property
     def state(self) -> State:
@@ -73,11 +97,24 @@ class Masked(nn.Module):
             return ""
         return f"{self.phase}: not yet {self.end.pattern} (step {self.step} of {steps})"
 
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What torch asks when it registers a parametrization: the dense weight is the weight. Once: who moves it to
+        another module (`transfer_parametrizations_and_params`, which quantization-aware training calls) leaves behind
+        what `sparsify` made of the module around it."""
+        if self.registered:
+            raise RuntimeError(
+                "the mask of a sparsified layer cannot move to another module: replace layers (quantization-aware "
+                "training: prepare it) before ow.sparsify, or after ow.finalize"
+            )
+        self.registered = True
+        return weight
+
     # --- the mask --------------------------------------------------------------------------------------------------
 
     def mask_of(self, weight: Tensor) -> Tensor:
         """The mask in force: bool, the shape of `weight`."""
-        if self.mask is not None:
+        if self.mask is not None and not self.lost:
+            self.follow_average(weight)
             return placed_like(self.mask, weight)
         return self.ranked(weight.detach().to(self.seen_dtype), self.phase)
 
@@ -92,34 +129,78 @@ class Masked(nn.Module):
 
     def mask_at_end(self, weight: Tensor) -> Tensor:
         """The mask in force, or the one that the end of the schedule would give this weight."""
-        if self.mask is not None and not self.unfinished:
-            return placed_like(self.mask, weight)
+        if self.mask is not None and not self.lost and not self.unfinished:
+            return self.mask_of(weight)
         return self.ranked(weight.detach().to(self.seen_dtype), self.end)
 
+    @torch.no_grad()
     def choose_mask(self, weight: Tensor) -> None:
-        """Store the mask that `weight` has now."""
-        self.mask, self.age = self.ranked(weight.detach(), self.phase).contiguous(), 0
+        """Store the mask that `weight` has now, in place, so that compiled graphs find it. Weights that are spread over
+        processes are gathered for it."""
+        full = full_tensor(weight.detach())
+        mask = self.method.mask(self.method.score(full, self.state), self.phase)
+        if self.mask is None:
+            self.mask = mask.contiguous()
+        else:
+            self.mask.copy_(placed_like(mask, self.mask))
+        self.age, self.lost = 0, False
+        self.belongs_to(weight)
+
+    def belongs_to(self, weight: Tensor) -> None:
+        """The stored mask is right for what the weight is now."""
+        self._chosen_at = 0 if weight.is_inference() else weight._version
+
+    def follow_average(self, weight: Tensor) -> None:
+        """Choose the stored mask of a copy anew whose weight somebody changed: that of an average, in which nobody
+        counts steps. One that is chosen only once stays."""
+        copied = self.cache.copied and bool(self.schedule.refresh_every)
+        if not copied or torch.compiler.is_compiling() or type(weight) is not nn.Parameter or weight.is_inference():
+            return
+        if weight._version != self._chosen_at:
+            self.choose_mask(weight)
+
+    def _make_anew(self, weight: Tensor) -> None:
+        """Store the mask and the state that belong to the weight, after those there were are lost."""
+        for name, tensor in self.restart(full_tensor(weight.detach())).items():
+            setattr(self, self.buffers_saved.get(name, name), tensor)
+        self.belongs_to(weight)
 
     # --- the forward pass ------------------------------------------------------------------------------------------
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.seen_dtype != weight.dtype:
             self.seen_dtype = weight.dtype
+        if self.lost and self.cache.is_running:
+            self._make_anew(weight)
         return self.cache.once(self, weight, self.effective)
 
     def effective(self, weight: Tensor) -> Tensor:
         """The weight that the layer multiplies with, computed afresh."""
         if not self.method.sparse:
             return weight
+        if not torch.compiler.is_compiling() and is_traced():
+            return self._traced(weight)
         if self.is_fused(weight):
             return straight_through([weight], self.phase.pattern, [self.phase.axis])[0]
         mask = self.mask_of(weight)
         if self.reuses_mask:
             self.cache.remember(self, weight, mask)
         if not self.method.elementwise:
-            self._check_whole_groups(weight)
+            check_whole_groups(weight, self.method, self.phase)
         phase, state = self.phase, self.state
         return elementwise(lambda w, m: masked(self.method, w, m, phase, state), weight, mask)
+
+    def _traced(self, weight: Tensor) -> Tensor:
+        """What `torch.jit.trace` records, which runs where this package is not: the mask of now, and the formula."""
+        if self.training and weight.requires_grad:
+            warnings.warn(
+                "a trace of a sparsified model keeps the masks of now, and gradients reach only what they keep: train "
+                "the model itself, and trace it in eval mode or after ow.finalize",
+                stacklevel=2,
+            )
+        with untraced():
+            mask = self.mask_of(weight).clone()
+        return self.method.forward(weight, mask, self.phase, self.state)
 
     def is_fused(self, weight: Tensor) -> bool:
         """Whether a kernel does the forward in one pass, mask included: it is that of every method."""
@@ -137,43 +218,46 @@ class Masked(nn.Module):
         if not self.method.sparse:
             return weight
         if not self.method.elementwise:
-            self._check_whole_groups(weight)
+            check_whole_groups(weight, self.method, self.phase)
         state = self.state
         return elementwise(lambda w, m: self.method.fold(w, m, self.end, state), weight, self.mask_at_end(weight))
 
-    def _check_whole_groups(self, weight: Any) -> None:
-        if cuts_groups(weight, self.phase.axis, self.phase.pattern.m):
-            raise ValueError(
-                f"{self.method} needs whole groups of {self.phase.pattern.m}, and sharding {weight.placements} of a "
-                f"weight {tuple(weight.shape)} cuts them apart: shard along another axis, or take another method"
-            )
-
     # --- the optimizer step ----------------------------------------------------------------------------------------
 
-    def add_decay(self, weight: Tensor, scale: Tensor | None = None) -> None:
-        """gradient += decay * weight where the mask of the forward prunes, in place; the sum's second half times
+    def add_decay(self, weight: Tensor, rate: float, scale: Tensor | None = None) -> None:
+        """gradient += rate * weight where the mask of the forward prunes, in place; the sum's second half times
         `scale` where the gradient is scaled."""
         gradient: Any = weight.grad
         reused = self.cache.recall(self, weight)
         mask = self.mask_of(weight) if reused is None else reused
-        decayed = elementwise(lambda w, m: apply_mask(w, ~m).mul_(self.method.decay), weight, mask)
+        decayed = elementwise(lambda w, m: apply_mask(w, ~m).mul_(rate), weight, mask)
         gradient.add_(decayed if scale is None else decayed.mul_(scale.to(decayed.device)))
 
     @torch.no_grad()
     def count_step(self, weight: Tensor) -> None:
-        """An optimizer step is done: the schedule goes on, and a stored mask that has served its time is chosen anew,
-        in place, so that compiled graphs find it. Weights that are spread over processes are gathered for it."""
+        """An optimizer step is done: the schedule goes on; a stored mask that has served its time is chosen anew."""
         schedule, pattern = self.schedule, self.phase.pattern
         if schedule.steps:
             self.go_to(self.step + 1)
         if self.mask is None or not schedule.counts_steps:
             return
+        if self.lost:
+            self._make_anew(weight)
         self.age += 1
         if self.phase.pattern != pattern or 0 < (schedule.refresh_every or 0) <= self.age:
-            full = full_tensor(weight.detach())
-            mask = self.method.mask(self.method.score(full, self.state), self.phase)
-            self.mask.copy_(placed_like(mask, self.mask))
-            self.age = 0
+            self.choose_mask(weight)
+
+    @torch.no_grad()
+    def change_pattern(self, pattern: Pattern, weight: Tensor | None) -> None:
+        """Go on at another pattern, where the schedule is; what is stored is made anew from the weight, or, without
+        one, left to whoever loads it."""
+        self.end, self.changed = replace(self.end, pattern=pattern), True
+        self.go_to(self.step)
+        if weight is not None:
+            for name, tensor in self.method.state(full_tensor(weight.detach()), self.end).items():
+                self.state[name].copy_(tensor)
+            if self.mask is not None:
+                self.choose_mask(weight)
 
     def go_to(self, step: int) -> None:
         """Set the schedule to where it is after so many optimizer steps. While the pattern stays and the mask decays,
@@ -192,26 +276,39 @@ class Masked(nn.Module):
 
     @property
     def buffers_saved(self) -> dict[str, str]:
-        """What is saved beside the weight: what follows its name in a state dict -> the buffer here."""
-        masks = {} if self.mask is None else {"mask": "mask"}
-        return masks | {name: f"state_{name}" for name in self.state_names}
+        """Buffers saved beside the weight: what follows its name in a state dict -> the buffer here."""
+        return {name: f"state_{name}" for name in self.state_names}
 
     @property
-    def counters_saved(self) -> dict[str, int]:
-        """The same of the counters."""
+    def others_saved(self) -> dict[str, Tensor]:
+        """The same of what is no buffer: the mask, the counters, and the pattern once it was changed."""
         schedule = self.schedule
-        ages = {"mask_age": self.age} if self.mask is not None and schedule.refresh_every else {}
-        return ages | ({"step": self.step} if schedule.steps else {})
+        masks = {} if self.mask is None else {"mask": self.mask.detach()}
+        ages = {"mask_age": torch.tensor(self.age)} if self.mask is not None and schedule.refresh_every else {}
+        steps = {"step": torch.tensor(self.step)} if schedule.steps else {}
+        pattern = self.end.pattern
+        return masks | ages | steps | ({"pattern": torch.tensor([pattern.n, pattern.m])} if self.changed else {})
 
     def saved(self) -> dict[str, Tensor]:
         """Everything that is saved beside the weight, by what follows its name."""
-        buffers: dict[str, Tensor] = {key: getattr(self, name) for key, name in self.buffers_saved.items()}
-        return buffers | {key: torch.tensor(number) for key, number in self.counters_saved.items()}
+        return {key: getattr(self, name) for key, name in self.buffers_saved.items()} | self.others_saved
+
+    def take_mask(self, mask: Tensor, assign: bool) -> None:
+        """The stored mask of a state dict, in place of the one here. Raises ValueError where it has another shape."""
+        assert self.mask is not None
+        if mask.shape != self.mask.shape:
+            raise ValueError(f"found shape {tuple(mask.shape)}, needed {tuple(self.mask.shape)}")
+        if not mask.is_meta and (problem := too_dense(full_tensor(mask), self.phase.pattern, self.phase.axis)):
+            raise ValueError(f"{problem}: call ow.change_pattern, or sparsify, at the pattern of the checkpoint first")
+        if assign:
+            self.mask = mask.detach().bool()
+        else:
+            self.mask.copy_(placed_like(mask, self.mask))
 
     def restart(self, weight: Tensor) -> dict[str, Tensor]:
         """Begin anew with another dense weight, and return the mask and state that belong to it, by what follows its
         name in a state dict."""
-        self.age = 0
+        self.age, self.lost = 0, False
         self.go_to(0)
         state = dict(self.method.state(weight, self.end))
         return state if self.mask is None else {**state, "mask": self.ranked(weight, self.phase, state)}
@@ -220,26 +317,3 @@ class Masked(nn.Module):
         parts = [str(self.end.pattern), str(self.method), str(self.end.axis)]
         parts += [f"output_axis {self.end.output_axis}"] if self.end.output_axis else []
         return ", ".join(parts + ([self.unfinished] if self.unfinished else []))
-
-
-@dataclass
-class Stepped:
-    """A weight as the hooks of a method see it (`openwork.methods.method.TrainedWeight`)."""
-
-    masked: Masked
-    weight: Tensor
-
-    @property
-    def state(self) -> State:
-        return self.masked.state
-
-    @property
-    def step(self) -> int:
-        return self.masked.step
-
-    @step.setter
-    def step(self, step: int) -> None:
-        self.masked.go_to(step)
-
-    def mask(self) -> Tensor:
-        return self.masked.mask_of(self.weight)

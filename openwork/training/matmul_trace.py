@@ -1,16 +1,20 @@
 """Watch which weights really reach a matrix multiplication, and what each costs.
 
 A dispatch mode sees every operator below the modules, whatever path led there: fused attention, functional calls,
-weights kept in stale lists. Weights are recognized by their storage, and followed through casts and arithmetic.
+weights kept in stale lists. Every tensor is one of three: data, in which the example had a part; a constant, computed
+from parameters, buffers and tensors that were there before, recognized by their storage; or generated in this forward
+from nothing but shapes and random numbers. A constant is followed through whatever is computed of it, other products
+too, until it meets data in a product.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +22,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.weak import WeakIdRef
 
+from openwork.nm.groups import Axis
+from openwork.training.operands import Product, is_product, name_of, products
 from openwork.training.parametrize import plain_name, sparse_weights, weight_name
+from openwork.training.traces import CONSTANT, DATA, VECTOR, Trace, Traced, after, is_activation
 from openwork.utils.example import quiet, run
 from openwork.utils.torch_private import TorchDispatchMode, tree_leaves
 
@@ -32,159 +40,197 @@ def flop_formulas() -> dict[Any, Any]:
     return flop_registry
 
 
-# Operators that multiply matrices, under the names that reach a dispatch mode.
-_MATMULS = {
-    "mm",
-    "addmm",
-    "_addmm_activation",
-    "bmm",
-    "baddbmm",
-    "mv",
-    "addmv",
-    "convolution",
-    "linear",
-    "mkldnn_linear",
-    "mkldnn_rnn_layer",
-    "_cudnn_rnn",
-    "_int_mm",
-    "_scaled_mm",
-    "_grouped_mm",
-    "_native_multi_head_attention",
-    "_transformer_encoder_layer_fwd",
-}
-_LOOKUPS = {"embedding", "gather", "index", "index_select"}  # their first tensor is a table of whole rows
+_SUMS = {"sum", "mean"}
+_FOLLOWED = ("aten", "prim", "prims", "torchvision", "torchaudio", "openwork")  # the others are somebody's own
 
 
 @dataclass(frozen=True)
 class Operand:
-    """One weight-like operand of one matmul. `names`: the parameters it comes from; none if it is unknown.
-
-    `inside` is the innermost module that ran then. An operand that shares the storage of a parameter or of a masked
-    weight is given as that whole tensor.
-    """
+    """One constant operand of a product. `names`: the parameters and buffers it comes from; none of a tensor that is
+    none of them. `axes`: those that the product sums over."""
 
     names: frozenset[str]
-    tensor: Tensor
-    inside: str
-
-
-def watch(model: nn.Module, example: Any, visit: Callable[[Operand], None]) -> None:
-    """Run `model` on `example` in eval mode without gradients, and show `visit` each weight that is multiplied."""
-    tensors = {weight_name(name): tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    watcher = _Watcher(tensors, example, visit)
-    with quiet(model), watcher.hooks(model), watcher:
-        run(model, example)
-
-
-def count_macs(model: nn.Module, example: Any, weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Multiply-adds of one forward pass by the name of the weight, and under "" those of no weight in `weights`."""
-    counter = _Watcher(weights, example, None)
-    with quiet(model), _without_fused_kernels(), counter:
-        run(model, example)
-    return dict(counter.macs)
+    tensor: Tensor | None
+    axes: tuple[Axis, ...]
 
 
 @dataclass(frozen=True)
-class _Trace:
-    """What is known of the tensors in one storage: the parameters they come from, the parameter or masked weight
-    that they are, and whether the example or a matmul had a part in them."""
+class Multiplied:
+    """A product with constant operands. `inside` is the innermost module that ran then; `with_data` says that data
+    has a part in it, else it makes one constant of others. `tensor` is None of an operand that cannot be read."""
 
-    names: frozenset[str] = frozenset()
-    whole: Tensor | None = None
-    from_example: bool = False
-    from_matmul: bool = False
+    operator: str
+    inside: str
+    operands: tuple[Operand, ...]
+    with_data: bool = True
 
 
-_UNKNOWN = _Trace()
+Visit = Callable[[Multiplied], None]
+
+
+def watch(model: nn.Module, example: Any, visit: Visit) -> None:
+    """Run `model` on `example` in eval mode without gradients, and show `visit` each product of a constant."""
+    watcher = _Watcher(_constants(model, {}), example, visit)
+    with quiet(model), _uncompiled(), watcher.hooks(model), watcher:
+        run(model, example)
+
+
+def count_macs(
+    model: nn.Module, example: Any, weights: Mapping[str, Tensor], visit: Visit | None = None
+) -> dict[str, int]:
+    """Multiply-adds of one forward pass by the name of the weight, and under "" those of no weight in `weights`.
+    `visit` is shown each product of a constant as by `watch`."""
+    constants = _constants(model, {id(weight): name for name, weight in weights.items()})
+    counter = _Watcher(constants, example, visit, frozenset(weights))
+    with quiet(model), _uncompiled(), _without_fused_kernels(), counter.hooks(model), counter:
+        run(model, example)
+    counted = {name: macs for name, macs in counter.macs.items() if name in weights}
+    return counted | {"": counter.macs.total() - sum(counted.values())}
+
+
+def _constants(model: nn.Module, names: Mapping[int, str]) -> list[tuple[str, Tensor]]:
+    """Every parameter and buffer, under its name in `names` by its id, or that in the plain model."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return [(names.get(id(tensor)) or weight_name(name), tensor) for name, tensor in tensors]
 
 
 class _Watcher(TorchDispatchMode):
-    def __init__(self, weights: Mapping[str, Tensor], example: Any, visit: Callable[[Operand], None] | None):
+    def __init__(
+        self,
+        weights: list[tuple[str, Tensor]],
+        example: Any,
+        visit: Visit | None,
+        counted: frozenset[str] = frozenset(),
+    ):
         super().__init__()
+        self.counted = counted
         self.visit = visit
         self.macs: Counter[str] = Counter()
-        self.traces: dict[Hashable, _Trace] = {}
+        self.traces: dict[Hashable, Trace] = {}
         self.stack: list[str] = [""]
+        for name, weight in weights:
+            own = Trace(True, names=frozenset([name])) if weight.ndim >= 2 else VECTOR  # vectors are no candidates
+            self.traces[storage_key(weight)] = own | self.traces.get(storage_key(weight), own)
         for tensor in _tensors(dict(example) if isinstance(example, Mapping) else example):
-            self.traces[_storage(tensor)] = _Trace(from_example=True)
-        for name, weight in weights.items():
-            self.traces[_storage(weight)] = _Trace(frozenset([name]), weight)
+            self.traces[storage_key(tensor)] = DATA
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = func._overloadpacket.__name__
-        counted = name in _MATMULS or func._overloadpacket in flop_formulas()
+        counted = is_product(func) or func._overloadpacket in flop_formulas()
         if not counted and func is not torch.ops.prim.device.default:
-            decomposed = func.decompose(*args, **kwargs)
+            with self:
+                decomposed = func.decompose(*args, **kwargs)
             if decomposed is not NotImplemented:
                 return decomposed
+        operands = [(tensor, self._trace(tensor)) for tensor in _tensors((args, kwargs))]
+        if self.visit:
+            self._show(func, args, kwargs, operands)
         out = func(*args, **kwargs)
-        operands = [(tensor, self.traces.get(_storage(tensor), _UNKNOWN)) for tensor in _tensors((args, kwargs))]
-        if name in _MATMULS and self.visit:
-            self._show(operands)
         self._count(func._overloadpacket, args, kwargs, out, operands)
-        self._follow(name, operands, out)
+        self._follow(func, args, operands, out, counted)
         return out
 
-    def _show(self, operands: list[tuple[Tensor, _Trace]]) -> None:
-        assert self.visit
-        for tensor, trace in operands:
-            if tensor.ndim >= 2 and (trace.names or not (trace.from_example or trace.from_matmul)):
-                whole = tensor if trace.whole is None else trace.whole
-                self.visit(Operand(trace.names, whole, self.stack[-1]))
+    def _trace(self, tensor: Tensor) -> Trace:
+        """What is known of a tensor; one that no operator made was there before."""
+        known = self.traces.get(storage_key(tensor))
+        if known is None:
+            return CONSTANT if tensor.ndim >= 2 else VECTOR
+        return known
 
-    def _count(self, packet: Any, args: Any, kwargs: Any, out: Any, operands: list[tuple[Tensor, _Trace]]) -> None:
+    def _show(self, func: Any, args: Any, kwargs: Any, operands: Traced) -> None:
+        name = name_of(func)
+        for product in products(func, args, kwargs):
+            self._show_product(name, product)
+        if name in _SUMS and operands[0][1].scaled:
+            tensor, trace = operands[0]
+            dims = args[1] if len(args) > 1 and args[1] is not None else range(tensor.ndim)
+            axes = tuple(Axis(dim % tensor.ndim) for dim in ([dims] if isinstance(dims, int) else dims))
+            self._visit(name, [Operand(trace.names, tensor, axes)])
+        if func.namespace not in _FOLLOWED:
+            self._show_unknown(func, args, operands)
+
+    def _show_product(self, name: str, product: Product) -> None:
+        traced = [(factor, self._trace(factor.tensor)) for factor in product]
+        fixed = [(factor, trace) for factor, trace in traced if trace.constant and not is_activation(factor, trace)]
+        weights = [(factor, trace) for factor, trace in fixed if not trace.vector]
+        if weights:
+            with_data = len(fixed) < len(traced) or any(trace.meets_data for _, trace in weights)
+            operands = [Operand(trace.names, factor.tensor, factor.axes) for factor, trace in weights]
+            self._visit(name, operands, with_data or len(product) == 1)
+
+    def _show_unknown(self, func: Any, args: Any, operands: Traced) -> None:
+        """An operator of another library, which may multiply what it is given; one of torch's with packed weights."""
+        if not any(trace.from_example for _, trace in operands):
+            return
+        packed = [_unpacked(each) for each in args if isinstance(each, torch.ScriptObject)]
+        found = [Operand(frozenset(), each, (Axis(1),)) for each in packed]
+        found += [Operand(trace.names, None, ()) for tensor, trace in operands if trace.constant and tensor.ndim >= 2]
+        for operand in found:
+            self._visit(str(func._overloadpacket), [operand])
+
+    def _visit(self, name: str, operands: list[Operand], with_data: bool = True) -> None:
+        assert self.visit
+        self.visit(Multiplied(name, self.stack[-1], tuple(operands), with_data))
+
+    def _count(self, packet: Any, args: Any, kwargs: Any, out: Any, operands: Traced) -> None:
         macs = _macs(packet, args, kwargs, out)
         if macs:
-            weights = [trace.names for tensor, trace in operands if tensor.ndim >= 2 and not trace.from_example]
+            weights = [
+                trace.names & self.counted
+                for tensor, trace in operands
+                if tensor.ndim >= 2 and not (trace.made or trace.meets_data)
+            ]
             single = [name for names in weights if len(names) == 1 for name in names]
             self.macs[single[-1] if single else ""] += macs  # the last: the data may be a parameter too
 
-    def _follow(self, name: str, operands: list[tuple[Tensor, _Trace]], out: Any) -> None:
-        """Trace what is computed. Casts, sums and selections of weights are traced to their names; what a matmul
-        made, or the example had a part in, is data."""
-        traces = [trace for _, trace in operands]
-        from_example = any(trace.from_example for trace in traces)
-        from_matmul = name in _MATMULS or any(trace.from_matmul for trace in traces)
+    def _follow(self, func: Any, args: Any, operands: Traced, out: Any, is_product: bool) -> None:
+        """Trace what is computed. Views are in a storage that is known; what an operator writes to is what it was
+        and what was written."""
+        written = {
+            storage_key(value)
+            for value, argument in zip(args, func._schema.arguments, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor)
+        }
         for result in _tensors(out):
-            key = _storage(result)
-            if not self.traces.get(key, _UNKNOWN).names:
-                names = _names_after(name, operands, result, from_example)
-                self.traces[key] = _Trace(names, None, from_example, from_matmul)
+            key = storage_key(result)
+            if key in written or key not in self.traces:
+                self.traces[key] = after(name_of(func), operands, is_product)
 
     @contextlib.contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
-        """Keep track of the module that runs, and recognize what the masked weights hand out.
+        """Keep track of the module that runs and of what it is given, and recognize what the masked weights hand out.
 
         The hooks are global ones: hooks on its modules keep an encoder layer from its fast path.
         """
         names = {module: plain_name(name) for name, module in model.named_modules()}
         masked: dict[nn.Module, str] = {sparse.masked: sparse.name for sparse in sparse_weights(model)}
+        lists = [module for module in model.modules() if isinstance(module, ParametrizationList)]
+        of_weights = {inner for each in lists for inner in each.modules()}
 
-        def before(module: nn.Module, _: Any) -> None:
+        def enter(module: nn.Module, args: Any) -> None:
             self.stack.append(names.get(module, self.stack[-1]))
+            if module not in of_weights:
+                for tensor in _tensors(args):
+                    trace = self._trace(tensor)
+                    if trace.constant:
+                        self.traces[storage_key(tensor)] = replace(trace, fed=True)
 
-        def after(module: nn.Module, _: Any, out: Any) -> None:
+        def leave(module: nn.Module, _: Any, out: Any) -> None:
             self.stack.pop()
             if module in masked and isinstance(out, Tensor):  # it is not where the forward failed
-                self.traces[_storage(out)] = _Trace(frozenset([masked[module]]), out)
+                self.traces[storage_key(out)] = Trace(True, names=frozenset([masked[module]]))
 
-        with register_module_forward_pre_hook(before), register_module_forward_hook(after, always_call=True):
+        with register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True):
             yield
 
 
-def _names_after(name: str, operands: list[tuple[Tensor, _Trace]], out: Tensor, from_example: bool) -> frozenset[str]:
-    """The parameters whose values an operator's result holds; none where it is data."""
-    known = [(tensor, trace.names) for tensor, trace in operands if trace.names]
-    if not known or name in _MATMULS:
-        return frozenset()
-    if name in _LOOKUPS:
-        return operands[0][1].names
-    of_weights = len(known) == len(operands)
-    like_a_weight = any(tensor.shape == out.shape and tensor.ndim >= 2 for tensor, _ in known)
-    if len(operands) > 1 and (from_example or not (of_weights or like_a_weight)):
-        return frozenset()
-    return frozenset().union(*(names for _, names in known))
+def _unpacked(packed: Any) -> Tensor | None:
+    """The weight in an object of torch's quantized layers; None where it gives none."""
+    try:
+        weight = packed.unpack()[0]
+    except (AttributeError, RuntimeError, TypeError, IndexError):
+        return None
+    return weight if isinstance(weight, Tensor) else None
 
 
 def _macs(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
@@ -200,7 +246,7 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _storage(tensor: Tensor) -> Hashable:
+def storage_key(tensor: Tensor) -> Hashable:
     """What equals for tensors of one memory, and never for those of a memory that was freed and taken again."""
     if tensor.layout != torch.strided or tensor.is_mkldnn:
         return WeakIdRef(tensor)
@@ -219,3 +265,14 @@ def _without_fused_kernels() -> Iterator[None]:
                 yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Compiled functions run as they were written, where the operators can be seen. Since torch 2.6."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    if stance is None or "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with stance("force_eager"):
+        yield

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
+
+from openwork.training.parametrize import weight_name
 
 
 def check_supported(optimizer: Optimizer) -> None:
@@ -52,13 +55,38 @@ def _refuse_deepspeed(optimizer: Any) -> None:
         )
 
 
-def check_fitting_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Refuse a saved state that fits the parameters in another order: sparsify changes their order.
+def replaced(optimizer: Optimizer, before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
+    """The names of weights of which the optimizer holds what they were before, and not what they are now."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [name for name, old in before.items() if id(old) in held and name in now and id(now[name]) not in held]
 
-    Tensors of other shapes (LBFGS flattens, Adafactor factors, 8-bit optimizers cut into blocks) are left to torch.
-    """
+
+def check_own_state(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose state was loaded from one that had the parameters in another order."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    _check_shapes([tuple(p.shape) for p in parameters], [optimizer.state.get(p, {}) for p in parameters])
+
+
+def check_fitting_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Refuse a saved state that fits the parameters in another order: sparsify changes their order."""
+    for group, saved_group in zip(optimizer.param_groups, state["param_groups"], strict=False):
+        _check_names(group.get("param_names", ()), saved_group.get("param_names", ()))
     shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
     saved = [state["state"].get(index, {}) for group in state["param_groups"] for index in group["params"]]
+    _check_shapes(shapes, saved)
+
+
+def _check_names(names: Sequence[str], saved: Sequence[str]) -> None:
+    """Where both optimizers were built from named parameters, the names tell, whatever the shapes."""
+    pairs = [(weight_name(name), weight_name(other)) for name, other in zip(names, saved, strict=False)]
+    wrong = next(((name, other) for name, other in pairs if name != other), None)
+    if wrong and Counter(name for name, _ in pairs) == Counter(other for _, other in pairs):
+        raise ValueError(f"the optimizer state of {wrong[1]} stands where {wrong[0]} does: {_REMEDY}")
+
+
+def _check_shapes(shapes: Sequence[tuple[int, ...]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Tensors of other shapes (LBFGS flattens, Adafactor factors, 8-bit optimizers cut into blocks) are left to
+    torch."""
     for key in {key: None for values in saved for key in values}:
         tensors = {i: values[key] for i, values in enumerate(saved) if isinstance(values.get(key), Tensor)}
         stored = {i: tuple(tensor.shape) for i, tensor in tensors.items() if tensor.ndim and i < len(shapes)}
@@ -66,6 +94,12 @@ def check_fitting_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         if wrong and Counter(stored.values()) <= Counter(shapes):
             raise ValueError(
                 f"optimizer state {key!r} of parameter {wrong[0]} has shape {stored[wrong[0]]}, the parameter "
-                f"{shapes[wrong[0]]}: build the optimizer after ow.sparsify, in the run that saves and in "
-                "the run that loads (sparsify changes the order of the parameters)"
+                f"{shapes[wrong[0]]}: {_REMEDY}"
             )
+
+
+_REMEDY = (
+    "build the optimizer after ow.sparsify, in the run that saves and in the run that loads (sparsify changes the "
+    "order of the parameters); to go on with the state of a dense run, build the optimizer on the dense model, load "
+    "both states, and then call ow.sparsify and ow.attach"
+)

@@ -10,16 +10,19 @@ the dense names in checkpoints. Kept apart from `torch.nn.utils.parametrize`:
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
+from openwork.nm.pattern import Pattern
 from openwork.training.dtensor import is_sharded, placed_like
 from openwork.training.masked import Masked
 from openwork.training.shared_class import plain_class, shared_class
@@ -36,6 +39,8 @@ def mask_weights(module: nn.Module, masked: dict[str, Masked]) -> None:
     original_class: Any = type(module)
     for name, parametrization in masked.items():
         parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+        parametrizations: Any = module.parametrizations
+        parametrizations[name].__class__ = MaskedSteps
     module.__class__ = shared_class(original_class, tuple(masked))
     module.__dict__.pop("_flat_weights", None)  # the shared class of an RNN has it as a property
     hooks = (
@@ -44,6 +49,40 @@ def mask_weights(module: nn.Module, masked: dict[str, Masked]) -> None:
         module.register_load_state_dict_post_hook(_report_dense_names),
     )
     module.__dict__["_openwork"] = (order, hooks)
+
+
+class MaskedSteps(parametrize.ParametrizationList):
+    """The mask of a weight, and what others register on top of it."""
+
+    __module__ = parametrize.ParametrizationList.__module__  # torch.fx calls torch's own modules as they are
+
+    def append(self, module: nn.Module) -> MaskedSteps:
+        wanted = [
+            each
+            for each in inspect.signature(module.forward).parameters.values()
+            if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD) and each.default is each.empty
+        ]
+        if len(wanted) != 1:
+            raise RuntimeError(
+                f"{type(module).__name__} makes a weight of {len(wanted)} tensors, and a sparsified layer has one: "
+                "register it before ow.sparsify, which masks the direction of weight_norm and leaves others alone"
+            )
+        super().append(module)
+        return self
+
+    def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
+        masked: Any = self[0]
+        masked.follow_average(self.original)
+        return _empty_steps, (), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        masked: Any = self[0]
+        masked.belongs_to(self.original)  # torch's versions begin at 0 in a copy, at 1 from a file
+
+
+def _empty_steps() -> nn.Module:
+    return MaskedSteps.__new__(MaskedSteps)
 
 
 def unmask_weights(module: nn.Module) -> None:
@@ -76,9 +115,9 @@ def masked_weights(module: nn.Module) -> list[tuple[str, Masked, nn.Parameter]]:
     return [(name, steps[0], steps.original) for name, steps in parametrizations.items()]
 
 
-def masked_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The (name, module) of every module in `model` that holds masked weights."""
-    for name, module in model.named_modules():
+def masked_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The (name, module) of every module in `model` that holds masked weights, once or under `every_name`."""
+    for name, module in model.named_modules(remove_duplicate=not every_name):
         if "_openwork" in module.__dict__:
             yield plain_name(name), module
 
@@ -93,11 +132,16 @@ class SparseWeight(NamedTuple):
     weight: nn.Parameter
 
 
-def sparse_weights(model: nn.Module) -> Iterator[SparseWeight]:
-    """Every masked weight in `model`, in the order of its modules."""
-    for name, module in masked_modules(model):
-        for tensor_name, masked, weight in masked_weights(module):
-            yield SparseWeight(join(name, tensor_name), module, tensor_name, masked, weight)
+def sparse_weights(model: nn.Module, *, every_name: bool = False) -> Iterator[SparseWeight]:
+    """Every masked weight in `model`, in the order of its modules: once, or under `every_name` that it has."""
+    for name, module in masked_modules(model, every_name=every_name):
+        yield from sparse_weights_of(name, module)
+
+
+def sparse_weights_of(name: str, module: nn.Module) -> Iterator[SparseWeight]:
+    """Those of one module, which has this name in the plain model."""
+    for tensor_name, masked, weight in masked_weights(module):
+        yield SparseWeight(join(name, tensor_name), module, tensor_name, masked, weight)
 
 
 def trained_weights(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[SparseWeight]:
@@ -125,7 +169,11 @@ def weight_name(name: str) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's model inside DDP, `torch.compile`, `AveragedModel`: wrappers have it as their only child."""
+    """The user's model inside DDP, `torch.compile`, `AveragedModel`: wrappers have it as their only child. Raises
+    TypeError for what is no model."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"found {what} where the model is needed, a torch.nn.Module")
     while isinstance(model, _WRAPPERS) or "_orig_mod" in model._modules:
         model = next(model.children())
     return model
@@ -143,17 +191,36 @@ def _to_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, _: ob
     for inside, outside in _renamed(module, prefix):
         if inside in state:
             state[outside] = state.pop(inside)
-    for name, masked, _weight in masked_weights(module):
-        state |= {f"{prefix}{name}_{key}": torch.tensor(count) for key, count in masked.counters_saved.items()}
+    for name, masked, weight in masked_weights(module):
+        masked.follow_average(weight)
+        state |= {f"{prefix}{name}_{key}": tensor for key, tensor in masked.others_saved.items()}
+        if masked.lost and masked.mask is not None:
+            state[f"{prefix}{name}_mask"] = masked.mask_of(weight)
     order = [prefix + name for name in module.__dict__["_openwork"][0]]
     rest = [name for name in state if name.startswith(prefix) and name not in order]
     for name in [name for name in order if name in state] + rest:
         state[name] = state.pop(name)
 
 
-def _from_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    for name, masked, _weight in masked_weights(module):
+def _from_dense_names(
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    strict: bool,
+    missing: list[str],
+    _: object,
+    errors: list[str],
+) -> None:
+    assigns = bool(metadata.get("assign_to_params_buffers"))
+    for name, masked, weight in masked_weights(module):
+        masked.cache.forget(masked)
         _take_counters(masked, state, prefix + name)
+        if masked.mask is not None:
+            _take_mask(masked, state, f"{prefix}{name}_mask", assigns, missing if strict else [], errors)
+        if assigns and prefix + name in state and not torch.__future__.get_swap_module_params_on_conversion():
+            masked.replaced = ref(weight)
+            Masked.assignments += 1
     for inside, outside in _renamed(module, prefix):
         if outside in state:
             state[inside] = state.pop(outside)
@@ -163,15 +230,31 @@ def _from_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, *_:
             state[inside] = placed_like(state[inside], weight)
 
 
+def _take_mask(
+    masked: Masked, state: dict[str, Any], key: str, assigns: bool, missing: list[str], errors: list[str]
+) -> None:
+    if key not in state:
+        missing.append(key)
+        return
+    try:
+        with torch.no_grad():
+            masked.take_mask(state.pop(key), assigns)
+    except ValueError as error:
+        errors.append(f"{key}: {error}")
+
+
 def _take_counters(masked: Masked, state: dict[str, Any], name: str) -> None:
     """Take the counters of one weight out of a state dict. One that has the weight but nothing of what is kept beside
     it is dense: then training begins anew."""
-    keys = masked.buffers_saved
+    keys = [*masked.buffers_saved, *(["mask"] if masked.mask is not None else [])]
     if name in state and keys and not any(f"{name}_{key}" in state for key in keys):
         kind = "fixed" if masked.method.schedule.refresh_every is None else "stored"
         what = f"{kind} masks were chosen anew" if masked.mask is not None else "what the method keeps was made anew"
         warnings.warn(f"the checkpoint is dense: {what}, from its weights", stacklevel=3)
         state |= {f"{name}_{key}": tensor for key, tensor in masked.restart(state[name]).items()}
+    masked.lost = masked.lost and f"{name}_mask" not in state
+    if (pattern := state.pop(f"{name}_pattern", None)) is not None:
+        masked.change_pattern(Pattern(*pattern.tolist()), None)
     if (age := state.pop(f"{name}_mask_age", None)) is not None:
         masked.age = int(age)
     step = int(state.pop(f"{name}_step", 0))  # of a method without a running schedule it means nothing
@@ -179,6 +262,8 @@ def _take_counters(masked: Masked, state: dict[str, Any], name: str) -> None:
         masked.go_to(step)
 
 
-def _report_dense_names(_: nn.Module, incompatible: Any) -> None:
+def _report_dense_names(module: nn.Module, incompatible: Any) -> None:
+    for _, masked, weight in masked_weights(module):
+        masked.belongs_to(weight)
     for names in incompatible:
         names[:] = [_ORIGINAL.sub(r"\1", name) for name in names]

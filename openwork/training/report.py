@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +38,8 @@ class Row:
 
     @property
     def density(self) -> float:
-        """Share of the weights that are kept, measured on the mask."""
-        return self.kept / self.weights
+        """Share of the weights that are kept, measured on the mask; 1 of a tensor without any."""
+        return self.kept / self.weights if self.weights else 1.0
 
     @property
     def macs_sparse(self) -> int | None:
@@ -58,11 +58,37 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Products:
+    """The products of one forward pass that have a weight, a buffer or another constant as an operand; those of data
+    with data are not among them. `sparse` and `dense` count them. What may be dense is named with the reason in
+    `declared`, and what was found in `allowed`."""
+
+    sparse: int
+    dense: int
+    declared: Mapping[str, str]
+    allowed: Mapping[str, str]
+
+    def lines(self, known: Collection[str] = ()) -> list[str]:
+        """The counts, and what is dense other than the `known`."""
+        parts = [f"{self.sparse + self.dense} products of weights and other constants", f"{self.sparse} sparse"]
+        parts += [f"{self.dense} dense"] if self.dense else []
+        others = {name: reason for name, reason in self.declared.items() if name not in known}
+        lines = ["; ".join(parts), *(f"  dense: {name} ({reason})" for name, reason in others.items())]
+        return lines + [
+            f"  dense, not accounted for but allowed: {name} ({found})" for name, found in self.allowed.items()
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+@dataclass(frozen=True)
 class Report:
     """What `sparsify`, `project` and `verify` found, weight by weight. `str()` is a table in plain text.
 
     `other_parameters` counts what is no candidate (biases, norms); `other_macs` the multiply-adds that no
-    candidate weight takes part in, such as attention's.
+    candidate weight takes part in, such as attention's. `products` is what `verify` saw multiplied, None where nothing
+    was run.
     """
 
     rows: tuple[Row, ...]
@@ -70,6 +96,7 @@ class Report:
     other_parameters: int = 0
     other_macs: int = 0
     notes: tuple[str, ...] = field(default=())
+    products: Products | None = None
 
     @property
     def sparse(self) -> dict[str, Pattern]:
@@ -127,7 +154,11 @@ class Report:
         return header + ["MACs"] * has_macs + ["reason"], [_cells(row, has_macs) for row in self.rows]
 
     def __str__(self) -> str:
-        return "\n".join([self.title, *aligned(*self.table()), self.summary, *self.notes])
+        return "\n".join([self.title, *aligned(*self.table()), *self._after_table()])
+
+    def _after_table(self) -> list[str]:
+        products = self.products.lines([row.name for row in self.rows]) if self.products else []
+        return [self.summary, *products, *self.notes]
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -137,7 +168,7 @@ class Report:
         table = Table(*header, title=self.title, title_justify="left")
         for cells in lines:
             table.add_row(*cells)
-        return Group(table, self.summary, *self.notes)
+        return Group(table, *self._after_table())
 
 
 def count(number: int) -> str:

@@ -1,8 +1,8 @@
 """Which weights can be sparse, along which axis, and why the others are left alone.
 
-A candidate is every floating-point parameter with two or more dims; to be stored or verified, one of int8 too. What a
-weight's reduction axis is follows from the module that owns it; a parameter of an unknown module needs
-`axis={glob: dim}`.
+A candidate is every parameter of two or more dims that holds real or complex numbers, or bytes, as quantized weights
+do: what of them cannot be sparse is told with its reason. What a weight's reduction axis is follows from the module
+that owns it; a parameter of an unknown module needs `axis={glob: dim}`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -22,8 +22,10 @@ from openwork.nm.pattern import Pattern
 from openwork.training.known_layers import known_axis, known_output_axis
 from openwork.training.parametrize import plain_name
 from openwork.training.selection import Selection, matches
+from openwork.training.weight_norm import LENGTHS, Factor, factors
 from openwork.utils.deployed import check_not_deployed
 from openwork.utils.names import join
+from openwork.utils.torch_private import is_traceable_wrapper_subclass
 
 TRAINED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # float8 has no arithmetic
 HELD = (*TRAINED, torch.int8)
@@ -36,7 +38,7 @@ class Candidate:
     one along which it is N:M as well, where masks are to be transposable.
 
     `aliases` are the further names of the weight. Where they are names of one module that has several, the weight can
-    be sparse; where other modules hold it (`tied`), it is left alone.
+    be sparse; where other modules hold it (`tied`), it is left alone. `factor`: what it is of a normalized weight.
     """
 
     module_name: str
@@ -49,6 +51,12 @@ class Candidate:
     reason: str = ""
     aliases: tuple[str, ...] = ()
     tied: bool = False
+    factor: Factor | None = None
+
+    @property
+    def product(self) -> tuple[nn.Module, str]:
+        """The layer that multiplies with it, and its name there."""
+        return (self.factor.layer, self.factor.weight) if self.factor else (self.module, self.tensor_name)
 
     @property
     def name(self) -> str:
@@ -56,7 +64,12 @@ class Candidate:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (self.name, *self.aliases)
+        """Every name that a glob may name it by; of a weight that is normalized its plain name as well."""
+        plain: tuple[str, ...] = ()
+        if self.factor:
+            layer = self.module_name.removesuffix(f"parametrizations.{self.factor.weight}").removesuffix(".")
+            plain = (join(layer, self.factor.weight),)
+        return (self.name, *self.aliases, *plain)
 
 
 def decide(model: nn.Module, selection: Selection, *, dtypes: Sequence[torch.dtype] = TRAINED) -> list[Candidate]:
@@ -65,16 +78,33 @@ def decide(model: nn.Module, selection: Selection, *, dtypes: Sequence[torch.dty
     Raises ValueError where a glob matches nothing, where `remainder` is "error" and M does not divide an axis, or where
     nothing is left to be sparse."""
     check_not_deployed(model, "finding the weights that can be sparse")
-    candidates = _candidates(model, dtypes)
+    candidates = _candidates(model)
+    if dtypes == HELD:
+        check_has_values(candidates)
     rules = _Rules(selection, tuple(dtypes))
     if candidates:
-        rules.check_globs([candidate.names for candidate in candidates])
+        buffers = [plain_name(name) for name, buffer in model.named_buffers() if buffer.ndim >= 2]
+        rules.check_globs([candidate.names for candidate in candidates], buffers)
     decided = [rules.decide(candidate) for candidate in candidates]
+    check_some_sparse(model, decided)
+    return decided
+
+
+def check_some_sparse(model: nn.Module, decided: list[Candidate]) -> None:
+    """Raises ValueError, with the reasons, where no weight is to be sparse."""
     if not any(candidate.pattern for candidate in decided):
         listed = [f"  {candidate.name}: {candidate.reason}" for candidate in decided]
         listed = listed or ["  it has no parameter of two dims or more"]
         raise ValueError("\n".join([f"{type(model).__name__} has no weight that can be sparse:", *listed]))
-    return decided
+
+
+def check_has_values(candidates: Sequence[Candidate]) -> None:
+    """Raises ValueError where a weight is on the meta device, where tensors hold nothing."""
+    for candidate in candidates:
+        if candidate.weight.is_meta:
+            raise ValueError(
+                f"{candidate.name} is on the meta device, where it has no values: load or initialize the model first"
+            )
 
 
 @dataclass(frozen=True)
@@ -82,9 +112,10 @@ class _Rules:
     selection: Selection
     dtypes: tuple[torch.dtype, ...]
 
-    def check_globs(self, names_of_each: list[tuple[str, ...]]) -> None:
+    def check_globs(self, names_of_each: list[tuple[str, ...]], buffers: list[str]) -> None:
+        """`exclude` may name buffers, so that `verify` lets them be multiplied."""
         names = [name for aliases in names_of_each for name in aliases]
-        _check_matches("exclude", self.selection.exclude, names)
+        _check_matches("exclude", self.selection.exclude, names + buffers)
         _check_matches("axis", self.selection.axis if isinstance(self.selection.axis, Mapping) else (), names)
         _check_matches("pattern", self.selection.patterns, names)
         deciding = {self._pattern_glob(aliases) for aliases in names_of_each}
@@ -110,7 +141,7 @@ class _Rules:
         shape = tuple(candidate.weight.shape)
         output_axis, reason = None, ""
         if self.selection.transposable:
-            output_axis, reason = known_output_axis(candidate.module, len(shape), axis)
+            output_axis, reason = known_output_axis(candidate.product[0], len(shape), axis)
         if reason:
             return dataclasses.replace(candidate, reason=reason)
         lengths = {"reduction": reduction_size(shape, axis)} | (
@@ -131,35 +162,55 @@ class _Rules:
     def _axis(self, candidate: Candidate) -> tuple[Axis | None, str]:
         if candidate.tied:
             return None, f"tied to {', '.join(candidate.aliases)}"
-        if isinstance(candidate.module, parametrize.ParametrizationList) or parametrize.is_parametrized(
-            candidate.module
-        ):
+        if candidate.factor and not candidate.factor.direction:
+            return None, f"{LENGTHS} of {candidate.factor.weight}: its mask lies on the direction"
+        other = isinstance(candidate.module, parametrize.ParametrizationList) and not candidate.factor
+        if other or parametrize.is_parametrized(candidate.module):
             return None, "its module is already parametrized"
-        if candidate.weight.dtype not in self.dtypes:
-            *others, last = (str(dtype).removeprefix("torch.") for dtype in self.dtypes)
-            return None, f"dtype {candidate.weight.dtype}: needed {', '.join(others)} or {last}"
+        if reason := _unfit(candidate.weight, self.dtypes):
+            return None, reason
         if isinstance(self.selection.axis, Mapping):
             for glob, dim in self.selection.axis.items():
                 if _any_matches(glob, candidate.names):
                     return _named_axis(candidate, dim), ""
-        axis, reason = known_axis(candidate.module, candidate.tensor_name)
+        axis, reason = known_axis(*candidate.product)
         return (Axis(flat=True), "") if axis and self.selection.axis == "kernel" else (axis, reason)
 
 
-def _candidates(model: nn.Module, dtypes: Sequence[torch.dtype]) -> list[Candidate]:
+def _candidates(model: nn.Module) -> list[Candidate]:
     """Every candidate once, under its first name; the others are its aliases."""
     candidates: dict[int, Candidate] = {}
+    normalized = factors(model)
     for module_name, module in model.named_modules(remove_duplicate=False):
         for tensor_name, weight in module._parameters.items():
             if weight is None:
                 continue
-            new = Candidate(plain_name(module_name), module, tensor_name, weight)
+            factor = normalized.get((id(module), tensor_name))
+            new = Candidate(plain_name(module_name), module, tensor_name, weight, factor=factor)
             _check_initialized(new)
             if id(weight) in candidates:
                 candidates[id(weight)] = _also_named(candidates[id(weight)], new)
-            elif (weight.is_floating_point() or weight.dtype in dtypes) and weight.ndim >= 2 and weight.numel():
+            elif weight.ndim >= 2 and not weight.is_nested and _holds_weights(weight):
                 candidates[id(weight)] = new
     return list(candidates.values())
+
+
+def _holds_weights(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex() or tensor.dtype in (torch.int8, torch.uint8)
+
+
+def _unfit(weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> str:
+    """Why the numbers of a weight cannot be masked; empty where they can."""
+    if not weight.numel():
+        return f"it holds no numbers: shape {tuple(weight.shape)}"
+    if weight.layout != torch.strided:
+        return f"layout {weight.layout}: needed an ordinary dense tensor"
+    if weight.dtype not in dtypes:
+        *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"dtype {weight.dtype}: needed {', '.join(others)} or {last}"
+    if dtypes == TRAINED and is_traceable_wrapper_subclass(weight):
+        return f"it is a {type(weight).__name__}, whose numbers are not its own: needed an ordinary tensor"
+    return ""
 
 
 def _also_named(first: Candidate, new: Candidate) -> Candidate:

@@ -19,7 +19,6 @@ from openwork.training.dtensor import is_sharded
 from openwork.training.foreach import masks_of, prune_ahead
 from openwork.training.forward_cache import ForwardCache
 from openwork.training.masked import Masked
-from openwork.training.matmul_trace import count_macs
 from openwork.training.optimizer_watch import OptimizerWatch
 from openwork.training.parametrize import (
     mask_weights,
@@ -31,9 +30,10 @@ from openwork.training.parametrize import (
 )
 from openwork.training.record import SparsityRecord, sparsity_records, unfinished_weights
 from openwork.training.report import Report, Row
-from openwork.training.select import Candidate, decide
+from openwork.training.select import Candidate, check_has_values, decide
 from openwork.training.selection import AxisChoice, PatternChoice, Remainder, Selection
 from openwork.training.shared_class import plain_class
+from openwork.training.try_masks import Tried, try_masks
 
 _ONLY_WATCHED = "ow.Dense masks nothing: the table says what its mask would keep"
 
@@ -52,7 +52,8 @@ def sparsify(
 
     `pattern`: "2:4" for all, or a mapping from globs to patterns; `exclude`, `axis` and `remainder` are those of
     `Selection`, which may stand in place of all four. `example`: one input (a tensor, a tuple of arguments or a dict of
-    keyword arguments), to count multiply-adds with.
+    keyword arguments), to count multiply-adds with, and to find weights that are multiplied as something else than they
+    are, such as standardized ones: their zeros would be in no product, so they stay dense.
 
     Nothing is excluded by default but what cannot be sparse. Call it after initialization and before `fully_shard`.
     Raises ValueError when nothing can be sparse, a glob matches nothing, or the model is sparse already.
@@ -71,20 +72,23 @@ def sparsify(
     if selection.transposable and not method.transposable:
         raise ValueError(f"transposable=True with {method}, whose masks are not; use ow.TransposableSRSTE()")
     decided = decide(model, dataclasses.replace(selection, transposable=method.transposable))
-    macs = count_macs(model, example, {c.name: c.weight for c in decided}) if example is not None else None
     title, cache = f"{type(model).__name__}, {method.name}", ForwardCache(prune_ahead)
     masked = {candidate.name: _masked(candidate, method, cache) for candidate in decided if candidate.pattern}
-    report = _report(model, decided, lambda name, weight: masked[name].mask_at_end(weight), macs, title)
+    masks = {name: each.mask_at_end for name, each in masked.items() if method.sparse}
+    excluded = tuple(selection.exclude)
+    tried = Tried(decided) if example is None else try_masks(model, example, decided, masks, excluded)
+    decided = tried.decided
+    masked = {candidate.name: masked[candidate.name] for candidate in decided if candidate.pattern}
+    report = report_on(model, decided, lambda name, weight: masked[name].mask_at_end(weight), tried.macs, title)
     _register(decided, masked)
-    weights = {candidate.name: (candidate.pattern, candidate.axis) for candidate in decided if candidate.pattern}
     hooks = (
         model.register_forward_pre_hook(cache.enter, prepend=True),
         model.register_forward_hook(cache.leave, always_call=True),
     )
-    output_axes = {candidate.name: candidate.output_axis for candidate in decided if candidate.output_axis}
     watch = OptimizerWatch(model, method)
-    model.__dict__["_openwork_record"] = SparsityRecord(weights, method, cache, watch, hooks, output_axes)
-    return dataclasses.replace(report, notes=_notes(model, method))
+    dense = {candidate.name: candidate.reason for candidate in decided if not candidate.pattern}
+    model.__dict__["_openwork_record"] = SparsityRecord(masked, method, cache, watch, hooks, dense, excluded)
+    return dataclasses.replace(report, notes=(*notes_on(model, method), *tried.notes))
 
 
 def finalize(model: nn.Module) -> nn.Module:
@@ -126,8 +130,9 @@ def project(
     model = unwrap(model)
     _check_plain(model)
     decided = decide(model, _selection(pattern, exclude, axis, remainder))
+    check_has_values(decided)
     masks = {candidate.name: _magnitude_mask(candidate) for candidate in decided if candidate.pattern}
-    report = _report(model, decided, lambda name, _: masks[name], None, f"{type(model).__name__}, projected")
+    report = report_on(model, decided, lambda name, _: masks[name], None, f"{type(model).__name__}, projected")
     with torch.no_grad():
         for candidate in decided:
             if candidate.pattern:
@@ -174,7 +179,7 @@ def _register(decided: list[Candidate], masked: Mapping[str, Masked]) -> None:
     """Change the model, once nothing can fail any more."""
     of_module: dict[nn.Module, dict[str, Masked]] = defaultdict(dict)
     for candidate in decided:
-        if candidate.name in masked:
+        if candidate.pattern:
             of_module[candidate.module][candidate.tensor_name] = masked[candidate.name]
     for module, its in of_module.items():
         mask_weights(module, its)
@@ -195,19 +200,19 @@ def _check_whole(model: nn.Module, remedy: str) -> None:
             raise ValueError(f"{weight_name(name)} is sharded: {remedy}")
 
 
-def _notes(model: nn.Module, method: Method) -> tuple[str, ...]:
+def notes_on(model: nn.Module, method: Method) -> tuple[str, ...]:
     running = sorted(set(unfinished_weights(model).values()))
     return tuple(running) if method.sparse else (_ONLY_WATCHED, *running)
 
 
-def _report(
+def report_on(
     model: nn.Module,
     decided: list[Candidate],
     mask_of: Callable[[str, Tensor], Tensor],
     macs: dict[str, int] | None,
     title: str,
 ) -> Report:
-    """`mask_of(name, weight)`: the mask that a weight has, or will have in the end."""
+    """The report on these candidates. `mask_of(name, weight)`: the mask that a weight has, or will have in the end."""
     counts = {candidate.name: None if macs is None else macs.get(candidate.name, 0) for candidate in decided}
     rows = tuple(_row(candidate, counts[candidate.name], mask_of) for candidate in decided)
     seen = {id(candidate.weight) for candidate in decided}

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
+from weakref import ref
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from openwork.ops import foreach_pack, foreach_packed_sad
 
 _SPANS = ("start", "last", "step")
+
+
+class Source(Protocol):
+    """What counts the steps: a handle."""
+
+    @property
+    def serving(self) -> bool:
+        """Whether it still does."""
 
 
 class Topology:
@@ -23,6 +32,8 @@ class Topology:
     SAD is in weights (see `ow.sad`); divided by "weights" it is the flip rate, and `sad_step` / "weights"
     the flip rate. Steps count from 1, and skipped steps (overflow under a loss scale) do not count. With `keep=True`
     the masks of every record are kept, at one bit a weight, and `between` compares any two of them.
+
+    One recorder is for one model and, at a time, one optimizer. Attached again, it goes on counting from `steps`.
     """
 
     def __init__(self, every: int = 100, *, keep: bool = False):
@@ -31,13 +42,36 @@ class Topology:
         self.every = every
         self.records: list[dict[str, Any]] = []
         self.snapshots: dict[int, dict[str, Tensor]] = {}
+        self.steps = 0
         self._keep = keep
         self._weights: dict[str, int] = {}
+        self._model: ref[nn.Module] | None = None
+        self._source: ref[Source] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None, "_source": None}  # a copy records something else
+
+    def attach(self, source: Source, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        """Begin, or go on, with the masks of a model, at the steps that a handle counts."""
+        other = self._source() if self._source else None
+        if other is not None and other is not source and other.serving:
+            raise ValueError(
+                "this Topology records the steps of another optimizer, which is attached still: call detach() on that "
+                "handle first, or use one recorder for each optimizer"
+            )
+        if self._model and self._model() is not model:
+            raise ValueError(f"this Topology recorded another {type(model).__name__}: use one recorder for each model")
+        if self.snapshots:
+            self._check_begun(masks)
+        else:
+            self.begin(masks)
+        self._model, self._source = ref(model), ref(source)
 
     def begin(self, masks: Mapping[str, Tensor]) -> None:
-        """The masks before the first step."""
+        """The masks before the first step. What was recorded before is forgotten, and of which model."""
+        self.records, self.steps, self._model = [], 0, None
         self._weights = {name: mask.numel() for name, mask in masks.items()}
-        self.snapshots = {0: _packed(masks)}
+        self.snapshots = {0: _packed(masks)} if masks else {}
 
     def due(self, step: int) -> bool:
         """Whether a record is made after step `step`."""
@@ -46,7 +80,7 @@ class Topology:
     def record(self, step: int, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Any]:
         """Add a record of the masks before and after step `step`, and return it."""
         self._check_begun(after)
-        now = _packed(after)
+        now, self.steps = _packed(after), step
         last = self.snapshots[max(self.snapshots)]
         others = {"start": self.snapshots[0], "last": last, "step": _packed(before)}
         layers: dict[str, dict[str, int]] = {name: {"weights": self._weights[name]} for name in now}
@@ -82,7 +116,11 @@ class Topology:
     def state_dict(self) -> dict[str, Any]:
         """Everything that an exact resume needs, on the CPU."""
         snapshots = {step: {name: bits.cpu() for name, bits in masks.items()} for step, masks in self.snapshots.items()}
-        return {"records": list(self.records), "snapshots": snapshots, "weights": dict(self._weights)}
+        return {
+            "records": list(self.records),
+            "snapshots": snapshots,
+            "weights": dict(self._weights),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()` of a run of the same model."""
@@ -92,6 +130,7 @@ class Topology:
             for step, masks in state["snapshots"].items()
         }
         self._weights = dict(state["weights"])
+        self.steps, self._model = max(self.snapshots, default=0), None
 
     def _check_begun(self, masks: Mapping[str, Tensor]) -> None:
         if not self.snapshots:

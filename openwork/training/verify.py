@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,29 +14,41 @@ from torch import Tensor, nn
 from openwork.nm.groups import Axis, reduction_size
 from openwork.nm.masks import kept_per_group, too_dense
 from openwork.nm.pattern import Pattern
-from openwork.training.dtensor import full_tensor
-from openwork.training.matmul_trace import Operand, watch
-from openwork.training.parametrize import plain_name, unwrap
-from openwork.training.record import recorded_output_axes, recorded_weights, sparsity_records, unfinished_weights
+from openwork.training.accounting import Accounts, Declared, values_of
+from openwork.training.matmul_trace import watch
+from openwork.training.parametrize import plain_name, unwrap, weight_name
+from openwork.training.record import (
+    recorded_dense,
+    recorded_excludes,
+    recorded_output_axes,
+    recorded_weights,
+    sparsity_records,
+    unfinished_weights,
+)
 from openwork.training.report import Report, Row
 from openwork.training.select import HELD, Candidate, decide
 from openwork.training.selection import PatternChoice, Selection
 from openwork.training.shared_class import plain_class
+from openwork.training.weight_norm import LENGTHS
 
 _GUESSES = tuple(2**i for i in range(1, 7))  # group sizes tried when no pattern is given
+_DENSE = "no N:M pattern with N < M holds"
+_ALLOW = "what is to stay dense is named by allow_dense=[...], or by exclude= where the patterns are given; '*' is all"
 _Recorded = dict[str, tuple[Pattern, Axis]]
 _EXCLUDE = "layers that are to stay dense are left out by pattern=ow.Selection('2:4', exclude=[...])"
 
 
 class NotSparse(ValueError):
-    """Raised by `verify`. `layers`: name of each weight that is denser than its pattern -> what was found. `advice`
-    says what to do."""
+    """Raised by `verify`. `layers`: name of each weight that is denser than its pattern, and of each product that is
+    not accounted for -> what was found. `unaccounted`: which of them are products. `advice` says what to do."""
 
-    def __init__(self, layers: dict[str, str], advice: str = ""):
-        self.layers = layers
-        listed = [f"  {name}: {problem}" for name, problem in layers.items()]
-        what = f"{len(layers)} weights are denser than their pattern:"
-        super().__init__("\n".join([what, *listed, *([advice] if advice else [])]))
+    def __init__(self, layers: dict[str, str], advice: str = "", unaccounted: Collection[str] = ()):
+        self.layers, self.unaccounted = layers, frozenset(unaccounted)
+        denser = [f"  {name}: {problem}" for name, problem in layers.items() if name not in self.unaccounted]
+        others = [f"  {name}: {problem}" for name, problem in layers.items() if name in self.unaccounted]
+        lines = [f"{len(denser)} weights are denser than their pattern:", *denser] if denser else []
+        lines += [f"{len(others)} products are not accounted for:", *others] if others else []
+        super().__init__("\n".join([*lines, *([advice] if advice else [])]))
 
 
 def verify(
@@ -43,6 +56,7 @@ def verify(
     example: Any = None,
     *,
     pattern: Selection | PatternChoice | None = None,
+    allow_dense: Sequence[str] = (),
 ) -> Report:
     """Check that at most N of every M weights are non-zero, and return a report; raise `NotSparse` with the layers
     that are denser.
@@ -50,8 +64,13 @@ def verify(
     A sparsified model is held to what `sparsify` recorded, transposable masks along both axes; while the schedule of
     its method runs, it is not sparse yet. A plain one is held to `pattern`, "2:4" or a `Selection`, on every candidate
     weight that is not excluded; without a pattern the tightest N:M of each weight is found, and a warning says that it
-    was inferred. `example` (a tensor, a tuple of arguments or a mapping of keyword arguments) is run as well, in eval
-    mode, watching every weight that reaches a matmul or a convolution.
+    was inferred.
+
+    `example` (a tensor, a tuple of arguments or a mapping of keyword arguments) is run as well, in eval mode. Then
+    every product with an operand that comes from a weight, a buffer or another constant is accounted for: sparse along
+    the axis that it sums over, of a weight that was left dense when the patterns were recorded or given, or of one that
+    cannot be N:M. Any other one is an error, unless it is named by `allow_dense`: globs of weights, buffers or modules;
+    "*" is all. The report counts the products. docs/verify.md says what is held and what is not.
 
     >>> import torch
     >>> model = nn.Linear(4, 1)
@@ -60,47 +79,109 @@ def verify(
     {'weight': Pattern(n=2, m=4)}
     """
     model = unwrap(model)
-    sparsified = bool(sparsity_records(model))
-    if sparsified and pattern is not None:
-        raise ValueError("the model is held to what sparsify recorded; pattern= is for plain models")
-    skipped: tuple[Row, ...] = ()
-    if sparsified:
-        if running := unfinished_weights(model):
-            raise NotSparse(running)
-        recorded, output_axes = _recorded(model), recorded_output_axes(model)
-    else:
-        recorded, output_axes, skipped = _asked(model, Selection.of(pattern))
-    weights = _readable(model, recorded)
-    broken = {name: "the weight is gone: its module was replaced" for name in recorded if name not in weights}
-    broken |= {name: problem for name, weight in weights.items() if (problem := _denser(weight, *recorded[name]))}
+    held = _held(model, pattern)
+    weights = _readable(model, held.patterns)
+    broken = {name: "the weight is gone: its module was replaced" for name in held.patterns if name not in weights}
+    broken |= {name: problem for name, weight in weights.items() if (problem := _denser(weight, *held.patterns[name]))}
     broken |= {
         name: f"{problem} along the output axis"
-        for name, axis in output_axes.items()
-        if name in weights and name not in broken and (problem := _denser(weights[name], recorded[name][0], axis))
+        for name, axis in held.output_axes.items()
+        if name in weights and name not in broken and (problem := _denser(weights[name], held.patterns[name][0], axis))
     }
-    operands = _Operands(recorded, weights)
-    if example is not None:
-        watch(model, example, operands.visit)
-        broken = operands.problems | broken
+    accounts = _accounts(model, example, held, weights, allow_dense)
+    if accounts:
+        broken = accounts.problems | accounts.unaccounted | broken
     if broken:
-        raise NotSparse(broken, _EXCLUDE if pattern is not None else "")
-    rows = tuple(_row(name, weights[name], *recorded[name]) for name in recorded)
-    rows += skipped
-    others = sum(parameter.numel() for parameter in model.parameters()) - sum(row.weights for row in rows)
-    title = f"{plain_class(model).__name__}: every weight keeps its pattern"
-    notes = (f"{len(output_axes)} weights are so along the output axis as well",) if output_axes else ()
-    return Report(rows, title, others, notes=notes + (operands.notes() if example is not None else ()))
+        unaccounted = accounts.unaccounted.keys() if accounts else ()
+        advice = [_EXCLUDE] * (pattern is not None and len(unaccounted) < len(broken)) + [_ALLOW] * bool(unaccounted)
+        raise NotSparse(broken, "\n".join(advice), unaccounted)
+    rows = tuple(_row(name, weights[name], *held.patterns[name]) for name in held.patterns) + held.skipped
+    return _report(model, rows, held, accounts)
 
 
-def _recorded(model: nn.Module) -> _Recorded:
+@dataclass(frozen=True)
+class _Held:
+    """What a model is held to: the pattern and axis of each weight, the output axes that belong to it, what is not
+    held to anything and why, and the globs of it."""
+
+    patterns: _Recorded
+    output_axes: dict[str, Axis]
+    skipped: tuple[Row, ...]
+    excluded: tuple[str, ...]
+
+
+def _held(model: nn.Module, pattern: Selection | PatternChoice | None) -> _Held:
+    if not sparsity_records(model):
+        return _asked(model, Selection.of(pattern))
+    if pattern is not None:
+        raise ValueError("the model is held to what sparsify recorded; pattern= is for plain models")
+    if running := unfinished_weights(model):
+        raise NotSparse(running)
     recorded = recorded_weights(model)
     if not recorded:
         raise ValueError("the model trains with ow.Dense, which keeps every weight: there is nothing to verify")
-    return recorded
+    return _Held(recorded, recorded_output_axes(model), _left_alone(model), recorded_excludes(model))
 
 
-def _asked(model: nn.Module, selection: Selection) -> tuple[_Recorded, dict[str, Axis], tuple[Row, ...]]:
-    """What a plain model is held to, the output axes that belong to it, and what is not held to anything, and why."""
+def _left_alone(model: nn.Module) -> tuple[Row, ...]:
+    """The weights that sparsify left alone, and those that lie in none of the modules that it was given."""
+    reasons = {weight_name(name): reason for name, reason in recorded_dense(model).items()}
+    prefixes = [plain_name(name) for name, _, _ in sparsity_records(model)]
+    recorded, rows = recorded_weights(model), []
+    for full_name, weight in model.named_parameters():
+        name = weight_name(full_name)
+        outside = not any(not prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+        reason = reasons.get(name) or ("in no module that sparsify was given" if outside else "")
+        if reason and weight.ndim >= 2 and name not in recorded:
+            rows.append(_dense_row(name, weight, reason))
+    return tuple(rows)
+
+
+def _accounts(
+    model: nn.Module, example: Any, held: _Held, weights: Mapping[str, Tensor], allowed: Sequence[str]
+) -> Accounts | None:
+    """What the products of the example are; None without one."""
+    if isinstance(allowed, str):
+        raise TypeError(f"allow_dense={allowed!r} is one string; needed a list of globs, such as [{allowed!r}]")
+    if example is None:
+        return None
+    declares = [row for row in held.skipped if row.reason != _DENSE and not row.reason.startswith(LENGTHS)]
+    dense = {weight_name(row.name): row.reason for row in declares}
+    declared = Declared(dense, held.excluded, tuple(allowed))
+    accounts = Accounts(held.patterns, {name: tuple(each.shape) for name, each in weights.items()}, declared)
+    watch(model, example, accounts.visit)
+    return accounts
+
+
+def _report(model: nn.Module, rows: tuple[Row, ...], held: _Held, accounts: Accounts | None) -> Report:
+    others = sum(parameter.numel() for parameter in model.parameters()) - sum(row.weights for row in rows)
+    title = f"{plain_class(model).__name__}: every weight keeps its pattern"
+    notes = [f"{len(held.output_axes)} weights are so along the output axis as well"] if held.output_axes else []
+    if accounts is None:
+        notes += _unseen(model, held.patterns)
+    else:
+        title += ", and every product" if not accounts.allowed else "; not every product does"
+        idle = held.patterns.keys() - accounts.reached
+        notes += [f"not reached by the example: {', '.join(sorted(idle))}"] if idle else []
+    return Report(rows, title, others, notes=tuple(notes), products=accounts.products if accounts else None)
+
+
+def _unseen(model: nn.Module, patterns: _Recorded) -> list[str]:
+    """What weights do not tell of layers whose `forward` is not one of torch: they may multiply by something else."""
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    owners = {name.rpartition(".")[0] for name in patterns}
+    classes = [plain_class(modules[name]) for name in sorted(owners) if name in modules]
+    own = Counter(
+        kind.__name__ for kind in classes if not kind.forward.__module__.startswith(("torch.", "transformers."))
+    )
+    if not own:
+        return []
+    listed = ", ".join(f"{name} ({number})" for name, number in own.items())
+    return [f"only an example shows what these layers multiply, whose forward is their own: {listed}"]
+
+
+def _asked(model: nn.Module, selection: Selection) -> _Held:
+    """What a plain model is held to."""
     if selection.pattern is None:
         everywhere = dataclasses.replace(selection, pattern=Pattern(1, 1))
         candidates = decide(model, everywhere, dtypes=HELD)
@@ -108,10 +189,10 @@ def _asked(model: nn.Module, selection: Selection) -> tuple[_Recorded, dict[str,
         _warn_of_inferred(decided)
     else:
         decided = decide(model, selection, dtypes=HELD)
-    skipped = tuple(_skipped(candidate) for candidate in decided if not candidate.pattern)
+    skipped = tuple(_dense_row(each.name, each.weight, each.reason) for each in decided if not each.pattern)
     output_axes = {candidate.name: candidate.output_axis for candidate in decided if candidate.output_axis}
     patterns = {candidate.name: (candidate.pattern, candidate.axis) for candidate in decided if candidate.pattern}
-    return patterns, output_axes, skipped
+    return _Held(patterns, output_axes, skipped, tuple(selection.exclude))
 
 
 def _inferred(candidate: Candidate) -> Candidate:
@@ -119,7 +200,7 @@ def _inferred(candidate: Candidate) -> Candidate:
     pattern = tightest(candidate.weight, candidate.axis)
     if pattern.n < pattern.m:
         return dataclasses.replace(candidate, pattern=pattern)
-    return dataclasses.replace(candidate, pattern=None, reason="no N:M pattern with N < M holds")
+    return dataclasses.replace(candidate, pattern=None, reason=_DENSE)
 
 
 def _warn_of_inferred(decided: list[Candidate]) -> None:
@@ -127,7 +208,7 @@ def _warn_of_inferred(decided: list[Candidate]) -> None:
     if not patterns:
         raise NotSparse({candidate.name: candidate.reason for candidate in decided})
     listed = ", ".join(f"{pattern} for {n}" for pattern, n in Counter(patterns).items())
-    warnings.warn(f"no pattern was given: inferred from the weights ({listed} weights)", stacklevel=4)
+    warnings.warn(f"no pattern was given: inferred from the weights ({listed} weights)", stacklevel=5)
 
 
 def tightest(weight: Tensor, axis: Axis) -> Pattern:
@@ -138,18 +219,13 @@ def tightest(weight: Tensor, axis: Axis) -> Pattern:
     Pattern(n=1, m=2)
     """
     K = reduction_size(tuple(weight.shape), axis)
-    fits, weight = [Pattern(1, m) for m in _GUESSES if K % m == 0], _values(weight)
+    fits, weight = [Pattern(1, m) for m in _GUESSES if K % m == 0], values_of(weight)
     fitting = [Pattern(max(1, int(kept_per_group(weight, guess, axis).max())), guess.m) for guess in fits]
     return min(fitting, key=lambda pattern: (pattern.density, pattern.m), default=Pattern(1, 1))
 
 
 def _denser(weight: Any, pattern: Pattern, axis: Axis) -> str:
-    return too_dense(_values(weight), pattern, axis)
-
-
-def _values(weight: Any) -> Tensor:
-    """The numbers of a weight that is spread over processes, or quantized by torchao. Zeros stay zeros in int8."""
-    return weight.dequantize() if type(weight).__module__.startswith("torchao.") else full_tensor(weight)
+    return too_dense(values_of(weight), pattern, axis)
 
 
 def _readable(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
@@ -164,65 +240,12 @@ def _readable(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     return readable
 
 
-class _Operands:
-    """Compares what reaches the matmuls with what was recorded."""
-
-    def __init__(self, recorded: _Recorded, weights: dict[str, Tensor]):
-        self.recorded = {name: recorded[name] for name in weights}
-        self.shapes = {name: weight.shape for name, weight in weights.items()}
-        self.problems: dict[str, str] = {}
-        self.reached: set[str] = set()
-        self.misshapen: set[str] = set()
-
-    def visit(self, operand: Operand) -> None:
-        """Hold an operand to what was recorded of the parameters it comes from. One that comes from none is held to
-        those of its shape in the module that runs."""
-        if not operand.names:
-            self._visit_unknown(operand)
-        for name in operand.names & self.recorded.keys():
-            self.reached.add(name)
-            axes = self._possible_axes(operand.tensor, name)
-            if not axes:
-                self.misshapen.add(name)
-            self._hold(name, operand.tensor, axes, "")
-
-    def notes(self) -> tuple[str, ...]:
-        lists = {
-            "not reached by the example": self.recorded.keys() - self.reached,
-            "multiplied in another shape, which was not checked": self.misshapen,
-        }
-        return tuple(f"{what}: {', '.join(sorted(names))}" for what, names in lists.items() if names)
-
-    def _visit_unknown(self, operand: Operand) -> None:
-        around = f"{operand.inside}." if operand.inside else ""
-        for name in self.recorded:
-            if name.startswith(around) and sorted(operand.tensor.shape) == sorted(self.shapes[name]):
-                where = " in a tensor that is none of the model's parameters"
-                self._hold(name, operand.tensor, self._possible_axes(operand.tensor, name), where)
-
-    def _hold(self, name: str, operand: Tensor, axes: list[Axis], where: str) -> None:
-        problems = [_denser(operand, self.recorded[name][0], axis) for axis in axes]
-        if problems and all(problems):
-            self.problems[name] = f"multiplied{where} while {problems[0]}"
-
-    def _possible_axes(self, operand: Tensor, name: str) -> list[Axis]:
-        """The axes that may be the reduction axis, in an operand that may be transposed, cut or joined."""
-        axis, shape = self.recorded[name][1], self.shapes[name]
-        if operand.shape == shape and (axis.flat or operand.ndim > 3):  # kernels of a convolution lie one way only
-            return [axis]
-        if axis.flat:
-            return []
-        return [Axis(dim, axis.blocks) for dim, length in enumerate(operand.shape) if length == shape[axis.dim]]
-
-
 def _row(name: str, weight: Tensor, pattern: Pattern, axis: Axis) -> Row:
-    weight = _values(weight)
+    weight = values_of(weight)
     groups = kept_per_group(weight, pattern, axis).numel()
     kept = int((weight != 0).sum())
     return Row(name, tuple(weight.shape), pattern, "", kept, None, groups, weight.element_size() * 8)
 
 
-def _skipped(candidate: Candidate) -> Row:
-    weight = candidate.weight
-    bits = weight.element_size() * 8
-    return Row(candidate.name, tuple(weight.shape), None, candidate.reason, weight.numel(), None, weight_bits=bits)
+def _dense_row(name: str, weight: Tensor, reason: str) -> Row:
+    return Row(name, tuple(weight.shape), None, reason, weight.numel(), None, weight_bits=weight.element_size() * 8)

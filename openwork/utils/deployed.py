@@ -8,6 +8,17 @@ DEPLOYED = "_openwork_deployed"
 """The attribute that marks the class of a deployed layer."""
 
 
+def check_not_folded(model: nn.Module) -> None:
+    """Refuse to write into single tensors of a model whose batch normalizations were folded: a state dict folds anew
+    what it brings."""
+    folded = [name for name, module in model.named_modules() if hasattr(module, "_openwork_folded")]
+    if folded:
+        raise ValueError(
+            f"reading a file: {len(folded)} batch normalizations of the model are folded ({folded[0]}, ...): load the "
+            "file into the plain model and deploy that, or model.load_state_dict(ow.load_state_dict(file))"
+        )
+
+
 def check_not_deployed(model: nn.Module, verb: str) -> None:
     """Refuse a deployed model where its weights must be at hand, and say what to do instead."""
     layers = [name for name, module in model.named_modules() if hasattr(module, DEPLOYED)]

@@ -6,13 +6,14 @@ own documentation uses, and are taken as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_map_only as tree_map_only
@@ -28,6 +29,12 @@ def is_transformed(tensor: Tensor) -> bool:
     """Whether `torch.func` (vmap, grad, jvp) put this tensor in the place of another. True where torch cannot say: the
     callers then do what is right for every tensor, slower. Since torch 2.0."""
     return True if _is_wrapped is None else _is_wrapped(tensor)
+
+
+def without_memory(subclass: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of a subclass, which has a shape and no numbers; the subclass answers for them. Since torch 1.11, and
+    what torch's own notes on subclasses build on."""
+    return Tensor._make_wrapper_subclass(subclass, shape, dtype=dtype, device=device, requires_grad=False)
 
 
 def constant_when_compiled(function: Function) -> Function:
@@ -73,3 +80,43 @@ def freezing() -> AbstractContextManager[Any]:
         return inductor.patch(freezing=True)
     except (ImportError, AttributeError) as error:
         raise RuntimeError(f"torch {torch.__version__} does not freeze weights ({error})") from error
+
+
+def as_functions_of_tensors() -> AbstractContextManager[Any]:
+    """Functions take subclasses of Tensor inside as they take tensors. Since torch 1.13."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` records what runs now. Since torch 1.0."""
+    return torch._C._get_tracing_state() is not None
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """`torch.jit.trace` takes what is computed inside as a constant. Since torch 1.0."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether both lie in one storage, also where it holds nothing (the meta device). False where one has none. Of a
+    DTensor it is this process's part that counts."""
+    a, b = (getattr(each, "_local_tensor", each) for each in (a, b))
+    try:
+        return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return False
+
+
+def is_weight_norm(parametrization: object) -> bool:
+    """Whether it is what `torch.nn.utils.parametrizations.weight_norm` registers. Since torch 2.0; without it, weights
+    that are normalized are left alone, as those of any other parametrization."""
+    from torch.nn.utils import parametrizations
+
+    kind = getattr(parametrizations, "_WeightNorm", None)
+    return kind is not None and isinstance(parametrization, kind)

@@ -21,6 +21,7 @@ import openwork as ow
 from openwork.files import container
 from openwork.files import format as fileformat
 from openwork.files.checkpoint import check, describe
+from openwork.files.header import read_header
 from openwork.files.packing import pack_weight, packed_shape
 from openwork.files.reader import opened
 
@@ -132,7 +133,7 @@ def test_a_file_that_shrinks_while_it_is_read(path):
     content = file({"a": {"dtype": "U8", "shape": [1 << 20], "data_offsets": [0, 1 << 20]}}, bytes(1 << 20))
     path.write_bytes(content)
     with path.open("rb") as opened:
-        stored = container.read_header(opened)[1]["a"]
+        stored = read_header(opened)[1]["a"]
         os.truncate(path, len(content) - 4)
         with pytest.raises(ValueError, match="became shorter"):
             container.read_tensor(opened, stored)

@@ -189,7 +189,10 @@ def test_a_run_directory(tmp_path, threads, capsys):
         (["plan", "empty"], "empty is a folder with nothing; needed a run's config.yaml, transformers' config.json"),
         (["plan", "resnet19"], "resnet19 is no file or folder here, and no model of torchvision: "),
         (["plan", "gone.safetensors"], "there is no gone.safetensors; --help lists what names a model"),
-        (["plan", "no_folder/x"], "there is no no_folder/x here; weights on the Hub need --model MODULE:FACTORY"),
+        (
+            ["plan", "no_folder/x"],
+            "there is no no_folder/x; weights on the Hugging Face Hub are named hf://no_folder/x",
+        ),
         (["plan", "broken"], "broken/config.json: Expecting property name"),
         (["verify", ":"], "SOURCE :: needed package.module:factory"),
         (["plan", "my_net:network", "--input", "1x16", "--batch", "0"], "a batch of 0 samples; needed at least 1"),
@@ -215,3 +218,10 @@ def test_help_lists_the_forms(capsys):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert sources.FORMS in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "plan", "export", "bench"])
+def test_a_run_that_did_not_finish_is_named(command, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("task: classification\n")
+    assert main([command, str(tmp_path), *(["--out", str(tmp_path / "net.onnx")] if command == "export" else [])]) == 2
+    assert f"{tmp_path} is a run that did not finish: it has no model.safetensors yet" in capsys.readouterr().err

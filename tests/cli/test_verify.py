@@ -196,6 +196,29 @@ def test_a_factory_that_sparsifies_records_its_patterns(verb, monkeypatch, capsy
         assert "records its patterns: leave --pattern and --exclude out" in capsys.readouterr().err
 
 
+def beside_a_buffer() -> nn.Module:
+    class Beside(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x @ self.table
+
+    model = Beside(16, 16)
+    model.register_buffer("table", torch.randn(16, 16))
+    ow.sparsify(model, "2:4")
+    return model
+
+
+def test_a_product_of_a_model_that_is_not_accounted_for_is_an_error_unless_it_is_allowed(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "made", types.SimpleNamespace(beside_a_buffer=beside_a_buffer))
+    given = ["verify", "made:beside_a_buffer", "--input", "4x16"]
+    assert main(given) == 2
+    assert "1 products are not accounted for:\n  table: (16, 16) multiplied in the model" in capsys.readouterr().err
+    assert main([*given, "--allow-dense", "table"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Beside: every weight keeps its pattern; not every product does\n")
+    assert "2 products of weights and other constants; 1 sparse; 1 dense\n" in printed
+    assert "dense, not accounted for but allowed: table (" in printed
+
+
 def test_float8_is_listed_as_it_is_stored(tmp_path, capsys):
     save_file({"a.weight": pruned((8, 32), "2:4", Axis(1)).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
     assert main(["verify", str(tmp_path / "a.safetensors")]) == 0

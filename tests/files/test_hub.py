@@ -19,7 +19,7 @@ from torch import nn
 
 import openwork as ow
 from openwork.cli.main import main
-from openwork.files import hub
+from openwork.files import download
 from openwork.files.checkpoint import describe
 from openwork.files.reader import FILE
 
@@ -72,7 +72,7 @@ def test_an_address(served, model):
     assert torch.equal(twin.weight, model.weight)
     assert [str(each.pattern) for each in describe(f"{address}/net.safetensors") if each.pattern] == ["2:4"]
     files["/bent.safetensors"] = files["/net.safetensors"][:-1] + b"\0"
-    with pytest.raises(ValueError, match=f"{address}/bent.safetensors: .*not ascending"):
+    with pytest.raises(ValueError, match=f"{address}/bent.safetensors: .*tensor 'weight.indices': .*CRC-32"):
         ow.load_state_dict(f"{address}/bent.safetensors")
 
 
@@ -85,10 +85,10 @@ def test_a_name_of_the_hub(served, model, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     files[f"/org/net/resolve/main/{FILE}"] = files["/net.safetensors"]
-    assert torch.equal(ow.load_state_dict("org/net")["weight"], model.weight)
+    assert torch.equal(ow.load_state_dict("hf://org/net")["weight"], model.weight)
     assert f"/org/net/resolve/main/{FILE}" in asked
-    with pytest.raises(FileNotFoundError, match="no file org/other here, and no model of that name"):
-        ow.load_state_dict("org/other")
+    with pytest.raises(FileNotFoundError, match="hf://org/other: the Hub has no model of that name"):
+        ow.load_state_dict("hf://org/other")
 
 
 class Hub:
@@ -99,11 +99,11 @@ class Hub:
         self.EntryNotFoundError = type("EntryNotFoundError", (Exception,), {})
         self.RepositoryNotFoundError = type("RepositoryNotFoundError", (Exception,), {})
 
-    def hf_hub_download(self, name, file):
+    def hf_hub_download(self, name, file, revision):
         raise self.EntryNotFoundError
 
-    def snapshot_download(self, name, allow_patterns):
-        assert (name, allow_patterns) == ("org/net", "model*.safetensors")
+    def snapshot_download(self, name, allow_patterns, revision):
+        assert (name, allow_patterns, revision) == ("org/net", "model*.safetensors", "v1.0")
         return str(self.folder)
 
 
@@ -112,13 +112,35 @@ def test_a_repository_of_several_files_is_read_as_a_folder(tmp_path, model, monk
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", hub)
     ow.save(model, tmp_path / "model.safetensors", pattern="2:4")
-    assert torch.equal(ow.load_state_dict("org/net")["weight"], model.weight)
+    assert torch.equal(ow.load_state_dict("hf://org/net@v1.0")["weight"], model.weight)
+
+
+def test_a_hub_that_is_not_reached_says_so(tmp_path, monkeypatch):
+    class Unreached(Hub):
+        def __init__(self):
+            super().__init__(tmp_path)
+            self.LocalEntryNotFoundError = type("LocalEntryNotFoundError", (self.EntryNotFoundError,), {})
+
+        def hf_hub_download(self, name, file, revision):
+            raise self.LocalEntryNotFoundError("cannot reach the Hub")
+
+    hub = Unreached()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", hub)
+    with pytest.raises(hub.LocalEntryNotFoundError, match="cannot reach the Hub"):
+        ow.load_state_dict("hf://org/net")
+
+
+@pytest.mark.parametrize("name", ["hf://net", "hf://a/b/c", "hf://", "hf://a/b@", "hf://a b/c", "HF://../x"])
+def test_names_that_are_none_of_the_hub(name):
+    with pytest.raises(ValueError, match="needed hf://owner/name or hf://owner/name@revision"):
+        ow.load_state_dict(name)
 
 
 def test_without_huggingface_hub_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(FileNotFoundError, match=r"there is no file org/net.*pip install huggingface_hub"):
-        ow.load_state_dict("org/net")
+    with pytest.raises(ImportError, match=r"hf://org/net: .*pip install huggingface_hub"):
+        ow.load_state_dict("hf://org/net")
 
 
 # --- servers that lie, stall or lead astray -----------------------------------------------------------------------
@@ -204,7 +226,7 @@ def test_an_endless_body_stops_at_half_of_the_disk(misbehaving, monkeypatch):
 
 def test_slow_servers_are_given_up(misbehaving, monkeypatch):
     address, set_answer = misbehaving
-    monkeypatch.setattr(hub, "_PATIENCE", 0.3)
+    monkeypatch.setattr(download, "_PATIENCE", 0.3)
     gone = threading.Event()
 
     def silent(handler):
@@ -257,7 +279,7 @@ def test_redirections_are_followed_but_not_from_https_to_http_nor_forever(misbeh
         ow.load_state_dict(f"{address}/loop")
     request = urllib.request.Request("https://127.0.0.1/net")
     with pytest.raises(ValueError, match="only addresses of https are followed"):
-        hub._Redirects().redirect_request(request, None, 302, "", {}, "http://127.0.0.1/net")
+        download.Redirects().redirect_request(request, None, 302, "", {}, "http://127.0.0.1/net")
 
 
 def test_nobody_there(misbehaving, capsys):
@@ -273,5 +295,7 @@ def test_paths_stay_paths(tmp_path, model, monkeypatch):
     (tmp_path / "org").mkdir()
     ow.save(model, "org/net", pattern="2:4")
     assert torch.equal(ow.load_state_dict("org/net")["weight"], model.weight)
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory; .* hf://org/other: 'org/other'"):
+        ow.load_state_dict("org/other")
     with pytest.raises(FileNotFoundError, match=r"org/other\.safetensors"):
         ow.load_state_dict("org/other.safetensors")

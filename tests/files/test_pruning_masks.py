@@ -82,7 +82,7 @@ def test_the_masks_of_another_library_train_on_as_fixed_ones(tmp_path):
     weights, masks = dense_state_dict(pruned_by_torch().state_dict())
     ours = loaded(weights)
     ow.sparsify(ours, "2:4", ow.ASP())
-    moved = {name: mask.roll(1, dims=1) for name, mask in masks.items()}
+    moved = {name: mask.unflatten(1, (-1, 4)).roll(1, dims=2).flatten(1, 2) for name, mask in masks.items()}
     dense = {name: torch.ones_like(w) if name in masks else w for name, w in weights.items()}
     ours.load_state_dict(dense | {f"{name}_mask": mask for name, mask in moved.items()})
     assert all(torch.equal(ow.masks(ours)[name], moved[name]) for name in masks)

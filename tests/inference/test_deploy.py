@@ -14,7 +14,7 @@ from fake_times import say
 from torch import nn
 
 import openwork as ow
-from openwork.inference.layers import PackedConv2d, PackedLinear
+from openwork.inference.layers import PackedConv1D, PackedConv1d, PackedConv2d, PackedLayer, PackedLinear
 from openwork.recipes.models import allow_torchvision
 from openwork.utils import timing
 from openwork.utils.difference import largest_difference
@@ -72,8 +72,8 @@ def test_the_same_outputs(weight_dtype, pattern, sparse_wins):
     model = net(pattern)
     before = copy.deepcopy(model.state_dict())
     fast = deploy(model, pattern=ow.Selection(pattern, exclude=["down"]), weight_dtype=weight_dtype)
-    kinds = {name: type(each) for name, each in fast.named_modules() if isinstance(each, PackedConv2d | PackedLinear)}
-    assert kinds == {"stem.0": PackedConv2d, "grouped": PackedConv2d, "line": PackedConv2d, "up": PackedLinear}
+    kinds = {name: type(each) for name, each in fast.named_modules() if isinstance(each, PackedLayer)}
+    assert kinds == {"stem.0": PackedConv2d, "grouped": PackedConv2d, "line": PackedConv1d, "up": PackedLinear}
     assert not any(isinstance(each, nn.BatchNorm2d | nn.ReLU) for each in fast.modules())
     assert [fast.stem[0].relu, fast.grouped.relu, fast.up.relu] == [True, False, True]
     expected, found = model(X).detach(), fast(X)
@@ -109,7 +109,7 @@ def test_a_model_in_bfloat16(monkeypatch):
     model = net().bfloat16()
     x = X.bfloat16()
     fast = ow.deploy(model, x, pattern=ow.Selection("2:4", exclude=["down"]))
-    kinds = {name: each.kind for name, each in fast.named_modules() if isinstance(each, PackedConv2d | PackedLinear)}
+    kinds = {name: each.kind for name, each in fast.named_modules() if isinstance(each, PackedLayer)}
     assert kinds == {"stem.0": "dot_product", "grouped": "gemm", "line": "dot_product", "up": "dot_product"}
     exact = copy.deepcopy(model).double()(x.double())
     with torch.no_grad():
@@ -143,14 +143,14 @@ def test_dense_is_kept_where_sparse_loses(monkeypatch):
         fast = ow.deploy(model, X, pattern=ow.Selection("2:4", exclude=["down"]))
     assert fast.deployment.chosen == {}
     assert set(fast.deployment.whole) == {"dense", "dense, channels_last"}
-    assert not any(isinstance(each, PackedConv2d | PackedLinear | nn.BatchNorm2d) for each in fast.modules())
+    assert not any(isinstance(each, PackedLayer | nn.BatchNorm2d) for each in fast.modules())
     torch.testing.assert_close(fast(X), model(X), atol=1e-5, rtol=1e-5)
 
 
 def test_only_winners_are_converted(monkeypatch):
     say(monkeypatch, gemm=0.5, gemv=2.0, oneDNN=0.4, sparse=0.5)
     fast = deploy(net(), pattern=ow.Selection("2:4", exclude=["down"]))
-    assert {name for name, each in fast.named_modules() if isinstance(each, PackedConv2d | PackedLinear)} == {
+    assert {name for name, each in fast.named_modules() if isinstance(each, PackedLayer)} == {
         "stem.0",
         "grouped",
         "line",
@@ -214,7 +214,7 @@ def test_one_layer_alone(whole, sparse_wins):
     ow.project(whole, "2:4")
     x = torch.randn(3, 8) if isinstance(whole, nn.Linear) else torch.randn(3, 8, 7)
     fast = deploy(whole, x, pattern="2:4")
-    assert isinstance(fast, PackedConv2d | PackedLinear)
+    assert isinstance(fast, PackedLayer)
     with torch.no_grad():
         torch.testing.assert_close(fast(x), whole(x), atol=1e-5, rtol=1e-5)
     assert fast.deployment.chosen
@@ -264,7 +264,7 @@ def test_a_model_of_transformers(sparse_wins):
     ow.project(model, "2:4", exclude=["*wte*", "*wpe*", "lm_head*"])
     ids = {"input_ids": torch.arange(6)[None]}
     fast = deploy(model, ids, pattern=ow.Selection("2:4", exclude=["*wte*", "*wpe*", "lm_head*"]))
-    assert isinstance(fast.transformer.h[1].mlp.c_fc, PackedLinear)
+    assert isinstance(fast.transformer.h[1].mlp.c_fc, PackedConv1D)
     assert len(fast.deployment.chosen) == 8
     with torch.no_grad():
         torch.testing.assert_close(fast(**ids).logits, model(**ids).logits, atol=1e-4, rtol=1e-4)
@@ -274,16 +274,6 @@ def test_a_model_of_transformers(sparse_wins):
 # --- saved, loaded, copied --------------------------------------------------------------------------------------------
 
 
-def folded(model):
-    """The plain model without its normalizations: what the state dict of a deployed one fits."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                setattr(parent, name, nn.Identity())
-    model.stem[0].bias = nn.Parameter(torch.zeros(16))
-    return model
-
-
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_saved_loaded_and_copied(sparse_wins, mode):
     model = net()
@@ -291,11 +281,11 @@ def test_saved_loaded_and_copied(sparse_wins, mode):
         fast = deploy(model, pattern=ow.Selection("2:4", exclude=["down"]))
     y = fast(X)
     state = fast.state_dict()
-    plain = folded(net())
+    plain = net()
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in plain.state_dict().items()}
     plain.load_state_dict(state)
     torch.testing.assert_close(plain(X), y, atol=1e-5, rtol=1e-5)
-    other = deploy(folded(net()), pattern=ow.Selection("2:4", exclude=["down"]))
+    other = deploy(net(), pattern=ow.Selection("2:4", exclude=["down"]))
     assert not torch.equal(other(X), y)
     other.load_state_dict(state)
     assert torch.equal(other(X), y)

@@ -453,7 +453,7 @@ def test_fake_kernels_fit(name: str) -> None:
     if kind == "cutlass":
         arguments = (x, layout.values, layout.meta, layout.kernel_bias, kind, 32, [0, 1, -1], torch.bfloat16)
     else:
-        arguments = (x, layout.tensors(), layout.kernel_bias, layout.integers, False, False)
+        arguments = (x, layout.tensors(), layout.kernel_bias, layout.integers, False)
     torch.library.opcheck(getattr(torch.ops.openwork, name).default, arguments)
 
 

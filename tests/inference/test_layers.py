@@ -281,7 +281,7 @@ def test_pickles_are_packed_anew_for_another_instruction_set(name):
         pytest.skip("needs two instruction sets")
     layer, x, made = models()[name]
     if made.weight_dtype == torch.int8:
-        half = copy.deepcopy(layer).bfloat16()
+        half, x = copy.deepcopy(layer).bfloat16(), x.bfloat16()
         made = deployed(half, P24, made.kind, torch.int8)  # its dtype has fewer digits than int8 numbers with a scale
     numbers, y, data = made.packed.unpack(), made(x), pickle.dumps(made)
     try:
@@ -351,7 +351,7 @@ def test_a_spawned_process_runs_it():
 def test_moves_and_casts():
     made = deployed(projected(nn.Linear(8, 4)), P24, "gemm", torch.float32)
     assert made.to("cpu") is made.float() is made.eval() is made
-    for move in (lambda: made.half(), lambda: made.double(), lambda: made.to("meta"), lambda: made.to(torch.bfloat16)):
+    for move in (lambda: made.double(), lambda: made.to("meta")):
         with pytest.raises(TypeError, match=r"^PackedLinear is packed for cpu in torch\.float32: conv"):
             move()
     assert made(torch.zeros(1, 8)).dtype == torch.float32

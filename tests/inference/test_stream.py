@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import openwork as ow
-from openwork.inference.layers import PackedConv2d, PackedLinear
+from openwork.inference.layers import PackedConv1D, PackedConv2d, PackedLinear
 from openwork.utils import timing
 from openwork.utils.torchvision_compat import ensure_torchvision
 
@@ -273,7 +273,7 @@ def test_layers_of_transformers_that_keep_their_weights_transposed(path):
     names = [f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
     twin = transformers.GPT2LMHeadModel(config)
     fast = ow.load_deployed(path, twin, ids, chosen=dict.fromkeys(names, "gemv"))
-    assert isinstance(fast.transformer.h[0].mlp.c_fc, PackedLinear)
+    assert isinstance(fast.transformer.h[0].mlp.c_fc, PackedConv1D)
     assert fast.lm_head.weight is fast.transformer.wte.weight
     with torch.inference_mode():
         torch.testing.assert_close(fast(**ids).logits, model(**ids).logits, rtol=1e-4, atol=1e-5)

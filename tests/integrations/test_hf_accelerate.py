@@ -100,7 +100,7 @@ def test_what_leaves_training_is_sparse(tmp_path):
 
 def test_a_broken_promise_is_found_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "openwork.integrations.hf_accelerate.save_compressed", lambda *_: None
+        "openwork.integrations.hf_accelerate.save_beside_checkpoint", lambda *_: None
     )  # which verifies as well
     accelerate = loop.accelerator()
     model, optimizer, _ = loop.prepared(accelerate, nets.sparse(KIND), 1)
@@ -144,3 +144,16 @@ def test_killed_in_the_middle_of_an_epoch_it_continues_bit_for_bit(row, tmp_path
         resumes=True,
         packages=("accelerate",),
     )
+
+
+def test_a_state_is_saved_while_a_schedule_runs(tmp_path):
+    accelerate = loop.accelerator()
+    model, optimizer, loader = loop.prepared(accelerate, nets.sparse(KIND, ow.MdGf(3)), 4)
+    sparse = SparseRun(accelerate, model, optimizer)
+    with pytest.warns(UserWarning, match=r"no model\.openwork\.safetensors beside .*not yet 2:4 \(step 0 of 3\)"):
+        accelerate.save_state(str(tmp_path / "begin"))
+    loop.run(accelerate, model, optimizer, loader)
+    accelerate.save_state(str(tmp_path / "end"))
+    assert not (tmp_path / "begin" / FILE).exists()
+    assert (tmp_path / "end" / FILE).exists()
+    sparse.finish(tmp_path)

@@ -262,3 +262,17 @@ def test_a_callback_that_the_trainer_rebuilt_says_what_to_do(tmp_path):
     arguments = hf.arguments(tmp_path, restore_callback_states_from_checkpoint=True, num_train_epochs=2, **more)
     with pytest.raises(ValueError, match="set restore_callback_states_from_checkpoint=False"):
         hf.sparse_trainer(arguments, steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_checkpoints_while_a_schedule_runs_are_for_resuming(tmp_path):
+    model = hf.gpt2()
+    ow.sparsify(model, "2:4", ow.MdGf(3), exclude=["*wte*", "*wpe*"])
+    settings = hf.arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=4)
+    trainer = Trainer(model, settings, train_dataset=hf.texts(4 * hf.BATCH))
+    trainer.add_callback(SparseCallback(trainer))
+    with pytest.warns(UserWarning, match=r"no model\.openwork\.safetensors beside .*not yet 2:4 \(step 2 of 3\)"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-2" / FILE).exists()
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+    assert (tmp_path / "checkpoint-4" / FILE).exists()
+    assert (tmp_path / FILE).exists()

@@ -139,6 +139,12 @@ def test_decay_is_the_definition_bit_by_bit(isa: str, case: Any, rate: float, al
     gradient = numbers(tuple(weight.shape), weight.dtype, 1, "bits")
     gradient = torch.empty_like(weight).copy_(gradient) if alike else gradient
     expected = defined_decay(gradient, weight, rate, magnitude_mask(weight.abs(), pattern, axis))
+    before, out = gradient.clone(), torch.full_like(gradient, 7.0)
+    if native.decay_into(out, gradient, weight, rate, pattern, axis):  # else nothing was written
+        assert same_or_nan(out, expected)
+    else:
+        assert bool((out == 7.0).all())
+    assert torch.equal(bits(gradient), bits(before))
     ops.foreach_decay([gradient], [weight], rate, *where(pattern, axis))
     assert same_or_nan(gradient, expected)
 

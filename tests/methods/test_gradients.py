@@ -177,9 +177,10 @@ def test_gradient_through_vmap(through: Pass) -> None:
 
 
 @BOTH
-def test_forward_mode_is_refused_rather_than_wrong(through: Pass) -> None:
-    with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(lambda w: through(w, KEEP), (weights(),), (torch.ones(3, 4),))
+def test_a_tangent_goes_the_way_of_the_gradient(through: Pass) -> None:
+    tangents = torch.arange(1.0, 5.0).expand(3, 4)
+    _, found = torch.func.jvp(lambda w: through(w, KEEP), (weights(),), (tangents,))
+    assert torch.equal(found, passed(through, tangents))
 
 
 @BOTH

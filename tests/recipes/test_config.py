@@ -50,7 +50,7 @@ def test_negative_decays_and_dashes():
     [
         (["--method", "asp"], "asp prunes a trained dense network: .* --init DENSE"),
         (["--batch-size", "30", "--accumulate", "4"], "must divide by accumulate x devices x nodes = 4; use 28"),
-        (["--epochs", "1"], "--warmup 1 leaves nothing of --epochs 1; give a shorter one"),
+        (["--epochs", "1", "--warmup", "1"], "--warmup 1 leaves nothing of --epochs 1; give a shorter one"),
         (["--log-every", "0"], "log_every is 0; it must be at least 1"),
         (["--preset", "papr"], "use one of paper"),
         (["--pattern", "4:2"], "N:M"),

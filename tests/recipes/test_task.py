@@ -49,7 +49,7 @@ def test_schedules(schedule, milestones):
     [
         ({"schedule": "polynomial"}, "schedule 'polynomial' is not known; use one of cosine"),
         ({"optimizer": "lion"}, "optimizer 'lion' is not known; use one of sgd, adam, adamw"),
-        ({"schedule": "steps"}, "--milestones 8 11"),
+        ({"schedule": "steps", "milestones": []}, "--milestones 8 11"),
         ({"clip": -1.0}, "clip is -1.0; it must not be negative"),
         ({"betas": [0.9]}, "Adam takes two"),
     ],

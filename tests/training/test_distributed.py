@@ -88,9 +88,12 @@ def term_in_bfloat16(rank):
     ow.attach(optimizer, model)
     model(torch.randn(4, 64)).sum().backward()
     (weight,) = optimizer.param_groups[0]["params"]
-    before = whole(weight.grad).clone()
+    own, before, seen = weight.grad, whole(weight.grad).clone(), []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(whole(weight.grad).clone()))
     optimizer.step()
-    return whole(weight).detach().clone(), whole(weight.grad) - before
+    assert weight.grad is own
+    assert torch.equal(whole(own), before)
+    return whole(weight).detach().clone(), seen[0] - before
 
 
 def one_rank(rank, folder):

@@ -96,7 +96,7 @@ def test_the_published_axis_is_flat_and_takes_the_three_channel_stem():
         (nn.Conv2d(12, 6, 3, groups=2), "0.weight", "reduction axis has 6 weights"),
         (nn.Bilinear(4, 4, 4), "0.weight", "no known reduction axis in Bilinear: name it with axis="),
         (nn.MultiheadAttention(8, 2, add_bias_kv=True), "0.bias_k", "no known reduction axis"),
-        (parametrizations.weight_norm(nn.Linear(8, 8)), "0.parametrizations.weight.original1", "already parametrized"),
+        (parametrizations.weight_norm(nn.Linear(8, 8)), "0.parametrizations.weight.original0", "weight norm's lengths"),
         (parametrizations.spectral_norm(nn.Linear(8, 8)), "0.parametrizations.weight.original", "already parametrized"),
         (parametrizations.weight_norm(nn.LSTM(8, 8), "weight_hh_l0"), "0.weight_ih_l0", "already parametrized"),
         (nn.Linear(8, 8).to(torch.float8_e4m3fn), "0.weight", r"dtype torch\.float8_e4m3fn"),
@@ -110,7 +110,7 @@ def test_what_cannot_be_sparse_is_listed_with_a_reason(module, tensor, reason):
 
 
 def test_parametrized_modules_are_left_alone():
-    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    model = nn.Sequential(parametrizations.orthogonal(nn.Linear(8, 8)), nn.Linear(8, 8))
     kind, x = type(model[0]), torch.randn(2, 8)
     before = model[0](x)
     ow.sparsify(model, "2:4")

@@ -14,7 +14,7 @@ from torch import nn
 
 import openwork as ow
 from openwork.export import to_huggingface, to_torch_export
-from openwork.utils.atomic import atomic_file, give_usual_mode, write_text
+from openwork.utils.atomic import atomic_file, usual_modes, write_text
 
 
 @pytest.fixture(params=[(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)], ids=lambda pair: f"umask {pair[0]:03o}")
@@ -82,9 +82,16 @@ def test_a_link_keeps_pointing_at_the_file(tmp_path: Path) -> None:
     assert (tmp_path / "real").read_text() == "new"
 
 
-def test_only_matching_files_get_the_usual_mode(tmp_path: Path, usual: int) -> None:
-    for name in ("a.safetensors", "b.txt"):
-        (tmp_path / name).touch()
-        (tmp_path / name).chmod(0o400)
-    give_usual_mode(tmp_path, "*.safetensors")
-    assert {path.name: mode(path) for path in tmp_path.iterdir()} == {"a.safetensors": usual, "b.txt": 0o400}
+def test_new_files_that_match_get_the_usual_mode_and_old_ones_keep_theirs(tmp_path: Path, usual: int) -> None:
+    old, new, other = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.txt"))
+    old.touch()
+    old.chmod(0o640)
+    with usual_modes(tmp_path, "*.safetensors"):
+        for path in (old, new, other):
+            path.touch()
+            path.chmod(0o400)
+    assert {path.name: mode(path) for path in tmp_path.iterdir()} == {
+        old.name: 0o640,
+        new.name: usual,
+        other.name: 0o400,
+    }

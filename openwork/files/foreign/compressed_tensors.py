@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openwork.files.container import Stored
+from openwork.files.header import Stored
 from openwork.files.packing import PACKABLE, integers
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern

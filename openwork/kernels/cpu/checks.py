@@ -1,4 +1,4 @@
-"""What the native kernels are given, looked at before: they look at nothing themselves.
+"""What the native kernels are given, looked at before: dtypes, sizes, memory. Indices they bound themselves.
 
 Each layout has its sizes, a function of its integers and cached by them, and a check that the tensors have these sizes.
 Everything raises ValueError, and RuntimeError where the weight is packed for another instruction set.
@@ -7,7 +7,6 @@ Everything raises ValueError, and RuntimeError where the weight is packed for an
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openwork.kernels.cpu.native import DTYPES, GemmWeight, address, library
+from openwork.kernels.cpu.native import DTYPES, GemmWeight, Isa, address, done
 from openwork.layouts import dot_product, gemm, gemv
 from openwork.layouts.conv import ConvGeometry
 from openwork.layouts.cpu import WINDOWS
@@ -43,38 +42,27 @@ def gemm_sizes(numbers: tuple[int, ...], int8: bool) -> tuple[GemmNumbers, int]:
 
 
 def gemm_weight(
-    packed: Sequence[Tensor], bias: Tensor | None, numbers: Sequence[int], checked: bool
+    isa: Isa, packed: Sequence[Tensor], bias: Tensor | None, numbers: Sequence[int]
 ) -> tuple[GemmWeight, GemmNumbers]:
-    """The weight as the native library takes it. Its offsets are looked at unless `checked`."""
+    """The weight as the native library takes it. It looks at the offsets itself."""
     values, offsets, scales = split(packed)
     int8 = values.dtype == torch.int16
     _check(values.dtype in _GEMM_DTYPES and int8 == (scales is not None), "values", values, numbers)
     named, slots = gemm_sizes(tuple(numbers), int8)
-    _check_vectors(named.columns, library().openwork_gemm_columns())
+    _check_vectors(named.columns, isa.columns)
     _check(_whole(values, slots), "values", values, numbers)
     _check(offsets.dtype == torch.int16 and _whole(offsets, slots + 1), "offsets", offsets, numbers)
     _check_outputs(scales, bias, named.outputs, numbers)
-    if not checked:
-        _check_offsets(offsets, named, int8)
-    addresses = (values.data_ptr(), offsets.data_ptr(), address(scales), address(bias))
+    addresses = (address(values), address(offsets), address(scales), address(bias))
     n, m, tile, _, O, K = named
     return GemmWeight(*addresses, DTYPES[_GEMM_DTYPES[values.dtype]], n, m, tile, K, O), named
 
 
-_GOOD: dict[int, tuple[weakref.ref[Tensor], object]] = {}
-"""Offsets that were checked, by id: a program that was compiled or exported has no layout to remember it."""
-
-
-def _check_offsets(offsets: Tensor, numbers: GemmNumbers, int8: bool) -> None:
-    """`gemm.check_offsets`, once for what has not changed since."""
-    key = id(offsets)
-    state = None if offsets.is_inference() else (offsets._version, offsets.data_ptr(), numbers, int8)
-    known = _GOOD.get(key)
-    if known is not None and known[0]() is offsets and known[1] == state is not None:
-        return
-    gemm.check_offsets(offsets, numbers, int8)
-    if state is not None:
-        _GOOD[key] = weakref.ref(offsets, lambda _: _GOOD.pop(key, None)), state
+def gemm_done(status: int, packed: Sequence[Tensor], numbers: GemmNumbers) -> None:
+    """Raises what GEMM says; of damaged offsets, which."""
+    if status:
+        gemm.check_offsets(packed[1], numbers, len(packed) == 3)
+        done(status)
 
 
 @dataclass(frozen=True)
@@ -104,11 +92,11 @@ def gemv_sizes(numbers: tuple[int, ...], paired: bool) -> GemvSizes:
 
 
 def check_gemv(
-    values: Tensor, indices: Tensor, scales: Tensor | None, bias: Tensor | None, numbers: Sequence[int]
+    isa: Isa, values: Tensor, indices: Tensor, scales: Tensor | None, bias: Tensor | None, numbers: Sequence[int]
 ) -> GemvSizes:
     stored = values.dtype == torch.int8 if scales is not None else values.dtype in (torch.float32, torch.bfloat16)
     sizes = gemv_sizes(tuple(numbers), values.dtype == torch.bfloat16)
-    _check_vectors(sizes.numbers.lanes, library().openwork_lanes())
+    _check_vectors(sizes.numbers.lanes, isa.lanes)
     _check(stored and _whole(values, sizes.values), "values", values, numbers)
     _check(indices.dtype == torch.int32 and _whole(indices, sizes.indices), "indices", indices, numbers)
     _check_outputs(scales, bias, sizes.numbers.outputs, numbers)
@@ -140,10 +128,12 @@ def dot_product_sizes(numbers: tuple[int, ...], dtype: torch.dtype) -> DotProduc
     return DotProductSizes(named, one.window, one.steps, windows, blocks, step * one.steps, step * indices)
 
 
-def check_dot_product(packed: Sequence[Tensor], bias: Tensor | None, numbers: Sequence[int]) -> DotProductSizes:
+def check_dot_product(
+    isa: Isa, packed: Sequence[Tensor], bias: Tensor | None, numbers: Sequence[int]
+) -> DotProductSizes:
     values, indices, scales = split(packed)
     sizes = dot_product_sizes(tuple(numbers), values.dtype)
-    _check_vectors(sizes.numbers.lanes, library().openwork_lanes())
+    _check_vectors(sizes.numbers.lanes, isa.lanes)
     stored = (values.dtype == torch.int8) == (scales is not None)
     _check(stored and _whole(values, sizes.values), "values", values, numbers)
     _check(indices.dtype == torch.uint8 and _whole(indices, sizes.indices), "indices", indices, numbers)
@@ -158,6 +148,11 @@ def rows_of(x: Tensor, K: int, dtype: torch.dtype = torch.float32) -> Tensor:
         raise ValueError(f"input {tuple(x.shape)} of {x.dtype}; needed {needed} (..., {K})")
     flat = x if x.ndim == 2 else x.reshape(-1, K)
     return flat if flat.is_contiguous() or (flat.stride(1) == 1 and flat.stride(0) >= K) else flat.contiguous()
+
+
+def rows_at(rows: Tensor) -> int | None:
+    """The address of what `rows_of` gave."""
+    return address(rows, (rows.shape[0] - 1) * rows.stride(0) + rows.shape[1] if len(rows) else 0)
 
 
 @functools.lru_cache(maxsize=4096)

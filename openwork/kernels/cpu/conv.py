@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openwork.kernels.cpu import checks, native
-from openwork.kernels.cpu.linear import has_dot_product, run_dot_product, warn_of_reference
-from openwork.kernels.cpu.native import address, library
+from openwork.kernels.cpu.linear import run_dot_product, warn_of_reference
+from openwork.kernels.cpu.native import Isa, address, done
 from openwork.layouts import DotProduct, Gemm
 from openwork.nm.quantize import quantize_to_whole
 from openwork.ops import sparse_matmul as reference
@@ -26,12 +26,11 @@ def gemm_conv2d(
     numbers: Sequence[int],
     geometry: Sequence[int],
     relu: bool,
-    checked: bool = False,
 ) -> Tensor:
-    lib = library()
-    if lib is None:
+    isa = native.isa()
+    if isa is None:
         return reference.conv2d(Gemm, x, packed, bias, numbers, geometry, relu)
-    weight, named = checks.gemm_weight(packed, bias, numbers, checked)
+    weight, named = checks.gemm_weight(isa, packed, bias, numbers)
     form = checks.geometry_of(tuple(geometry))
     channels = checks.check_channels(x, form, named)
     if x.dtype != torch.float32:
@@ -47,11 +46,11 @@ def gemm_conv2d(
         if form.kernel == form.stride == (1, 1) and form.padding == (0, 0):
             shape = (len(x), channels, 1, math.prod(size), 1, math.prod(size))  # the whole image is one row
         rest = (form.groups, *form.stride, *form.padding, *form.dilation, form.kernel[1], relu)
-        addresses = (x.data_ptr(), address(input_scales), y.data_ptr(), None)
+        addresses = (address(x), address(input_scales), y.data_ptr(), None)
         call = native.GemmConv2d(weight, *addresses, torch.get_num_threads(), *shape, *rest)
-        scratch = x.new_empty(lib.openwork_gemm_conv2d_scratch(ctypes.byref(call)), dtype=torch.uint8)
+        scratch = x.new_empty(isa.lib.openwork_gemm_conv2d_scratch(isa.kernels, ctypes.byref(call)), dtype=torch.uint8)
         call.scratch = scratch.data_ptr()
-        lib.openwork_gemm_conv2d(ctypes.byref(call))
+        checks.gemm_done(isa.lib.openwork_gemm_conv2d(isa.kernels, ctypes.byref(call)), packed, named)
     return y.contiguous(memory_format=torch.channels_last) if last else y
 
 
@@ -62,12 +61,12 @@ def dot_product_conv2d(
     numbers: Sequence[int],
     geometry: Sequence[int],
     relu: bool,
-    checked: bool = False,
 ) -> Tensor:
-    if not has_dot_product():
+    isa = native.isa()
+    if isa is None or not isa.dot_product:
         warn_of_reference()
         return reference.conv2d(DotProduct, x, packed, bias, numbers, geometry, relu)
-    sizes, form = checks.check_dot_product(packed, bias, numbers), checks.geometry_of(tuple(geometry))
+    sizes, form = checks.check_dot_product(isa, packed, bias, numbers), checks.geometry_of(tuple(geometry))
     checks.check_channels(x, form, sizes.numbers)
     int8 = len(packed) == 3
     if form.groups != 1:
@@ -80,21 +79,20 @@ def dot_product_conv2d(
     images = F.pad(images, (0, short)) if short else images.contiguous()
     x_scales = x.new_ones(len(x), dtype=torch.float32)
     if int8 and images.numel():
-        images = _quantized(images, x_scales)
+        images = _quantized(isa, images, x_scales)
     pixels = native.Pixels(
         images.shape[3], *x.shape[2:], *size, *form.stride, *form.padding, *form.dilation, form.kernel[1]
     )
     y = x.new_empty(len(x), *size, sizes.numbers.outputs)
-    run_dot_product(packed, bias, sizes, images, pixels, x_scales, y, relu)
+    run_dot_product(isa, packed, bias, sizes, images, pixels, x_scales, y, relu)
     y = y.permute(0, 3, 1, 2)
     return y if is_channels_last(x) else y.contiguous()
 
 
-def _quantized(images: Tensor, scales: Tensor) -> Tensor:
+def _quantized(isa: Isa, images: Tensor, scales: Tensor) -> Tensor:
     """Whole numbers plus 128, one scale an image, which is written."""
     whole, count = torch.empty_like(images, dtype=torch.uint8), images[0].numel()
     bits = torch.empty(len(images) * (count // 2**14 + 1), dtype=torch.int32, device="cpu")
-    library().openwork_quantize(
-        images.data_ptr(), len(images), count, whole.data_ptr(), scales.data_ptr(), bits.data_ptr()
-    )
+    to = (whole.data_ptr(), scales.data_ptr(), bits.data_ptr())
+    done(isa.lib.openwork_quantize(isa.kernels, address(images), len(images), count, *to))
     return whole

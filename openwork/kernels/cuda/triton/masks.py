@@ -30,7 +30,7 @@ from openwork.nm.groups import Axis
 from openwork.nm.masks import apply_mask, magnitude_mask
 from openwork.nm.pattern import Pattern
 from openwork.ops.library import parsed
-from openwork.ops.masks import add_decay, check_alike
+from openwork.ops.masks import add_decay, check_decay
 
 KEEP, PRUNE, DECAY = 0, 1, 2
 """What is written: the mask as bytes, the pruned weight, or the gradient with the term added."""
@@ -198,7 +198,7 @@ def foreach_prune(weights: Sequence[Tensor], n: int, m: int, axes: Sequence[int]
 def foreach_decay(
     gradients: Sequence[Tensor], weights: Sequence[Tensor], rate: float, n: int, m: int, axes: Sequence[int]
 ) -> None:
-    check_alike(gradients, weights)
+    check_decay(gradients, weights, rate)
     pattern, places = parsed(weights, n, m, axes)
     for i in _launch(weights, gradients, pattern, places, DECAY, rate):
         add_decay(gradients[i], weights[i], rate, magnitude_mask(weights[i].abs(), pattern, places[i]))

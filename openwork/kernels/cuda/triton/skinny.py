@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from openwork.kernels.cpu.native import address
 from openwork.kernels.cuda.stream import on_device
 from openwork.kernels.cuda.triton.floats import INTEGERS, KINDS, rounded, to_float32
 from openwork.layouts.layout import KernelRefused, numbers_of
@@ -148,13 +149,13 @@ def _finish(
 
 
 def skinny_gather_linear(
-    x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, numbers: Sequence[int], relu: bool, checked: bool = False
+    x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, numbers: Sequence[int], relu: bool
 ) -> Tensor:
     return _linear(x, packed, bias, numbers, relu, expand=False)
 
 
 def skinny_expand_linear(
-    x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, numbers: Sequence[int], relu: bool, checked: bool = False
+    x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, numbers: Sequence[int], relu: bool
 ) -> Tensor:
     return _linear(x, packed, bias, numbers, relu, expand=True)
 
@@ -165,6 +166,8 @@ def _linear(
     layout = SkinnyExpand if expand else SkinnyGather
     named = numbers_of(layout, numbers)
     check_skinny(x, packed, bias, named)
+    for each in (x, *packed, bias):
+        address(each)
     (values, indices), (n, m, O, K) = packed, named
     B, kind = len(x), KINDS[values.dtype]
     if not 0 < B <= ROWS:
