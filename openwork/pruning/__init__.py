@@ -1,1 +1,1 @@
-"""From a trained network: which weights to keep, chosen once from calibration batches, and what makes up for the rest."""
+"""From a trained network: which weights to keep, chosen once from calibration data, and what makes up for the rest."""
