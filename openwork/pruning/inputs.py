@@ -105,7 +105,7 @@ class Inputs:
 
     def visit(self, product: Multiplied) -> None:
         """Count the inputs of one product; for `matmul_trace.watch`."""
-        if not product.data:
+        if not product.with_data:
             return
         for operand in product.operands:
             name = self._name(operand)
@@ -154,10 +154,10 @@ def _matrices(
 ) -> tuple[Place, Samples] | None:
     """Where the matrices lie that a product multiplies with, and the inputs of each; None of products that are not
     understood, or that sum along another axis than that of the weight's groups."""
-    if product.operator == "convolution":
-        return _convolution(product.arguments, view) if view.shape == candidate.weight.shape else None
     if not operand.axes or len(product.data) != 1:
         return None
+    if product.operator == "convolution":
+        return _convolution(product.arguments, view) if view.shape == candidate.weight.shape else None
     data, dim = product.data[0], operand.axes[0].dim
     weight, axis = candidate.weight, candidate.axis
     K = reduction_size(tuple(weight.shape), axis)

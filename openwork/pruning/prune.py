@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +166,8 @@ def _plain_products(model: nn.Module) -> Iterator[None]:
             config.use_cache = False  # type: ignore[union-attr]
             plain.callback(setattr, config, "use_cache", True)
         if recurrent:
+            plain.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", UserWarning)  # the flags also set TF32, which warns without an Intel GPU
             plain.enter_context(torch.backends.mkldnn.flags(enabled=False))
             plain.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
