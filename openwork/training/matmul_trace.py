@@ -66,11 +66,22 @@ class Multiplied:
 
 
 Visit = Callable[[Multiplied], None]
+Follow = Callable[[Any, Any, Traced, Tensor], None]
 
 
-def watch(model: nn.Module, example: Any, visit: Visit) -> None:
-    """Run `model` on `example` in eval mode without gradients, and show `visit` each product of a constant."""
-    watcher = _Watcher(_constants(model, {}), example, visit)
+def watch(
+    model: nn.Module,
+    example: Any,
+    visit: Visit,
+    *,
+    names: Mapping[int, str] | None = None,
+    follow: Follow | None = None,
+) -> None:
+    """Run `model` on `example` in eval mode without gradients, and show `visit` each product of a constant.
+
+    `names`: those of weights by their id, else each has that of the plain model. `follow` is shown each tensor that is
+    computed: the operator, its arguments, the tensors among them with their traces, and the result."""
+    watcher = _Watcher(_constants(model, names or {}), example, visit, follow=follow)
     with quiet(model), _uncompiled(), watcher.hooks(model), watcher:
         run(model, example)
 
@@ -101,8 +112,10 @@ class _Watcher(TorchDispatchMode):
         example: Any,
         visit: Visit | None,
         counted: frozenset[str] = frozenset(),
+        follow: Follow | None = None,
     ):
         super().__init__()
+        self.follow = follow
         self.counted = counted
         self.visit = visit
         self.macs: Counter[str] = Counter()
@@ -195,6 +208,8 @@ class _Watcher(TorchDispatchMode):
             key = storage_key(result)
             if key in written or key not in self.traces:
                 self.traces[key] = after(name_of(func), operands, is_product)
+                if self.follow:
+                    self.follow(func, args, operands, result)
 
     @contextlib.contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
