@@ -159,7 +159,7 @@ class _Watcher(TorchDispatchMode):
             dims = args[1] if len(args) > 1 and args[1] is not None else range(tensor.ndim)
             axes = tuple(Axis(dim % tensor.ndim) for dim in ([dims] if isinstance(dims, int) else dims))
             self._visit(name, [Operand(trace.names, tensor, axes)])
-        if func.namespace not in _FOLLOWED:
+        if func.namespace not in _FOLLOWED and not is_product(func):
             self._show_unknown(func, args, operands)
 
     def _show_product(self, name: str, product: Product) -> None:
@@ -254,7 +254,8 @@ def _macs(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
     aten = torch.ops.aten  # what torch's counter leaves out
     if packet in (aten.mv, aten.addmv):
         return args[-2].numel()
-    return out.numel() * args[0].shape[-1] if packet is aten._grouped_mm else 0
+    grouped = packet.__name__ in ("_grouped_mm", "grouped_mm_fallback")
+    return out.numel() * args[0].shape[-1] if grouped else 0
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -47,7 +47,7 @@ class _Layout:
 
     @classmethod
     def of(cls, tensor: Tensor, dims: Dims) -> _Layout:
-        return cls(tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), dims)
+        return cls(int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride(), dims)
 
     def dims_of(self, view: Tensor) -> Dims | None:
         """What the dims of a view of this memory are; None of one that lies outside of the tensor."""
@@ -58,7 +58,8 @@ class _Layout:
 
     def _along(self, size: int, step: int) -> tuple[int, ...]:
         """The dims of the weight that `size` numbers, each `step` after the last, run along."""
-        last, found = (size - 1) * step, []
+        last = (size - 1) * step
+        found: list[int] = []
         for stride, length, dims in sorted(zip(self.strides, self.sizes, self.dims, strict=True)):
             if 0 < step < stride * length and stride <= last and length > 1:
                 found += dims

@@ -42,6 +42,7 @@ class Candidate:
 
     `aliases` are the further names of the weight. Where they are names of one module that has several, the weight can
     be sparse; where other modules hold it (`tied`), it is left alone. `factor`: what it is of a normalized weight.
+    `seen`: its axis is that of the products of an example.
     """
 
     module_name: str
@@ -55,6 +56,7 @@ class Candidate:
     aliases: tuple[str, ...] = ()
     tied: bool = False
     factor: Factor | None = None
+    seen: bool = False
 
     @property
     def product(self) -> tuple[nn.Module, str]:
@@ -95,7 +97,7 @@ def decide(
     unknown = {each.name: each.weight for each in decided if each.reason.startswith(UNKNOWN)}
     if example is not None and unknown:
         rules = dataclasses.replace(rules, seen=seen_axes(model, example, unknown))
-        decided = [rules.decide(candidate) for candidate in candidates]
+        decided = [dataclasses.replace(rules.decide(each), seen=each.name in unknown) for each in candidates]
     check_some_sparse(model, decided)
     return decided
 
