@@ -184,7 +184,7 @@ def _errors(
     errors: dict[str, dict[Pattern, float]] = {name: {} for name in every}
     bar = Progress(len(every), progress)
     for stage in stages(model, every, batches):
-        inputs = Inputs({name: every[name] for name in stage.names}, solver.needs_gram, stage.prefix)
+        inputs = Inputs({name: every[name] for name in stage.names}, solver.needs_gram)
         stage.watch(inputs.visit)
         for name in stage.names:
             weight = every[name].weight.detach()

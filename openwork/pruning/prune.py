@@ -87,7 +87,7 @@ def prune(
 
 def candidates_for(model: nn.Module, selection: Selection, batch: Any) -> Tried:
     """Which weights are to be pruned: those whose zeros would be in the products of a batch."""
-    decided = decide(model, selection)
+    decided = decide(model, selection, example=batch)
     check_has_values(decided)
     for each in decided:
         if each.pattern and each.factor:
@@ -109,7 +109,7 @@ def _prune_stage(
     mine = {name: candidate for name, candidate in mine.items() if not before[name]}
     if not mine:
         return
-    inputs = Inputs(mine, solver.needs_gram, stage.prefix)
+    inputs = Inputs(mine, solver.needs_gram)
     try:
         stage.watch(inputs.visit)
     except NotFinite as error:

@@ -30,8 +30,10 @@ def run(model: nn.Module, example: Any) -> Any:
 
 @contextlib.contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and afterwards every training flag and random state as it was."""
+    """Eval mode, no gradients, and afterwards every training flag and random state as it was. Casts of weights that
+    autocast keeps are those of this forward alone."""
     flags = {module: module.training for module in model.modules()}
+    torch.clear_autocast_cache()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()
@@ -39,3 +41,4 @@ def quiet(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags.items():
             module.training = flag
+        torch.clear_autocast_cache()
