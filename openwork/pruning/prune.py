@@ -30,6 +30,10 @@ from openwork.utils.progress import Progress
 from openwork.utils.torch_private import tree_map_only
 
 
+_SETTINGS = (("use_cache", True, False), ("_experts_implementation", "batched_mm", "eager"))
+"""Of transformers' configurations, as found and as needed: no cache, and experts that each multiply their own tokens."""
+
+
 def prune(
     model: nn.Module,
     pattern: Selection | PatternChoice,
@@ -163,9 +167,10 @@ def plain_products(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as plain:
         torch.backends.mha.set_fastpath_enabled(False)
         plain.callback(torch.backends.mha.set_fastpath_enabled, before)
-        for config in {id(each): each for each in configs if getattr(each, "use_cache", False)}.values():
-            config.use_cache = False  # type: ignore[union-attr]
-            plain.callback(setattr, config, "use_cache", True)
+        for name, found, needed in _SETTINGS:
+            for config in {id(each): each for each in configs if getattr(each, name, None) == found}.values():
+                setattr(config, name, needed)
+                plain.callback(setattr, config, name, found)
         if recurrent:
             plain.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore", UserWarning)  # the flags also set TF32, which warns without an Intel GPU
