@@ -26,12 +26,11 @@ from openwork.training.select import Candidate, check_has_values, decide
 from openwork.training.selection import AxisChoice, PatternChoice, Remainder, Selection
 from openwork.training.sparsify import check_plain, magnitude_mask, report_on, selection_of
 from openwork.training.try_masks import Tried, try_masks
+from openwork.utils.example import moved
 from openwork.utils.progress import Progress
-from openwork.utils.torch_private import tree_map_only
-
 
 _SETTINGS = (("use_cache", True, False), ("_experts_implementation", "batched_mm", "eager"))
-"""Of transformers' configurations, as found and as needed: no cache, and experts that each multiply their own tokens."""
+"""Of transformers' configurations, as found and as needed: no cache, and experts that multiply their own tokens."""
 
 
 def prune(
@@ -148,12 +147,10 @@ def device_batches(batches: Iterable[Any], model: nn.Module) -> list[Any]:
         raise TypeError(
             f"batches is one {type(batches).__name__}; needed an iterable of batches, such as a list of one: [batch]"
         )
-    given = [dict(batch) if isinstance(batch, Mapping) else batch for batch in batches]
+    device, given = _device(model), list(batches)
     if not given:
         raise ValueError("batches has no batch; needed at least one input of the model to calibrate with")
-    device = _device(model)
-    moved: list[Any] = tree_map_only(Tensor, lambda tensor: tensor.to(device), given)
-    return moved
+    return [moved(batch, device) for batch in given]
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from openwork.nm.groups import Axis
 from openwork.training.operands import Factor, Product, in_order, is_product, name_of, products
 from openwork.training.parametrize import plain_name, sparse_weights, weight_name
 from openwork.training.traces import CONSTANT, DATA, VECTOR, Trace, Traced, after, is_activation
-from openwork.utils.example import Call, quiet, run
+from openwork.utils.example import quiet, run, tensors_of
 from openwork.utils.torch_private import TorchDispatchMode, tree_leaves
 
 
@@ -128,9 +128,7 @@ class _Watcher(TorchDispatchMode):
         for name, weight in weights:
             own = Trace(True, names=frozenset([name])) if weight.ndim >= 2 else VECTOR  # vectors are no candidates
             self.traces[storage_key(weight)] = own | self.traces.get(storage_key(weight), own)
-        if isinstance(example, Call):
-            example = (example.args, dict(example.kwargs))
-        for tensor in _tensors(dict(example) if isinstance(example, Mapping) else example):
+        for tensor in tensors_of(example):
             self.traces[storage_key(tensor)] = DATA
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
