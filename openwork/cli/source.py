@@ -303,7 +303,11 @@ def _of_gguf(file: Path, shapes: Sequence[str]) -> Source:
     prepare_torchvision()
     import transformers
 
-    place: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
+    place: dict[str, Any] = {
+        "pretrained_model_name_or_path": file.parent,
+        "gguf_file": file.name,
+        "local_files_only": True,
+    }
     model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
     return _pretrained(model, str(file), shapes, **place)
 
