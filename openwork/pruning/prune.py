@@ -65,12 +65,12 @@ def prune(
     check_plain(model)
     if not isinstance(solver, Solver):
         raise TypeError(f"solver={solver!r}; needed a solver object such as ow.ALPS() or ow.SparseGPT()")
-    given = _batches(batches, _device(model))
+    given = device_batches(batches, model)
     selection = selection_of(pattern, exclude, axis, remainder)
     if selection.axis == "kernel":
         raise ValueError("axis='kernel' groups weights that no product sums over together; needed axis='input'")
-    with _plain_products(model), torch.inference_mode(False):
-        tried = _tried(model, selection, given[0])
+    with plain_products(model), torch.inference_mode(False):
+        tried = candidates_for(model, selection, given[0])
         candidates = {each.name: each for each in tried.decided if each.pattern}
         saved = None if resume is None else Saved(Path(resume), solver, candidates, given)
         bar = Progress(len(candidates), progress)
@@ -85,7 +85,7 @@ def prune(
     return PruneReport(layers, report, repr(solver), time.perf_counter() - start)
 
 
-def _tried(model: nn.Module, selection: Selection, batch: Any) -> Tried:
+def candidates_for(model: nn.Module, selection: Selection, batch: Any) -> Tried:
     """Which weights are to be pruned: those whose zeros would be in the products of a batch."""
     decided = decide(model, selection, example=batch)
     check_has_values(decided)
@@ -109,7 +109,7 @@ def _prune_stage(
     mine = {name: candidate for name, candidate in mine.items() if not before[name]}
     if not mine:
         return
-    inputs = Inputs(mine, solver.needs_gram, stage.prefix)
+    inputs = Inputs(mine, solver.needs_gram)
     try:
         stage.watch(inputs.visit)
     except NotFinite as error:
@@ -138,8 +138,8 @@ def _device(model: nn.Module) -> torch.device:
     return devices[0] if devices else torch.device("cpu")
 
 
-def _batches(batches: Iterable[Any], device: torch.device) -> list[Any]:
-    """All batches, on the device of the model."""
+def device_batches(batches: Iterable[Any], model: nn.Module) -> list[Any]:
+    """All batches, on the device of the model; raises ValueError where there is none of either."""
     if isinstance(batches, Tensor | Mapping | str):
         raise TypeError(
             f"batches is one {type(batches).__name__}; needed an iterable of batches, such as a list of one: [batch]"
@@ -147,12 +147,13 @@ def _batches(batches: Iterable[Any], device: torch.device) -> list[Any]:
     given = [dict(batch) if isinstance(batch, Mapping) else batch for batch in batches]
     if not given:
         raise ValueError("batches has no batch; needed at least one input of the model to calibrate with")
+    device = _device(model)
     moved: list[Any] = tree_map_only(Tensor, lambda tensor: tensor.to(device), given)
     return moved
 
 
 @contextlib.contextmanager
-def _plain_products(model: nn.Module) -> Iterator[None]:
+def plain_products(model: nn.Module) -> Iterator[None]:
     """Layers multiply in operators whose inputs can be seen, not in fused ones, and keep nothing for a next call."""
     configs = [
         config for module in model.modules() if getattr(config := getattr(module, "config", None), "use_cache", 0)

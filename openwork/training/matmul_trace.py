@@ -88,7 +88,7 @@ def watch(
     computed: the operator, its arguments, the tensors among them with their traces, and the result."""
     watcher = _Watcher(_constants(model, names or {}), example, visit, follow=follow)
     with quiet(model), _uncompiled(), watcher.hooks(model), watcher:
-        return run(model, example)
+        run(model, example)
 
 
 def count_macs(
