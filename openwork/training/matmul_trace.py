@@ -80,8 +80,9 @@ def watch(
     *,
     names: Mapping[int, str] | None = None,
     follow: Follow | None = None,
-) -> None:
-    """Run `model` on `example` in eval mode without gradients, and show `visit` each product of a constant.
+) -> Any:
+    """Run `model` on `example` in eval mode without gradients, show `visit` each product of a constant, and return what
+    the model returns.
 
     `names`: those of weights by their id, else each has that of the plain model. `follow` is shown each tensor that is
     computed: the operator, its arguments, the tensors among them with their traces, and the result."""

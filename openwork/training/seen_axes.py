@@ -11,6 +11,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from openwork.nm.groups import Axis, reduction_size
@@ -82,11 +83,12 @@ class _Seen:
     def follow(self, func: Any, args: Any, operands: Traced, result: Tensor) -> None:
         """Note what the dims of a tensor are that an operator has made of the weights."""
         operator = name_of(func)
+        readable = result.layout == torch.strided and not result.is_mkldnn
         for tensor, trace in operands:
             for name in trace.names & self.shapes.keys():
                 if operator in LOOKUPS and trace.constant and tensor is operands[0][0]:
                     self.idle.setdefault(name, "its rows are looked up and not multiplied in the example")
-                dims = None if is_product(func) else self._dims(name, tensor)
+                dims = self._dims(name, tensor) if readable and not is_product(func) else None
                 made = _made(operator, args, tensor, dims, result) if dims else None
                 if made:
                     self.layouts[storage_key(result)].setdefault(name, _Layout.of(result, made))

@@ -57,6 +57,16 @@ def test_one_token_is_enough():
     assert ((experts != 0).unflatten(2, (2, 4)).sum(3) == 2).all()
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_one_shot_pruning_reaches_each_expert(kind):
+    model = made(kind)
+    report = ow.prune(model, "2:4", [{"input_ids": torch.arange(48).view(2, 24)}], exclude=["lm_head"])
+    experts = [layer for layer in report.layers if ".experts." in layer.name]
+    assert len(experts) == 2
+    assert all(layer.error < layer.masked for layer in experts)
+    assert ow.verify(model, IDS, pattern=ow.Selection("2:4", exclude=["lm_head"])).sparse.keys() == report.errors.keys()
+
+
 def test_where_torch_has_no_grouped_product():
     class Fallback(nn.Module):
         def __init__(self):

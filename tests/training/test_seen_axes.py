@@ -94,6 +94,27 @@ def test_casts_that_autocast_keeps_are_seen_again():
         assert ow.sparsify(model, "2:4", example=X).sparse
 
 
+def test_layouts_without_strides_are_not_followed():
+    model = Bare(lambda x, w, known: torch.sparse.mm(w.to_sparse(), x.T).sum() + x @ known, (16, 8), (8, 8))
+    report = ow.sparsify(model, "2:4", example=X)
+    assert "is computed of it" in report.skipped["weights.0"]
+
+
+def test_the_output_axis_is_the_other_one_of_each_matrix():
+    model = Bare(lambda x, w: torch.einsum("bi,eoi->beo", x, w), (4, 16, 8))
+    ow.sparsify(model, "2:4", ow.TransposableSRSTE(), example=X)
+    for dim in (1, 2):
+        assert int((model.weights[0] != 0).unflatten(dim, (-1, 4)).sum(dim + 1).max()) == 2
+
+
+def test_the_direction_of_a_normalized_weight_is_seen():
+    model = Bare(F.linear, (16, 8))
+    model.weight = nn.Parameter(torch.randn(16, 8))
+    model.compute = lambda x, w: F.linear(x, model.weight) @ w
+    nn.utils.parametrizations.weight_norm(model, "weight")
+    assert set(ow.sparsify(model, "2:4", example=X).sparse) == {"weights.0", "parametrizations.weight.original1"}
+
+
 def test_both_factors_of_low_rank_are_weights():
     assert seen(Bare(lambda x, a, b: x @ a.T @ b.T, (4, 8), (16, 4))) == [Axis(1), Axis(1)]
 
