@@ -5,12 +5,13 @@
     S="python benchmarks/pretrained/sentences.py --packages DIR --data DATA"
     $S prune  --pattern 2:4 --seeds 0 1 2         # writes build/sentences/2of4-seed0.safetensors, ..., prune-2of4.json
     $S repair --pattern 1:4 --seeds 0 1 2         # needs prune --pattern 1:4; writes 1of4-asp-seed0.safetensors, ...
+    $S score  2of4-seed0 1of4-asp-seed0           # writes scores.json; adds to what is there
     $S deploy 2of4-seed0 1of4-asp-seed0           # times them beside dense engines
 
 DATA holds tatoeba-en-de/train.{en,de}.gz, pairs of sentences. A seed is one calibration set, and one order of the
 repair. Metrics: English sentences that translate the same German one shall find each other (R@1, MRR; 1,000 queries),
-and similarities of news documents shall be those that people gave (Pearson; Lee et al., 2005). `--validate` scores
-queries of other sentences instead, by which the repair's settings were chosen.
+and similarities of news documents shall be those that people gave (Pearson; Lee et al., 2005). "validation" are
+another 1,000 queries, by which the repair's settings were chosen.
 """
 
 from __future__ import annotations
@@ -118,18 +119,16 @@ def ranks(model: nn.Module, asked: argparse.Namespace, task: Retrieval) -> Tenso
 
 
 def scores(model: nn.Module, asked: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
-    model.eval()
-    found = ranks(model, asked, corpus.validation if asked.validate else corpus.test)
+    found: dict[str, Any] = {}
+    for name, task in (("test", corpus.test), ("validation", corpus.validation)):
+        places = ranks(model, asked, task)
+        hits = (places == 0).double()
+        mrr = float((1 / (1 + places)).mean())
+        found[name] = {"r1": float(hits.mean()), "mrr": mrr, "hits": hits.int().tolist()}
     made = embed(model, asked, corpus.judged).double().numpy()
     above = np.triu_indices(len(corpus.judged), 1)
-    pearson = float(np.corrcoef((made @ made.T)[above], corpus.likeness[above])[0, 1])
-    hits = (found == 0).double()
-    return {
-        "r1": float(hits.mean()),
-        "mrr": float((1 / (1 + found)).mean()),
-        "lee": pearson,
-        "hits": hits.int().tolist(),
-    }
+    found["lee"] = float(np.corrcoef((made @ made.T)[above], corpus.likeness[above])[0, 1])
+    return found
 
 
 def against(dense: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
@@ -147,7 +146,7 @@ def against(dense: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 
 def prune(asked: argparse.Namespace) -> None:
     corpus = read_corpus(asked.packages, asked.data)
-    document = start_document(asked, corpus)
+    document = start_document(asked)
     for seed in asked.seeds:
         model, start = Encoder(asked.packages), time.perf_counter()
         batches = of_equal_length(tokens_of(asked, corpus.calibration(seed)))
@@ -158,12 +157,12 @@ def prune(asked: argparse.Namespace) -> None:
             asked.out / f"{label(asked)}-seed{seed}.safetensors",
             pattern=ow.Selection(asked.pattern, exclude=DENSE),
         )
-        note(document, asked, corpus, model, seed, {"seconds": seconds, "layer_error": report.error})
+        note(document, asked, {"seed": seed, "seconds": seconds, "layer_error": report.error})
 
 
 def repair(asked: argparse.Namespace) -> None:
     corpus = read_corpus(asked.packages, asked.data)
-    document = start_document(asked, corpus)
+    document = start_document(asked)
     rows, teacher = tokens_of(asked, corpus.training), Encoder(asked.packages).eval()
     for seed in asked.seeds:
         student = loaded(asked, f"{of(asked.pattern)}-seed{seed}")
@@ -176,8 +175,25 @@ def repair(asked: argparse.Namespace) -> None:
         seconds, last = time.perf_counter() - start, ow.masks(student)
         moved = sum(ow.sad(first[name], last[name]) for name in first) / 2 / sum(int(m.sum()) for m in first.values())
         ow.save(student, asked.out / f"{label(asked)}-seed{seed}.safetensors")
-        ow.finalize(student)
-        note(document, asked, corpus, student, seed, {"seconds": seconds, "moved": moved})
+        note(document, asked, {"seed": seed, "seconds": seconds, "moved": moved})
+
+
+def score(asked: argparse.Namespace) -> None:
+    corpus, path = read_corpus(asked.packages, asked.data), asked.out / "scores.json"
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name in ["dense", *asked.names]:
+        if name in known:
+            continue
+        model = Encoder(asked.packages).eval() if name == "dense" else loaded(asked, name)
+        found = known[name] = scores(model, asked, corpus)
+        for part in ("test", "validation"):
+            found[part] |= against(known["dense"][part], found[part])
+        path.write_text(json.dumps(known), encoding="utf-8")
+        said = {
+            part: {key: round(each, 4) for key, each in found[part].items() if key != "hits"}
+            for part in ("test", "validation")
+        }
+        print(f"{name}: Lee {found['lee']:.4f}, {json.dumps(said)}", flush=True)
 
 
 def distil(student: Encoder, teacher: Encoder, rows: list[list[int]], asked: argparse.Namespace, seed: int) -> None:
@@ -269,24 +285,17 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu_model(), "threads": torch.get_num_threads(), **versions}
 
 
-def start_document(asked: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
+def start_document(asked: argparse.Namespace) -> dict[str, Any]:
     options = {name: value for name, value in vars(asked).items() if not isinstance(value, Path) and name != "run"}
-    dense = scores(Encoder(asked.packages), asked, corpus)
-    print(f"dense: R@1 {dense['r1']:.3f}, MRR {dense['mrr']:.3f}, Lee {dense['lee']:.3f}", flush=True)
-    return {"options": options, "machine": machine(), "date": today(), "dense": dense, "runs": []}
+    return {"options": options, "machine": machine(), "date": today(), "runs": []}
 
 
-def note(
-    document: dict[str, Any], asked: argparse.Namespace, corpus: Corpus, model: Encoder, seed: int, more: dict[str, Any]
-) -> None:
-    found = scores(model, asked, corpus)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    run = {"seed": seed, **more, **found, **against(document["dense"], found), "peak_gib": peak}
-    document["runs"].append(run)
-    said = {name: round(value, 4) for name, value in run.items() if name != "hits"}
-    print(f"{label(asked)} seed {seed}: {json.dumps(said)}", flush=True)
-    name = f"{asked.command}-{label(asked)}{'-validation' if asked.validate else ''}.json"
-    (asked.out / name).write_text(json.dumps(document), encoding="utf-8")
+def note(document: dict[str, Any], asked: argparse.Namespace, run: dict[str, Any]) -> None:
+    """Write down a run, with the processor time of the process and its largest memory until now."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    document["runs"].append({**run, "cpu_seconds": used.ru_utime + used.ru_stime, "peak_gib": used.ru_maxrss / 2**20})
+    print(f"{label(asked)}: {json.dumps(document['runs'][-1])}", flush=True)
+    (asked.out / f"{asked.command}-{label(asked)}.json").write_text(json.dumps(document), encoding="utf-8")
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
@@ -294,7 +303,6 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--packages", type=Path, required=True, help="where the two wheels are unpacked")
     parser.add_argument("--data", type=Path, required=True, help="holds tatoeba-en-de")
     parser.add_argument("--out", type=Path, default=Path("build/sentences"))
-    parser.add_argument("--validate", action="store_true", help="score other queries than those that are reported")
     commands = parser.add_subparsers(dest="command", required=True)
     for run in (prune, repair):
         command = commands.add_parser(run.__name__)
@@ -311,10 +319,13 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=64)
     add("--steps", type=int, default=400, help="400 steps of 64 sentences are one epoch")
     add("--tag", default="", help="names the result; default: the method")
-    command = commands.add_parser("deploy")
-    command.set_defaults(run=deploy)
-    command.add_argument("names", nargs="+", help="of files in --out, such as 1of4-asp-seed0")
-    command.add_argument("--compiled", action="store_true", help="time torch.compile of each as well")
+    for run in (score, deploy):
+        command = commands.add_parser(run.__name__)
+        command.set_defaults(run=run)
+        command.add_argument("names", nargs="+", help="of files in --out, such as 1of4-asp-seed0")
+    commands.choices["deploy"].add_argument(
+        "--compiled", action="store_true", help="time torch.compile of each as well"
+    )
     return parser.parse_args(words)
 
 
