@@ -146,7 +146,6 @@ def against(dense: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 
 def prune(asked: argparse.Namespace) -> None:
     corpus = read_corpus(asked.packages, asked.data)
-    document = start_document(asked)
     for seed in asked.seeds:
         model, start = Encoder(asked.packages), time.perf_counter()
         batches = of_equal_length(tokens_of(asked, corpus.calibration(seed)))
@@ -157,12 +156,11 @@ def prune(asked: argparse.Namespace) -> None:
             asked.out / f"{label(asked)}-seed{seed}.safetensors",
             pattern=ow.Selection(asked.pattern, exclude=DENSE),
         )
-        note(document, asked, {"seed": seed, "seconds": seconds, "layer_error": report.error})
+        note(asked, {"seed": seed, "seconds": seconds, "layer_error": report.error})
 
 
 def repair(asked: argparse.Namespace) -> None:
     corpus = read_corpus(asked.packages, asked.data)
-    document = start_document(asked)
     rows, teacher = tokens_of(asked, corpus.training), Encoder(asked.packages).eval()
     for seed in asked.seeds:
         student = loaded(asked, f"{of(asked.pattern)}-seed{seed}")
@@ -175,7 +173,7 @@ def repair(asked: argparse.Namespace) -> None:
         seconds, last = time.perf_counter() - start, ow.masks(student)
         moved = sum(ow.sad(first[name], last[name]) for name in first) / 2 / sum(int(m.sum()) for m in first.values())
         ow.save(student, asked.out / f"{label(asked)}-seed{seed}.safetensors")
-        note(document, asked, {"seed": seed, "seconds": seconds, "moved": moved})
+        note(asked, {"seed": seed, "seconds": seconds, "moved": moved})
 
 
 def score(asked: argparse.Namespace) -> None:
@@ -285,17 +283,19 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu_model(), "threads": torch.get_num_threads(), **versions}
 
 
-def start_document(asked: argparse.Namespace) -> dict[str, Any]:
-    options = {name: value for name, value in vars(asked).items() if not isinstance(value, Path) and name != "run"}
-    return {"options": options, "machine": machine(), "date": today(), "runs": []}
-
-
-def note(document: dict[str, Any], asked: argparse.Namespace, run: dict[str, Any]) -> None:
-    """Write down a run, with the processor time of the process and its largest memory until now."""
+def note(asked: argparse.Namespace, run: dict[str, Any]) -> None:
+    """Write down a run beside those of other seeds, with the processor time and the largest memory of the process."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    document["runs"].append({**run, "cpu_seconds": used.ru_utime + used.ru_stime, "peak_gib": used.ru_maxrss / 2**20})
-    print(f"{label(asked)}: {json.dumps(document['runs'][-1])}", flush=True)
-    (asked.out / f"{asked.command}-{label(asked)}.json").write_text(json.dumps(document), encoding="utf-8")
+    run |= {"cpu_seconds": used.ru_utime + used.ru_stime, "peak_gib": used.ru_maxrss / 2**20}
+    run["options"] = {
+        name: value for name, value in vars(asked).items() if not isinstance(value, Path) and name != "run"
+    }
+    path = asked.out / f"{asked.command}-{label(asked)}.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
+    others = [each for each in known["runs"] if each["seed"] != run["seed"]]
+    document = {"machine": machine(), "date": today(), "runs": [*others, run]}
+    path.write_text(json.dumps(document), encoding="utf-8")
+    print(f"{label(asked)}: {json.dumps(run)}", flush=True)
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
