@@ -36,7 +36,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from pitch_net import Crepe, crepe, errors, in_frequencies, scores, target, tones
 
 SOLVERS = {"alps": ow.ALPS, "sparsegpt": ow.SparseGPT, "wanda": ow.Wanda, "refit": ow.Refit, "magnitude": ow.Magnitude}
-METHODS = {"asp": ow.ASP, "srste": ow.SRSTE}
 TEST = 7  # the seed of the test frames
 DENSE = ["blocks.0"]
 
@@ -57,7 +56,8 @@ def main() -> None:
     repairing.add_argument("start", help="'dense', or what prune wrote")
     repairing.add_argument("--to", default="repaired")
     repairing.add_argument("--pattern", default="1:4")
-    repairing.add_argument("--method", choices=METHODS, default="asp")
+    repairing.add_argument("--method", choices=["asp", "srste"], default="asp", help="a fixed mask, or one that moves")
+    repairing.add_argument("--decay", type=float, default=50, help="of srste, decoupled")
     repairing.add_argument("--target", choices=["dense", "true"], default="dense", help="outputs of the dense net, or")
     repairing.add_argument("--statistics", choices=["kept", "new"], default="kept", help="of batch normalization")
     repairing.add_argument("--lr", type=float, default=3e-4)
@@ -95,7 +95,11 @@ def repair(asked: argparse.Namespace) -> None:
     torch.manual_seed(asked.seed)
     dense, model = crepe(asked.packages), loaded(asked, asked.start)
     model.blocks[0].requires_grad_(False)
-    ow.sparsify(model, asked.pattern, METHODS[asked.method](), exclude=DENSE)
+    if asked.method == "asp":
+        ow.sparsify(model, asked.pattern, ow.ASP(), exclude=DENSE)
+    else:
+        ow.sparsify(model, asked.pattern, ow.SRSTE(asked.decay, decoupled=True), exclude=DENSE, dense=dense)
+    mask = ow.masks(model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=asked.lr)
     ow.attach(optimizer, model)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, asked.lr, asked.steps, pct_start=0.1)
@@ -119,14 +123,22 @@ def repair(asked: argparse.Namespace) -> None:
             print(
                 f"step {step + 1}: loss {sum(losses[-10:]) / 10:.5f}, {time.process_time() - start:.0f} s", flush=True
             )
-    spent = time.process_time() - start
+    spent, after = time.process_time() - start, ow.masks(model)
+    moved = sum(ow.sad(mask[name], after[name]) for name in mask) / sum(each.numel() for each in mask.values())
     ow.finalize(model)
     selection = ow.Selection(asked.pattern, exclude=DENSE)
     ow.save(model, asked.out / f"{asked.to}.safetensors", pattern=selection)
     choices = {
         key: getattr(asked, key) for key in ("start", "method", "target", "statistics", "lr", "steps", "batch", "seed")
     }
-    found = {"name": asked.to, **choices, **tested(model, asked.test), "losses": losses, "cpu_seconds": spent}
+    found = {
+        "name": asked.to,
+        **choices,
+        **tested(model, asked.test),
+        "losses": losses,
+        "moved": moved,
+        "cpu_seconds": spent,
+    }
     print({key: value for key, value in found.items() if key != "losses"})
     write(asked, asked.to, found)
 
