@@ -70,6 +70,7 @@ def main() -> None:
         more.add_argument("models", nargs="+")
         more.set_defaults(run=run)
         more.add_argument("--batches", nargs="+", type=int, default=[1, 32])
+        more.add_argument("--rounds", type=int, default=15, help="of timing, at least")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     asked.run(asked)
@@ -128,17 +129,9 @@ def repair(asked: argparse.Namespace) -> None:
     ow.finalize(model)
     selection = ow.Selection(asked.pattern, exclude=DENSE)
     ow.save(model, asked.out / f"{asked.to}.safetensors", pattern=selection)
-    choices = {
-        key: getattr(asked, key) for key in ("start", "method", "target", "statistics", "lr", "steps", "batch", "seed")
-    }
-    found = {
-        "name": asked.to,
-        **choices,
-        **tested(model, asked.test),
-        "losses": losses,
-        "moved": moved,
-        "cpu_seconds": spent,
-    }
+    asked_for = ("start", "method", "decay", "target", "statistics", "lr", "steps", "batch", "seed")
+    found = {"name": asked.to, **{key: getattr(asked, key) for key in asked_for}, **tested(model, asked.test)}
+    found |= {"losses": losses, "moved": moved, "cpu_seconds": spent}
     print({key: value for key, value in found.items() if key != "losses"})
     write(asked, asked.to, found)
 
@@ -163,10 +156,10 @@ def deploy(asked: argparse.Namespace) -> None:
     frames, _ = tones(max(asked.batches), TEST)
     found = {}
     for batch in asked.batches:
-        found[batch] = compare(models, {"frames": frames[:batch]}, compiled=True)
+        found[batch] = compare(models, {"frames": frames[:batch]}, compiled=True, least=asked.rounds)
         for name, row in found[batch].items():
             print(batch, name, row, flush=True)
-    write(asked, "deploy", found)
+        write(asked, "deploy", found)
 
 
 def loaded(asked: argparse.Namespace, name: str) -> Crepe:
