@@ -20,8 +20,8 @@ _LOWEST, _OCTAVES = 55.0, 4.1
 
 
 def long_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The convolution of x (B, I, n, 1) with weight (O, I, K, 1), computed in the frequency domain: the same numbers, in
-    a sixth of the time to train.
+    """The convolution of x (B, I, n, 1) with weight (O, I, K, 1), computed in the frequency domain: same numbers, in a
+    sixth of the time to train.
 
     y[t] = sum_k w[k] x[t + k] is a product for each frequency: n is the length of x, so what wraps around is no output.
     The transforms are products with cosines and sines, straight into the order that the batched product reads.
