@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openwork.nm.masks import too_dense
 from openwork.pruning.alps import ALPS
 from openwork.pruning.inputs import Inputs, NotFinite
 from openwork.pruning.layer import prune_weight
+from openwork.pruning.refit import Refit
 from openwork.pruning.report import PrunedWeight, PruneReport
 from openwork.pruning.saved import Saved
 from openwork.pruning.solver import Solver
@@ -42,6 +44,7 @@ def prune(
     exclude: Sequence[str] = (),
     axis: AxisChoice = "input",
     remainder: Remainder = "skip",
+    masks: Mapping[str, Tensor] | None = None,
     resume: str | Path | None = None,
     progress: bool | None = None,
 ) -> PruneReport:
@@ -50,8 +53,10 @@ def prune(
 
     `batches`: inputs of the model, each a tensor, a tuple of arguments or a mapping of keyword arguments; what they
     contain is what the network will still be good at, and padding counts as input. `pattern`, `exclude`, `axis` and
-    `remainder` are those of `sparsify`. `resume`: a folder that keeps each weight once it is pruned; the same call on
-    the same dense network goes on from there. `progress`: a line on stderr, by default where that is a terminal.
+    `remainder` are those of `sparsify`. `masks`: those to keep, by weight, such as `ow.masks` of a network that was
+    trained sparse from this one; `solver` is then `ow.Refit()`, which finds the weights for them. `resume`: a folder
+    that keeps each weight once it is pruned; the same call on the same dense network goes on from there. `progress`: a
+    line on stderr, by default where that is a terminal.
 
     Blocks are pruned one after the other, each on inputs from the pruned ones before it. One block's inputs and Gram
     matrices, in double precision, are held at a time, beside the batches themselves. A matrix that too few samples
@@ -75,11 +80,12 @@ def prune(
     with plain_products(model), torch.inference_mode(False):
         tried = candidates_for(model, selection, given[0])
         candidates = {each.name: each for each in tried.decided if each.pattern}
-        saved = None if resume is None else Saved(Path(resume), solver, candidates, given)
+        known = _check_masks(masks, candidates, solver)
+        saved = None if resume is None else Saved(Path(resume), solver, candidates, [*given, *known.values()])
         bar = Progress(len(candidates), progress)
         found: dict[str, PrunedWeight] = {}
         for stage in stages(model, candidates, given):
-            for result in _prune_stage(stage, candidates, solver, saved):
+            for result in _prune_stage(stage, candidates, solver, saved, known):
                 found[result.name] = result
                 bar.advance(f"{result.name}  error {result.error:.4f}")
         bar.end()
@@ -93,6 +99,8 @@ def candidates_for(model: nn.Module, selection: Selection, batch: Any) -> Tried:
     decided = decide(model, selection, example=batch)
     check_has_values(decided)
     for each in decided:
+        if each.pattern and not each.weight.isfinite().all():
+            raise ValueError(f"{each.name} holds NaN or infinity: load a finite network, or exclude it")
         if each.pattern and each.factor:
             raise ValueError(
                 f"{each.name} is a part of a normalized weight: fold it first, with torch.nn.utils.parametrize."
@@ -103,7 +111,11 @@ def candidates_for(model: nn.Module, selection: Selection, batch: Any) -> Tried:
 
 
 def _prune_stage(
-    stage: Stage, candidates: Mapping[str, Candidate], solver: Solver, saved: Saved | None
+    stage: Stage,
+    candidates: Mapping[str, Candidate],
+    solver: Solver,
+    saved: Saved | None,
+    masks: Mapping[str, Tensor],
 ) -> Iterator[PrunedWeight]:
     """Prune the weights of a stage, or fill in what was saved of them."""
     mine = {name: candidates[name] for name in stage.names}
@@ -121,11 +133,33 @@ def _prune_stage(
             "start again from the dense network"
         ) from None
     for name, candidate in mine.items():
-        result = prune_weight(candidate, inputs.parts[name].values(), solver, inputs.unseen.get(name, ""))
+        parts, unseen = inputs.parts[name].values(), inputs.unseen.get(name, "")
+        result = prune_weight(candidate, parts, solver, unseen, masks.get(name))
         inputs.parts.pop(name)  # its Gram matrix is not needed any more
         if saved:
             saved.save(candidate, result)
         yield result
+
+
+def _check_masks(
+    masks: Mapping[str, Tensor] | None, candidates: Mapping[str, Candidate], solver: Solver
+) -> dict[str, Tensor]:
+    """The masks that were given, of each weight; raises ValueError where they are not those of the weights."""
+    if masks is None:
+        return {}
+    if not isinstance(solver, Refit):
+        raise ValueError(f"masks= with {solver}, which chooses its own; needed solver=ow.Refit()")
+    known = {}
+    for name, candidate in candidates.items():
+        assert candidate.pattern
+        if name not in masks:
+            raise ValueError(f"masks has none of {name}: exclude the weight, or give its mask")
+        known[name] = mask = masks[name].to(candidate.weight.device, torch.bool)
+        if mask.shape != candidate.weight.shape:
+            raise ValueError(f"masks[{name!r}]: found {tuple(mask.shape)}, needed {tuple(candidate.weight.shape)}")
+        if problem := too_dense(mask, candidate.pattern, candidate.axis):
+            raise ValueError(f"masks[{name!r}]: {problem}")
+    return known
 
 
 def _report(model: nn.Module, tried: Tried, found: Mapping[str, PrunedWeight], title: str) -> Report:

@@ -54,6 +54,7 @@ def stages(model: nn.Module, candidates: Mapping[str, Candidate], batches: Seque
         if name not in in_chain:
             loose.setdefault(probe.order(candidate), []).append(name)
     parts: list[tuple[int, Chain | list[str]]] = [*((chain.order, chain) for chain in chains), *loose.items()]
+    del probe  # it holds what every block returned
     for _, part in sorted(parts, key=lambda each: each[0]):
         if isinstance(part, Chain):
             yield from _along(model, part, candidates, batches)

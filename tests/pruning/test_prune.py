@@ -185,6 +185,25 @@ def test_the_wider_the_pattern_the_more_is_lost() -> None:
     assert errors == sorted(errors)
 
 
+def test_masks_that_are_known_are_kept_and_refitted() -> None:
+    """Those of a network that SR-STE trained from this one."""
+    model, trained = net(), net()
+    ow.sparsify(trained, "2:4", ow.SRSTE())
+    with torch.no_grad():
+        for weight in trained.parameters():
+            weight.add_(0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)))
+    masks = ow.masks(trained)
+    report = ow.prune(model, "2:4", batches(), solver=ow.Refit(), masks=masks)
+    assert all(torch.equal(model.get_parameter(name) != 0, mask) for name, mask in masks.items())
+    assert all(layer.error < layer.masked for layer in report.layers)
+    with pytest.raises(ValueError, match=r"chooses its own; needed solver=ow\.Refit"):
+        ow.prune(net(), "2:4", batches(), masks=masks)
+    with pytest.raises(ValueError, match=r"masks has none of stem\.weight"):
+        ow.prune(net(), "2:4", batches(), solver=ow.Refit(), masks={})
+    with pytest.raises(ValueError, match=r"masks\['stem\.weight'\]: 32 of 32 groups"):
+        ow.prune(net(), "1:4", batches(), solver=ow.Refit(), masks=masks)
+
+
 # --- stopped and resumed --------------------------------------------------------------------------------------------
 
 
@@ -249,6 +268,11 @@ def test_input_that_cannot_calibrate_is_an_error() -> None:
         ow.prune(net(), "2:4", batches(), solver=ow.ALPS)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="axis='kernel'"):
         ow.prune(net(), "2:4", batches(), axis="kernel")
+    broken = net()
+    with torch.no_grad():
+        broken.stem.weight[3, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"stem\.weight holds NaN or infinity"):
+        ow.prune(broken, "2:4", batches())
     sparse = net()
     ow.sparsify(sparse, "2:4")
     with pytest.raises(ValueError, match="sparsified already"):
@@ -267,8 +291,7 @@ def test_nan_is_told_with_the_layer_that_it_reaches_first() -> None:
         ow.prune(net(), "2:4", given)
     model = net()
     with torch.no_grad():
-        model.blocks[1].linear.bias[0] = float("inf")
-        model.blocks[1].linear.weight[0] = float("-inf")
+        model.blocks[1].linear.bias[0] = float("nan")
     with pytest.raises(ValueError, match=r"the inputs of blocks\.2\.linear\.weight are not finite"):
         ow.prune(model, "2:4", batches(), exclude=["blocks.1"])
 
