@@ -309,6 +309,9 @@ def _of_gguf(file: Path, shapes: Sequence[str]) -> Source:
         "local_files_only": True,
     }
     model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
+    if getattr(model, "hf_quantizer", None) is not None:  # the weights are plain by now, so that they can be saved
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.config.quantization_config
     return _pretrained(model, str(file), shapes, **place)
 
 

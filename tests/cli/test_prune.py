@@ -93,6 +93,44 @@ def test_a_language_model_is_pruned_on_text_and_scored(llama, folder, capsys):
     assert opened.tokenizer()("to be")["input_ids"]
 
 
+@pytest.fixture
+def gguf(folder):
+    """A file as llama.cpp reads it: a tiny language model with a vocabulary of letters."""
+    module, draw = pytest.importorskip("gguf"), np.random.default_rng(0)
+    writer = module.GGUFWriter("tiny.gguf", "llama")
+    sizes = {"context_length": 64, "embedding_length": 32, "block_count": 1, "feed_forward_length": 64}
+    sizes |= {"head_count": 2, "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": 16}
+    for name, value in sizes.items():
+        getattr(writer, f"add_{name}")(value)
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *"ABCDEFGHIJK", "ab"]
+    writer.add_vocab_size(40)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<s>", "</s>", *letters])
+    writer.add_token_types([3, 3, *[1] * 38])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    block = {"attn_norm": (32,), "ffn_norm": (32,), "ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
+    block |= dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (32, 32))
+    shapes = {"token_embd": (40, 32), "output_norm": (32,), "output": (40, 32)}
+    for name, shape in (shapes | {f"blk.0.{name}": shape for name, shape in block.items()}).items():
+        writer.add_tensor(f"{name}.weight", draw.standard_normal(shape, np.float32))
+    for step in ("header_to_file", "kv_data_to_file", "tensors_to_file"):
+        getattr(writer, f"write_{step}")()
+    writer.close()
+
+
+def test_a_gguf_file_is_pruned_with_its_own_tokenizer(gguf, folder):
+    (folder / "letters.txt").write_text("abcabdefABCDKbacab" * 40)
+    words = ["prune", "tiny.gguf", "--calibrate", "letters.txt", "--tokens", "16", "--exclude", "lm_head"]
+    assert main([*words, "--out", "out", "--solver", "sparsegpt", "--samples", "8"]) == 0
+    layers = json.loads((folder / "out" / "prune.json").read_text())["solvers"]["sparsegpt"]
+    assert [layer["samples"] for layer in layers] == [128] * 7
+    opened = open_model("out")
+    ow.verify(opened.model, pattern=ow.Selection("2:4", exclude=["lm_head", "model.embed_tokens"]))
+    assert opened.tokenizer().decode(opened.tokenizer()("cabd")["input_ids"]) == "cabd"
+
+
 def test_perplexity_is_that_of_the_loss(llama, folder):
     from openwork.cli.calibrate import perplexity, token_ids
 
