@@ -27,7 +27,7 @@ from openwork.training.record import (
     unfinished_weights,
 )
 from openwork.training.report import Report, Row
-from openwork.training.select import HELD, Candidate, decide
+from openwork.training.select import HELD, Candidate, check_some_sparse, decide
 from openwork.training.selection import PatternChoice, Selection
 from openwork.training.shared_class import plain_class
 from openwork.training.weight_norm import LENGTHS
@@ -184,9 +184,12 @@ def _unseen(model: nn.Module, patterns: _Recorded) -> list[str]:
 
 
 def decide_held(model: nn.Module, selection: Selection, example: Any) -> list[Candidate]:
-    """What each weight of a plain model is held to. One whose axis only the example tells is not, where it is dense."""
+    """What each weight of a plain model is held to. One whose axis only the example tells is not, where it is dense.
+    Raises ValueError where none is left."""
     decided = decide(model, selection, dtypes=HELD, example=example)
-    return [_unless_dense(each) if each.seen and each.pattern else each for each in decided]
+    decided = [_unless_dense(each) if each.seen and each.pattern else each for each in decided]
+    check_some_sparse(model, decided)
+    return decided
 
 
 def _unless_dense(candidate: Candidate) -> Candidate:
