@@ -103,7 +103,7 @@ def decay_weights(weights: Sequence[SparseWeight], rates: Sequence[float | Tenso
         for sparse, factor in zip(weights, factors, strict=True)
     ]
     for (_, term, pattern), indices in _alike(weights, together, terms):
-        dense: list[Tensor] = [weights[i].weight for i in indices]
+        dense = [weights[i].weight for i in indices]
         changes = [torch.zeros_like(weight) for weight in dense]
         foreach_decay(changes, dense, term, pattern, [weights[i].masked.phase.axis for i in indices])
         for weight, change in zip(dense, changes, strict=True):
