@@ -23,6 +23,7 @@ from openwork.nm.mask_stats import sad as sad
 from openwork.nm.masks import topn as topn
 from openwork.nm.pattern import Pattern as Pattern
 from openwork.nm.transposable import topn_transposable as topn_transposable
+from openwork.training.distillation import distillation_loss as distillation_loss
 from openwork.training.optimizer import Handle as Handle
 from openwork.training.optimizer import attach as attach
 from openwork.training.repattern import change_pattern as change_pattern
