@@ -1,6 +1,6 @@
 """Distillation: the divergence between what a student and its teacher predict (Hinton et al., arXiv:1503.02531).
 
-    loss = T^2 x mean over positions of  sum_v p_v (log p_v - log q_v)     p = softmax(teacher / T), q = softmax(student / T)
+    loss = T^2 x mean over positions of  sum_v p_v (log p_v - log q_v)     p, q = softmax of teacher / T, student / T
 
 torch's `F.kl_div` gives the same from two log-softmaxes, and makes five tensors of the size of the logits on the way to
 the gradient; of 2,048 tokens over 49,152 words each is 0.4 GB. Here nothing of that size is made but the gradient
@@ -25,9 +25,10 @@ def distillation_loss(
     """The Kullback-Leibler divergence of a student's predictions from its teacher's, in nats, times the square of the
     temperature: to add to the loss of a training loop.
 
-    Both logits are (..., classes), of any float dtype; the mean, a scalar of float32 at least, is over all positions, or over those where
-    `mask` (...) is True. The gradient goes to the student alone; call the teacher in eval mode under `torch.no_grad()`,
-    so that it keeps nothing for one either. Raises ValueError where the shapes differ or no position counts.
+    Both logits are (..., classes), of any float dtype; the mean, a scalar of float32 at least, is over all positions,
+    or over those where `mask` (...) is True. The gradient goes to the student alone; call the teacher in eval mode
+    under `torch.no_grad()`, so that it keeps nothing for one either. Raises ValueError where the shapes differ or no
+    position counts.
 
     >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 1.0]])
     >>> round(float(distillation_loss(student, teacher)), 4)

@@ -1,4 +1,4 @@
-"""`ow.distillation_loss`: torch's divergence, to the rounding, with less memory and a gradient for the student alone."""
+"""`ow.distillation_loss`: torch's divergence, with less memory and a gradient for the student alone."""
 
 import pytest
 import torch
