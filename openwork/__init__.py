@@ -33,6 +33,7 @@ from openwork.pruning.report import PruneReport as PruneReport
 from openwork.pruning.solver import Solver as Solver
 from openwork.pruning.sparsegpt import SparseGPT as SparseGPT
 from openwork.pruning.wanda import Wanda as Wanda
+from openwork.training.distillation import distillation_loss as distillation_loss
 from openwork.training.optimizer import Handle as Handle
 from openwork.training.optimizer import attach as attach
 from openwork.training.repattern import change_pattern as change_pattern
