@@ -24,7 +24,7 @@ from openwork.pruning.solver import Solver
 from openwork.pruning.stages import Stage, stages
 from openwork.training.parametrize import unwrap
 from openwork.training.report import Report
-from openwork.training.select import Candidate, check_has_values, decide
+from openwork.training.select import Candidate, check_has_values, check_some_sparse, decide
 from openwork.training.selection import AxisChoice, PatternChoice, Remainder, Selection
 from openwork.training.sparsify import check_plain, magnitude_mask, report_on, selection_of
 from openwork.training.try_masks import Tried, try_masks
@@ -33,6 +33,8 @@ from openwork.utils.progress import Progress
 
 _SETTINGS = (("use_cache", True, False), ("_experts_implementation", "batched_mm", "eager"))
 """Of transformers' configurations, as found and as needed: no cache, and experts that multiply their own tokens."""
+
+_NORMALIZED = "a part of a normalized weight: fold it, by torch.nn.utils.parametrize.remove_parametrizations"
 
 
 def prune(
@@ -98,14 +100,11 @@ def candidates_for(model: nn.Module, selection: Selection, batch: Any) -> Tried:
     """Which weights are to be pruned: those whose zeros would be in the products of a batch."""
     decided = decide(model, selection, example=batch)
     check_has_values(decided)
+    decided = [replace(each, pattern=None, reason=_NORMALIZED) if each.factor else each for each in decided]
+    check_some_sparse(model, decided)
     for each in decided:
         if each.pattern and not each.weight.isfinite().all():
             raise ValueError(f"{each.name} holds NaN or infinity: load a finite network, or exclude it")
-        if each.pattern and each.factor:
-            raise ValueError(
-                f"{each.name} is a part of a normalized weight: fold it first, with torch.nn.utils.parametrize."
-                "remove_parametrizations(module, 'weight'), and prune the plain weight"
-            )
     masks = {each.name: lambda _, each=each: magnitude_mask(each) for each in decided if each.pattern}
     return try_masks(model, batch, decided, masks, tuple(selection.exclude))
 

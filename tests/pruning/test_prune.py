@@ -278,8 +278,11 @@ def test_input_that_cannot_calibrate_is_an_error() -> None:
     with pytest.raises(ValueError, match="sparsified already"):
         ow.prune(sparse, "2:4", batches())
     normalized = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
-    with pytest.raises(ValueError, match="fold it first"):
+    with pytest.raises(ValueError, match="a part of a normalized weight: fold it"):
         ow.prune(normalized, "2:4", [torch.randn(32, 8)])
+    both = ow.prune(nn.Sequential(normalized, nn.Linear(8, 8)), "2:4", [torch.randn(32, 8)])
+    assert list(both.errors) == ["1.weight"]
+    assert len(both.skipped) == 2
     with pytest.raises(ValueError, match="on cpu, meta; needed one device"):
         ow.prune(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, device="meta")), "2:4", [torch.randn(32, 8)])
 
