@@ -2,10 +2,13 @@
 asks the same of training.
 
     minimize the sum over layers of error(layer, pattern), with the sum of cost(layer, pattern) at most the budget
+    error(layer, pattern) = relative error of the layer's outputs at the pattern * sensitivity(layer)
+    sensitivity(layer) = relative error of the network's outputs with this layer alone pruned / that of the layer's own
 
-Errors are those of the layers' outputs, measured one by one on the dense network, and are taken to add up. From all
-layers dense, the step that adds the least error for what it saves is taken until the budget is met: steps along the
-lower convex hull of each layer's (cost, error), which is exact but for the last one.
+Layers' own errors alone do not tell what they do to the network: a few large features can hide all others. Errors are
+measured one layer at a time on the dense network, and are taken to add up. From all layers dense, the step that adds
+the least error for what it saves is taken until the budget is met: steps along the lower convex hull of each layer's
+(cost, error), which is exact but for the last one.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from openwork.inference.deploy import plan
 from openwork.nm.groups import reduction_size
@@ -33,15 +36,18 @@ from openwork.training.parametrize import unwrap
 from openwork.training.select import Candidate
 from openwork.training.selection import AxisChoice, Selection
 from openwork.training.sparsify import check_plain, project
+from openwork.utils.example import quiet, run
 from openwork.utils.progress import Progress
 from openwork.utils.table import aligned
+from openwork.utils.torch_private import tree_leaves
 
 Of = Literal["time", "macs", "bytes"]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to have a layer: its pattern, None for dense; what it costs; the relative error of its outputs."""
+    """One way to have a layer: its pattern, None for dense; what it costs; the relative error of the network's outputs
+    that it makes."""
 
     pattern: Pattern | None
     cost: float
@@ -63,7 +69,7 @@ class Allocation(dict[str, Pattern]):
 
     @property
     def error(self) -> float:
-        """The sum of the layers' relative errors."""
+        """The sum of the errors that the layers make."""
         return sum(choice.error for choice in self.chosen.values())
 
     def __str__(self) -> str:
@@ -179,24 +185,40 @@ def _errors(
     solver: Solver,
     progress: bool | None,
 ) -> dict[str, dict[Pattern, float]]:
-    """The relative output error of each weight at each pattern that fits it, on inputs of the dense network."""
+    """The error of each weight at each pattern that fits it, on inputs of the dense network; its sensitivity is that at
+    the pattern in the middle, on the first batch."""
     every = {name: each for of_one in candidates.values() for name, each in of_one.items()}
-    errors: dict[str, dict[Pattern, float]] = {name: {} for name in every}
-    bar = Progress(len(every), progress)
+    errors: dict[str, dict[Pattern, float]] = {}
+    bar, expected = Progress(len(every), progress), _outputs(model, batches[0])
     for stage in stages(model, every, batches):
         inputs = Inputs({name: every[name] for name in stage.names}, solver.needs_gram)
         stage.watch(inputs.visit)
         for name in stage.names:
-            weight = every[name].weight.detach()
-            dense = weight.clone()
-            for pattern, of_one in candidates.items():
-                if name in of_one:
-                    error = prune_weight(of_one[name], inputs.parts[name].values(), solver).error
-                    errors[name][pattern] = 0.0 if math.isnan(error) else error
-                    weight.copy_(dense)
+            weight, fitting = every[name].weight.detach(), [each for each in candidates if name in candidates[each]]
+            dense, own, sensitivity = weight.clone(), {}, 0.0
+            for pattern in fitting:
+                error = prune_weight(candidates[pattern][name], inputs.parts[name].values(), solver).error
+                own[pattern] = 0.0 if math.isnan(error) else error
+                if pattern == fitting[len(fitting) // 2] and own[pattern]:
+                    sensitivity = _difference(_outputs(model, batches[0]), expected) / own[pattern]
+                weight.copy_(dense)
+            errors[name] = {pattern: error * sensitivity for pattern, error in own.items()}
             bar.advance(name)
     bar.end()
     return errors
+
+
+def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    with quiet(model):
+        found = tree_leaves(run(model, batch))
+    return [each.float() for each in found if isinstance(each, Tensor) and each.is_floating_point()]
+
+
+def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The squared difference over the squares."""
+    squares = sum(float(each.square().sum(dtype=torch.float64)) for each in expected)
+    changes = zip(found, expected, strict=True)
+    return sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in changes) / squares if squares else 0.0
 
 
 def _fitting(
