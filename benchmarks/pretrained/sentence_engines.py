@@ -22,7 +22,7 @@ from openwork.utils.timing import compile_frozen, take_turns
 Example = Mapping[str, Tensor]
 
 
-def compare(models: Mapping[str, nn.Module], example: Example, compiled: bool) -> dict[str, Any]:
+def compare(models: Mapping[str, nn.Module], example: Example, compiled: bool, least: int = 15) -> dict[str, Any]:
     """For each variant: the median of its times, and their 20th and 80th percentiles, in milliseconds; how far its
     outputs are from those of the same network in torch, at most, embeddings being of length 1; and, of what is
     deployed, which way won."""
@@ -47,7 +47,7 @@ def compare(models: Mapping[str, nn.Module], example: Example, compiled: bool) -
             made = compile_frozen(deployed, dict(example))
             calls[f"{said}, compiled"] = functools.partial(_run, made, example)
     with torch.inference_mode():
-        times = take_turns(calls, 4.0 * len(calls), least=15, most=300)
+        times = take_turns(calls, 4.0 * len(calls), least=least, most=300)
         found = {}
         for said, call in calls.items():
             own = wanted[said.partition(":")[0]]

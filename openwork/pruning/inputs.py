@@ -92,11 +92,10 @@ class Part:
 @dataclass
 class Inputs:
     """What the weights of `candidates` (by name) are multiplied with. `whole`: their Gram matrices, not the diagonals
-    alone. `unseen`: why the inputs of a weight could not be had. `prefix` of the names in the module that runs."""
+    alone. `unseen`: why the inputs of a weight could not be had."""
 
     candidates: Mapping[str, Candidate]
     whole: bool
-    prefix: str = ""
     unseen: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -105,7 +104,7 @@ class Inputs:
 
     def visit(self, product: Multiplied) -> None:
         """Count the inputs of one product; for `matmul_trace.watch`."""
-        if not product.data:
+        if not product.with_data:
             return
         for operand in product.operands:
             name = self._name(operand)
@@ -123,8 +122,8 @@ class Inputs:
         """The weight that an operand is, or is made of alone."""
         if operand.tensor is not None and (stored := self._stored.get(storage_key(operand.tensor))):
             return stored
-        mine = [self.prefix + name for name in operand.names if self.prefix + name in self.candidates]
-        return mine[0] if len(mine) == 1 == len(operand.names) else None
+        (name, *others) = operand.names or ("",)
+        return name if name in self.candidates and not others else None
 
     def _count(self, name: str, place: Place, samples: Samples) -> None:
         if place not in self.parts[name]:
@@ -154,16 +153,16 @@ def _matrices(
 ) -> tuple[Place, Samples] | None:
     """Where the matrices lie that a product multiplies with, and the inputs of each; None of products that are not
     understood, or that sum along another axis than that of the weight's groups."""
-    if product.operator == "convolution":
-        return _convolution(product.arguments, view) if view.shape == candidate.weight.shape else None
     if not operand.axes or len(product.data) != 1:
         return None
+    if product.operator == "convolution":
+        return _convolution(product.arguments, view) if view.shape == candidate.weight.shape else None
     data, dim = product.data[0], operand.axes[0].dim
     weight, axis = candidate.weight, candidate.axis
     K = reduction_size(tuple(weight.shape), axis)
     if view.shape[dim] != K or data.tensor.shape[data.axes[0].dim] != K or view.stride(dim) != weight.stride(axis.dim):
         return None
-    if product.operator in ("_grouped_mm", "_scaled_grouped_mm"):
+    if product.operator in ("_grouped_mm", "grouped_mm_fallback"):
         return _of_experts(product.arguments, view)
     return _products(data, view, dim)
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 prepare_torchvision()  # Lightning, timm and transformers import it
 
-TASKS = ("classification", "detection", "flow", "segmentation", "translation")
+TASKS = ("classification", "detection", "flow", "language", "segmentation", "translation")
 
 
 def find(name: str) -> Task:

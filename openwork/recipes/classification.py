@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import openwork as ow
 from openwork.recipes import images
 from openwork.recipes.config import Config, DataSource, data_flag, default, flag, rates, source_of
 from openwork.recipes.data import Data
 from openwork.recipes.models import build_model
-from openwork.recipes.task import Task, percent
+from openwork.recipes.task import DistillableTask, percent
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class ClassificationConfig(Config):
     out: str = default("out", "runs/classification")
 
 
-class Classification(Task):
+class Classification(DistillableTask):
     name = "classification"
     config = ClassificationConfig
     metrics = (percent("val_accuracy", "accuracy"), percent("val_top5", "top-5"))
@@ -83,9 +84,14 @@ class Classification(Task):
         ((pixels, _),) = data.val_batches([np.array([0])])
         return pixels
 
-    def loss(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        pixels, labels = batch
-        return F.cross_entropy(net(pixels), labels)
+    def outputs(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return net(batch[0])
+
+    def loss_of(self, net: nn.Module, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+    def distance(self, net: nn.Module, outputs: Tensor, taught: Tensor, batch: Any) -> Tensor:
+        return ow.distillation_loss(outputs, taught)
 
     def predictions(self, net: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Any]:
         """Loss, whether the best guess is right, whether one of the best five is."""

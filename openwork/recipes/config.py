@@ -42,13 +42,14 @@ def flag(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set by name. `layout` says what its folder must hold; "" where it needs none."""
+    """A data set by name. `layout` says what its folder must hold; "" where it needs none. `place` is what is named."""
 
     name: str
     layout: str = ""
+    place: str = "DIR"
 
     def __str__(self) -> str:
-        return f"{self.name}=DIR" if self.layout else self.name
+        return f"{self.name}={self.place}" if self.layout else self.name
 
 
 def data_flag(sources: Sequence[DataSource]) -> Any:
@@ -76,6 +77,8 @@ class Common:
 
     data: str = flag("", "the data set")
     model: str = flag("", "the network")
+    teacher: str = flag("", "a trained network to learn from as well: a run or a .safetensors file")
+    teacher_weight: float = flag(1 / 3, "share of the teacher in the loss; the rest is the data's")  # AST's and CAST's
     exclude: list[str] = flag([], "globs of layers to leave dense; nothing is excluded by default")
     remainder: str = flag("skip", f"where M does not divide a weight's axis: {', '.join(REMAINDERS)}")
     epochs: int = flag(15, "passes over the training data")
@@ -251,6 +254,8 @@ def check_common(config: Common) -> None:
     for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("remainder", REMAINDERS)):
         if getattr(config, name) not in known:
             raise ValueError(f"{name} {getattr(config, name)!r} is not known; use one of {', '.join(known)}")
+    if not 0 < config.teacher_weight <= 1:
+        raise ValueError(f"teacher_weight is {config.teacher_weight}; it must be greater than 0, and at most 1")
     if len(config.betas) != 2:
         raise ValueError(f"betas are {config.betas}; Adam takes two")
     if config.schedule == "steps" and not config.milestones:

@@ -115,6 +115,11 @@ class DetectorConfig(Config):
                 "frozen_norm and trainable_layers keep parts of the ResNet as they are, which needs trained ones: "
                 "add --backbone, or leave these two out"
             )
+        if self.teacher:
+            raise ValueError(
+                "--teacher: two detectors look at different regions, so their outputs cannot be compared; leave it out "
+                "(--backbone takes what a classifier has learned)"
+            )
         if self.max_size < self.image_size:
             raise ValueError(f"max_size is {self.max_size}; it must be at least image_size, {self.image_size}")
 

@@ -17,7 +17,7 @@ from openwork.recipes.config import Config, DataSource, check_choice, data_flag,
 from openwork.recipes.data import Data
 from openwork.recipes.data_files import DataFolder
 from openwork.recipes.flow_data import LAYOUTS, Pairs
-from openwork.recipes.task import Metric, Task, View, Visualization
+from openwork.recipes.task import DistillableTask, Metric, View, Visualization
 from openwork.utils.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
@@ -159,7 +159,7 @@ def errors_of(flow: Tensor, pairs: Pairs) -> list[np.ndarray]:
     return list(torch.stack([total.double() for total in sums], dim=1).cpu().numpy())
 
 
-class Flow(Task):
+class Flow(DistillableTask):
     name = "flow"
     config = FlowConfig
     metrics = (
@@ -193,8 +193,15 @@ class Flow(Task):
         first, second = torch.rand(2, 1, 3, *data.train.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
         return first, second
 
-    def loss(self, net: Any, batch: Pairs) -> Tensor:
-        return sequence_loss(net(batch.first, batch.second), batch, net.gamma)
+    def outputs(self, net: nn.Module, batch: Pairs) -> list[Tensor]:
+        return net(batch.first, batch.second)
+
+    def loss_of(self, net: Any, outputs: Sequence[Tensor], batch: Pairs) -> Tensor:
+        return sequence_loss(outputs, batch, net.gamma)
+
+    def distance(self, net: Any, outputs: Sequence[Tensor], taught: Sequence[Tensor], batch: Pairs) -> Tensor:
+        """The same loss, as if the teacher's last flow were the true one, known everywhere."""
+        return sequence_loss(outputs, batch._replace(flow=taught[-1], known=torch.ones_like(batch.known)), net.gamma)
 
     def predictions(self, net: nn.Module, batch: Pairs) -> list[np.ndarray]:
         return errors_of(net(batch.first, batch.second)[-1], batch)

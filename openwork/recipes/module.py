@@ -26,7 +26,7 @@ from openwork.recipes.draws import batch_indices, seed_step
 from openwork.recipes.models import allow_torchvision
 from openwork.recipes.parallel import build_strategy, shard, share_statistics
 from openwork.recipes.rundir import RunDir
-from openwork.recipes.task import Task
+from openwork.recipes.task import DistillableTask, Task
 from openwork.utils.signals import Interruption
 
 allow_torchvision()  # lightning imports it through torchmetrics
@@ -53,9 +53,17 @@ def lr_factor(step: int, warmup: int, total: int, schedule: str = "cosine", mile
 
 class TaskModule(pl.LightningModule):
     def __init__(
-        self, task: Task, net: nn.Module, config: Config, data: Data, run: RunDir, interruption: Interruption
+        self,
+        task: Task,
+        net: nn.Module,
+        config: Config,
+        data: Data,
+        run: RunDir,
+        interruption: Interruption,
+        teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self._teacher = (teacher,)  # in a tuple it is no part of the module: not sharded, synchronized or saved
         self.task, self.net, self.config, self.data, self.run = task, net, config, data, run
         self.interruption = interruption
         self.step = 0
@@ -107,10 +115,17 @@ class TaskModule(pl.LightningModule):
         return lr_factor(step, round(c.warmup * per_epoch), c.epochs * per_epoch, c.schedule, milestones)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.task.loss(self.net, batch)
+        loss = self._loss(batch)
         if not is_finite(loss):  # before the backward pass: the weights are still those that gave it
             self._diverge(f"the loss of step {self.step + 1} is {float(loss.detach())}", batch, batch_idx)
         return loss
+
+    def _loss(self, batch: Any) -> Tensor:
+        (teacher,) = self._teacher
+        if teacher is None:
+            return self.task.loss(self.net, batch)
+        assert isinstance(self.task, DistillableTask)
+        return self.task.taught_loss(self.net, teacher, batch, self.config.teacher_weight)
 
     def _diverge(self, what: str, batch: Any = None, batch_idx: int = 0) -> None:
         """Stop at what is not finite and say where it came from; under --allow_nan note the first time."""
@@ -120,7 +135,7 @@ class TaskModule(pl.LightningModule):
 
         def again() -> None:
             seed_step(self.config.seed, self.step, batch_idx % self.config.accumulate, self.trainer.global_rank)
-            self.task.loss(self.net, batch)
+            self._loss(batch)
 
         cause = first_cause(self.net, batch, None if self._sharded or batch is None else again)
         raise Diverged(self.step, f"{what}: {cause}")
@@ -134,6 +149,8 @@ class TaskModule(pl.LightningModule):
         if self._restored:
             self.handle.load_state_dict(self._restored["handle"])
         self._recorded = len(self.topology.records)
+        if self._teacher[0] is not None:
+            self.trainer.precision_plugin.convert_module(self._teacher[0]).to(self.device)
 
     def on_train_epoch_start(self) -> None:
         self._last_tick = None

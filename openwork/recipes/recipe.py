@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import shlex
@@ -14,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,9 +32,10 @@ from openwork.recipes.parallel import full_copy, gather
 from openwork.recipes.report import write_report
 from openwork.recipes.rundir import RunDir, first_process, read_lines
 from openwork.recipes.summary import flip_rates
-from openwork.recipes.task import Task, description_of
+from openwork.recipes.task import DistillableTask, Task, description_of
 from openwork.recipes.weights import load_weights, save_weights
 from openwork.training.selection import Remainder
+from openwork.utils.example import quiet
 from openwork.utils.hardware import cpu_name
 from openwork.utils.signals import Interrupted, Interruption, interruptions
 
@@ -66,11 +69,38 @@ def load_run(folder: Path) -> tuple[nn.Module, Any, Config]:
     return net.eval(), task.example(data), config
 
 
+def evaluate(folder: Path, net: nn.Module) -> dict[str, float]:
+    """The metrics of a network on the validation samples of a run."""
+    task, config = read_run(folder)
+    data = task.load_data(config)
+    task.before_last_validation(config, net)
+    parts = np.array_split(np.arange(data.val_count), max(1, math.ceil(data.val_count / task.eval_batch)))
+    with quiet(net):
+        predictions = [each for batch in data.val_batches(parts) for each in task.predictions(net, batch)]
+    return task.compute_metrics(predictions, data)
+
+
 def read_run(folder: Path) -> tuple[Task, Config]:
     """The task and the configuration that a run directory was started with."""
     values = RunDir(folder).read_config()
     task = find(values["task"])
     return task, task.config.from_values(values)
+
+
+def load_teacher(task: Task, config: Config, data: Data) -> nn.Module | None:
+    """The network of --teacher, in eval mode and without gradients. torch's generator is left as it was."""
+    if not config.teacher:
+        return None
+    if not isinstance(task, DistillableTask):
+        raise ValueError(f"--teacher: the task {task.name} has no outputs that could be compared; leave it out")
+    path = Path(config.teacher)
+    other, built = read_run(path) if RunDir(path).config.exists() else (task, task.config_of(path, config))
+    if other.name != task.name:
+        raise ValueError(f"--teacher {path} is a run of the task {other.name}; needed one of {task.name}")
+    with torch.random.fork_rng(devices=[]):
+        net = task.build(built, data)
+    load_weights(net, path, "--teacher")
+    return net.eval().requires_grad_(False)
 
 
 def open_run(config: Config) -> RunDir:
@@ -110,11 +140,12 @@ def train(config: Config, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     with interruptions() as interruption:
         try:
             prepared = prepare(task, config)  # before the directory: bad input leaves nothing behind
+            teacher = load_teacher(task, config, prepared[0])
             with locked(run.path) if first_process() else nullcontext():
                 open_run(config)
                 if (done := finished(run)) is not None:
                     return done
-                return train_in(run, task, config, prepared, interruption, callbacks)
+                return train_in(run, task, config, prepared, interruption, callbacks, teacher)
         except Interrupted as stop:
             raise Interrupted(stop.signum, f"{stop}; {how_to_go_on(config, run)}") from None
 
@@ -126,6 +157,7 @@ def train_in(
     prepared: tuple[Data, nn.Module, ow.Report],
     interruption: Interruption,
     callbacks: Sequence[Any],
+    teacher: nn.Module | None = None,
 ) -> dict[str, Any]:
     """`train` in its own run directory, from the start or from the last checkpoint."""
     data, net, report = prepared
@@ -135,7 +167,7 @@ def train_in(
     start = mask_rows(net, layer)
     full = full_copy(config, net)
     try:
-        module, trainer = fit(task, config, data, net, run, callbacks, interruption)
+        module, trainer = fit(task, config, data, net, run, callbacks, interruption, teacher)
         net = module.net = gather(net, full)
         mask = {"layer": layer, "start": start, "end": mask_rows(net, layer)}
         if is_sparse(config.method):
@@ -200,11 +232,12 @@ def fit(
     run: RunDir,
     callbacks: Sequence[Any],
     interruption: Interruption | None = None,
+    teacher: nn.Module | None = None,
 ) -> tuple[Any, Any]:
     """Runs Lightning's loops from the start or from the last checkpoint; returns the module and the trainer."""
     silence_lightning()
     interruption = interruption or Interruption()
-    module = TaskModule(task, net, config, data, run, interruption)
+    module = TaskModule(task, net, config, data, run, interruption, teacher)
     trainer = build_trainer(config, run.path, callbacks)
     newest = run.checkpoints.newest()
     if newest is None and trainer.is_global_zero:

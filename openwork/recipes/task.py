@@ -105,9 +105,40 @@ class Task(ABC):
     def optimizer(self, config: Any, net: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(config, net)
 
+    def config_of(self, weights: Path, config: Any) -> Any:
+        """The configuration of a network whose weights are given, but not by a run that has its own."""
+        return config
+
     def visualizations(self, config: Any, net: nn.Module, data: Data) -> list[Visualization]:
         """A few validation samples for the report."""
         return []
+
+
+class DistillableTask(Task):
+    """A task whose network can learn from the outputs of another one as well: `--teacher`."""
+
+    @abstractmethod
+    def outputs(self, net: nn.Module, batch: Any) -> Any:
+        """What the network says of a training batch."""
+
+    @abstractmethod
+    def loss_of(self, net: nn.Module, outputs: Any, batch: Any) -> Tensor:
+        """`loss`, of outputs that are there already."""
+
+    @abstractmethod
+    def distance(self, net: nn.Module, outputs: Any, taught: Any, batch: Any) -> Tensor:
+        """The mean distance of the outputs from those of the teacher, with gradients."""
+
+    def loss(self, net: nn.Module, batch: Any) -> Tensor:
+        return self.loss_of(net, self.outputs(net, batch), batch)
+
+    def taught_loss(self, net: nn.Module, teacher: nn.Module, batch: Any, weight: float) -> Tensor:
+        """`loss`, with a share of `weight` replaced by the distance from the teacher, which keeps no gradients."""
+        with torch.no_grad():
+            taught = self.outputs(teacher, batch)
+        outputs = self.outputs(net, batch)
+        distance = self.distance(net, outputs, taught, batch)
+        return weight * distance + (1 - weight) * self.loss_of(net, outputs, batch)
 
 
 def build_optimizer(config: Config, net: nn.Module) -> torch.optim.Optimizer:

@@ -93,16 +93,19 @@ def _text(path: Path, number: int, line: bytes | None) -> str:
     return text
 
 
-def learn(lines: Iterable[str], size: int) -> Any:
-    """A `tokenizers.Tokenizer` with up to `size` subwords, the 256 bytes and two symbols among them."""
+def learn(
+    lines: Iterable[str], size: int, symbols: Sequence[str] = ("<pad>", "</s>"), prefix_space: bool = True
+) -> Any:
+    """A `tokenizers.Tokenizer` with up to `size` subwords, the 256 bytes and the symbols among them. With
+    `prefix_space` a text's first word is the same as its others."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        special_tokens=["<pad>", "</s>"],
+        special_tokens=list(symbols),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -119,6 +122,17 @@ def stored_tokenizer(path: Path) -> Any:
         raise ValueError(
             f"{path} holds no vocabulary of tokenizers ({error}); remove it to have it made anew"
         ) from error
+
+
+def check_same_words(tokenizer: Any, teacher: Path, its: Any) -> None:
+    """ValueError where the numbers that a teacher predicts stand for other words."""
+    ours, theirs = tokenizer.get_vocab(), its.get_vocab()
+    if ours != theirs:
+        raise ValueError(
+            f"--teacher {teacher} has another vocabulary: {len(theirs)} subwords, {len(ours.keys() & theirs.keys())} "
+            f"of them among the {len(ours)} of this run. Its words cannot be compared; train both with one vocabulary "
+            "(a new --out takes that of its teacher, if --model and --init bring none)"
+        )
 
 
 def encode(tokenizer: Any, lines: Iterable[str]) -> Ids:

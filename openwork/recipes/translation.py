@@ -14,13 +14,26 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import openwork as ow
 from openwork.recipes import number_words
 from openwork.recipes.config import Config, DataSource, check_choice, data_flag, default, flag, rates, source_of
 from openwork.recipes.data import Data
 from openwork.recipes.models import allow_torchvision
 from openwork.recipes.rundir import write_text
-from openwork.recipes.task import Metric, Task, View, Visualization, percent
-from openwork.recipes.text import END, PAD, Batch, Pair, Reader, decode, find_file, load_text, read_pairs
+from openwork.recipes.task import DistillableTask, Metric, View, Visualization, percent
+from openwork.recipes.text import (
+    END,
+    PAD,
+    Batch,
+    Pair,
+    Reader,
+    check_same_words,
+    decode,
+    find_file,
+    load_text,
+    read_pairs,
+    stored_tokenizer,
+)
 
 # width, layers of encoder and decoder each, heads, width of the feed-forward layers. base and big: arXiv:1706.03762.
 SIZES = {
@@ -101,7 +114,7 @@ class TranslationConfig(Config):
             raise ValueError(f"beams {self.beams} and max_length {self.max_length} must be at least 1 and 8")
 
 
-class Translation(Task):
+class Translation(DistillableTask):
     name = "translation"
     config = TranslationConfig
     metrics = (
@@ -112,7 +125,10 @@ class Translation(Task):
     eval_batch = 100
 
     def load_data(self, config: TranslationConfig) -> Data:
-        return load_text(*readers(config), config.vocabulary, config.max_length, vocabularies(config))
+        data = load_text(*readers(config), config.vocabulary, config.max_length, vocabularies(config))
+        if (taught := vocabulary_beside(config.teacher)) is not None and taught.exists():
+            check_same_words(data.info.tokenizer, Path(config.teacher), stored_tokenizer(taught))
+        return data
 
     def build(self, config: TranslationConfig, data: Data) -> nn.Module:
         return build_transformer(config, data.info.tokenizer.get_vocab_size())
@@ -124,13 +140,18 @@ class Translation(Task):
     def save_artifacts(self, data: Data, folder: Path) -> None:
         write_text(folder / _VOCABULARY, data.info.tokenizer.to_str())
 
-    def loss(self, net: Any, batch: Batch) -> Tensor:
+    def outputs(self, net: nn.Module, batch: Batch) -> Tensor:
+        return net(**inputs(batch)).logits
+
+    def loss_of(self, net: Any, outputs: Tensor, batch: Batch) -> Tensor:
         """Smoothed cross entropy, the mean over the subwords of the micro-batch."""
-        logits = net(**inputs(batch)).logits
         smoothing = net.config.label_smoothing
         return F.cross_entropy(
-            logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=PAD, label_smoothing=smoothing
+            outputs.flatten(0, 1), batch["labels"].flatten(), ignore_index=PAD, label_smoothing=smoothing
         )
+
+    def distance(self, net: nn.Module, outputs: Tensor, taught: Tensor, batch: Batch) -> Tensor:
+        return ow.distillation_loss(outputs, taught, mask=batch["labels"] != PAD)
 
     def predictions(self, net: Any, batch: Batch) -> list[Any]:
         """Cross entropy summed over the target, its subwords, and the subwords of the translation."""
@@ -167,10 +188,15 @@ class Translation(Task):
 
 
 def vocabularies(config: TranslationConfig) -> list[Path]:
-    """Where one may lie: in the run directory, else beside the weights that the run starts from."""
-    init = Path(config.init)
-    places = [Path(config.out), *[init if init.is_dir() else init.parent] * bool(config.init)]
-    return [place / _VOCABULARY for place in places]
+    """Where one may lie: in the run directory, else beside the weights that the run starts from, else its teacher's."""
+    beside = [vocabulary_beside(config.init), vocabulary_beside(config.teacher)]
+    return [Path(config.out) / _VOCABULARY, *(path for path in beside if path)]
+
+
+def vocabulary_beside(weights: str) -> Path | None:
+    """Where the vocabulary of a run or of a file of weights lies, if anywhere."""
+    place = Path(weights)
+    return (place if place.is_dir() else place.parent) / _VOCABULARY if weights else None
 
 
 def readers(config: TranslationConfig) -> tuple[Reader, Reader]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
@@ -44,7 +45,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(net: nn.Module, source: Path, what: str = "--init") -> None:
-    """Fill a plain network from a run directory or a .safetensors file."""
+    """Fill a plain network from a run directory or a .safetensors file, one of transformers also from a Hugging Face
+    folder."""
+    if is_huggingface(source) and hasattr(net, "from_pretrained"):
+        _load_pretrained(net, source, what)
+        return
     path = weights_file(source, what)
     if compressed := is_compressed(path):
         check(path)  # damage has a message of its own
@@ -53,4 +58,23 @@ def load_weights(net: nn.Module, source: Path, what: str = "--init") -> None:
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{what} {path} does not fit this model; train it with the same --model and --data ({error})"
+        ) from error
+
+
+def is_huggingface(source: Path) -> bool:
+    """Whether it is a folder with a configuration of transformers, and no run."""
+    return (source / "config.json").is_file() and not (source / "config.yaml").is_file()
+
+
+def _load_pretrained(net: Any, source: Path, what: str) -> None:
+    """As transformers reads it: in one file or several, with or without the names of the head's base model."""
+    how: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": net.dtype}
+    try:
+        found, told = type(net).from_pretrained(source, output_loading_info=True, **how)
+        if missing := sorted(told["missing_keys"]):
+            raise ValueError(f"it lacks {', '.join(missing[:5])}")
+        net.load_state_dict(found.state_dict())
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{what} {source} does not fit this model: give its folder as --model too ({error})"
         ) from error

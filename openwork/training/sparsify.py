@@ -54,10 +54,11 @@ def sparsify(
 
     `pattern`: "2:4" for all, or a mapping from globs to patterns; `exclude`, `axis` and `remainder` are those of
     `Selection`, which may stand in place of all four. `example`: one input (a tensor, a tuple of arguments or a dict of
-    keyword arguments), to count multiply-adds with, and to find weights that are multiplied as something else than they
-    are, such as standardized ones: their zeros would be in no product, so they stay dense. `dense`: where the model is
-    a pruned one, what it was before (a model or a state dict). Pruned weights start at their dense values, cut below
-    what their group keeps: the first mask is that of the pruned network, and can change as training goes on.
+    keyword arguments), to see along which axis weights of unknown modules are summed, such as experts; to count
+    multiply-adds with; and to find weights that are multiplied as something else than they are, such as standardized
+    ones: their zeros would be in no product, so they stay dense. `dense`: where the model is a pruned one, what it was
+    before (a model or a state dict). Pruned weights start at their dense values, cut below what their group keeps: the
+    first mask is that of the pruned network, and can change as training goes on.
 
     Nothing is excluded by default but what cannot be sparse. Call it after initialization and before `fully_shard`.
     Raises ValueError when nothing can be sparse, a glob matches nothing, the model is sparse already, or `dense` is
@@ -76,7 +77,8 @@ def sparsify(
     selection = selection_of(pattern, exclude, axis, remainder)
     if selection.transposable and not method.transposable:
         raise ValueError(f"transposable=True with {method}, whose masks are not; use ow.TransposableSRSTE()")
-    decided = decide(model, dataclasses.replace(selection, transposable=method.transposable))
+    selection = dataclasses.replace(selection, transposable=method.transposable)
+    decided = decide(model, selection, example=example)
     title, cache = f"{type(model).__name__}, {method.name}", ForwardCache(prune_ahead)
     masked = {candidate.name: _masked(candidate, method, cache) for candidate in decided if candidate.pattern}
     masks = {name: each.mask_at_end for name, each in masked.items() if method.sparse}
@@ -130,14 +132,15 @@ def project(
     exclude: Sequence[str] = (),
     axis: AxisChoice = "input",
     remainder: Remainder = "skip",
+    example: Any = None,
 ) -> Report:
     """Zero the smallest weights of a plain model until it is N:M, in place: after averaging, merging, editing.
 
-    Arguments, errors and report as in `sparsify`.
+    Arguments, errors and report as in `sparsify`; `example` only shows the axes of weights of unknown modules.
     """
     model = unwrap(model)
     check_plain(model)
-    decided = decide(model, selection_of(pattern, exclude, axis, remainder))
+    decided = decide(model, selection_of(pattern, exclude, axis, remainder), example=example)
     check_has_values(decided)
     masks = {candidate.name: magnitude_mask(candidate) for candidate in decided if candidate.pattern}
     report = report_on(model, decided, lambda name, _: masks[name], None, f"{type(model).__name__}, projected")

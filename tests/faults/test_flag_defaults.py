@@ -81,6 +81,7 @@ def test_defaults_are_as_they_were_where_nothing_is_in_their_way():
         "classification": (64, 0.1, 1.0),
         "detection": (4, 0.02, 0.5),
         "flow": (4, 4e-4, 0.25),
+        "language": (8, 6e-3, 0.5),
         "segmentation": (4, 0.02, 0.5),
         "translation": (64, 2e-3, 1.5),
     }
