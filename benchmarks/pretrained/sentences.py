@@ -179,11 +179,10 @@ def repair(asked: argparse.Namespace) -> None:
 def score(asked: argparse.Namespace) -> None:
     corpus, path = read_corpus(asked.packages, asked.data), asked.out / "scores.json"
     for name in ["dense", *asked.names]:
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if name == "dense" and name in known:
+        if name == "dense" and name in _known(path):
             continue
-        model = Encoder(asked.packages).eval() if name == "dense" else loaded(asked, name)
-        found = known[name] = scores(model, asked, corpus)
+        found = scores(Encoder(asked.packages).eval() if name == "dense" else loaded(asked, name), asked, corpus)
+        known = _known(path) | {name: found}  # other processes score as well
         for part in ("test", "validation"):
             found[part] |= against(known["dense"][part], found[part])
         path.write_text(json.dumps(known), encoding="utf-8")
@@ -192,6 +191,11 @@ def score(asked: argparse.Namespace) -> None:
             for part in ("test", "validation")
         }
         print(f"{name}: Lee {found['lee']:.4f}, {json.dumps(said)}", flush=True)
+
+
+def _known(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
 
 
 def distil(student: Encoder, teacher: Encoder, rows: list[list[int]], asked: argparse.Namespace, seed: int) -> None:
