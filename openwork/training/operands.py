@@ -28,15 +28,15 @@ class Factor:
 Product = list[Factor]
 
 
-def products(func: Any, args: Any, kwargs: Any) -> list[Product]:
-    """The products that an operator computes: one of most, one for each weight of a recurrent layer; none of an
-    operator that multiplies no matrices, or is not in the table."""
-    return _TABLE[name_of(func)](_in_order(func, args, kwargs)) if is_product(func) else []
+def products(func: Any, arguments: list[Any]) -> list[Product]:
+    """The products that an operator of the table computes from its `arguments`, in order: one of most, one for each
+    weight of a recurrent layer."""
+    return _TABLE[name_of(func)](arguments)
 
 
 def is_product(func: Any) -> bool:
     """Whether an operator multiplies matrices."""
-    return func.namespace in ("aten", "torchvision") and name_of(func) in _TABLE
+    return func.namespace in ("aten", "torchvision", "transformers") and name_of(func) in _TABLE
 
 
 def name_of(func: Any) -> str:
@@ -45,8 +45,8 @@ def name_of(func: Any) -> str:
     return name if name.endswith("__") else name.removesuffix("_")
 
 
-def _in_order(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """Arguments in the order of the schema."""
+def in_order(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Arguments of an operator in the order of its schema."""
     rest = [kwargs.get(each.name, each.default_value) for each in func._schema.arguments[len(args) :]]
     return [*args, *rest]
 
@@ -107,6 +107,7 @@ def _trilinear(given: list[Any]) -> list[Product]:
 _TABLE: dict[str, Callable[[list[Any]], list[Product]]] = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "_int_mm", "_scaled_mm", "_scaled_mm_v2"), _pair(0)),
     **dict.fromkeys(("_grouped_mm", "_scaled_grouped_mm", "_scaled_grouped_mm_v2", "_sparse_mm"), _pair(0)),
+    "grouped_mm_fallback": _pair(0),  # of transformers, where torch has no grouped product
     **dict.fromkeys(("addmm", "_addmm_activation", "addmv", "baddbmm", "addbmm", "_sparse_addmm"), _pair(1)),
     **dict.fromkeys(("linear", "mkldnn_linear", "_weight_int8pack_mm"), _layer(1)),
     "mkldnn_rnn_layer": _layer(1, 2),

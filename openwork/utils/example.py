@@ -4,23 +4,57 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from openwork.utils.torch_private import tree_leaves, tree_map_only
+
+
+@dataclass(frozen=True)
+class Call:
+    """Positional and keyword arguments of one call."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(model: nn.Module, example: Any) -> Any:
     """Call the model: a tuple is its arguments, a mapping its keyword arguments, anything else its one argument."""
+    if isinstance(example, Call):
+        return model(*example.args, **example.kwargs)
     if isinstance(example, Mapping):
         return model(**example)
     return model(*example) if isinstance(example, tuple) else model(example)
 
 
+def tensors_of(example: Any) -> list[Tensor]:
+    """The tensors in an example, in order."""
+    return [leaf for leaf in tree_leaves(_plain(example)) if isinstance(leaf, Tensor)]
+
+
+def moved(example: Any, device: torch.device) -> Any:
+    """The example with its tensors on a device."""
+    if isinstance(example, Call):
+        return Call(moved(example.args, device), moved(example.kwargs, device))
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), _plain(example))
+
+
+def _plain(example: Any) -> Any:
+    """Made of tuples and dicts: what a tokenizer returns is a mapping that torch does not look into."""
+    if isinstance(example, Call):
+        return example.args, dict(example.kwargs)
+    return dict(example) if isinstance(example, Mapping) else example
+
+
 @contextlib.contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and afterwards every training flag and random state as it was."""
+    """Eval mode, no gradients, and afterwards every training flag and random state as it was. Casts of weights that
+    autocast keeps are those of this forward alone."""
     flags = {module: module.training for module in model.modules()}
+    torch.clear_autocast_cache()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()
@@ -28,3 +62,4 @@ def quiet(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags.items():
             module.training = flag
+        torch.clear_autocast_cache()

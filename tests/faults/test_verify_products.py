@@ -486,14 +486,18 @@ def test_a_weight_that_is_multiplied_both_ways_stays_sparse_and_is_noted():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_traced_and_scripted_models_say_what_they_need() -> None:
+def test_traced_and_scripted_models_are_held_by_their_products() -> None:
     model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU()), torch.randn(2, 16)
+    for make in (lambda: torch.jit.trace(model, x), lambda: torch.jit.script(model)):
+        with pytest.raises(ValueError, match="name it with axis="):
+            ow.verify(make(), x, pattern="2:4")
     ow.project(model, "2:4")
     for made in (torch.jit.trace(model, x), torch.jit.script(model)):
         with pytest.raises(ValueError, match="name it with axis="):
-            ow.verify(made, x, pattern="2:4")
-        products = ow.verify(made, x, pattern=ow.Selection("2:4", axis={"0.weight": 1})).products
-        assert (products.sparse, products.dense) == (1, 0)
+            ow.verify(made, pattern="2:4")
+        for axis in ("input", {"0.weight": 1}):
+            products = ow.verify(made, x, pattern=ow.Selection("2:4", axis=axis)).products
+            assert (products.sparse, products.dense) == (1, 0)
 
 
 def test_the_error_of_a_constant_says_what_allows_it() -> None:
