@@ -23,6 +23,14 @@ from openwork.nm.mask_stats import sad as sad
 from openwork.nm.masks import topn as topn
 from openwork.nm.pattern import Pattern as Pattern
 from openwork.nm.transposable import topn_transposable as topn_transposable
+from openwork.pruning.alps import ALPS as ALPS
+from openwork.pruning.magnitude import Magnitude as Magnitude
+from openwork.pruning.prune import prune as prune
+from openwork.pruning.refit import Refit as Refit
+from openwork.pruning.report import PruneReport as PruneReport
+from openwork.pruning.solver import Solver as Solver
+from openwork.pruning.sparsegpt import SparseGPT as SparseGPT
+from openwork.pruning.wanda import Wanda as Wanda
 from openwork.training.optimizer import Handle as Handle
 from openwork.training.optimizer import attach as attach
 from openwork.training.repattern import change_pattern as change_pattern

@@ -64,11 +64,14 @@ def damped(gram: Tensor, share: float) -> Tensor:
     return gram + share * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
+def energy(rows: Tensor, gram: Tensor) -> float:
+    """tr(rows H rows'): the sum of squares of what these rows (R, K) make of the inputs whose Gram matrix is `gram`
+    (K, K), or its diagonal (K,)."""
+    gram = gram.to(rows.dtype)
+    return float(((rows @ gram if gram.ndim == 2 else rows * gram) * rows).sum(dtype=torch.float64))
+
+
 def relative_error(weight: Tensor, dense: Tensor, gram: Tensor) -> float:
     """||X (W - W0)'||^2 / ||X W0'||^2, of the outputs on the calibration samples; the Gram matrix, or its diagonal."""
-    change, dense = (weight - dense).double(), dense.double()
-    energy = [
-        float(((rows @ gram.double() if gram.ndim == 2 else rows * gram.double()) * rows).sum())
-        for rows in (change, dense)
-    ]
-    return energy[0] / energy[1] if energy[1] else 0.0
+    whole = energy(dense, gram)
+    return energy(weight - dense, gram) / whole if whole else 0.0

@@ -10,6 +10,7 @@ too, until it meets data in a product.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import warnings
 from collections import Counter
@@ -26,10 +27,10 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.weak import WeakIdRef
 
 from openwork.nm.groups import Axis
-from openwork.training.operands import Product, is_product, name_of, products
+from openwork.training.operands import Factor, Product, in_order, is_product, name_of, products
 from openwork.training.parametrize import plain_name, sparse_weights, weight_name
 from openwork.training.traces import CONSTANT, DATA, VECTOR, Trace, Traced, after, is_activation
-from openwork.utils.example import quiet, run
+from openwork.utils.example import Call, quiet, run
 from openwork.utils.torch_private import TorchDispatchMode, tree_leaves
 
 
@@ -57,22 +58,26 @@ class Operand:
 @dataclass(frozen=True)
 class Multiplied:
     """A product with constant operands. `inside` is the innermost module that ran then; `with_data` says that data
-    has a part in it, else it makes one constant of others. `tensor` is None of an operand that cannot be read."""
+    has a part in it, else it makes one constant of others. `tensor` is None of an operand that cannot be read. `data`
+    are the other operands, and `arguments` all that the operator is given, in the order of its schema."""
 
     operator: str
     inside: str
     operands: tuple[Operand, ...]
     with_data: bool = True
+    data: tuple[Factor, ...] = ()
+    arguments: tuple[Any, ...] = ()
 
 
 Visit = Callable[[Multiplied], None]
 
 
-def watch(model: nn.Module, example: Any, visit: Visit) -> None:
-    """Run `model` on `example` in eval mode without gradients, and show `visit` each product of a constant."""
+def watch(model: nn.Module, example: Any, visit: Visit) -> Any:
+    """Run `model` on `example` in eval mode without gradients, show `visit` each product of a constant, and return what
+    the model returns."""
     watcher = _Watcher(_constants(model, {}), example, visit)
     with quiet(model), _uncompiled(), watcher.hooks(model), watcher:
-        run(model, example)
+        return run(model, example)
 
 
 def count_macs(
@@ -111,6 +116,8 @@ class _Watcher(TorchDispatchMode):
         for name, weight in weights:
             own = Trace(True, names=frozenset([name])) if weight.ndim >= 2 else VECTOR  # vectors are no candidates
             self.traces[storage_key(weight)] = own | self.traces.get(storage_key(weight), own)
+        if isinstance(example, Call):
+            example = (example.args, dict(example.kwargs))
         for tensor in _tensors(dict(example) if isinstance(example, Mapping) else example):
             self.traces[storage_key(tensor)] = DATA
 
@@ -139,8 +146,10 @@ class _Watcher(TorchDispatchMode):
 
     def _show(self, func: Any, args: Any, kwargs: Any, operands: Traced) -> None:
         name = name_of(func)
-        for product in products(func, args, kwargs):
-            self._show_product(name, product)
+        if is_product(func):
+            arguments = in_order(func, args, kwargs)
+            for product in products(func, arguments):
+                self._show_product(name, product, tuple(arguments))
         if name in _SUMS and operands[0][1].scaled:
             tensor, trace = operands[0]
             dims = args[1] if len(args) > 1 and args[1] is not None else range(tensor.ndim)
@@ -149,14 +158,16 @@ class _Watcher(TorchDispatchMode):
         if func.namespace not in _FOLLOWED:
             self._show_unknown(func, args, operands)
 
-    def _show_product(self, name: str, product: Product) -> None:
+    def _show_product(self, name: str, product: Product, arguments: tuple[Any, ...]) -> None:
         traced = [(factor, self._trace(factor.tensor)) for factor in product]
-        fixed = [(factor, trace) for factor, trace in traced if trace.constant and not is_activation(factor, trace)]
+        is_fixed = [trace.constant and not is_activation(factor, trace) for factor, trace in traced]
+        fixed = list(itertools.compress(traced, is_fixed))
         weights = [(factor, trace) for factor, trace in fixed if not trace.vector]
         if weights:
             with_data = len(fixed) < len(traced) or any(trace.meets_data for _, trace in weights)
             operands = [Operand(trace.names, factor.tensor, factor.axes) for factor, trace in weights]
-            self._visit(name, operands, with_data or len(product) == 1)
+            data = tuple(factor for (factor, _), one in zip(traced, is_fixed, strict=True) if not one)
+            self._visit(name, operands, with_data or len(product) == 1, data, arguments)
 
     def _show_unknown(self, func: Any, args: Any, operands: Traced) -> None:
         """An operator of another library, which may multiply what it is given; one of torch's with packed weights."""
@@ -168,9 +179,16 @@ class _Watcher(TorchDispatchMode):
         for operand in found:
             self._visit(str(func._overloadpacket), [operand])
 
-    def _visit(self, name: str, operands: list[Operand], with_data: bool = True) -> None:
+    def _visit(
+        self,
+        name: str,
+        operands: list[Operand],
+        with_data: bool = True,
+        data: tuple[Factor, ...] = (),
+        arguments: tuple[Any, ...] = (),
+    ) -> None:
         assert self.visit
-        self.visit(Multiplied(name, self.stack[-1], tuple(operands), with_data))
+        self.visit(Multiplied(name, self.stack[-1], tuple(operands), with_data, data, arguments))
 
     def _count(self, packet: Any, args: Any, kwargs: Any, out: Any, operands: Traced) -> None:
         macs = _macs(packet, args, kwargs, out)

@@ -28,10 +28,10 @@ class Factor:
 Product = list[Factor]
 
 
-def products(func: Any, args: Any, kwargs: Any) -> list[Product]:
-    """The products that an operator computes: one of most, one for each weight of a recurrent layer; none of an
-    operator that multiplies no matrices, or is not in the table."""
-    return _TABLE[name_of(func)](_in_order(func, args, kwargs)) if is_product(func) else []
+def products(func: Any, arguments: list[Any]) -> list[Product]:
+    """The products that an operator of the table computes from its `arguments`, in order: one of most, one for each
+    weight of a recurrent layer."""
+    return _TABLE[name_of(func)](arguments)
 
 
 def is_product(func: Any) -> bool:
@@ -45,8 +45,8 @@ def name_of(func: Any) -> str:
     return name if name.endswith("__") else name.removesuffix("_")
 
 
-def _in_order(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """Arguments in the order of the schema."""
+def in_order(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Arguments of an operator in the order of its schema."""
     rest = [kwargs.get(each.name, each.default_value) for each in func._schema.arguments[len(args) :]]
     return [*args, *rest]
 

@@ -67,8 +67,8 @@ def sparsify(
     if isinstance(method, type) or not isinstance(method, Method):
         raise TypeError(f"method={method!r}; needed a method object such as ow.SRSTE(), ow.STE() or ow.ASP()")
     model = unwrap(model)
-    _check_plain(model)
-    selection = _selection(pattern, exclude, axis, remainder)
+    check_plain(model)
+    selection = selection_of(pattern, exclude, axis, remainder)
     if selection.transposable and not method.transposable:
         raise ValueError(f"transposable=True with {method}, whose masks are not; use ow.TransposableSRSTE()")
     decided = decide(model, dataclasses.replace(selection, transposable=method.transposable))
@@ -128,10 +128,10 @@ def project(
     Arguments, errors and report as in `sparsify`.
     """
     model = unwrap(model)
-    _check_plain(model)
-    decided = decide(model, _selection(pattern, exclude, axis, remainder))
+    check_plain(model)
+    decided = decide(model, selection_of(pattern, exclude, axis, remainder))
     check_has_values(decided)
-    masks = {candidate.name: _magnitude_mask(candidate) for candidate in decided if candidate.pattern}
+    masks = {candidate.name: magnitude_mask(candidate) for candidate in decided if candidate.pattern}
     report = report_on(model, decided, lambda name, _: masks[name], None, f"{type(model).__name__}, projected")
     with torch.no_grad():
         for candidate in decided:
@@ -140,7 +140,8 @@ def project(
     return report
 
 
-def _magnitude_mask(candidate: Candidate) -> Tensor:
+def magnitude_mask(candidate: Candidate) -> Tensor:
+    """The mask of the largest magnitudes, of a weight that was decided to be sparse."""
     assert candidate.pattern
     score, pattern, axis = candidate.weight.detach().abs(), candidate.pattern, candidate.axis
     if candidate.output_axis:
@@ -158,9 +159,10 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _selection(
+def selection_of(
     pattern: Selection | PatternChoice, exclude: Sequence[str], axis: AxisChoice, remainder: Remainder
 ) -> Selection:
+    """The selection that these arguments of a public function are; raises ValueError where one says nothing."""
     if not isinstance(pattern, Selection):
         return Selection(pattern, exclude=exclude, axis=axis, remainder=remainder)
     if exclude or axis != "input" or remainder != "skip":
@@ -185,7 +187,8 @@ def _register(decided: list[Candidate], masked: Mapping[str, Masked]) -> None:
         mask_weights(module, its)
 
 
-def _check_plain(model: nn.Module) -> None:
+def check_plain(model: nn.Module) -> None:
+    """Raises ValueError where a weight is masked already, or sharded."""
     taken = [name or plain_class(module).__name__ for name, module in masked_modules(model)]
     if taken:
         raise ValueError(
@@ -230,10 +233,10 @@ def _row(candidate: Candidate, macs: int | None, mask_of: Callable[[str, Tensor]
     kept = lines * (K // pattern.m * pattern.n + min(K % pattern.m, pattern.n))
     kept = kept if mask.is_meta else int(mask.sum())  # transposable tiles that stick out keep fewer
     groups = lines * math.ceil(K / pattern.m)
-    return Row(candidate.name, shape, pattern, "", kept, _retained(weight, mask), groups, bits, macs)
+    return Row(candidate.name, shape, pattern, "", kept, retained_share(weight, mask), groups, bits, macs)
 
 
-def _retained(weight: Tensor, mask: Tensor) -> float:
+def retained_share(weight: Tensor, mask: Tensor) -> float:
     """The kept share of the sum of squared weights; NaN on the meta device."""
     if weight.is_meta:
         return math.nan

@@ -1,0 +1,93 @@
+"""Prune one weight, given what its inputs are."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import Counter
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from openwork.nm.masks import apply_mask
+from openwork.pruning.inputs import Part
+from openwork.pruning.magnitude import Magnitude
+from openwork.pruning.report import PrunedWeight
+from openwork.pruning.solver import Groups, Solver, energy
+from openwork.pruning.wanda import Wanda
+from openwork.training.select import Candidate
+from openwork.training.sparsify import magnitude_mask, retained_share
+
+_FEW = 4  # a matrix of K columns with fewer than K / 4 samples is not compensated: they say too little
+_MOST_DAMPING = 1.0
+
+
+@torch.no_grad()
+def prune_weight(candidate: Candidate, parts: Collection[Part], solver: Solver, unseen: str = "") -> PrunedWeight:
+    """Prune a weight in place, each of its matrices by its own inputs; those of which none were seen by magnitude."""
+    assert candidate.pattern
+    start, weight, notes = time.perf_counter(), candidate.weight.detach(), Counter[str]()
+    dense, matrices = weight.clone(), [part.place.read(weight) for part in parts]
+    seen = torch.zeros(weight.untyped_storage().nbytes() // weight.element_size(), dtype=torch.bool)
+    weight.copy_(apply_mask(dense, magnitude_mask(candidate)))
+    whole = masked = lost = 0.0
+    for part, before in zip(parts, matrices, strict=True):
+        seen_here = part.place.view(seen)
+        if bool(seen_here.any()):
+            notes["some of it by its last product alone: those of one forward pass overlap"] += 1
+        seen_here.fill_(True)
+        groups = Groups(candidate.pattern, part.place.width, candidate.output_axis is not None)
+        solved = [
+            _solve(W, gram, samples, solver, groups)
+            for W, gram, samples in zip(before, part.gram, part.samples.tolist(), strict=True)
+        ]
+        notes.update(note for _, note in solved)
+        part.place.write(weight, torch.stack([found for found, _ in solved]))
+        for W, pruned, gram in zip(before, part.place.read(weight), part.gram, strict=True):
+            whole += energy(W, gram)
+            masked += energy(torch.where(pruned == 0, W, 0), gram)
+            lost += energy(pruned - W, gram)
+    missing = weight.numel() - int(seen.as_strided(weight.shape, weight.stride(), weight.storage_offset()).sum())
+    if missing:
+        share = f"{missing / weight.numel():.0%} of it " if parts else ""
+        notes[f"{share}by magnitude: {unseen or 'no calibration sample reached it'}"] += 1
+    return PrunedWeight(
+        name=candidate.name,
+        pattern=candidate.pattern,
+        samples=min((int(part.samples.min()) for part in parts), default=0),
+        masked=masked / whole if whole else math.nan,
+        error=lost / whole if whole else math.nan,
+        retained=retained_share(dense, weight != 0),
+        seconds=time.perf_counter() - start,
+        note="; ".join(f"{note} (x{times})" if times > 1 else note for note, times in notes.items() if note),
+    )
+
+
+def _solve(W: Tensor, gram: Tensor, samples: int, solver: Solver, groups: Groups) -> tuple[Tensor, str]:
+    """One matrix, and what to tell where it is not what was asked for."""
+    K, squares = W.shape[1], gram.diagonal() if gram.ndim == 2 else gram
+    if not bool(squares.any()):
+        what = "its inputs were all zero" if samples else "no calibration sample reached it"
+        return Magnitude().solve(W, gram, groups), f"by magnitude: {what}"
+    if solver.needs_gram and samples * _FEW < K:
+        return Wanda().solve(W, gram, groups), f"by Wanda: fewer samples than a {_FEW}th of its {K} inputs"
+    note, damp = "", getattr(solver, "damp", _MOST_DAMPING)
+    while True:
+        found = _attempt(W, gram, solver, groups)
+        if found is not None:
+            return found, note
+        if damp >= _MOST_DAMPING:
+            return Wanda().solve(W, gram, groups), "by Wanda: its Gram matrix is singular"
+        damp = min(_MOST_DAMPING, 10 * damp or 1e-4)
+        solver, note = dataclasses.replace(solver, damp=damp), f"damped by {damp:g}: its Gram matrix is singular"  # type: ignore[call-arg]
+
+
+def _attempt(W: Tensor, gram: Tensor, solver: Solver, groups: Groups) -> Tensor | None:
+    """What the solver finds; None where the Gram matrix is singular."""
+    try:
+        found = solver.solve(W, gram, groups)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return None
+    return found if bool(found.isfinite().all()) else None

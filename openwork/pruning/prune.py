@@ -1,0 +1,173 @@
+"""Prune a trained network once, layer by layer, from calibration batches."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openwork.pruning.alps import ALPS
+from openwork.pruning.inputs import Inputs, NotFinite
+from openwork.pruning.layer import prune_weight
+from openwork.pruning.report import PrunedWeight, PruneReport
+from openwork.pruning.saved import Saved
+from openwork.pruning.solver import Solver
+from openwork.pruning.stages import Stage, stages
+from openwork.training.parametrize import unwrap
+from openwork.training.report import Report
+from openwork.training.select import Candidate, check_has_values, decide
+from openwork.training.selection import AxisChoice, PatternChoice, Remainder, Selection
+from openwork.training.sparsify import check_plain, magnitude_mask, report_on, selection_of
+from openwork.training.try_masks import Tried, try_masks
+from openwork.utils.progress import Progress
+from openwork.utils.torch_private import tree_map_only
+
+
+def prune(
+    model: nn.Module,
+    pattern: Selection | PatternChoice,
+    batches: Iterable[Any],
+    *,
+    solver: Solver = ALPS(),
+    exclude: Sequence[str] = (),
+    axis: AxisChoice = "input",
+    remainder: Remainder = "skip",
+    resume: str | Path | None = None,
+    progress: bool | None = None,
+) -> PruneReport:
+    """Make a trained model N:M, in place, and return what it cost. The weights that are kept make up for those that are
+    not, so that each layer's outputs on the calibration batches change as little as the solver can manage.
+
+    `batches`: inputs of the model, each a tensor, a tuple of arguments or a mapping of keyword arguments; what they
+    contain is what the network will still be good at, and padding counts as input. `pattern`, `exclude`, `axis` and
+    `remainder` are those of `sparsify`. `resume`: a folder that keeps each weight once it is pruned; the same call on
+    the same dense network goes on from there. `progress`: a line on stderr, by default where that is a terminal.
+
+    Blocks are pruned one after the other, each on inputs from the pruned ones before it. One block's inputs and Gram
+    matrices, in double precision, are held at a time, beside the batches themselves. A matrix that too few samples
+    reach, such as a rare expert's, is pruned by the score of Wanda or by magnitude, and the report says so. Raises
+    ValueError where there is no batch, where inputs are not finite, and as `sparsify` does.
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> report = prune(model, "2:4", [torch.randn(64, 8)])
+    >>> list(report.errors), int((model[2].weight != 0).sum())
+    (['0.weight', '2.weight'], 32)
+    """
+    start = time.perf_counter()
+    model = unwrap(model)
+    check_plain(model)
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver={solver!r}; needed a solver object such as ow.ALPS() or ow.SparseGPT()")
+    given = _batches(batches, _device(model))
+    selection = selection_of(pattern, exclude, axis, remainder)
+    if selection.axis == "kernel":
+        raise ValueError("axis='kernel' groups weights that no product sums over together; needed axis='input'")
+    with _plain_products(model), torch.inference_mode(False):
+        tried = _tried(model, selection, given[0])
+        candidates = {each.name: each for each in tried.decided if each.pattern}
+        saved = None if resume is None else Saved(Path(resume), solver, candidates, given)
+        bar = Progress(len(candidates), progress)
+        found: dict[str, PrunedWeight] = {}
+        for stage in stages(model, candidates, given):
+            for result in _prune_stage(stage, candidates, solver, saved):
+                found[result.name] = result
+                bar.advance(f"{result.name}  error {result.error:.4f}")
+        bar.end()
+    report = _report(model, tried, found, f"{type(model).__name__}, pruned by {solver}")
+    layers = tuple(found[name] for name in candidates)
+    return PruneReport(layers, report, repr(solver), time.perf_counter() - start)
+
+
+def _tried(model: nn.Module, selection: Selection, batch: Any) -> Tried:
+    """Which weights are to be pruned: those whose zeros would be in the products of a batch."""
+    decided = decide(model, selection)
+    check_has_values(decided)
+    for each in decided:
+        if each.pattern and each.factor:
+            raise ValueError(
+                f"{each.name} is a part of a normalized weight: fold it first, with torch.nn.utils.parametrize."
+                "remove_parametrizations(module, 'weight'), and prune the plain weight"
+            )
+    masks = {each.name: lambda _, each=each: magnitude_mask(each) for each in decided if each.pattern}
+    return try_masks(model, batch, decided, masks, tuple(selection.exclude))
+
+
+def _prune_stage(
+    stage: Stage, candidates: Mapping[str, Candidate], solver: Solver, saved: Saved | None
+) -> Iterator[PrunedWeight]:
+    """Prune the weights of a stage, or fill in what was saved of them."""
+    mine = {name: candidates[name] for name in stage.names}
+    before = {name: saved and saved.load(candidate) for name, candidate in mine.items()}
+    yield from (result for result in before.values() if result)
+    mine = {name: candidate for name, candidate in mine.items() if not before[name]}
+    if not mine:
+        return
+    inputs = Inputs(mine, solver.needs_gram, stage.prefix)
+    try:
+        stage.watch(inputs.visit)
+    except NotFinite as error:
+        raise ValueError(
+            f"{error}: see which batch or which layer before it overflows. Layers before this one are pruned already: "
+            "start again from the dense network"
+        ) from None
+    for name, candidate in mine.items():
+        result = prune_weight(candidate, inputs.parts[name].values(), solver, inputs.unseen.get(name, ""))
+        inputs.parts.pop(name)  # its Gram matrix is not needed any more
+        if saved:
+            saved.save(candidate, result)
+        yield result
+
+
+def _report(model: nn.Module, tried: Tried, found: Mapping[str, PrunedWeight], title: str) -> Report:
+    report = report_on(model, tried.decided, lambda _, weight: weight != 0, tried.macs, title)
+    rows = [replace(row, retained=found[row.name].retained) if row.name in found else row for row in report.rows]
+    return replace(report, rows=tuple(rows), notes=tried.notes)
+
+
+def _device(model: nn.Module) -> torch.device:
+    devices = sorted({tensor.device for tensor in model.parameters()}, key=str)
+    if len(devices) > 1:
+        raise ValueError(f"the model is on {', '.join(map(str, devices))}; needed one device: move it to one first")
+    return devices[0] if devices else torch.device("cpu")
+
+
+def _batches(batches: Iterable[Any], device: torch.device) -> list[Any]:
+    """All batches, on the device of the model."""
+    if isinstance(batches, Tensor | Mapping | str):
+        raise TypeError(
+            f"batches is one {type(batches).__name__}; needed an iterable of batches, such as a list of one: [batch]"
+        )
+    given = [dict(batch) if isinstance(batch, Mapping) else batch for batch in batches]
+    if not given:
+        raise ValueError("batches has no batch; needed at least one input of the model to calibrate with")
+    moved: list[Any] = tree_map_only(Tensor, lambda tensor: tensor.to(device), given)
+    return moved
+
+
+@contextlib.contextmanager
+def _plain_products(model: nn.Module) -> Iterator[None]:
+    """Layers multiply in operators whose inputs can be seen, not in fused ones, and keep nothing for a next call."""
+    configs = [
+        config for module in model.modules() if getattr(config := getattr(module, "config", None), "use_cache", 0)
+    ]
+    before = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with contextlib.ExitStack() as plain:
+        torch.backends.mha.set_fastpath_enabled(False)
+        plain.callback(torch.backends.mha.set_fastpath_enabled, before)
+        for config in {id(each): each for each in configs if getattr(each, "use_cache", False)}.values():
+            config.use_cache = False  # type: ignore[union-attr]
+            plain.callback(setattr, config, "use_cache", True)
+        if recurrent:
+            plain.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", UserWarning)  # the flags also set TF32, which warns without an Intel GPU
+            plain.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            plain.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
