@@ -105,6 +105,20 @@ def score(asked: argparse.Namespace) -> None:
         note(document, asked, {"name": name} | scores(model, tokens) | scores(model, tokens, "choose"), "score")
 
 
+def deploy(asked: argparse.Namespace) -> None:
+    from language_engines import generation, prompts
+
+    tokens = tokens_of(asked)["test-news"]
+    dense, sparse = (loaded(asked, name).eval() for name in ("dense", asked.start))
+    document = start_document(asked) | {"generation": generation(dense, sparse, tokens[None, :16], asked.tokens)}
+    print(json.dumps(document["generation"], indent=1), flush=True)
+    for batch in asked.batches:
+        made = prompts(dense, sparse, windows(tokens, batch, asked.prompt))
+        document["runs"].append({"prompts": batch, "tokens": asked.prompt, "ways": made})
+        print(batch, json.dumps(made, indent=1), flush=True)
+    write_text(asked.out / "deploy.json", json.dumps(document, indent=1))
+
+
 def loaded(asked: argparse.Namespace, name: str) -> nn.Module:
     dense = load_dense(asked.packages)
     return dense if name == "dense" else ow.load(dense, asked.out / f"{name}.safetensors")
@@ -150,13 +164,18 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add = commands.add_parser("score").add_argument
     add("names", nargs="*")
+    add = commands.add_parser("deploy").add_argument
+    add("start", help="of a file in --out, such as repaired")
+    add("--tokens", type=int, default=32, help="that are generated, after 16 tokens of the news")
+    add("--batches", type=int, nargs="+", default=[1, 32], help="prompts in a forward pass")
+    add("--prompt", type=int, default=64, help="tokens of a prompt")
     return parser.parse_args(words)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     asked = arguments(words)
     asked.out.mkdir(parents=True, exist_ok=True)
-    {"prune": prune, "repair": repair, "score": score}[asked.command](asked)
+    {"prune": prune, "repair": repair, "score": score, "deploy": deploy}[asked.command](asked)
     return 0
 
 
