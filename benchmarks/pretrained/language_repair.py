@@ -25,6 +25,7 @@ from openwork.utils.atomic import atomic_file
 _WARM_UP = 20  # steps in which the learning rate grows
 _FALLING = 0.4  # share of the steps, the last ones, in which it falls to zero in a straight line
 _KEEP_EVERY = 20  # steps between two checkpoints
+_SCORE_EVERY = 40
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,12 @@ def distil(
         done["cpu_seconds"] += time.process_time() - start
         said = f"step {done['step']} of {settings.steps}: head {float(head):.4f}, features {float(features):.4f}"
         print(f"{said}, {done['cpu_seconds']:.0f} s of CPU time", flush=True)
-        if done["step"] % _KEEP_EVERY == 0 or done["step"] == settings.steps:
+        last = done["step"] == settings.steps
+        if last or done["step"] % _SCORE_EVERY == 0:
             done["scores"][done["step"]] = score()
             student.train()
             print(json.dumps(done["scores"][done["step"]]), flush=True)
+        if last or done["step"] % _KEEP_EVERY == 0:
             keep(student, optimizer, done, checkpoint)
     return done
 
