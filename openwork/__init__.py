@@ -23,6 +23,8 @@ from openwork.nm.mask_stats import sad as sad
 from openwork.nm.masks import topn as topn
 from openwork.nm.pattern import Pattern as Pattern
 from openwork.nm.transposable import topn_transposable as topn_transposable
+from openwork.pruning.allocate import Allocation as Allocation
+from openwork.pruning.allocate import allocate as allocate
 from openwork.pruning.alps import ALPS as ALPS
 from openwork.pruning.magnitude import Magnitude as Magnitude
 from openwork.pruning.prune import prune as prune

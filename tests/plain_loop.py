@@ -4,6 +4,8 @@
     g  = dL/dw~ of the whole batch, clipped, + decay * w where pruned
     w  = update(w, g)
 
+or, decoupled:  w = update(w - LR * decay * w where pruned, g) with g without the decay.
+
 Masks are made by sorting each group in Python, the optimizers' updates are their papers' formulas.
 """
 
@@ -85,7 +87,7 @@ def _adam_direction(g, state, t):
 UPDATES = {"sgd": sgd, "adam": adam, "adamw": adamw}
 
 
-def plain_loop(start, data, update, *, decay=DECAY, uses=1, clip=None):
+def plain_loop(start, data, update, *, decay=DECAY, uses=1, clip=None, decoupled=False):
     """The parameters after one step on each batch, from `start`: a dict of tensors by name."""
     weights = {name: w.detach().clone() for name, w in start.items()}
     states = {name: {} for name in weights}
@@ -99,7 +101,11 @@ def plain_loop(start, data, update, *, decay=DECAY, uses=1, clip=None):
             norm = sum(g.square().sum() for g in gradients.values()).sqrt()
             gradients = {name: g * min(1.0, clip / (float(norm) + 1e-6)) for name, g in gradients.items()}
         for name in SPARSE:
-            gradients[name] = gradients[name] + decay * weights[name].where(~keep[name], 0 * weights[name])
+            term = decay * weights[name].where(~keep[name], 0 * weights[name])
+            if decoupled:
+                weights[name] = weights[name] - LR * term
+            else:
+                gradients[name] = gradients[name] + term
         weights = {name: update(w, gradients[name], states[name], t) for name, w in weights.items()}
     return weights
 

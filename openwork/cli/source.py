@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,7 +33,9 @@ FORMS = """\
 SOURCE names a model:
   package.module:factory  a function or class that makes it, with --input (its code is run, as by any import)
   a run directory         of openwork train, which knows the model, an input and the patterns
-  a Hugging Face folder   config.json of transformers and *.safetensors; --input, if the configuration does not say it
+  a Hugging Face folder   config.json of transformers and *.safetensors; --input, if the configuration does not say it;
+                          hf://NAME fetches one from the Hub
+  a .gguf file            of a language model that transformers reads, its weights made float32
   a compressed file       of ow.save, or what else ow.load reads (a folder, an http(s) address, a name on the Hugging
                           Face Hub), with --model package.module:factory and --input
   a name alone            a model of torchvision with random weights, such as resnet50, at 3x224x224; or encoder,
@@ -49,7 +51,8 @@ _TOKENS = 128  # of an example for a language model
 @dataclass(frozen=True)
 class Source:
     """A model in eval mode, an example of its input, and what is known of its sparsity: the `selection` that it is held
-    to, None where nobody says. `random` weights were never trained."""
+    to, None where nobody says. `random` weights were never trained. `run`: the directory of a run; `pretrained`: what
+    transformers' from_pretrained loads the rest of the model by, such as its tokenizer."""
 
     name: str
     model: nn.Module
@@ -57,6 +60,43 @@ class Source:
     selection: Selection | None = None
     method: str = ""
     random: bool = False
+    run: str = ""
+    pretrained: Mapping[str, Any] = field(default_factory=dict)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that belongs to the model. Raises ValueError where there is none."""
+        if not self.pretrained:
+            raise ValueError(
+                f"{self.name} has no tokenizer; needed a Hugging Face folder, a name on the Hub or a GGUF file"
+            )
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(**self.pretrained)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{self.name} has no tokenizer that transformers reads: {error}") from error
+
+    def processor(self) -> Callable[[Sequence[Any]], Any] | None:
+        """What makes an input of images; None where nothing belongs to the model."""
+        if not self.pretrained:
+            return None
+        from transformers import AutoImageProcessor
+
+        try:
+            made = AutoImageProcessor.from_pretrained(**self.pretrained)
+        except (OSError, ValueError):
+            return None
+        return lambda images: dict(made(images, return_tensors="pt"))
+
+    def save_beside(self, folder: Path) -> None:
+        """Write what belongs to the model besides: its tokenizer or image processor."""
+        if not self.pretrained:
+            return
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        for cls in (AutoTokenizer, AutoImageProcessor):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                cls.from_pretrained(**self.pretrained).save_pretrained(folder)
 
     @property
     def is_sparsified(self) -> bool:
@@ -85,6 +125,10 @@ def open_model(source: str, *, model: str = "", shapes: Sequence[str] = (), need
         opened = _of_run(path, shapes)
     elif (path / "config.json").exists() and not model:
         opened = _of_transformers(path, shapes)
+    elif source.startswith("hf://") and not model:
+        opened = _of_hub(source, shapes)
+    elif path.suffix == ".gguf" and path.exists():
+        opened = _of_gguf(path, shapes)
     elif ":" in source and not path.exists() and not is_address(source):
         opened = Source(source, make(source, "SOURCE"), _example(source, shapes, needs_input))
     elif model:
@@ -210,7 +254,8 @@ def _of_run(folder: Path, shapes: Sequence[str]) -> Source:
     selection = None
     if config.method != "dense":
         selection = Selection(config.pattern, exclude=config.exclude, remainder=cast(Remainder, config.remainder))
-    return Source(str(folder), net, example_of(shapes) if shapes else example, selection, config.method)
+    example = example_of(shapes) if shapes else example
+    return Source(str(folder), net, example, selection, config.method, run=str(folder))
 
 
 def _of_file(source: str, factory: str, example: Any) -> Source:
@@ -234,8 +279,45 @@ def _of_transformers(folder: Path, shapes: Sequence[str]) -> Source:
     name = next(iter(config.get("architectures") or []), "")
     cls = getattr(transformers, name, None) or transformers.AutoModel
     model = cls.from_pretrained(folder, local_files_only=True, dtype="auto", use_safetensors=True).eval()
+    return _pretrained(model, str(folder), shapes, pretrained_model_name_or_path=folder, local_files_only=True)
+
+
+def _of_hub(source: str, shapes: Sequence[str]) -> Source:
+    """The class that the configuration of a model on the Hub names, with its weights: they are fetched."""
+    from openwork.utils.torchvision_compat import prepare_torchvision
+
+    prepare_torchvision()
+    import transformers
+
+    name = source.removeprefix("hf://")
+    config = transformers.AutoConfig.from_pretrained(name)
+    cls = getattr(transformers, next(iter(config.architectures or []), ""), None) or transformers.AutoModel
+    model = cls.from_pretrained(name, dtype="auto", use_safetensors=True).eval()
+    return _pretrained(model, source, shapes, pretrained_model_name_or_path=name)
+
+
+def _of_gguf(file: Path, shapes: Sequence[str]) -> Source:
+    """A language model; what its weights are rounded to stays, as float32."""
+    from openwork.utils.torchvision_compat import prepare_torchvision
+
+    prepare_torchvision()
+    import transformers
+
+    place: dict[str, Any] = {
+        "pretrained_model_name_or_path": file.parent,
+        "gguf_file": file.name,
+        "local_files_only": True,
+    }
+    model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
+    if getattr(model, "hf_quantizer", None) is not None:  # the weights are plain by now, so that they can be saved
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.config.quantization_config
+    return _pretrained(model, str(file), shapes, **place)
+
+
+def _pretrained(model: Any, name: str, shapes: Sequence[str], **place: Any) -> Source:
     model.config.use_cache = False
-    return Source(str(folder), model, example_of(shapes) if shapes else _example_for(model))
+    return Source(name, model, example_of(shapes) if shapes else _example_for(model), pretrained=place)
 
 
 def _example_for(model: Any) -> Mapping[str, Tensor]:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +51,16 @@ def save(
     path: Path,
     *,
     pattern: Selection | PatternChoice | None = None,
+    example: Any = None,
 ) -> None:
     """Write every parameter and persistent buffer of a model, its N:M weights as values and indices. Atomic: the file
     at `path` is the old one or the new one at every moment.
 
     A sparsified model is saved as finalized, without being changed: the weights that its forward uses, at the patterns
     that were recorded, under dense names. A plain model is held to `pattern`, "2:4" or a `Selection`; without it the
-    tightest N:M of each weight is found, and a warning says that it was inferred. Raises NotSparse with the weights
+    tightest N:M of each weight is found, and a warning says that it was inferred. Weights of unknown modules, such as
+    experts, are dense in the file of a plain model, unless one `example` of its input shows along which axis they are
+    summed, or `Selection(axis=...)` says it. Raises NotSparse with the weights
     that are denser, or whose method's schedule still runs; ValueError for a state that is not all tensors.
 
     >>> import tempfile
@@ -76,7 +79,7 @@ def save(
             {name: f"{what}; train on, or call ow.finalize, which prunes now" for name, what in running.items()}
         )
     aliases = ties(tensors, masked)
-    chosen = patterns(model, masked, pattern)
+    chosen = patterns(model, masked, pattern, example)
     chosen = {aliases.get(name, name): place for name, place in chosen.items()}
     broken = {name: "the weight is gone: its module was replaced" for name in chosen if name not in tensors}
     if broken:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,8 @@ from openwork.nm.pattern import Pattern
 from openwork.training.masked import Masked
 from openwork.training.parametrize import plain_name, sparse_weights, weight_name
 from openwork.training.record import recorded_weights, sparsity_records
-from openwork.training.select import HELD, decide
 from openwork.training.selection import PatternChoice, Selection
-from openwork.training.verify import tightest
+from openwork.training.verify import decide_held, tightest
 from openwork.utils.deployed import check_not_deployed
 
 Placed = tuple[Pattern, Axis]
@@ -71,9 +71,10 @@ def ties(tensors: Mapping[str, Tensor], masked: Mapping[str, Masked]) -> dict[st
 
 
 def patterns(
-    model: nn.Module, masked: Mapping[str, Masked], choice: Selection | PatternChoice | None
+    model: nn.Module, masked: Mapping[str, Masked], choice: Selection | PatternChoice | None, example: Any = None
 ) -> dict[str, Placed]:
-    """The pattern and axis at which each weight is to be compressed: recorded, asked for, or inferred."""
+    """The pattern and axis at which each weight is to be compressed: recorded, asked for, or inferred. `example`: as of
+    `verify`."""
     sparsified = bool(masked) or bool(sparsity_records(model))
     if sparsified and choice is not None:
         raise ValueError(
@@ -86,13 +87,13 @@ def patterns(
         return recorded_weights(model) | own
     selection = Selection.of(choice)
     if selection.pattern is None:
-        return _inferred(model, selection)
-    decided = decide(model, selection, dtypes=HELD)
+        return _inferred(model, selection, example)
+    decided = decide_held(model, selection, example)
     return {weight.name: (weight.pattern, weight.axis) for weight in decided if weight.pattern and weight.axis}
 
 
-def _inferred(model: nn.Module, selection: Selection) -> dict[str, Placed]:
-    decided = decide(model, replace(selection, pattern=Pattern(1, 1)), dtypes=HELD)
+def _inferred(model: nn.Module, selection: Selection, example: Any) -> dict[str, Placed]:
+    decided = decide_held(model, replace(selection, pattern=Pattern(1, 1)), example)
     places = {}
     for candidate in decided:
         if candidate.pattern and candidate.axis:

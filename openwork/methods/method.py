@@ -48,7 +48,8 @@ class Method:
     estimator: of each group the N largest magnitudes are kept, w~ is 0 elsewhere, and the gradient at w~ is taken for
     that at w. Data are fields or properties:
 
-    - `decay`: before every optimizer step, gradient += decay * w where the mask prunes;
+    - `decay`: in every optimizer step, gradient += decay * w where the mask prunes;
+    - `decoupled`: instead w -= lr * decay * w there, lr being the learning rate of the parameter group;
     - `schedule`: when masks are chosen, and which pattern or mask decay is in force when (`openwork.methods.schedule`);
     - `transposable`: masks are N:M along the output axis as well;
     - `sparse`: False for what only watches the mask.
@@ -71,6 +72,7 @@ class Method:
 
     # Without annotations, so that a subclass may make a field of each, with a default or without.
     decay = 0.0
+    decoupled = False
     schedule = EVERY_FORWARD
 
     _own: ClassVar[frozenset[str]] = frozenset()

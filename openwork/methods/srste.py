@@ -5,11 +5,16 @@
 
 The authors add the regularizer inside autograd, where a loss scale divides it and accumulation or reuse of a weight
 multiplies it. Here `attach` adds it, outside autograd.
+
+Under Adam the gradient is divided by the root of its second moment, and the regularizer with it. `decoupled` keeps it
+out of the moments, as AdamW does with weight decay (AST, Huang et al., AAAI 2025, does so):
+
+    in a step      w  = w - lr * decay * w where pruned, then the optimizer's update by g alone
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from openwork.methods.method import Method
@@ -21,12 +26,17 @@ class SRSTE(Method):
     """STE that shrinks the pruned weights, so that the mask converges. `decay` 0 is STE.
 
     The default is the authors' for 600,000 steps of ImageNet. Where decay times the summed learning rate is far
-    below 1 it has no effect, so short runs want more: 0.02 suited a thousand steps (docs/topology.md).
+    below 1 it has no effect, so short runs want more: 0.02 suited a thousand steps (docs/topology.md). `decoupled`: the
+    decay does not pass through the optimizer's moments; `docs/methods.md` says what to choose under Adam.
     """
 
     decay: float = 2e-4
+    decoupled: bool = field(default=False, kw_only=True)
 
     name: ClassVar[str] = "sr-ste"
 
     def __post_init__(self) -> None:
         check_rate("decay", self.decay)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__qualname__}(decay={self.decay}{', decoupled=True' if self.decoupled else ''})"

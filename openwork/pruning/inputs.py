@@ -92,11 +92,10 @@ class Part:
 @dataclass
 class Inputs:
     """What the weights of `candidates` (by name) are multiplied with. `whole`: their Gram matrices, not the diagonals
-    alone. `unseen`: why the inputs of a weight could not be had. `prefix` of the names in the module that runs."""
+    alone. `unseen`: why the inputs of a weight could not be had."""
 
     candidates: Mapping[str, Candidate]
     whole: bool
-    prefix: str = ""
     unseen: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -123,8 +122,8 @@ class Inputs:
         """The weight that an operand is, or is made of alone."""
         if operand.tensor is not None and (stored := self._stored.get(storage_key(operand.tensor))):
             return stored
-        mine = [self.prefix + name for name in operand.names if self.prefix + name in self.candidates]
-        return mine[0] if len(mine) == 1 == len(operand.names) else None
+        (name, *others) = operand.names or ("",)
+        return name if name in self.candidates and not others else None
 
     def _count(self, name: str, place: Place, samples: Samples) -> None:
         if place not in self.parts[name]:
@@ -163,7 +162,7 @@ def _matrices(
     K = reduction_size(tuple(weight.shape), axis)
     if view.shape[dim] != K or data.tensor.shape[data.axes[0].dim] != K or view.stride(dim) != weight.stride(axis.dim):
         return None
-    if product.operator in ("_grouped_mm", "_scaled_grouped_mm"):
+    if product.operator in ("_grouped_mm", "grouped_mm_fallback"):
         return _of_experts(product.arguments, view)
     return _products(data, view, dim)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from openwork.nm.masks import apply_mask
 from openwork.pruning.inputs import Part
 from openwork.pruning.magnitude import Magnitude
+from openwork.pruning.refit import GivenMask
 from openwork.pruning.report import PrunedWeight
 from openwork.pruning.solver import Groups, Solver, energy
 from openwork.pruning.wanda import Wanda
@@ -25,13 +27,16 @@ _MOST_DAMPING = 1.0
 
 
 @torch.no_grad()
-def prune_weight(candidate: Candidate, parts: Collection[Part], solver: Solver, unseen: str = "") -> PrunedWeight:
-    """Prune a weight in place, each of its matrices by its own inputs; those of which none were seen by magnitude."""
+def prune_weight(
+    candidate: Candidate, parts: Collection[Part], solver: Solver, unseen: str = "", mask: Tensor | None = None
+) -> PrunedWeight:
+    """Prune a weight in place, each of its matrices by its own inputs; those of which none were seen by magnitude. A
+    `mask` that is given is kept, and `solver` a `Refit` for it."""
     assert candidate.pattern
     start, weight, notes = time.perf_counter(), candidate.weight.detach(), Counter[str]()
     dense, matrices = weight.clone(), [part.place.read(weight) for part in parts]
     seen = torch.zeros(weight.untyped_storage().nbytes() // weight.element_size(), dtype=torch.bool)
-    weight.copy_(apply_mask(dense, magnitude_mask(candidate)))
+    weight.copy_(apply_mask(dense, magnitude_mask(candidate) if mask is None else mask))
     whole = masked = lost = 0.0
     for part, before in zip(parts, matrices, strict=True):
         seen_here = part.place.view(seen)
@@ -39,9 +44,10 @@ def prune_weight(candidate: Candidate, parts: Collection[Part], solver: Solver, 
             notes["some of it by its last product alone: those of one forward pass overlap"] += 1
         seen_here.fill_(True)
         groups = Groups(candidate.pattern, part.place.width, candidate.output_axis is not None)
+        masks = [None] * len(before) if mask is None else (part.place.read(mask) != 0)
         solved = [
-            _solve(W, gram, samples, solver, groups)
-            for W, gram, samples in zip(before, part.gram, part.samples.tolist(), strict=True)
+            _solve(W, gram, samples, solver, groups, kept)
+            for W, gram, samples, kept in zip(before, part.gram, part.samples.tolist(), masks, strict=True)
         ]
         notes.update(note for _, note in solved)
         part.place.write(weight, torch.stack([found for found, _ in solved]))
@@ -65,23 +71,31 @@ def prune_weight(candidate: Candidate, parts: Collection[Part], solver: Solver, 
     )
 
 
-def _solve(W: Tensor, gram: Tensor, samples: int, solver: Solver, groups: Groups) -> tuple[Tensor, str]:
+def _solve(
+    W: Tensor, gram: Tensor, samples: int, solver: Any, groups: Groups, mask: Tensor | None
+) -> tuple[Tensor, str]:
     """One matrix, and what to tell where it is not what was asked for."""
     K, squares = W.shape[1], gram.diagonal() if gram.ndim == 2 else gram
+    magnitude: Solver = Magnitude()
+    score: Solver = Wanda()
+    told = {"magnitude": "by magnitude", "score": "by Wanda"}
+    if mask is not None:
+        magnitude = score = GivenMask(mask)
+        solver, told = replace(solver, mask_from=GivenMask(mask)), dict.fromkeys(told, "not refitted")
     if not bool(squares.any()):
         what = "its inputs were all zero" if samples else "no calibration sample reached it"
-        return Magnitude().solve(W, gram, groups), f"by magnitude: {what}"
+        return magnitude.solve(W, gram, groups), f"{told['magnitude']}: {what}"
     if solver.needs_gram and samples * _FEW < K:
-        return Wanda().solve(W, gram, groups), f"by Wanda: fewer samples than a {_FEW}th of its {K} inputs"
+        return score.solve(W, gram, groups), f"{told['score']}: fewer samples than a {_FEW}th of its {K} inputs"
     note, damp = "", getattr(solver, "damp", _MOST_DAMPING)
     while True:
         found = _attempt(W, gram, solver, groups)
         if found is not None:
             return found, note
         if damp >= _MOST_DAMPING:
-            return Wanda().solve(W, gram, groups), "by Wanda: its Gram matrix is singular"
+            return score.solve(W, gram, groups), f"{told['score']}: its Gram matrix is singular"
         damp = min(_MOST_DAMPING, 10 * damp or 1e-4)
-        solver, note = dataclasses.replace(solver, damp=damp), f"damped by {damp:g}: its Gram matrix is singular"  # type: ignore[call-arg]
+        solver, note = replace(solver, damp=damp), f"damped by {damp:g}: its Gram matrix is singular"
 
 
 def _attempt(W: Tensor, gram: Tensor, solver: Solver, groups: Groups) -> Tensor | None:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openwork.nm.masks import too_dense
 from openwork.pruning.alps import ALPS
 from openwork.pruning.inputs import Inputs, NotFinite
 from openwork.pruning.layer import prune_weight
+from openwork.pruning.refit import Refit
 from openwork.pruning.report import PrunedWeight, PruneReport
 from openwork.pruning.saved import Saved
 from openwork.pruning.solver import Solver
@@ -26,8 +28,11 @@ from openwork.training.select import Candidate, check_has_values, decide
 from openwork.training.selection import AxisChoice, PatternChoice, Remainder, Selection
 from openwork.training.sparsify import check_plain, magnitude_mask, report_on, selection_of
 from openwork.training.try_masks import Tried, try_masks
+from openwork.utils.example import moved
 from openwork.utils.progress import Progress
-from openwork.utils.torch_private import tree_map_only
+
+_SETTINGS = (("use_cache", True, False), ("_experts_implementation", "batched_mm", "eager"))
+"""Of transformers' configurations, as found and as needed: no cache, and experts that multiply their own tokens."""
 
 
 def prune(
@@ -39,6 +44,7 @@ def prune(
     exclude: Sequence[str] = (),
     axis: AxisChoice = "input",
     remainder: Remainder = "skip",
+    masks: Mapping[str, Tensor] | None = None,
     resume: str | Path | None = None,
     progress: bool | None = None,
 ) -> PruneReport:
@@ -47,8 +53,10 @@ def prune(
 
     `batches`: inputs of the model, each a tensor, a tuple of arguments or a mapping of keyword arguments; what they
     contain is what the network will still be good at, and padding counts as input. `pattern`, `exclude`, `axis` and
-    `remainder` are those of `sparsify`. `resume`: a folder that keeps each weight once it is pruned; the same call on
-    the same dense network goes on from there. `progress`: a line on stderr, by default where that is a terminal.
+    `remainder` are those of `sparsify`. `masks`: those to keep, by weight, such as `ow.masks` of a network that was
+    trained sparse from this one; `solver` is then `ow.Refit()`, which finds the weights for them. `resume`: a folder
+    that keeps each weight once it is pruned; the same call on the same dense network goes on from there. `progress`: a
+    line on stderr, by default where that is a terminal.
 
     Blocks are pruned one after the other, each on inputs from the pruned ones before it. One block's inputs and Gram
     matrices, in double precision, are held at a time, beside the batches themselves. A matrix that too few samples
@@ -65,18 +73,19 @@ def prune(
     check_plain(model)
     if not isinstance(solver, Solver):
         raise TypeError(f"solver={solver!r}; needed a solver object such as ow.ALPS() or ow.SparseGPT()")
-    given = _batches(batches, _device(model))
+    given = device_batches(batches, model)
     selection = selection_of(pattern, exclude, axis, remainder)
     if selection.axis == "kernel":
         raise ValueError("axis='kernel' groups weights that no product sums over together; needed axis='input'")
-    with _plain_products(model), torch.inference_mode(False):
-        tried = _tried(model, selection, given[0])
+    with plain_products(model), torch.inference_mode(False):
+        tried = candidates_for(model, selection, given[0])
         candidates = {each.name: each for each in tried.decided if each.pattern}
-        saved = None if resume is None else Saved(Path(resume), solver, candidates, given)
+        known = _check_masks(masks, candidates, solver)
+        saved = None if resume is None else Saved(Path(resume), solver, candidates, [*given, *known.values()])
         bar = Progress(len(candidates), progress)
         found: dict[str, PrunedWeight] = {}
         for stage in stages(model, candidates, given):
-            for result in _prune_stage(stage, candidates, solver, saved):
+            for result in _prune_stage(stage, candidates, solver, saved, known):
                 found[result.name] = result
                 bar.advance(f"{result.name}  error {result.error:.4f}")
         bar.end()
@@ -85,11 +94,13 @@ def prune(
     return PruneReport(layers, report, repr(solver), time.perf_counter() - start)
 
 
-def _tried(model: nn.Module, selection: Selection, batch: Any) -> Tried:
+def candidates_for(model: nn.Module, selection: Selection, batch: Any) -> Tried:
     """Which weights are to be pruned: those whose zeros would be in the products of a batch."""
-    decided = decide(model, selection)
+    decided = decide(model, selection, example=batch)
     check_has_values(decided)
     for each in decided:
+        if each.pattern and not each.weight.isfinite().all():
+            raise ValueError(f"{each.name} holds NaN or infinity: load a finite network, or exclude it")
         if each.pattern and each.factor:
             raise ValueError(
                 f"{each.name} is a part of a normalized weight: fold it first, with torch.nn.utils.parametrize."
@@ -100,7 +111,11 @@ def _tried(model: nn.Module, selection: Selection, batch: Any) -> Tried:
 
 
 def _prune_stage(
-    stage: Stage, candidates: Mapping[str, Candidate], solver: Solver, saved: Saved | None
+    stage: Stage,
+    candidates: Mapping[str, Candidate],
+    solver: Solver,
+    saved: Saved | None,
+    masks: Mapping[str, Tensor],
 ) -> Iterator[PrunedWeight]:
     """Prune the weights of a stage, or fill in what was saved of them."""
     mine = {name: candidates[name] for name in stage.names}
@@ -109,7 +124,7 @@ def _prune_stage(
     mine = {name: candidate for name, candidate in mine.items() if not before[name]}
     if not mine:
         return
-    inputs = Inputs(mine, solver.needs_gram, stage.prefix)
+    inputs = Inputs(mine, solver.needs_gram)
     try:
         stage.watch(inputs.visit)
     except NotFinite as error:
@@ -118,11 +133,33 @@ def _prune_stage(
             "start again from the dense network"
         ) from None
     for name, candidate in mine.items():
-        result = prune_weight(candidate, inputs.parts[name].values(), solver, inputs.unseen.get(name, ""))
+        parts, unseen = inputs.parts[name].values(), inputs.unseen.get(name, "")
+        result = prune_weight(candidate, parts, solver, unseen, masks.get(name))
         inputs.parts.pop(name)  # its Gram matrix is not needed any more
         if saved:
             saved.save(candidate, result)
         yield result
+
+
+def _check_masks(
+    masks: Mapping[str, Tensor] | None, candidates: Mapping[str, Candidate], solver: Solver
+) -> dict[str, Tensor]:
+    """The masks that were given, of each weight; raises ValueError where they are not those of the weights."""
+    if masks is None:
+        return {}
+    if not isinstance(solver, Refit):
+        raise ValueError(f"masks= with {solver}, which chooses its own; needed solver=ow.Refit()")
+    known = {}
+    for name, candidate in candidates.items():
+        assert candidate.pattern
+        if name not in masks:
+            raise ValueError(f"masks has none of {name}: exclude the weight, or give its mask")
+        known[name] = mask = masks[name].to(candidate.weight.device, torch.bool)
+        if mask.shape != candidate.weight.shape:
+            raise ValueError(f"masks[{name!r}]: found {tuple(mask.shape)}, needed {tuple(candidate.weight.shape)}")
+        if problem := too_dense(mask, candidate.pattern, candidate.axis):
+            raise ValueError(f"masks[{name!r}]: {problem}")
+    return known
 
 
 def _report(model: nn.Module, tried: Tried, found: Mapping[str, PrunedWeight], title: str) -> Report:
@@ -138,21 +175,20 @@ def _device(model: nn.Module) -> torch.device:
     return devices[0] if devices else torch.device("cpu")
 
 
-def _batches(batches: Iterable[Any], device: torch.device) -> list[Any]:
-    """All batches, on the device of the model."""
+def device_batches(batches: Iterable[Any], model: nn.Module) -> list[Any]:
+    """All batches, on the device of the model; raises ValueError where there is none of either."""
     if isinstance(batches, Tensor | Mapping | str):
         raise TypeError(
             f"batches is one {type(batches).__name__}; needed an iterable of batches, such as a list of one: [batch]"
         )
-    given = [dict(batch) if isinstance(batch, Mapping) else batch for batch in batches]
+    device, given = _device(model), list(batches)
     if not given:
         raise ValueError("batches has no batch; needed at least one input of the model to calibrate with")
-    moved: list[Any] = tree_map_only(Tensor, lambda tensor: tensor.to(device), given)
-    return moved
+    return [moved(batch, device) for batch in given]
 
 
 @contextlib.contextmanager
-def _plain_products(model: nn.Module) -> Iterator[None]:
+def plain_products(model: nn.Module) -> Iterator[None]:
     """Layers multiply in operators whose inputs can be seen, not in fused ones, and keep nothing for a next call."""
     configs = [
         config for module in model.modules() if getattr(config := getattr(module, "config", None), "use_cache", 0)
@@ -162,9 +198,10 @@ def _plain_products(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as plain:
         torch.backends.mha.set_fastpath_enabled(False)
         plain.callback(torch.backends.mha.set_fastpath_enabled, before)
-        for config in {id(each): each for each in configs if getattr(each, "use_cache", False)}.values():
-            config.use_cache = False  # type: ignore[union-attr]
-            plain.callback(setattr, config, "use_cache", True)
+        for name, found, needed in _SETTINGS:
+            for config in {id(each): each for each in configs if getattr(each, name, None) == found}.values():
+                setattr(config, name, needed)
+                plain.callback(setattr, config, name, found)
         if recurrent:
             plain.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore", UserWarning)  # the flags also set TF32, which warns without an Intel GPU

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from openwork.nm.masks import apply_mask
 from openwork.pruning.solver import Groups, Solver, damped
 from openwork.pruning.wanda import Wanda
 
@@ -28,6 +29,20 @@ class Refit(Solver):
 
     def solve(self, weight: Tensor, gram: Tensor, groups: Groups) -> Tensor:
         return refit(self.mask_from.solve(weight, gram, groups), weight, damped(gram, self.damp), self.steps)
+
+
+@dataclass(frozen=True)
+class GivenMask(Solver):
+    """A mask (R, K) that is known; the kept weights stay as they are."""
+
+    mask: Tensor
+
+    @property
+    def needs_gram(self) -> bool:
+        return False
+
+    def solve(self, weight: Tensor, gram: Tensor, groups: Groups) -> Tensor:
+        return apply_mask(weight, self.mask)
 
 
 def refit(pruned: Tensor, dense: Tensor, A: Tensor, steps: int, tolerance: float = 1e-4) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,7 +20,7 @@ from openwork.pruning.solver import Solver
 from openwork.training.select import Candidate
 from openwork.utils.atomic import atomic_file, write_text
 from openwork.utils.checksum import as_text, crc32
-from openwork.utils.torch_private import tree_leaves
+from openwork.utils.example import tensors_of
 
 _RESULT = "openwork.pruned"
 
@@ -36,7 +37,7 @@ class Saved:
             name: [str(each.pattern), list(each.weight.shape), checksum(each.weight)]
             for name, each in candidates.items()
         }
-        tensors = [leaf for batch in batches for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        tensors = [tensor for batch in batches for tensor in tensors_of(batch)]
         mine = {"solver": repr(solver), "batches": [checksum(tensor) for tensor in tensors], "weights": weights}
         run = folder / "run.json"
         if not run.exists():
@@ -73,7 +74,5 @@ class Saved:
 
 def checksum(tensor: Tensor) -> str:
     """Of a tensor's numbers."""
-    import torch
-
     flat = tensor.detach().cpu().contiguous().flatten()
     return as_text(crc32(flat.view(torch.uint8).numpy().data if flat.numel() else b""))

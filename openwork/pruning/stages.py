@@ -27,12 +27,10 @@ Modules = list[tuple[str, nn.Module]]
 
 @dataclass(frozen=True)
 class Stage:
-    """Weights that are pruned together. `watch(visit)` shows the products of all batches, once; their names are those
-    of the model without `prefix`."""
+    """Weights that are pruned together. `watch(visit)` shows the products of all batches, once."""
 
     names: tuple[str, ...]
     watch: Callable[[Visit], None]
-    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,19 +54,26 @@ def stages(model: nn.Module, candidates: Mapping[str, Candidate], batches: Seque
         if name not in in_chain:
             loose.setdefault(probe.order(candidate), []).append(name)
     parts: list[tuple[int, Chain | list[str]]] = [*((chain.order, chain) for chain in chains), *loose.items()]
+    del probe  # it holds what every block returned
     for _, part in sorted(parts, key=lambda each: each[0]):
         if isinstance(part, Chain):
             yield from _along(model, part, candidates, batches)
         else:
-            yield _whole_model(model, part, batches)
+            yield _whole_model(model, part, candidates, batches)
 
 
-def _whole_model(model: nn.Module, names: Sequence[str], batches: Sequence[Any]) -> Stage:
+def _whole_model(
+    model: nn.Module, names: Sequence[str], candidates: Mapping[str, Candidate], batches: Sequence[Any]
+) -> Stage:
     def show(visit: Visit) -> None:
         for batch in batches:
-            watch(model, batch, visit)
+            watch(model, batch, visit, names=_by_id(candidates))
 
     return Stage(tuple(names), show)
+
+
+def _by_id(candidates: Mapping[str, Candidate]) -> dict[int, str]:
+    return {id(candidate.weight): name for name, candidate in candidates.items()}
 
 
 def _along(
@@ -76,12 +81,12 @@ def _along(
 ) -> Iterator[Stage]:
     """A stage for each block of a chain that has weights to prune."""
     taken = _Taken.of(model, chain, batches)
-    for i, (name, block) in enumerate(chain.blocks):
+    for i, (_, block) in enumerate(chain.blocks):
         names = _names(block, candidates)
         if names and taken is None:
-            yield _whole_model(model, names, batches)
+            yield _whole_model(model, names, candidates, batches)
         elif names:
-            yield Stage(names, lambda visit, i=i, taken=taken: taken.show(i, visit), f"{name}.")  # type: ignore[misc]
+            yield Stage(names, lambda visit, i=i, taken=taken: taken.show(i, visit, _by_id(candidates)))  # type: ignore[misc]
         if taken is not None and i + 1 < len(chain.blocks):
             taken.go_on(i)
 
@@ -240,10 +245,10 @@ class _Taken:
             return False
         return all(each.shape == expected.shape and torch.allclose(each, expected, 1e-3, 1e-5) for each in again)
 
-    def show(self, i: int, visit: Visit) -> None:
+    def show(self, i: int, visit: Visit, names: Mapping[int, str]) -> None:
         """Show the products of block i on all batches."""
         for batch in range(len(self.hidden)):
-            watch(self.chain.blocks[i][1], self._call(i, batch), visit)
+            watch(self.chain.blocks[i][1], self._call(i, batch), visit, names=names)
 
     def go_on(self, i: int) -> None:
         """Put what block i returns in the place of what it was given."""

@@ -34,7 +34,7 @@ def line_chart(title: str, lines: Sequence[Line], *, percent: bool = False, floo
     axes.set_ylim(bottom=floor)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure, title)
+    return svg(figure, title)
 
 
 def mask_picture(title: str, kinds_OK: np.ndarray, group: int) -> str:
@@ -49,10 +49,10 @@ def mask_picture(title: str, kinds_OK: np.ndarray, group: int) -> str:
     axes.imshow(kinds_OK, colours, vmin=0, vmax=len(MASK_KINDS) - 1, interpolation="none", aspect="auto")
     axes.vlines(np.arange(group, columns, group) - 0.5, -0.5, rows - 0.5, color="white", lw=0.8)
     axes.set_axis_off()
-    return _svg(figure, title)
+    return svg(figure, title)
 
 
-def _svg(figure: Any, title: str) -> str:
+def svg(figure: Any, title: str) -> str:
     """The same text for the same figure. Names are taken out but for those that are referred to, which are its own."""
     import matplotlib
 

@@ -71,9 +71,10 @@ def _choices(config: CompareConfig) -> list[dict[str, Any]]:
 
 
 def _folder(config: CompareConfig, choice: dict[str, Any]) -> str:
-    method, options = choice["method"], choice["method_options"].values()
+    method, options = choice["method"], choice["method_options"]
     parts = [method, choice["pattern"].replace(":", "of")] if is_sparse(method) else [method]
-    parts += [f"{value:g}" if isinstance(value, float) else str(value) for value in options]
+    said = {name: name if value is True else value for name, value in options.items() if value is not False}
+    parts += [f"{value:g}" if isinstance(value, float) else str(value) for value in said.values()]
     return str(Path(config.out) / "-".join([*parts, f"seed{choice['seed']}"]))
 
 

@@ -82,4 +82,6 @@ def label_of(config: Mapping[str, Any]) -> str:
 
 
 def option_texts(options: Mapping[str, Any]) -> list[str]:
-    return [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in options.items()]
+    """What a label says of options; nothing of those that are off."""
+    said = {name: f"{value:g}" if isinstance(value, float) else value for name, value in options.items()}
+    return [f"{name}={value}" for name, value in said.items() if value is not False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import shlex
@@ -14,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,7 @@ from openwork.recipes.summary import flip_rates
 from openwork.recipes.task import Task, description_of
 from openwork.recipes.weights import load_weights, save_weights
 from openwork.training.selection import Remainder
+from openwork.utils.example import quiet
 from openwork.utils.hardware import cpu_name
 from openwork.utils.signals import Interrupted, Interruption, interruptions
 
@@ -64,6 +67,17 @@ def load_run(folder: Path) -> tuple[nn.Module, Any, Config]:
     net = task.build(config, data)
     load_weights(net, folder)
     return net.eval(), task.example(data), config
+
+
+def evaluate(folder: Path, net: nn.Module) -> dict[str, float]:
+    """The metrics of a network on the validation samples of a run."""
+    task, config = read_run(folder)
+    data = task.load_data(config)
+    task.before_last_validation(config, net)
+    parts = np.array_split(np.arange(data.val_count), max(1, math.ceil(data.val_count / task.eval_batch)))
+    with quiet(net):
+        predictions = [each for batch in data.val_batches(parts) for each in task.predictions(net, batch)]
+    return task.compute_metrics(predictions, data)
 
 
 def read_run(folder: Path) -> tuple[Task, Config]:

@@ -23,6 +23,7 @@ from openwork.recipes.method_flags import (
     rank_of,
     starts_trained,
 )
+from openwork.recipes.pages import render
 from openwork.recipes.rundir import RunDir, read_lines, write_text
 from openwork.recipes.stored_result import read_finished, read_samples
 from openwork.recipes.summary import flip_rates, metrics_of, notes, summary_rows, table_of
@@ -64,35 +65,29 @@ def _rank(config: dict[str, Any]) -> tuple[Any, ...]:
 
 def build_page(runs: Runs) -> str:
     """The document of finished runs, each with its directory."""
-    from jinja2 import Environment, StrictUndefined
-
     results = [result for _, result in runs]
     config, environment = results[0]["config"], results[0]["environment"]
     metrics, shown = metrics_of(results), shown_run(results)
     header, lines = table_of(summary_rows(results), metrics)
     labels = list(dict.fromkeys(label_of(result["config"]) for result in results))
-    template = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    return (
-        Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        .from_string(template)
-        .render(
-            title=f"{config['model']} on {config['data'].partition('=')[0]}",
-            subtitle=f"{len(runs)} run{'s' * (len(runs) > 1)} of {config['epochs']} epochs on {environment['device']}",
-            results=(header, lines),
-            notes=" ".join(notes(metrics)),
-            diverged=[f"{run.name}: {told['what']}" for run, result in runs if (told := result.get("diverged"))],
-            legend_entries=[(label, COLORS[i % len(COLORS)]) for i, label in enumerate(labels)],
-            charts=charts(runs, metrics, labels),
-            samples=samples(runs),
-            shown=label_of(shown["config"]),
-            summary=shown["summary"],
-            layers=(_LAYERS, [_layer(row) for row in shown["layers"]]),
-            mask=shown["mask"]["layer"],
-            group=shown["config"]["pattern"].split(":")[1],
-            mask_legend=MASK_KINDS.items(),
-            masks=mask_pictures(shown),
-            facts=facts(results),
-        )
+    return render(
+        "report.html.j2",
+        title=f"{config['model']} on {config['data'].partition('=')[0]}",
+        subtitle=f"{len(runs)} run{'s' * (len(runs) > 1)} of {config['epochs']} epochs on {environment['device']}",
+        results=(header, lines),
+        notes=" ".join(notes(metrics)),
+        diverged=[f"{run.name}: {told['what']}" for run, result in runs if (told := result.get("diverged"))],
+        legend_entries=[(label, COLORS[i % len(COLORS)]) for i, label in enumerate(labels)],
+        charts=charts(runs, metrics, labels),
+        samples=samples(runs),
+        shown=label_of(shown["config"]),
+        summary=shown["summary"],
+        layers=(_LAYERS, [_layer(row) for row in shown["layers"]]),
+        mask=shown["mask"]["layer"],
+        group=shown["config"]["pattern"].split(":")[1],
+        mask_legend=MASK_KINDS.items(),
+        masks=mask_pictures(shown),
+        facts=facts(results),
     )
 
 

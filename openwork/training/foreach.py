@@ -70,14 +70,62 @@ def decayed_copy(sparse: SparseWeight, rate: float) -> Tensor | None:
 
 def add_decay(weights: Sequence[SparseWeight], signs: Sequence[int], scale: Tensor | None) -> None:
     """gradient += sign * decay * weight where a method with a decay prunes; the sum's second half times `scale`."""
-    decayed = [scale is None and sparse.masked.method.decay != 0 and _gradient_fused(sparse) for sparse in weights]
-    for (_, rate, pattern), indices in _alike(weights, decayed, signs):
+    rates = [sign * added_decay(sparse) for sparse, sign in zip(weights, signs, strict=True)]
+    decayed = [
+        scale is None and rate != 0 and _gradient_fused(sparse) for sparse, rate in zip(weights, rates, strict=True)
+    ]
+    for (_, rate, pattern), indices in _alike(weights, decayed, rates):
         dense = [weights[i].weight for i in indices]
         gradients: Any = [weight.grad for weight in dense]
         foreach_decay(gradients, dense, rate, pattern, [weights[i].masked.phase.axis for i in indices])
-    for sparse, sign, done in zip(weights, signs, decayed, strict=True):
-        if sparse.masked.method.decay and not done:
-            sparse.masked.add_decay(sparse.weight, sign * sparse.masked.method.decay, scale)
+    for sparse, rate, done in zip(weights, rates, decayed, strict=True):
+        if rate and not done:
+            gradient: Any = sparse.weight.grad
+            sparse.masked.add_decay(gradient, sparse.weight, rate, scale)
+
+
+def added_decay(sparse: SparseWeight) -> float:
+    """The decay that is part of the gradient."""
+    method = sparse.masked.method
+    return 0.0 if method.decoupled else method.decay
+
+
+def decay_weights(weights: Sequence[SparseWeight], rates: Sequence[float | Tensor], skipped: Tensor | None) -> None:
+    """weight -= rate * decay * weight where a method with a decoupled decay prunes, in place; nothing where `skipped`
+    is not 0. `rates`: learning rates."""
+    factors = [_factor(rate, skipped) for rate in rates]
+    terms = [
+        -sparse.masked.method.decay * (1.0 if isinstance(rate, Tensor) and not _is_here(rate) else float(rate))
+        for sparse, rate in zip(weights, rates, strict=True)
+    ]
+    together = [
+        factor is None and sparse.masked.is_ranked_fused(sparse.weight)
+        for sparse, factor in zip(weights, factors, strict=True)
+    ]
+    for (_, term, pattern), indices in _alike(weights, together, terms):
+        dense: list[Tensor] = [weights[i].weight for i in indices]
+        changes = [torch.zeros_like(weight) for weight in dense]
+        foreach_decay(changes, dense, term, pattern, [weights[i].masked.phase.axis for i in indices])
+        for weight, change in zip(dense, changes, strict=True):
+            weight.add_(change)
+    for sparse, term, factor, done in zip(weights, terms, factors, together, strict=True):
+        if not done:
+            sparse.masked.add_decay(sparse.weight, sparse.weight, term, factor)
+
+
+def _factor(rate: float | Tensor, skipped: Tensor | None) -> Tensor | None:
+    """What a term is multiplied with on its device, without waiting for it: a rate that lies there, and 0 where the
+    step is skipped."""
+    there = rate.reshape(()) if isinstance(rate, Tensor) and not _is_here(rate) else None
+    if skipped is None:
+        return there
+    active = (skipped.reshape(()) <= 0).float()
+    return active if there is None else active * there.to(active.device)
+
+
+def _is_here(rate: Tensor) -> bool:
+    """Whether its number may be asked for without waiting for a device."""
+    return rate.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _gradient_fused(sparse: SparseWeight) -> bool:
@@ -88,12 +136,11 @@ def _gradient_fused(sparse: SparseWeight) -> bool:
 
 
 def _alike(
-    weights: Sequence[SparseWeight], chosen: Sequence[bool], signs: Sequence[int] = ()
+    weights: Sequence[SparseWeight], chosen: Sequence[bool], rates: Sequence[float] = ()
 ) -> list[tuple[tuple[Any, float, Pattern], list[int]]]:
-    """The chosen weights, by (device, decay with its sign, pattern)."""
+    """The chosen weights, by (device, rate, pattern)."""
     lists: dict[Any, list[int]] = defaultdict(list)
     for i, (sparse, taken) in enumerate(zip(weights, chosen, strict=True)):
         if taken:
-            rate = sparse.masked.method.decay * (signs[i] if signs else 1)
-            lists[sparse.weight.device, rate, sparse.masked.phase.pattern].append(i)
+            lists[sparse.weight.device, rates[i] if rates else 0.0, sparse.masked.phase.pattern].append(i)
     return list(lists.items())

@@ -8,6 +8,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from openwork.nm.groups import Axis
 
+UNKNOWN = "no known reduction axis in"
+"""How the reason begins that only the products of an example can tell the axis."""
+
 
 def known_axis(module: nn.Module, tensor_name: str) -> tuple[Axis | None, str]:
     """The reduction axis of a module's weight, or None and the reason why it has none."""
@@ -25,7 +28,7 @@ def known_axis(module: nn.Module, tensor_name: str) -> tuple[Axis | None, str]:
         return Axis(0), ""
     if replaced := _replaced_by(module, tensor_name):
         return None, replaced
-    return None, f"no known reduction axis in {type(module).__name__}: name it with axis={{glob: dim}}"
+    return None, f"{UNKNOWN} {type(module).__name__}: name it with axis={{glob: dim}}, or give example="
 
 
 def _replaced_by(module: nn.Module, tensor_name: str) -> str:

@@ -224,14 +224,12 @@ class Masked(nn.Module):
 
     # --- the optimizer step ----------------------------------------------------------------------------------------
 
-    def add_decay(self, weight: Tensor, rate: float, scale: Tensor | None = None) -> None:
-        """gradient += rate * weight where the mask of the forward prunes, in place; the sum's second half times
-        `scale` where the gradient is scaled."""
-        gradient: Any = weight.grad
+    def add_decay(self, target: Tensor, weight: Tensor, rate: float, factor: Tensor | None = None) -> None:
+        """target += rate * factor * weight where the mask of the forward prunes, in place."""
         reused = self.cache.recall(self, weight)
         mask = self.mask_of(weight) if reused is None else reused
         decayed = elementwise(lambda w, m: apply_mask(w, ~m).mul_(rate), weight, mask)
-        gradient.add_(decayed if scale is None else decayed.mul_(scale.to(decayed.device)))
+        target.add_(decayed if factor is None else decayed.mul_(factor.to(decayed.device)))
 
     @torch.no_grad()
     def count_step(self, weight: Tensor) -> None:

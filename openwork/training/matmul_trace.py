@@ -30,7 +30,7 @@ from openwork.nm.groups import Axis
 from openwork.training.operands import Factor, Product, in_order, is_product, name_of, products
 from openwork.training.parametrize import plain_name, sparse_weights, weight_name
 from openwork.training.traces import CONSTANT, DATA, VECTOR, Trace, Traced, after, is_activation
-from openwork.utils.example import Call, quiet, run
+from openwork.utils.example import quiet, run, tensors_of
 from openwork.utils.torch_private import TorchDispatchMode, tree_leaves
 
 
@@ -70,14 +70,25 @@ class Multiplied:
 
 
 Visit = Callable[[Multiplied], None]
+Follow = Callable[[Any, Any, Traced, Tensor], None]
 
 
-def watch(model: nn.Module, example: Any, visit: Visit) -> Any:
+def watch(
+    model: nn.Module,
+    example: Any,
+    visit: Visit,
+    *,
+    names: Mapping[int, str] | None = None,
+    follow: Follow | None = None,
+) -> Any:
     """Run `model` on `example` in eval mode without gradients, show `visit` each product of a constant, and return what
-    the model returns."""
-    watcher = _Watcher(_constants(model, {}), example, visit)
+    the model returns.
+
+    `names`: those of weights by their id, else each has that of the plain model. `follow` is shown each tensor that is
+    computed: the operator, its arguments, the tensors among them with their traces, and the result."""
+    watcher = _Watcher(_constants(model, names or {}), example, visit, follow=follow)
     with quiet(model), _uncompiled(), watcher.hooks(model), watcher:
-        return run(model, example)
+        run(model, example)
 
 
 def count_macs(
@@ -106,8 +117,10 @@ class _Watcher(TorchDispatchMode):
         example: Any,
         visit: Visit | None,
         counted: frozenset[str] = frozenset(),
+        follow: Follow | None = None,
     ):
         super().__init__()
+        self.follow = follow
         self.counted = counted
         self.visit = visit
         self.macs: Counter[str] = Counter()
@@ -116,9 +129,7 @@ class _Watcher(TorchDispatchMode):
         for name, weight in weights:
             own = Trace(True, names=frozenset([name])) if weight.ndim >= 2 else VECTOR  # vectors are no candidates
             self.traces[storage_key(weight)] = own | self.traces.get(storage_key(weight), own)
-        if isinstance(example, Call):
-            example = (example.args, dict(example.kwargs))
-        for tensor in _tensors(dict(example) if isinstance(example, Mapping) else example):
+        for tensor in tensors_of(example):
             self.traces[storage_key(tensor)] = DATA
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -155,7 +166,7 @@ class _Watcher(TorchDispatchMode):
             dims = args[1] if len(args) > 1 and args[1] is not None else range(tensor.ndim)
             axes = tuple(Axis(dim % tensor.ndim) for dim in ([dims] if isinstance(dims, int) else dims))
             self._visit(name, [Operand(trace.names, tensor, axes)])
-        if func.namespace not in _FOLLOWED:
+        if func.namespace not in _FOLLOWED and not is_product(func):
             self._show_unknown(func, args, operands)
 
     def _show_product(self, name: str, product: Product, arguments: tuple[Any, ...]) -> None:
@@ -213,6 +224,8 @@ class _Watcher(TorchDispatchMode):
             key = storage_key(result)
             if key in written or key not in self.traces:
                 self.traces[key] = after(name_of(func), operands, is_product)
+                if self.follow:
+                    self.follow(func, args, operands, result)
 
     @contextlib.contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
@@ -257,7 +270,8 @@ def _macs(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
     aten = torch.ops.aten  # what torch's counter leaves out
     if packet in (aten.mv, aten.addmv):
         return args[-2].numel()
-    return out.numel() * args[0].shape[-1] if packet is aten._grouped_mm else 0
+    grouped = packet.__name__ in ("_grouped_mm", "grouped_mm_fallback")
+    return out.numel() * args[0].shape[-1] if grouped else 0
 
 
 def _tensors(tree: Any) -> list[Tensor]:

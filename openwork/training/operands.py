@@ -36,7 +36,7 @@ def products(func: Any, arguments: list[Any]) -> list[Product]:
 
 def is_product(func: Any) -> bool:
     """Whether an operator multiplies matrices."""
-    return func.namespace in ("aten", "torchvision") and name_of(func) in _TABLE
+    return func.namespace in ("aten", "torchvision", "transformers") and name_of(func) in _TABLE
 
 
 def name_of(func: Any) -> str:
@@ -107,6 +107,7 @@ def _trilinear(given: list[Any]) -> list[Product]:
 _TABLE: dict[str, Callable[[list[Any]], list[Product]]] = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "_int_mm", "_scaled_mm", "_scaled_mm_v2"), _pair(0)),
     **dict.fromkeys(("_grouped_mm", "_scaled_grouped_mm", "_scaled_grouped_mm_v2", "_sparse_mm"), _pair(0)),
+    "grouped_mm_fallback": _pair(0),  # of transformers, where torch has no grouped product
     **dict.fromkeys(("addmm", "_addmm_activation", "addmv", "baddbmm", "addbmm", "_sparse_addmm"), _pair(1)),
     **dict.fromkeys(("linear", "mkldnn_linear", "_weight_int8pack_mm"), _layer(1)),
     "mkldnn_rnn_layer": _layer(1, 2),

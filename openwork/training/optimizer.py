@@ -5,6 +5,7 @@ unscaling, reducing, accumulating, clipping. What needs care, each tested:
 
 - the optimizer sees the decay and `weight.grad` does not: `openwork.training.optimizer_hooks`;
 - `step(closure)`: the gradients do not exist before the closure ran, so the closure is wrapped;
+- a decoupled decay is no part of the gradient: the weight itself shrinks, once a step, before the optimizer's update;
 - `maximize=True` turns gradients round, so the decay is turned round before;
 - a fused optimizer under GradScaler receives scaled gradients and unscales them itself: the decay is scaled as well;
 - a step skipped for overflow counts nothing;
@@ -23,7 +24,7 @@ from torch.optim import Optimizer
 
 from openwork.training.dtensor import full_tensor, is_sharded
 from openwork.training.foreach import masks_of
-from openwork.training.optimizer_checks import check_own_state, check_supported, replaced, unwrapped
+from openwork.training.optimizer_checks import check_own_state, check_rates, check_supported, replaced, unwrapped
 from openwork.training.optimizer_hooks import Hooks, call_hooks
 from openwork.training.optimizer_watch import no_longer_held, same_or_around
 from openwork.training.parametrize import SparseWeight, masked_modules, unwrap
@@ -192,8 +193,9 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
     Call it after `sparsify` and once per optimizer; the training loop stays as it is. `model` may be wrapped in DDP or
     compiled, `optimizer` may be wrapped by Accelerate. Where a further part of the model was sparsified since, attach
     that part: each handle serves its own. `finalize` ends what a handle does. Raises ValueError when the model is not
-    sparsified, the optimizer holds none of its sparse weights, is attached already, has the state of other weights, or
-    is LBFGS with a line search (which evaluates losses that lack the decay).
+    sparsified, the optimizer holds none of its sparse weights, is attached already, has the state of other weights, has
+    no learning rate where the decay is decoupled, or is LBFGS with a line search (which evaluates losses that lack the
+    decay).
     """
     model, optimizer = unwrap(model), unwrapped(optimizer)
     records = sparsity_records(model)
@@ -218,6 +220,7 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
             "build it from model.parameters() of this very model"
         )
     check_supported(optimizer)
+    check_rates(optimizer, [sparse.masked.method for sparse in trained])
     check_own_state(optimizer)
     for sparse in trained:
         if is_sharded(sparse.weight) and sparse.masked.state_names:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from openwork.methods import Method
 from openwork.training.parametrize import weight_name
 
 
@@ -22,6 +23,16 @@ def check_supported(optimizer: Optimizer) -> None:
     if isinstance(optimizer, LBFGS) and any(group["line_search_fn"] for group in optimizer.param_groups):
         raise ValueError(
             "LBFGS with a line search evaluates losses that lack the method's decay; use line_search_fn=None"
+        )
+
+
+def check_rates(optimizer: Optimizer, methods: Sequence[Method]) -> None:
+    """Raise ValueError where a decoupled decay has no learning rate to go by."""
+    decoupled = [method for method in methods if method.decoupled and method.decay]
+    if decoupled and not all("lr" in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} has parameter groups without 'lr', which the decoupled decay of "
+            f"{decoupled[0]} is multiplied with: use decoupled=False"
         )
 
 

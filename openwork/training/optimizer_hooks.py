@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openwork.methods.method import State
-from openwork.training.foreach import add_decay, decayed_copy
+from openwork.training.foreach import add_decay, added_decay, decay_weights, decayed_copy
 from openwork.training.masked import Masked
 from openwork.training.optimizer_checks import check_fitting_state, creates_state_only
 from openwork.training.parametrize import SparseWeight
@@ -80,7 +80,7 @@ class Hooks:
         self._gradients = LentGradients()
         self._taking_part: list[Attached] = []
         self._trained: list[list[SparseWeight]] = []
-        self._running = False
+        self._running = self._decayed = False
 
     @staticmethod
     def of(optimizer: Optimizer) -> Hooks:
@@ -113,7 +113,7 @@ class Hooks:
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.abandon()  # where a step raised that was called around `optimizer.step`
-        self._running = True
+        self._running, self._decayed = True, False
         self._taking_part = [each for each in self.handles if each.begin_step(optimizer)]
         self._trained = [[] for _ in self._taking_part]
         if callable(kwargs.get("closure")):
@@ -140,10 +140,13 @@ class Hooks:
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         self._trained = [each.trained(optimizer) for each in self._taking_part]
         weights = [sparse for trained in self._trained for sparse in trained]
+        if not self._decayed:
+            self._decayed = True
+            _decay_decoupled(optimizer, weights)
         signs = _signs(optimizer)
         rest = []
         for sparse in filter(_gets_term, weights):
-            rate = signs.get(id(sparse.weight), 1) * sparse.masked.method.decay
+            rate = signs.get(id(sparse.weight), 1) * added_decay(sparse)
             copy = decayed_copy(sparse, rate) if rate and scale is None else None
             if copy is None:
                 rest.append(sparse)
@@ -235,7 +238,18 @@ def call_hooks(name: str, optimizer: Optimizer, trained: Sequence[SparseWeight])
 def _gets_term(sparse: SparseWeight) -> bool:
     """Whether something will be added to the gradient of a weight."""
     method = sparse.masked.method
-    return sparse.weight.grad is not None and (bool(method.decay) or method.overrides("before_step"))
+    return sparse.weight.grad is not None and (bool(added_decay(sparse)) or method.overrides("before_step"))
+
+
+def _decay_decoupled(optimizer: Optimizer, weights: Sequence[SparseWeight]) -> None:
+    """What AdamW does with weight decay, where the mask prunes: before the update, once in a step, and not in one that
+    is skipped for overflow. Weights without a gradient are left alone, as they are by optimizers."""
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"] if "lr" in group}
+    methods = [(sparse, sparse.masked.method) for sparse in weights if sparse.weight.grad is not None]
+    decayed = [sparse for sparse, method in methods if method.decoupled and method.decay]
+    if decayed:
+        overflow: Tensor | None = getattr(optimizer, "found_inf", None)
+        decay_weights(decayed, [rates[id(sparse.weight)] for sparse in decayed], overflow)
 
 
 def _signs(optimizer: Optimizer) -> dict[int, int]:

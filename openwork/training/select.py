@@ -2,7 +2,8 @@
 
 A candidate is every parameter of two or more dims that holds real or complex numbers, or bytes, as quantized weights
 do: what of them cannot be sparse is told with its reason. What a weight's reduction axis is follows from the module
-that owns it; a parameter of an unknown module needs `axis={glob: dim}`.
+that owns it. Of a parameter of an unknown module it is that which the products of an example sum over; without one it
+needs `axis={glob: dim}`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,9 @@ from torch.nn.utils import parametrize
 
 from openwork.nm.groups import Axis, reduction_size
 from openwork.nm.pattern import Pattern
-from openwork.training.known_layers import known_axis, known_output_axis
+from openwork.training.known_layers import UNKNOWN, known_axis, known_output_axis
 from openwork.training.parametrize import plain_name
+from openwork.training.seen_axes import seen_axes
 from openwork.training.selection import Selection, matches
 from openwork.training.weight_norm import LENGTHS, Factor, factors
 from openwork.utils.deployed import check_not_deployed
@@ -39,6 +42,7 @@ class Candidate:
 
     `aliases` are the further names of the weight. Where they are names of one module that has several, the weight can
     be sparse; where other modules hold it (`tied`), it is left alone. `factor`: what it is of a normalized weight.
+    `seen`: its axis is that of the products of an example.
     """
 
     module_name: str
@@ -52,6 +56,7 @@ class Candidate:
     aliases: tuple[str, ...] = ()
     tied: bool = False
     factor: Factor | None = None
+    seen: bool = False
 
     @property
     def product(self) -> tuple[nn.Module, str]:
@@ -72,8 +77,11 @@ class Candidate:
         return (self.name, *self.aliases, *plain)
 
 
-def decide(model: nn.Module, selection: Selection, *, dtypes: Sequence[torch.dtype] = TRAINED) -> list[Candidate]:
-    """Every candidate of `model` with its decision; those of other `dtypes` are left alone.
+def decide(
+    model: nn.Module, selection: Selection, *, dtypes: Sequence[torch.dtype] = TRAINED, example: Any = None
+) -> list[Candidate]:
+    """Every candidate of `model` with its decision; those of other `dtypes` are left alone. With an `example`, the axes
+    that the modules do not tell are those that its products sum over.
 
     Raises ValueError where a glob matches nothing, where `remainder` is "error" and M does not divide an axis, or where
     nothing is left to be sparse."""
@@ -86,6 +94,10 @@ def decide(model: nn.Module, selection: Selection, *, dtypes: Sequence[torch.dty
         buffers = [plain_name(name) for name, buffer in model.named_buffers() if buffer.ndim >= 2]
         rules.check_globs([candidate.names for candidate in candidates], buffers)
     decided = [rules.decide(candidate) for candidate in candidates]
+    unknown = {each.name: each.weight for each in decided if each.reason.startswith(UNKNOWN)}
+    if example is not None and unknown:
+        rules = dataclasses.replace(rules, seen=seen_axes(model, example, unknown))
+        decided = [dataclasses.replace(rules.decide(each), seen=each.name in unknown) for each in candidates]
     check_some_sparse(model, decided)
     return decided
 
@@ -111,6 +123,7 @@ def check_has_values(candidates: Sequence[Candidate]) -> None:
 class _Rules:
     selection: Selection
     dtypes: tuple[torch.dtype, ...]
+    seen: Mapping[str, Axis | str] = field(default_factory=dict)
 
     def check_globs(self, names_of_each: list[tuple[str, ...]], buffers: list[str]) -> None:
         """`exclude` may name buffers, so that `verify` lets them be multiplied."""
@@ -174,6 +187,11 @@ class _Rules:
                 if _any_matches(glob, candidate.names):
                     return _named_axis(candidate, dim), ""
         axis, reason = known_axis(*candidate.product)
+        seen = self.seen.get(candidate.name)
+        if isinstance(seen, Axis):
+            axis, reason = seen, ""
+        elif seen:
+            reason = f"{UNKNOWN} {type(candidate.product[0]).__name__}: {seen}"
         return (Axis(flat=True), "") if axis and self.selection.axis == "kernel" else (axis, reason)
 
 

@@ -30,6 +30,7 @@ from openwork.training.parametrize import (
 )
 from openwork.training.record import SparsityRecord, sparsity_records, unfinished_weights
 from openwork.training.report import Report, Row
+from openwork.training.restart import restart
 from openwork.training.select import Candidate, check_has_values, decide
 from openwork.training.selection import AxisChoice, PatternChoice, Remainder, Selection
 from openwork.training.shared_class import plain_class
@@ -47,16 +48,21 @@ def sparsify(
     axis: AxisChoice = "input",
     remainder: Remainder = "skip",
     example: Any = None,
+    dense: nn.Module | Mapping[str, Tensor] | None = None,
 ) -> Report:
     """Make every weight that can be N:M sparse so, in place. Returns what became sparse, what did not, and why.
 
     `pattern`: "2:4" for all, or a mapping from globs to patterns; `exclude`, `axis` and `remainder` are those of
     `Selection`, which may stand in place of all four. `example`: one input (a tensor, a tuple of arguments or a dict of
-    keyword arguments), to count multiply-adds with, and to find weights that are multiplied as something else than they
-    are, such as standardized ones: their zeros would be in no product, so they stay dense.
+    keyword arguments), to see along which axis weights of unknown modules are summed, such as experts; to count
+    multiply-adds with; and to find weights that are multiplied as something else than they are, such as standardized
+    ones: their zeros would be in no product, so they stay dense. `dense`: where the model is a pruned one, what it was
+    before (a model or a state dict). Pruned weights start at their dense values, cut below what their group keeps: the
+    first mask is that of the pruned network, and can change as training goes on.
 
     Nothing is excluded by default but what cannot be sparse. Call it after initialization and before `fully_shard`.
-    Raises ValueError when nothing can be sparse, a glob matches nothing, or the model is sparse already.
+    Raises ValueError when nothing can be sparse, a glob matches nothing, the model is sparse already, or `dense` is
+    that of another network or of no use to the method.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
     >>> sparsify(model, "2:4", exclude=["2"]).skipped
@@ -71,14 +77,18 @@ def sparsify(
     selection = selection_of(pattern, exclude, axis, remainder)
     if selection.transposable and not method.transposable:
         raise ValueError(f"transposable=True with {method}, whose masks are not; use ow.TransposableSRSTE()")
-    decided = decide(model, dataclasses.replace(selection, transposable=method.transposable))
+    selection = dataclasses.replace(selection, transposable=method.transposable)
+    decided = decide(model, selection, example=example)
     title, cache = f"{type(model).__name__}, {method.name}", ForwardCache(prune_ahead)
     masked = {candidate.name: _masked(candidate, method, cache) for candidate in decided if candidate.pattern}
     masks = {name: each.mask_at_end for name, each in masked.items() if method.sparse}
     excluded = tuple(selection.exclude)
     tried = Tried(decided) if example is None else try_masks(model, example, decided, masks, excluded)
     decided = tried.decided
-    masked = {candidate.name: masked[candidate.name] for candidate in decided if candidate.pattern}
+    candidates = {candidate.name: candidate for candidate in decided if candidate.pattern}
+    masked = {name: masked[name] for name in candidates}
+    if dense is not None:
+        restart(candidates, masked, dense)
     report = report_on(model, decided, lambda name, weight: masked[name].mask_at_end(weight), tried.macs, title)
     _register(decided, masked)
     hooks = (
@@ -86,8 +96,8 @@ def sparsify(
         model.register_forward_hook(cache.leave, always_call=True),
     )
     watch = OptimizerWatch(model, method)
-    dense = {candidate.name: candidate.reason for candidate in decided if not candidate.pattern}
-    model.__dict__["_openwork_record"] = SparsityRecord(masked, method, cache, watch, hooks, dense, excluded)
+    left = {candidate.name: candidate.reason for candidate in decided if not candidate.pattern}
+    model.__dict__["_openwork_record"] = SparsityRecord(masked, method, cache, watch, hooks, left, excluded)
     return dataclasses.replace(report, notes=(*notes_on(model, method), *tried.notes))
 
 
@@ -122,14 +132,15 @@ def project(
     exclude: Sequence[str] = (),
     axis: AxisChoice = "input",
     remainder: Remainder = "skip",
+    example: Any = None,
 ) -> Report:
     """Zero the smallest weights of a plain model until it is N:M, in place: after averaging, merging, editing.
 
-    Arguments, errors and report as in `sparsify`.
+    Arguments, errors and report as in `sparsify`; `example` only shows the axes of weights of unknown modules.
     """
     model = unwrap(model)
     check_plain(model)
-    decided = decide(model, selection_of(pattern, exclude, axis, remainder))
+    decided = decide(model, selection_of(pattern, exclude, axis, remainder), example=example)
     check_has_values(decided)
     masks = {candidate.name: magnitude_mask(candidate) for candidate in decided if candidate.pattern}
     report = report_on(model, decided, lambda name, _: masks[name], None, f"{type(model).__name__}, projected")

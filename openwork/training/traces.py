@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openwork.training.operands import Factor
 
-_LOOKUPS = {"embedding", "gather", "index", "index_select"}  # their first tensor is a table of whole rows
+LOOKUPS = {"embedding", "gather", "index", "index_select"}  # their first tensor is a table of whole rows
 _JOINS = {"cat", "stack"}
 _WRITES = {"copy", "index_copy", "index_put", "_index_put_impl", "scatter", "slice_scatter", "select_scatter"}
 
@@ -72,7 +72,7 @@ def after(name: str, operands: Traced, is_product: bool) -> Trace:
         return GENERATED
     if not constants or name in _JOINS or (from_example and name in _WRITES):
         return DATA if from_example else _joined(constants)
-    if name in _LOOKUPS and traces[0].constant:
+    if name in LOOKUPS and traces[0].constant:
         if name == "embedding" and from_example:
             return DATA
         return replace(traces[0], looked_up=traces[0].looked_up or from_example)

@@ -15,6 +15,7 @@ from openwork.nm.groups import Axis, reduction_size
 from openwork.nm.masks import kept_per_group, too_dense
 from openwork.nm.pattern import Pattern
 from openwork.training.accounting import Accounts, Declared, values_of
+from openwork.training.known_layers import UNKNOWN
 from openwork.training.matmul_trace import watch
 from openwork.training.parametrize import plain_name, unwrap, weight_name
 from openwork.training.record import (
@@ -70,7 +71,9 @@ def verify(
     every product with an operand that comes from a weight, a buffer or another constant is accounted for: sparse along
     the axis that it sums over, of a weight that was left dense when the patterns were recorded or given, or of one that
     cannot be N:M. Any other one is an error, unless it is named by `allow_dense`: globs of weights, buffers or modules;
-    "*" is all. The report counts the products. docs/verify.md says what is held and what is not.
+    "*" is all. The report counts the products. Weights of unknown modules in a plain model are held to the axis that
+    the example sums over, unless they are dense along it: name it with `Selection(axis=...)` to make that an error.
+    docs/verify.md says what is held and what is not.
 
     >>> import torch
     >>> model = nn.Linear(4, 1)
@@ -79,7 +82,7 @@ def verify(
     {'weight': Pattern(n=2, m=4)}
     """
     model = unwrap(model)
-    held = _held(model, pattern)
+    held = _held(model, pattern, example)
     weights = _readable(model, held.patterns)
     broken = {name: "the weight is gone: its module was replaced" for name in held.patterns if name not in weights}
     broken |= {name: problem for name, weight in weights.items() if (problem := _denser(weight, *held.patterns[name]))}
@@ -110,9 +113,9 @@ class _Held:
     excluded: tuple[str, ...]
 
 
-def _held(model: nn.Module, pattern: Selection | PatternChoice | None) -> _Held:
+def _held(model: nn.Module, pattern: Selection | PatternChoice | None, example: Any) -> _Held:
     if not sparsity_records(model):
-        return _asked(model, Selection.of(pattern))
+        return _asked(model, Selection.of(pattern), example)
     if pattern is not None:
         raise ValueError("the model is held to what sparsify recorded; pattern= is for plain models")
     if running := unfinished_weights(model):
@@ -180,15 +183,35 @@ def _unseen(model: nn.Module, patterns: _Recorded) -> list[str]:
     return [f"only an example shows what these layers multiply, whose forward is their own: {listed}"]
 
 
-def _asked(model: nn.Module, selection: Selection) -> _Held:
+def decide_held(model: nn.Module, selection: Selection, example: Any) -> list[Candidate]:
+    """What each weight of a plain model is held to. One whose axis only the example tells is not, where it is dense."""
+    decided = decide(model, selection, dtypes=HELD, example=example)
+    return [_unless_dense(each) if each.seen and each.pattern else each for each in decided]
+
+
+def _unless_dense(candidate: Candidate) -> Candidate:
+    assert candidate.pattern
+    axes = [candidate.axis, *([candidate.output_axis] if candidate.output_axis else [])]
+    if any(_denser(candidate.weight.detach(), candidate.pattern, axis) for axis in axes):
+        return _left_dense(candidate)
+    return candidate
+
+
+def _left_dense(candidate: Candidate) -> Candidate:
+    kind = type(candidate.product[0]).__name__
+    reason = f"{UNKNOWN} {kind}, and dense along that of its products: name it with axis={{glob: dim}} to hold it"
+    return dataclasses.replace(candidate, pattern=None, output_axis=None, reason=reason)
+
+
+def _asked(model: nn.Module, selection: Selection, example: Any) -> _Held:
     """What a plain model is held to."""
     if selection.pattern is None:
         everywhere = dataclasses.replace(selection, pattern=Pattern(1, 1))
-        candidates = decide(model, everywhere, dtypes=HELD)
+        candidates = decide_held(model, everywhere, example)
         decided = [_inferred(candidate) if candidate.pattern else candidate for candidate in candidates]
         _warn_of_inferred(decided)
     else:
-        decided = decide(model, selection, dtypes=HELD)
+        decided = decide_held(model, selection, example)
     skipped = tuple(_dense_row(each.name, each.weight, each.reason) for each in decided if not each.pattern)
     output_axes = {candidate.name: candidate.output_axis for candidate in decided if candidate.output_axis}
     patterns = {candidate.name: (candidate.pattern, candidate.axis) for candidate in decided if candidate.pattern}
@@ -200,6 +223,8 @@ def _inferred(candidate: Candidate) -> Candidate:
     pattern = tightest(candidate.weight, candidate.axis)
     if pattern.n < pattern.m:
         return dataclasses.replace(candidate, pattern=pattern)
+    if candidate.seen:
+        return _left_dense(candidate)
     return dataclasses.replace(candidate, pattern=None, reason=_DENSE)
 
 

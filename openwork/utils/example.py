@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from openwork.utils.torch_private import tree_leaves, tree_map_only
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,31 @@ def run(model: nn.Module, example: Any) -> Any:
     return model(*example) if isinstance(example, tuple) else model(example)
 
 
+def tensors_of(example: Any) -> list[Tensor]:
+    """The tensors in an example, in order."""
+    return [leaf for leaf in tree_leaves(_plain(example)) if isinstance(leaf, Tensor)]
+
+
+def moved(example: Any, device: torch.device) -> Any:
+    """The example with its tensors on a device."""
+    if isinstance(example, Call):
+        return Call(moved(example.args, device), moved(example.kwargs, device))
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), _plain(example))
+
+
+def _plain(example: Any) -> Any:
+    """Made of tuples and dicts: what a tokenizer returns is a mapping that torch does not look into."""
+    if isinstance(example, Call):
+        return example.args, dict(example.kwargs)
+    return dict(example) if isinstance(example, Mapping) else example
+
+
 @contextlib.contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and afterwards every training flag and random state as it was."""
+    """Eval mode, no gradients, and afterwards every training flag and random state as it was. Casts of weights that
+    autocast keeps are those of this forward alone."""
     flags = {module: module.training for module in model.modules()}
+    torch.clear_autocast_cache()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()
@@ -39,3 +62,4 @@ def quiet(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags.items():
             module.training = flag
+        torch.clear_autocast_cache()

@@ -36,6 +36,13 @@ def test_each_decay_is_a_run():
     ]
 
 
+def test_a_run_is_named_after_what_is_switched_on():
+    assert names(method_options={"decoupled": [False, True]}, seeds=[3], methods=["sr-ste"]) == [
+        "sr-ste-2of4-0.0002-seed3",
+        "sr-ste-2of4-0.0002-decoupled-seed3",
+    ]
+
+
 def test_asp_brings_its_dense_run_and_starts_from_it():
     runs = planned_runs(CompareConfig(out="o", methods=["asp"], seeds=[5]))
     assert [run.method for run in runs] == ["dense", "asp"]

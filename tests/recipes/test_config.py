@@ -91,4 +91,8 @@ def test_a_flag_that_is_newer_than_a_stored_run_had_its_default():
 
 def test_another_method_differs_by_its_options_too():
     stored = values_of(config())
-    assert differences(stored, config("--method", "ste")) == ["decay: 0.0002 -> None", "method: 'sr-ste' -> 'ste'"]
+    assert differences(stored, config("--method", "ste")) == [
+        "decay: 0.0002 -> None",
+        "decoupled: False -> None",
+        "method: 'sr-ste' -> 'ste'",
+    ]

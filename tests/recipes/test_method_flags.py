@@ -58,6 +58,13 @@ def test_a_new_method_is_trained_reported_and_read_back(tmp_path):
     assert "toy 2:4 steps=7 power=0.5" in write_report(tmp_path / "run").read_text()
 
 
+def test_a_flag_that_is_on_is_part_of_the_label():
+    on, off = (parse(Config, ["--decay", "0.5", *words], "openwork", "") for words in (["--decoupled", "true"], []))
+    assert on.method_options == {"decay": 0.5, "decoupled": True}
+    assert label_of(values_of(on)) == "sr-ste 2:4 decay=0.5 decoupled=True"
+    assert label_of(values_of(off)) == "sr-ste 2:4 decay=0.5"
+
+
 def test_a_report_on_a_method_that_is_not_registered_is_refused(tmp_path):
     run = RunDir(tmp_path / "run")
     config = values_of(Config()) | {"method": "toy"}

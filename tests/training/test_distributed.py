@@ -31,15 +31,23 @@ from torch.nn.utils import clip_grad_norm_
 import openwork as ow
 
 RANKS, STEPS, CLIP = 2, 5, 0.2
-WAYS = ("ddp", "ddp, clipped, 2 micro-batches", "ddp, fused, scaler", "ddp, detached", "fsdp2")
+WAYS = (
+    "ddp",
+    "ddp, clipped, 2 micro-batches",
+    "ddp, fused, scaler",
+    "ddp, detached",
+    "fsdp2",
+    "ddp, decoupled, fused, scaler",
+    "fsdp2, decoupled",
+)
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 
-def built():
+def built(decoupled=False):
     torch.manual_seed(0)
     model = Net().double()
-    ow.sparsify(model, "2:4", ow.SRSTE(decay=DECAY))
+    ow.sparsify(model, "2:4", ow.SRSTE(decay=DECAY, decoupled=decoupled))
     return model
 
 
@@ -49,8 +57,8 @@ def optimizer_of(model, **options):
 
 def train(way, rank):
     """The weights at the end, and the masks after each step."""
-    inner = built()
-    model = fully_shard(inner) if way == "fsdp2" else DistributedDataParallel(inner)
+    inner = built("decoupled" in way)
+    model = fully_shard(inner) if "fsdp2" in way else DistributedDataParallel(inner)
     optimizer = optimizer_of(model, fused="fused" in way)
     handle = ow.attach(optimizer, model)
     if "detached" in way:
@@ -110,7 +118,8 @@ def ranks(tmp_path_factory):
 
 
 def reference(way, **options):
-    return plain_loop(built().state_dict(), batches(STEPS), sgd, clip=CLIP if "clipped" in way else None, **options)
+    options = {"clip": CLIP if "clipped" in way else None, "decoupled": "decoupled" in way} | options
+    return plain_loop(built().state_dict(), batches(STEPS), sgd, **options)
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if "detached" not in way])

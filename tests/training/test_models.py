@@ -126,7 +126,7 @@ ZOO = {
     bert: (13, "bert.embeddings.word_embeddings.weight", "tied to cls.predictions.decoder.weight"),
     gpt2: (8, "transformer.wte.weight", "tied to lm_head.weight"),
     t5: (32, "shared.weight", "tied to .*encoder.embed_tokens.weight"),
-    mixtral: (13, "model.layers.0.mlp.gate.weight", "no known reduction axis"),
+    mixtral: (15, "model.embed_tokens.weight", "embedding"),
     lstm: (11, "embed.weight", "embedding"),
     gan: (3, None, ""),
 }

@@ -18,6 +18,7 @@ from openwork.methods import Method
 
 CLIP = 0.2
 SRSTE = ow.SRSTE(decay=DECAY)
+DECOUPLED = ow.SRSTE(decay=DECAY, decoupled=True)
 ADAM = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY),
@@ -191,9 +192,9 @@ def trained(way, kind, *, method=SRSTE, steps=10, dtype=torch.float64, attached=
     return start, model.state_dict()
 
 
-def reference(way, kind, start, *, steps=10, decay=DECAY):
+def reference(way, kind, start, *, steps=10, **options):
     data = batches(steps, next(iter(start.values())).dtype)
-    return plain_loop(start, data, UPDATES[kind], decay=decay, uses=way.uses, clip=way.clip)
+    return plain_loop(start, data, UPDATES[kind], uses=way.uses, clip=way.clip, **options)
 
 
 every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -211,6 +212,27 @@ def test_a_hundred_steps_are_those_of_the_equations(kind):
 def test_every_loop_takes_the_same_steps(way, kind):
     start, end = trained(way, kind)
     assert distance(end, reference(way, kind, start)) < 1e-11
+
+
+@every_kind
+@every_way
+def test_every_loop_takes_the_same_steps_when_decoupled(way, kind):
+    start, end = trained(way, kind, method=DECOUPLED)
+    right = reference(way, kind, start, decoupled=True)
+    assert distance(end, right) < 1e-11
+    assert distance(reference(way, kind, start, decay=2 * DECAY, decoupled=True), right) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["plain", "fused, scaler, overflow"])
+@every_kind
+def test_decoupled_in_single_precision_takes_the_same_steps(name, kind):
+    start, end = trained(WAYS[name], kind, method=DECOUPLED, dtype=torch.float32)
+    assert distance(end, reference(WAYS[name], kind, start, decoupled=True)) < 2e-5
+
+
+def test_decoupled_ends_elsewhere_than_coupled_under_adam():
+    start, end = trained(WAYS["plain"], "adamw", method=DECOUPLED)
+    assert distance(end, reference(WAYS["plain"], "adamw", start)) > 1e-2
 
 
 @pytest.mark.parametrize("name", ["plain", "scaler", "fused, scaler, overflow", "4 micro-batches", "12 uses"])

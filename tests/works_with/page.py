@@ -7,7 +7,7 @@ from pathlib import Path
 
 GROUPS = (
     *("Loop", "Optimizer", "Precision", "Memory and functions", "Compilation", "Two processes", "Trainers"),
-    *("Averages", "Adapters", "Quantization", "Export"),
+    *("Experts", "Averages", "Adapters", "Quantization", "Export"),
 )
 HEAD = """# Works with
 
