@@ -36,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from language_data import WINDOW, load_dense, load_tokenizer, perplexity, read_texts, windows
 
 SOLVERS = {"alps": ow.ALPS, "sparsegpt": ow.SparseGPT, "wanda": ow.Wanda, "refit": ow.Refit, "magnitude": ow.Magnitude}
-DENSE = ("lm_head",)  # tied to the embedding
+
+PATTERN = ow.Selection("2:4", exclude=["lm_head"])  # which is the embedding
 
 
 def tokens_of(asked: argparse.Namespace) -> dict[str, Tensor]:
@@ -67,11 +68,9 @@ def prune(asked: argparse.Namespace) -> None:
         texts = (tokens["train-news"], half), (tokens["train-wikipedia"], asked.windows - half)
         batches = torch.cat([drawn(text, count, draw) for text, count in texts]).split(4)
         seconds = time.process_time()
-        report = ow.prune(
-            model, "2:4", batches, solver=SOLVERS[asked.solver](), exclude=DENSE, resume=asked.out / f"{name}.layers"
-        )
+        report = ow.prune(model, PATTERN, batches, solver=SOLVERS[asked.solver](), resume=asked.out / f"{name}.layers")
         seconds = time.process_time() - seconds
-        ow.save(model, asked.out / f"{name}.safetensors")
+        ow.save(model, asked.out / f"{name}.safetensors", pattern=PATTERN)
         run = {"seed": seed, "cpu_seconds": seconds, "layer_error": report.error, "errors": dict(report.errors)}
         note(document, asked, run | scores(model, tokens), f"prune-{asked.solver}")
 
@@ -81,7 +80,7 @@ def repair(asked: argparse.Namespace) -> None:
 
     tokens = tokens_of(asked)
     student, teacher = loaded(asked, asked.start), load_dense(asked.packages)
-    ow.sparsify(student, "2:4", ow.ASP(), exclude=DENSE)
+    ow.sparsify(student, PATTERN, ow.ASP())
     settings = Settings(**{name: getattr(asked, name) for name in Settings.__dataclass_fields__})
     texts = [tokens["train-news"], tokens["train-wikipedia"]]
     run = distil(
@@ -121,7 +120,7 @@ def deploy(asked: argparse.Namespace) -> None:
 
 def loaded(asked: argparse.Namespace, name: str) -> nn.Module:
     dense = load_dense(asked.packages)
-    return dense if name == "dense" else ow.load(dense, asked.out / f"{name}.safetensors")
+    return dense if name == "dense" else ow.load(asked.out / f"{name}.safetensors", into=dense)
 
 
 def machine() -> dict[str, Any]:
