@@ -108,7 +108,10 @@ def _deployed(model: nn.Module, example: Mapping[str, Tensor], dtype: torch.dtyp
     with warnings.catch_warnings(record=True):  # that dense won is in the plan
         deployed: Any = ow.deploy(copy.deepcopy(model), dict(example), weight_dtype=dtype)
     plan = deployed.deployment
-    return deployed, {"returned": plan.returned, "layers": dict(Counter(str(layer.kind) for layer in plan.layers))}
+    return deployed, {
+        "returned": plan.returned,
+        "layers": dict(Counter(layer.kind or "dense" for layer in plan.layers)),
+    }
 
 
 def _int8(model: nn.Module) -> nn.Module:

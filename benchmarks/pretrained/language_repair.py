@@ -74,7 +74,7 @@ def distil(
         done["step"] += 1
         done["tokens"] += batch.numel()
         done["cpu_seconds"] += time.process_time() - start
-        said = f"step {done['step']} of {settings.steps}: head {float(head):.4f}, features {float(features):.4f}"
+        said = f"step {done['step']} of {settings.steps}: head {head.item():.4f}, features {features.item():.4f}"
         print(f"{said}, {done['cpu_seconds']:.0f} s of CPU time", flush=True)
         last = done["step"] == settings.steps
         if last or done["step"] % _SCORE_EVERY == 0:
