@@ -155,7 +155,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     add = commands.add_parser("repair").add_argument
     add("start", help="of a file in --out, such as alps-seed0")
     add("--name", default="repaired", help="of the file that is written to --out")
-    add("--steps", type=int, default=400, help="may be changed while the learning rate is constant")
+    add("--steps", type=int, default=300)
     add("--lr", type=float, default=4e-4)
     add("--batch", type=int, default=2, help="windows of 512 tokens in a step")
     add("--features", type=float, default=10.0, help="what the blocks' outputs count beside those of the head")

@@ -23,7 +23,7 @@ import openwork as ow
 from openwork.utils.atomic import atomic_file
 
 _WARM_UP = 20  # steps in which the learning rate grows
-_FALLING = 0.4  # share of the steps, the last ones, in which it falls to zero in a straight line
+_FALLING = 0.73  # share of the steps, the last ones, in which it falls to zero in a straight line
 _KEEP_EVERY = 20  # steps between two checkpoints
 _SCORE_EVERY = 40
 
