@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import statistics
-import tempfile
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 import openwork as ow
 from openwork.utils.timing import take_turns
+
+sys.path.insert(0, str(Path(__file__).parent))
+from engines import dense_engines
 
 Call = Callable[[], Tensor]
 
@@ -63,9 +66,9 @@ def prompts(dense: nn.Module, sparse: nn.Module, batch: Tensor) -> dict[str, Any
     the same network's in torch, float32, as a share of the largest logit."""
     example = {"input_ids": batch}
     networks = {"dense": NextToken(dense).eval(), "2:4": NextToken(sparse).eval()}
-    calls: dict[str, Call] = {
-        f"{name}: torch": functools.partial(model, **example) for name, model in networks.items()
-    } | _exported(networks["dense"], batch)
+    calls: dict[str, Call] = {f"{name}: torch": functools.partial(model, **example) for name, model in networks.items()}
+    engines = dense_engines(networks["dense"], example)
+    calls |= {name: lambda call=call: torch.from_numpy(call()) for name, call in engines.items()}  # type: ignore[misc]
     about = {}
     for dtype in (torch.float32, torch.int8):
         said = f"2:4: ow.deploy, {str(dtype).partition('.')[2]}"
@@ -120,30 +123,3 @@ def _int8(model: nn.Module) -> nn.Module:
         warnings.simplefilter("ignore")
         made: nn.Module = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, torch.qint8)
     return made
-
-
-def _exported(model: nn.Module, batch: Tensor) -> dict[str, Call]:
-    """ONNX Runtime and OpenVINO, for prompts of that shape."""
-    import onnxruntime
-    import openvino
-
-    inputs, threads = {"input_ids": batch.numpy()}, torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        torch.onnx.export(
-            model, (batch,), path, input_names=["input_ids"], dynamo=True, external_data=True, verbose=False
-        )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        settings = {
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
-        }
-        request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
-    return {
-        "dense: ONNX Runtime": lambda: torch.from_numpy(session.run(None, inputs)[0]),
-        "dense: OpenVINO": lambda: torch.from_numpy(request.infer(inputs)[0].copy()),
-    }
