@@ -2,13 +2,12 @@
 asks the same of training.
 
     minimize the sum over layers of error(layer, pattern), with the sum of cost(layer, pattern) at most the budget
-    error(layer, pattern) = relative error of the layer's outputs at the pattern * sensitivity(layer)
-    sensitivity(layer) = relative error of the network's outputs with this layer alone pruned / that of the layer's own
+    error(layer, pattern) = relative error of the network's outputs with this layer alone at the pattern
 
-Layers' own errors alone do not tell what they do to the network: a few large features can hide all others. Errors are
-measured one layer at a time on the dense network, and are taken to add up. From all layers dense, the step that adds
-the least error for what it saves is taken until the budget is met: steps along the lower convex hull of each layer's
-(cost, error), which is exact but for the last one.
+The error of a layer's own outputs would not do: a few large features hide all others, and attention scores may change a
+lot for nothing. Errors are measured on the dense network, and are taken to add up. From all layers dense, the step that
+adds the least error for what it saves is taken until the budget is met: steps along the lower convex hull of each
+layer's (cost, error), which is exact but for the last one.
 """
 
 from __future__ import annotations
@@ -96,6 +95,7 @@ def allocate(
     exclude: Sequence[str] = (),
     axis: AxisChoice = "input",
     solver: Solver = SparseGPT(),
+    scored: int = 4,
     example: Any = None,
     progress: bool | None = None,
 ) -> Allocation:
@@ -105,7 +105,9 @@ def allocate(
     `of`: "time", that of each layer on this machine, as `ow.plan` measures it for `example` (by default the first
     batch), which must be the input that the network will run on; "macs", multiply-adds of the example; "bytes", values
     and indices. `patterns`: those to choose from. `batches`, `exclude` and `axis` are those of `prune`, whose `solver`
-    finds what each layer would lose. The model is not changed. Raises ValueError where the budget cannot be met.
+    prunes each layer by itself. What that does to the network's outputs is measured on `scored` of the batches, evenly
+    spaced: as many forward passes for each layer and pattern. The model is not changed. Raises ValueError where the
+    budget cannot be met.
 
     >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
     >>> found = allocate(model, [torch.randn(256, 16)], budget=0.5, of="macs")
@@ -125,7 +127,7 @@ def allocate(
     example = given[0] if example is None else example
     with torch.inference_mode(False), plain_products(model):
         sparse, macs = _fitting(model, parsed, exclude, axis, example)
-        errors = _errors(model, sparse, given, solver, progress)
+        errors = _errors(model, sparse, given, _spaced(given, scored), solver, progress)
     costs = _times(model, sparse, example, axis) if of == "time" else _sizes(sparse, macs if of == "macs" else None)
     choices = {
         name: [Choice(None, dense, 0.0)]
@@ -182,30 +184,32 @@ def _errors(
     model: nn.Module,
     candidates: Mapping[Pattern, Mapping[str, Candidate]],
     batches: list[Any],
+    scored: Sequence[Any],
     solver: Solver,
     progress: bool | None,
 ) -> dict[str, dict[Pattern, float]]:
-    """The error of each weight at each pattern that fits it, on inputs of the dense network; its sensitivity is that at
-    the pattern in the middle, on the first batch."""
+    """What each weight at each pattern that fits it does to the network's outputs on the `scored` batches."""
     every = {name: each for of_one in candidates.values() for name, each in of_one.items()}
     errors: dict[str, dict[Pattern, float]] = {}
-    bar, expected = Progress(len(every), progress), _outputs(model, batches[0])
+    bar, expected = Progress(len(every), progress), [_outputs(model, batch) for batch in scored]
     for stage in stages(model, every, batches):
         inputs = Inputs({name: every[name] for name in stage.names}, solver.needs_gram)
         stage.watch(inputs.visit)
         for name in stage.names:
-            weight, fitting = every[name].weight.detach(), [each for each in candidates if name in candidates[each]]
-            dense, own, sensitivity = weight.clone(), {}, 0.0
-            for pattern in fitting:
-                error = prune_weight(candidates[pattern][name], inputs.parts[name].values(), solver).error
-                own[pattern] = 0.0 if math.isnan(error) else error
-                if pattern == fitting[len(fitting) // 2] and own[pattern]:
-                    sensitivity = _difference(_outputs(model, batches[0]), expected) / own[pattern]
+            weight, errors[name] = every[name].weight.detach(), {}
+            dense = weight.clone()
+            for pattern in (each for each in candidates if name in candidates[each]):
+                prune_weight(candidates[pattern][name], inputs.parts[name].values(), solver)
+                errors[name][pattern] = _difference([_outputs(model, batch) for batch in scored], expected)
                 weight.copy_(dense)
-            errors[name] = {pattern: error * sensitivity for pattern, error in own.items()}
+            inputs.parts.pop(name)
             bar.advance(name)
     bar.end()
     return errors
+
+
+def _spaced(batches: list[Any], count: int) -> list[Any]:
+    return batches[:: max(1, len(batches) // max(1, count))][: max(1, count)]
 
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
@@ -214,11 +218,11 @@ def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
     return [each.float() for each in found if isinstance(each, Tensor) and each.is_floating_point()]
 
 
-def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
+def _difference(found: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
     """The squared difference over the squares."""
-    squares = sum(float(each.square().sum(dtype=torch.float64)) for each in expected)
-    changes = zip(found, expected, strict=True)
-    return sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in changes) / squares if squares else 0.0
+    pairs = [pair for each in zip(found, expected, strict=True) for pair in zip(*each, strict=True)]
+    squares = sum(float(b.square().sum(dtype=torch.float64)) for _, b in pairs)
+    return sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in pairs) / squares if squares else 0.0
 
 
 def _fitting(
