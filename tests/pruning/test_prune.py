@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import openwork as ow
-from openwork.pruning import stages
+from openwork.pruning import chains
 from openwork.pruning.solver import Groups
 from openwork.training.selection import Selection
 
@@ -121,9 +121,9 @@ def test_a_sequential_in_a_sequential_is_one_chain() -> None:
     inner = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)) for _ in range(2)]
     model = nn.Sequential(*inner, nn.Sequential(nn.Flatten(), nn.Linear(8 * 36, 8)))
     x = torch.randn(2, 8, 6, 6)
-    probe = stages._Probe.of(model, x)
+    probe = chains.Probe.of(model, x)
     decided = {each.name: each for each in stages_candidates(model)}
-    (chain,) = stages._chains(model, decided, probe)
+    (chain,) = chains.find_chains(model, decided, probe)
     assert [name for name, _ in chain.blocks] == ["0.0", "0.1", "0.2", "1.0", "1.1", "1.2", "2.0", "2.1"]
 
 
