@@ -13,10 +13,11 @@ the least error for what it saves is taken until the budget is met: steps along 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import glob
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -36,7 +37,7 @@ from openwork.training.parametrize import unwrap
 from openwork.training.select import Candidate
 from openwork.training.selection import AxisChoice, Selection
 from openwork.training.sparsify import check_plain, project
-from openwork.utils.example import quiet, run
+from openwork.utils.example import copied, quiet, run
 from openwork.utils.progress import Progress
 from openwork.utils.table import aligned
 from openwork.utils.torch_private import tree_leaves
@@ -194,31 +195,51 @@ def _errors(
         inputs = Inputs({name: every[name] for name in stage.names}, solver.needs_gram)
         stage.watch(inputs.visit)
         for name in stage.names:
-            weight, fitting = every[name].weight.detach(), [each for each in candidates if name in candidates[each]]
-            dense, own, sensitivity = weight.clone(), {}, 0.0
+            fitting, own, sensitivity = [each for each in candidates if name in candidates[each]], {}, 0.0
             for pattern in fitting:
-                error = prune_weight(candidates[pattern][name], inputs.parts[name].values(), solver).error
-                own[pattern] = 0.0 if math.isnan(error) else error
-                if pattern == fitting[len(fitting) // 2] and own[pattern]:
-                    sensitivity = _difference(_outputs(model, batches[0]), expected) / own[pattern]
-                weight.copy_(dense)
+                with _restored(every[name].weight.detach()):
+                    error = prune_weight(candidates[pattern][name], inputs.parts[name].values(), solver).error
+                    own[pattern] = 0.0 if math.isnan(error) else error
+                    if pattern == fitting[len(fitting) // 2] and own[pattern]:
+                        sensitivity = _difference(_outputs(model, batches[0]), expected) / own[pattern]
             errors[name] = {pattern: error * sensitivity for pattern, error in own.items()}
             bar.advance(name)
     bar.end()
     return errors
 
 
+@contextlib.contextmanager
+def _restored(weight: Tensor) -> Iterator[None]:
+    dense = weight.clone()
+    try:
+        yield
+    finally:
+        weight.copy_(dense)
+
+
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
     with quiet(model):
-        found = tree_leaves(run(model, batch))
-    return [each.float() for each in found if isinstance(each, Tensor) and each.is_floating_point()]
+        found = tree_leaves(run(model, copied(batch)))
+    real = [torch.view_as_real(each) if each.is_complex() else each for each in found if isinstance(each, Tensor)]
+    return [each.float() for each in real if each.is_floating_point()]
 
 
 def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """The squared difference over the squares."""
-    squares = sum(float(each.square().sum(dtype=torch.float64)) for each in expected)
-    changes = zip(found, expected, strict=True)
-    return sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in changes) / squares if squares else 0.0
+    """The squared difference over the squares, of numbers that are finite: scores may be masked by infinity. Raises
+    ValueError where there is nothing to compare."""
+    squares = changes = 0.0
+    alike = len(found) == len(expected) and all(a.shape == b.shape for a, b in zip(found, expected, strict=True))
+    for a, b in zip(found, expected, strict=True) if alike else ():
+        finite = a.isfinite() & b.isfinite()
+        squares += float(b.where(finite, 0).square().sum(dtype=torch.float64))
+        changes += float((a - b).where(finite, 0).square().sum(dtype=torch.float64))
+    if not squares:
+        what = "are no real numbers, or zeros alone" if alike else "have other shapes once a layer is pruned"
+        raise ValueError(
+            f"what a layer does to the network cannot be measured: its outputs {what}; give a module around it that "
+            "returns what to compare, such as its logits or features"
+        )
+    return changes / squares
 
 
 def _fitting(
