@@ -139,18 +139,18 @@ def open_model(source: str, *, model: str = "", shapes: Sequence[str] = (), need
         opened = _by_name(source)
     opened.model.eval()
     if shapes:
-        _check_takes(opened.model, opened.example)
+        check_takes(opened.model, opened.example, "--input")
     return opened
 
 
-def _check_takes(model: nn.Module, example: Any) -> None:
-    """Raises ValueError where --input names arguments that the model does not have, or too few or many."""
+def check_takes(model: nn.Module, example: Any, what: str) -> None:
+    """Raises ValueError where `what` names arguments that the model does not have, or too few or many."""
     takes = inspect.signature(model.forward)
     positional, named = ((), example) if isinstance(example, Mapping) else (example, {})
     try:
         takes.bind(*(positional if isinstance(positional, tuple) else (positional,)), **named)
     except TypeError as error:
-        raise ValueError(f"--input: {error}; {type(model).__name__}.forward takes {takes}") from error
+        raise ValueError(f"{what}: {error}; {type(model).__name__}.forward takes {takes}") from error
 
 
 def with_batch(example: Any, batch: int) -> Any:

@@ -12,10 +12,11 @@ layer's (cost, error), which is exact but for the last one.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import glob
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -35,7 +36,7 @@ from openwork.training.parametrize import unwrap
 from openwork.training.select import Candidate
 from openwork.training.selection import AxisChoice, Selection
 from openwork.training.sparsify import check_plain, project
-from openwork.utils.example import quiet, run
+from openwork.utils.example import copied, quiet, run
 from openwork.utils.progress import Progress
 from openwork.utils.table import aligned
 from openwork.utils.torch_private import tree_leaves
@@ -191,17 +192,16 @@ def _errors(
     """What each weight at each pattern that fits it does to the network's outputs on the `scored` batches."""
     every = {name: each for of_one in candidates.values() for name, each in of_one.items()}
     errors: dict[str, dict[Pattern, float]] = {}
-    bar, expected = Progress(len(every), progress), [_outputs(model, batch) for batch in scored]
+    bar, expected = Progress(len(every), progress), _outputs(model, scored)
     for stage in stages(model, every, batches):
         inputs = Inputs({name: every[name] for name in stage.names}, solver.needs_gram)
         stage.watch(inputs.visit)
         for name in stage.names:
-            weight, errors[name] = every[name].weight.detach(), {}
-            dense = weight.clone()
+            errors[name] = {}
             for pattern in (each for each in candidates if name in candidates[each]):
-                prune_weight(candidates[pattern][name], inputs.parts[name].values(), solver)
-                errors[name][pattern] = _difference([_outputs(model, batch) for batch in scored], expected)
-                weight.copy_(dense)
+                with _restored(every[name].weight.detach()):
+                    prune_weight(candidates[pattern][name], inputs.parts[name].values(), solver)
+                    errors[name][pattern] = _difference(_outputs(model, scored), expected)
             inputs.parts.pop(name)
             bar.advance(name)
     bar.end()
@@ -212,17 +212,39 @@ def _spaced(batches: list[Any], count: int) -> list[Any]:
     return batches[:: max(1, len(batches) // max(1, count))][: max(1, count)]
 
 
-def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+@contextlib.contextmanager
+def _restored(weight: Tensor) -> Iterator[None]:
+    dense = weight.clone()
+    try:
+        yield
+    finally:
+        weight.copy_(dense)
+
+
+def _outputs(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:
+    """The real numbers that the model returns for the batches."""
     with quiet(model):
-        found = tree_leaves(run(model, batch))
-    return [each.float() for each in found if isinstance(each, Tensor) and each.is_floating_point()]
+        found = tree_leaves([run(model, copied(batch)) for batch in batches])
+    real = [torch.view_as_real(each) if each.is_complex() else each for each in found if isinstance(each, Tensor)]
+    return [each.float() for each in real if each.is_floating_point()]
 
 
-def _difference(found: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
-    """The squared difference over the squares."""
-    pairs = [pair for each in zip(found, expected, strict=True) for pair in zip(*each, strict=True)]
-    squares = sum(float(b.square().sum(dtype=torch.float64)) for _, b in pairs)
-    return sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in pairs) / squares if squares else 0.0
+def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The squared difference over the squares, of numbers that are finite: scores may be masked by infinity. Raises
+    ValueError where there is nothing to compare."""
+    squares = changes = 0.0
+    alike = len(found) == len(expected) and all(a.shape == b.shape for a, b in zip(found, expected, strict=True))
+    for a, b in zip(found, expected, strict=True) if alike else ():
+        finite = a.isfinite() & b.isfinite()
+        squares += float(b.where(finite, 0).square().sum(dtype=torch.float64))
+        changes += float((a - b).where(finite, 0).square().sum(dtype=torch.float64))
+    if not squares:
+        what = "are no real numbers, or zeros alone" if alike else "have other shapes once a layer is pruned"
+        raise ValueError(
+            f"what a layer does to the network cannot be measured: its outputs {what}; give a module around it that "
+            "returns what to compare, such as its logits or features"
+        )
+    return changes / squares
 
 
 def _fitting(
