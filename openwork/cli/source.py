@@ -27,6 +27,7 @@ from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
 from openwork.training.record import sparsity_records
 from openwork.training.selection import Remainder, Selection
+from openwork.utils.example import Call
 from openwork.utils.torch_private import tree_map_only
 
 FORMS = """\
@@ -146,9 +147,14 @@ def open_model(source: str, *, model: str = "", shapes: Sequence[str] = (), need
 def check_takes(model: nn.Module, example: Any, what: str) -> None:
     """Raises ValueError where `what` names arguments that the model does not have, or too few or many."""
     takes = inspect.signature(model.forward)
-    positional, named = ((), example) if isinstance(example, Mapping) else (example, {})
+    if isinstance(example, Mapping):
+        call = Call(kwargs=example)
+    elif not isinstance(example, Call):
+        call = Call(example if isinstance(example, tuple) else (example,))
+    else:
+        call = example
     try:
-        takes.bind(*(positional if isinstance(positional, tuple) else (positional,)), **named)
+        takes.bind(*call.args, **call.kwargs)
     except TypeError as error:
         raise ValueError(f"{what}: {error}; {type(model).__name__}.forward takes {takes}") from error
 
