@@ -287,6 +287,12 @@ def test_input_that_cannot_calibrate_is_an_error() -> None:
         ow.prune(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, device="meta")), "2:4", [torch.randn(32, 8)])
 
 
+def test_labels_beside_the_input_are_named() -> None:
+    x = batches()[0]
+    with pytest.raises(TypeError, match=r"\(x for x, y in loader\)"):
+        ow.prune(net(), "2:4", [(x, torch.zeros(20))])
+
+
 def test_nan_is_told_with_the_layer_that_it_reaches_first() -> None:
     given = batches()
     given[1][3, 2] = float("nan")
@@ -295,7 +301,7 @@ def test_nan_is_told_with_the_layer_that_it_reaches_first() -> None:
     model = net()
     with torch.no_grad():
         model.blocks[1].linear.bias[0] = float("nan")
-    with pytest.raises(ValueError, match=r"the inputs of blocks\.2\.linear\.weight are not finite"):
+    with pytest.raises(ValueError, match=r"the inputs of blocks\.2\.linear\.weight are not finite.* pruned already"):
         ow.prune(model, "2:4", batches(), exclude=["blocks.1"])
 
 
