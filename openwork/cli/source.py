@@ -314,7 +314,13 @@ def _of_gguf(file: Path, shapes: Sequence[str]) -> Source:
         "gguf_file": file.name,
         "local_files_only": True,
     }
-    model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{file} is a GGUF file that transformers does not read as a language model ({error}); give the Hugging "
+            "Face folder that it was made of, or a file of ow.save"
+        ) from error
     if getattr(model, "hf_quantizer", None) is not None:  # the weights are plain by now, so that they can be saved
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
