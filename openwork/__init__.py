@@ -12,6 +12,7 @@ from openwork.inference.plan import Plan as Plan
 from openwork.inference.stream import load_deployed as load_deployed
 from openwork.methods import ASP as ASP
 from openwork.methods import SRSTE as SRSTE
+from openwork.methods import SSTE as SSTE
 from openwork.methods import STE as STE
 from openwork.methods import Dense as Dense
 from openwork.methods import MdGf as MdGf

@@ -159,11 +159,12 @@ def check_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Masked
 
 @torch.no_grad()
 def fill(names: Sequence[str], weight: Tensor, targets: Mapping[str, Tensor], masked: Mapping[str, Masked]) -> None:
-    """Write a tensor where a model keeps it, under each of its names; fixed masks are chosen anew, from the weight."""
+    """Write a tensor where a model keeps it, under each of its names; what a mask stores is made anew, from the
+    weight."""
     for name in names:
         targets[name].copy_(weight)
-        if name in masked and masked[name].mask is not None:
-            masked[name].choose_mask(targets[name])
+        if name in masked:
+            masked[name].follow(targets[name])
 
 
 def _check_plain_tensor(name: str, tensor: Tensor) -> None:

@@ -7,6 +7,7 @@ from openwork.methods.method import Method as Method
 from openwork.methods.schedule import Phase as Phase
 from openwork.methods.schedule import Schedule as Schedule
 from openwork.methods.srste import SRSTE as SRSTE
+from openwork.methods.sste import SSTE as SSTE
 from openwork.methods.ste import STE as STE
 from openwork.methods.transposable import TransposableSRSTE as TransposableSRSTE
 
@@ -16,6 +17,7 @@ _ALL: tuple[type[Method], ...] = (
     STE,
     SRSTE,
     TransposableSRSTE,
+    SSTE,
     MdGf,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}

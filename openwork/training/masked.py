@@ -19,7 +19,7 @@ from openwork import kernels
 from openwork.methods import Method, Phase
 from openwork.methods.autograd import masked, straight_through
 from openwork.methods.method import State
-from openwork.nm.masks import apply_mask, too_dense
+from openwork.nm.masks import apply_mask
 from openwork.nm.pattern import Pattern
 from openwork.training.dtensor import by_groups, check_whole_groups, differ, elementwise, full_tensor, placed_like
 from openwork.training.forward_cache import ForwardCache
@@ -36,8 +36,8 @@ class Masked(nn.Module):
     steps since a stored mask was chosen. `seen_dtype` is the dtype in which the forward pass saw the weight (FSDP2 may
     hand it in bfloat16): the mask is a function of the weight rounded to it, so that the optimizer step and `verify`
     find the same mask. `reuses_mask`: the optimizer step takes the mask of the forward. Not of a sharded weight: each
-    process ranks its part once more, instead of holding the masks of all layers. `lost`: the stored mask went with the
-    values of the model (`to_empty`); until the model's next forward, which stores one, it follows the weight.
+    process ranks its part once more, instead of holding the masks of all layers. `lost`: the stored mask and state went
+    with the values of the model (`to_empty`); until its next forward, which stores both, they follow the weight.
     """
 
     mask: Tensor | None
@@ -75,8 +75,10 @@ class Masked(nn.Module):
         return {**self.__dict__, "replaced": None}
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Masked:
-        """What `to`, `half` and `to_empty` do to buffers; a mask whose values did not survive is lost."""
+        """What `to`, `half` and `to_empty` do to buffers; a mask or a state whose values did not survive is lost."""
+        before = self.state
         super()._apply(function, recurse)
+        self.lost = self.lost or any(differ(tensor, self.state[name]) for name, tensor in before.items())
         if (mask := self.mask) is not None:
             self.mask = function(mask)
             if type(self.mask) is Tensor:
@@ -88,6 +90,11 @@ class Masked(nn.Module):
     def state(self) -> State:
         """What the method keeps for the weight."""
         return {name: getattr(self, f"state_{name}") for name in self.state_names} if self.state_names else {}
+
+    def state_of(self, weight: Tensor) -> State:
+        """The state, or the one that the weight would get now where it is lost."""
+        lost = self.lost and bool(self.state_names)
+        return self.method.state(full_tensor(weight.detach()), self.end) if lost else self.state
 
     @property
     def unfinished(self) -> str:
@@ -120,7 +127,7 @@ class Masked(nn.Module):
 
     def ranked(self, weight: Tensor, phase: Phase, state: State | None = None) -> Tensor:
         """The mask that `weight` has by the method's score."""
-        kept = self.state if state is None else state
+        kept = self.state_of(weight) if state is None else state
 
         def choose(plain: Tensor) -> Tensor:
             return self.method.mask(self.method.score(plain, kept), phase)
@@ -187,7 +194,7 @@ class Masked(nn.Module):
             self.cache.remember(self, weight, mask)
         if not self.method.elementwise:
             check_whole_groups(weight, self.method, self.phase)
-        phase, state = self.phase, self.state
+        phase, state = self.phase, self.state_of(weight)
         return elementwise(lambda w, m: masked(self.method, w, m, phase, state), weight, mask)
 
     def _traced(self, weight: Tensor) -> Tensor:
@@ -200,7 +207,7 @@ class Masked(nn.Module):
             )
         with untraced():
             mask = self.mask_of(weight).clone()
-        return self.method.forward(weight, mask, self.phase, self.state)
+        return self.method.forward(weight, mask, self.phase, self.state_of(weight))
 
     def is_fused(self, weight: Tensor) -> bool:
         """Whether a kernel does the forward in one pass, mask included: it is that of every method."""
@@ -219,7 +226,7 @@ class Masked(nn.Module):
             return weight
         if not self.method.elementwise:
             check_whole_groups(weight, self.method, self.phase)
-        state = self.state
+        state = self.state_of(weight)
         return elementwise(lambda w, m: self.method.fold(w, m, self.end, state), weight, self.mask_at_end(weight))
 
     # --- the optimizer step ----------------------------------------------------------------------------------------
@@ -252,10 +259,15 @@ class Masked(nn.Module):
         self.end, self.changed = replace(self.end, pattern=pattern), True
         self.go_to(self.step)
         if weight is not None:
-            for name, tensor in self.method.state(full_tensor(weight.detach()), self.end).items():
-                self.state[name].copy_(tensor)
-            if self.mask is not None:
-                self.choose_mask(weight)
+            self.follow(weight)
+
+    @torch.no_grad()
+    def follow(self, weight: Tensor) -> None:
+        """Make what is stored anew, from the weight."""
+        for name, tensor in self.method.state(full_tensor(weight.detach()), self.end).items():
+            self.state[name].copy_(tensor)
+        if self.mask is not None:
+            self.choose_mask(weight)
 
     def go_to(self, step: int) -> None:
         """Set the schedule to where it is after so many optimizer steps. While the pattern stays and the mask decays,
@@ -291,24 +303,12 @@ class Masked(nn.Module):
         """Everything that is saved beside the weight, by what follows its name."""
         return {key: getattr(self, name) for key, name in self.buffers_saved.items()} | self.others_saved
 
-    def take_mask(self, mask: Tensor, assign: bool) -> None:
-        """The stored mask of a state dict, in place of the one here. Raises ValueError where it has another shape."""
-        assert self.mask is not None
-        if mask.shape != self.mask.shape:
-            raise ValueError(f"found shape {tuple(mask.shape)}, needed {tuple(self.mask.shape)}")
-        if not mask.is_meta and (problem := too_dense(full_tensor(mask), self.phase.pattern, self.phase.axis)):
-            raise ValueError(f"{problem}: call ow.change_pattern, or sparsify, at the pattern of the checkpoint first")
-        if assign:
-            self.mask = mask.detach().bool()
-        else:
-            self.mask.copy_(placed_like(mask, self.mask))
-
     def restart(self, weight: Tensor) -> dict[str, Tensor]:
         """Begin anew with another dense weight, and return the mask and state that belong to it, by what follows its
         name in a state dict."""
         self.age, self.lost = 0, False
         self.go_to(0)
-        state = dict(self.method.state(weight, self.end))
+        state = dict(self.method.state(full_tensor(weight), self.end))
         return state if self.mask is None else {**state, "mask": self.ranked(weight, self.phase, state)}
 
     def extra_repr(self) -> str:

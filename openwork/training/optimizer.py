@@ -223,7 +223,7 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
     check_rates(optimizer, [sparse.masked.method for sparse in trained])
     check_own_state(optimizer)
     for sparse in trained:
-        if is_sharded(sparse.weight) and sparse.masked.state_names:
+        if is_sharded(sparse.weight) and sparse.masked.state_names and not sparse.masked.method.shared_state:
             raise ValueError(
                 f"{sparse.name} is sharded, and {sparse.masked.method} keeps {', '.join(sparse.masked.state_names)} "
                 "for each weight, which is not spread with it: train without fully_shard, or with another method"
