@@ -15,8 +15,15 @@ from openwork.methods import SRSTE as SRSTE
 from openwork.methods import SSTE as SSTE
 from openwork.methods import STE as STE
 from openwork.methods import Dense as Dense
+from openwork.methods import DenseTail as DenseTail
+from openwork.methods import DenseWarmup as DenseWarmup
+from openwork.methods import MaskDecay as MaskDecay
 from openwork.methods import MdGf as MdGf
 from openwork.methods import Method as Method
+from openwork.methods import Ramp as Ramp
+from openwork.methods import Schedule as Schedule
+from openwork.methods import SdGf as SdGf
+from openwork.methods import StructureDecay as StructureDecay
 from openwork.methods import TransposableSRSTE as TransposableSRSTE
 from openwork.nm.groups import Axis as Axis
 from openwork.nm.mask_stats import flip_rate as flip_rate

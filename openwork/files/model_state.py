@@ -82,7 +82,9 @@ def patterns(
         )
     if sparsified:
         own = {
-            name: (masking.end.pattern, masking.end.axis) for name, masking in masked.items() if masking.method.sparse
+            name: (masking.end.pattern, masking.end.axis)
+            for name, masking in masked.items()
+            if masking.method.ends_sparse
         }
         return recorded_weights(model) | own
     selection = Selection.of(choice)
@@ -142,7 +144,7 @@ def check_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Masked
     """Raise ValueError where the masks of a sparsified model would change a weight of the file."""
     for name in names:
         masking = masked.get(name)
-        if masking is None or not masking.method.sparse:
+        if masking is None or not masking.method.ends_sparse:
             continue
         end = masking.end
         if problem := too_dense(weight, end.pattern, end.axis):

@@ -6,6 +6,12 @@ from openwork.methods.mdgf import MdGf as MdGf
 from openwork.methods.method import Method as Method
 from openwork.methods.schedule import Phase as Phase
 from openwork.methods.schedule import Schedule as Schedule
+from openwork.methods.schedules import DenseTail as DenseTail
+from openwork.methods.schedules import DenseWarmup as DenseWarmup
+from openwork.methods.schedules import MaskDecay as MaskDecay
+from openwork.methods.schedules import Ramp as Ramp
+from openwork.methods.schedules import StructureDecay as StructureDecay
+from openwork.methods.sdgf import SdGf as SdGf
 from openwork.methods.srste import SRSTE as SRSTE
 from openwork.methods.sste import SSTE as SSTE
 from openwork.methods.ste import STE as STE
@@ -19,6 +25,7 @@ _ALL: tuple[type[Method], ...] = (
     TransposableSRSTE,
     SSTE,
     MdGf,
+    SdGf,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 """Every method by its name, in the order in which tables list them."""

@@ -13,26 +13,29 @@ lose t, so a trained network is not what it was: it is for training from scratch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from openwork.methods.groups import in_groups, of_groups
 from openwork.methods.method import Method, State
-from openwork.methods.schedule import Phase
-from openwork.nm.groups import from_rows, to_rows
+from openwork.methods.schedule import EVERY_FORWARD, Phase, Schedule
+from openwork.methods.schedules import MaskDecay, Ramp, StructureDecay
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SSTE(Method):
     """Train from scratch with a soft threshold; no number to choose. Sparsify after the weights are initialized: their
-    scale is that of the first weights."""
+    scale is that of the first weights. `schedule`: only dense or N:M, because the scale is that of one pattern."""
+
+    schedule: Schedule = field(default=EVERY_FORWARD, kw_only=True)
 
     name: ClassVar[str] = "s-ste"
     elementwise: ClassVar[bool] = False
     shared_state: ClassVar[bool] = True
+    refused_schedules: ClassVar[tuple[type[Schedule], ...]] = (MaskDecay, StructureDecay, Ramp)
 
     def state(self, weight: Tensor, phase: Phase) -> State:
         precise = weight if weight.dtype == torch.float64 else weight.float()
@@ -50,9 +53,7 @@ class SSTE(Method):
 
 def soft_threshold(weight: Tensor, mask: Tensor, phase: Phase) -> Tensor:
     """S(w), by the mask of the N largest magnitudes; what is pruned is +0.0."""
-    rows = to_rows(torch.where(mask, 0.0, weight.abs()), phase.axis)
-    K, m = rows.shape[-1], phase.pattern.m
-    groups = pad(rows, (0, -K % m)).unflatten(-1, (-1, m))
-    spread = groups.amax(-1, keepdim=True).expand_as(groups).flatten(-2)[..., :K]
-    threshold = from_rows(spread, phase.axis, tuple(weight.shape))
+    axis, m = phase.axis, phase.pattern.m
+    largest = in_groups(torch.where(mask, 0.0, weight.abs()), axis, m).amax(-1)
+    threshold = of_groups(largest, axis, m, tuple(weight.shape))
     return torch.where(mask & (weight.abs() > threshold), weight - weight.sign() * threshold, 0.0)

@@ -20,7 +20,7 @@ from openwork.methods import METHODS
 from openwork.recipes.config import CompareConfig, Config, differences, values_of
 from openwork.recipes.json_files import to_json
 from openwork.recipes.lock import locked
-from openwork.recipes.method_flags import DENSE, defaults_of, is_sparse, options_of, starts_trained
+from openwork.recipes.method_flags import DENSE, defaults_of, is_sparse, names_of, options_of, starts_trained
 from openwork.recipes.report import write_report
 from openwork.recipes.rundir import RunDir, write_text
 from openwork.recipes.summary import SummaryRow, headline, metrics_of, summary_rows
@@ -63,7 +63,8 @@ def _choices(config: CompareConfig) -> list[dict[str, Any]]:
     choices = []
     for seed, method in product(config.seeds, methods):
         patterns = config.patterns if is_sparse(method) else config.patterns[:1]
-        values = {name: config.method_options.get(name, [value]) for name, value in defaults_of(method).items()}
+        given = {name: values for name, values in config.method_options.items() if name in names_of(method)}
+        values = {name: [value] for name, value in defaults_of(method).items()} | given
         for pattern, *options in product(patterns, *values.values()):
             named = dict(zip(values, options, strict=True))
             choices.append({"method": method, "pattern": pattern, "method_options": named, "seed": seed})
@@ -74,7 +75,7 @@ def _folder(config: CompareConfig, choice: dict[str, Any]) -> str:
     method, options = choice["method"], choice["method_options"]
     parts = [method, choice["pattern"].replace(":", "of")] if is_sparse(method) else [method]
     said = {name: name if value is True else value for name, value in options.items() if value is not False}
-    parts += [f"{value:g}" if isinstance(value, float) else str(value) for value in said.values()]
+    parts += [f"{value:g}" if isinstance(value, float) else str(value).replace(":", "-") for value in said.values()]
     return str(Path(config.out) / "-".join([*parts, f"seed{choice['seed']}"]))
 
 

@@ -33,6 +33,7 @@ Result = dict[str, Any]
 Runs = Sequence[tuple[Path, Result]]
 Records = list[dict[str, Any]]
 Values = Callable[[Records, Result], list[float | None]]
+_SCHEDULED = {"kept": "Share of weights that the schedule keeps", "mask_decay": "Mask decay beta"}
 _LAYERS = ("weight", "shape", "pattern", "density", "magnitude at start", "weights", "MACs dense", "MACs sparse", "")
 
 
@@ -138,6 +139,11 @@ def charts(runs: Runs, metrics: Sequence[Metric], labels: Sequence[str]) -> list
         *map(metric_chart, others),
         chart("SAD from the start, share of weights", "topology.jsonl", sad, **shares),
         chart("Flip rate, share of weights a step", "topology.jsonl", _flip_rates, **shares),
+        *[
+            chart(title, "metrics.jsonl", partial(_each, lambda r, key=key: r.get(key)), **shares)
+            for key, title in _SCHEDULED.items()
+            if any(record.get(key) for run, _ in runs for record in read_lines(run / "metrics.jsonl"))
+        ],
     ]
 
 

@@ -99,10 +99,12 @@ class Masked(nn.Module):
     @property
     def unfinished(self) -> str:
         """What the weight is while the method's schedule runs; empty once it has ended."""
-        steps = self.schedule.steps
-        if self.step >= steps:
+        length = self.schedule.length
+        if self.step >= length:
             return ""
-        return f"{self.phase}: not yet {self.end.pattern} (step {self.step} of {steps})"
+        if self.schedule.ends_dense:
+            return f"{self.phase}: dense from step {length} on (step {self.step})"
+        return f"{self.phase}: not yet {self.end.pattern} (step {self.step} of {length})"
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """What torch asks when it registers a parametrization: the dense weight is the weight. Once: who moves it to
@@ -132,11 +134,13 @@ class Masked(nn.Module):
         def choose(plain: Tensor) -> Tensor:
             return self.method.mask(self.method.score(plain, kept), phase)
 
-        return by_groups(choose, weight, phase.axis, phase.pattern.m, gathered=phase.output_axis is not None)
+        gathered = phase.output_axis is not None or isinstance(phase.dense_groups, Tensor)
+        return by_groups(choose, weight, phase.axis, phase.pattern.m, gathered=gathered)
 
     def mask_at_end(self, weight: Tensor) -> Tensor:
-        """The mask in force, or the one that the end of the schedule would give this weight."""
-        if self.mask is not None and not self.lost and not self.unfinished:
+        """The mask in force, or the one that the weight would have where it is pruned to its pattern."""
+        in_force = not self.unfinished and not self.schedule.ends_dense
+        if self.mask is not None and not self.lost and in_force:
             return self.mask_of(weight)
         return self.ranked(weight.detach().to(self.seen_dtype), self.end)
 
@@ -211,18 +215,19 @@ class Masked(nn.Module):
 
     def is_fused(self, weight: Tensor) -> bool:
         """Whether a kernel does the forward in one pass, mask included: it is that of every method."""
-        return self._straight_through and not isinstance(self.phase.beta, Tensor) and self.is_ranked_fused(weight)
+        return self._straight_through and self.phase.is_pattern and self.is_ranked_fused(weight)
 
     def is_ranked_fused(self, weight: Tensor) -> bool:
         """Whether a kernel finds the mask on the way: it is that of the largest magnitudes in the weight's own dtype,
         and is not stored."""
         ranked = self._ranks_by_magnitude and self.mask is None and self.phase.output_axis is None
+        ranked = ranked and not isinstance(self.phase.dense_groups, Tensor)
         return ranked and self.seen_dtype == weight.dtype and kernels.fuses(weight)
 
     @torch.no_grad()
     def fold(self, weight: Tensor) -> Tensor:
         """The weight of the finished model: what the forward uses, or would use at the end of the schedule."""
-        if not self.method.sparse:
+        if not self.method.ends_sparse:
             return weight
         if not self.method.elementwise:
             check_whole_groups(weight, self.method, self.phase)
@@ -241,15 +246,16 @@ class Masked(nn.Module):
     @torch.no_grad()
     def count_step(self, weight: Tensor) -> None:
         """An optimizer step is done: the schedule goes on; a stored mask that has served its time is chosen anew."""
-        schedule, pattern = self.schedule, self.phase.pattern
-        if schedule.steps:
+        schedule, before = self.schedule, self.phase
+        if schedule.length:
             self.go_to(self.step + 1)
         if self.mask is None or not schedule.counts_steps:
             return
         if self.lost:
             self._make_anew(weight)
         self.age += 1
-        if self.phase.pattern != pattern or 0 < (schedule.refresh_every or 0) <= self.age:
+        ramped = isinstance(before.dense_groups, Tensor) and not isinstance(self.phase.dense_groups, Tensor)
+        if self.phase.pattern != before.pattern or ramped or 0 < (schedule.refresh_every or 0) <= self.age:
             self.choose_mask(weight)
 
     @torch.no_grad()
@@ -270,17 +276,9 @@ class Masked(nn.Module):
             self.choose_mask(weight)
 
     def go_to(self, step: int) -> None:
-        """Set the schedule to where it is after so many optimizer steps. While the pattern stays and the mask decays,
-        its beta is a tensor that is written to, so that compiled code stays as it is."""
+        """Set the schedule to where it is after so many optimizer steps."""
         self.step = step
-        now = self.schedule.phase(step, self.end)
-        beta = self.phase.beta
-        if now.beta and isinstance(beta, Tensor) and now.pattern == self.phase.pattern:
-            beta.fill_(now.beta)
-        else:
-            with torch.inference_mode(False):  # it is written to in training, whoever loads
-                number = torch.tensor(now.beta, dtype=torch.float64, device="cpu") if now.beta else 0.0
-            self.phase = replace(now, beta=number)
+        self.phase = self.phase.followed_by(self.schedule.phase(step, self.end))
 
     # --- the state dict --------------------------------------------------------------------------------------------
 
@@ -295,7 +293,7 @@ class Masked(nn.Module):
         schedule = self.schedule
         masks = {} if self.mask is None else {"mask": self.mask.detach()}
         ages = {"mask_age": torch.tensor(self.age)} if self.mask is not None and schedule.refresh_every else {}
-        steps = {"step": torch.tensor(self.step)} if schedule.steps else {}
+        steps = {"step": torch.tensor(self.step)} if schedule.length else {}
         pattern = self.end.pattern
         return masks | ages | steps | ({"pattern": torch.tensor([pattern.n, pattern.m])} if self.changed else {})
 

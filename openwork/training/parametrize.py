@@ -254,7 +254,8 @@ def _unfit(mask: Tensor, masked: Masked) -> str:
     phase, shape, needed = masked.phase, tuple(mask.shape), tuple(masked.mask.shape)  # type: ignore[union-attr]
     if shape != needed:
         return f"found shape {shape}, needed {needed}"
-    if not mask.is_meta and (problem := too_dense(full_tensor(mask), phase.pattern, phase.axis)):
+    checked = not mask.is_meta and not isinstance(phase.dense_groups, Tensor)
+    if checked and (problem := too_dense(full_tensor(mask), phase.pattern, phase.axis)):
         return f"{problem}: call ow.change_pattern, or sparsify, at the pattern of the checkpoint first"
     return ""
 
@@ -274,7 +275,7 @@ def _take_counters(masked: Masked, state: dict[str, Any], name: str) -> None:
     if (age := state.pop(f"{name}_mask_age", None)) is not None:
         masked.age = int(age)
     step = int(state.pop(f"{name}_step", 0))  # of a method without a running schedule it means nothing
-    if name in state and masked.method.schedule.steps:
+    if name in state and masked.method.schedule.length:
         masked.go_to(step)
 
 

@@ -13,7 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from openwork.methods import ASP, METHODS, SRSTE, SSTE, STE, Dense, MdGf, Method, Phase, TransposableSRSTE
+from openwork.methods import (
+    ASP,
+    METHODS,
+    SRSTE,
+    SSTE,
+    STE,
+    
+    Dense,
+    
+    MdGf,
+    Method,
+    Phase,
+    SdGf,
+    TransposableSRSTE,
+)
 from openwork.methods.autograd import masked
 from openwork.nm.groups import Axis
 from openwork.nm.masks import kept_per_group
@@ -22,7 +36,7 @@ from openwork.ops.masks import add_decay
 
 torch.set_num_threads(1)
 
-ALL = [ASP(), Dense(), MdGf(8), SRSTE(), SSTE(), STE(), TransposableSRSTE()]
+ALL = [ASP(), Dense(), MdGf(8), SdGf(8), SRSTE(), SSTE(), STE(), TransposableSRSTE()]
 EACH = pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
 SPARSE = pytest.mark.parametrize("method", [method for method in ALL if method.sparse], ids=lambda method: method.name)
 
@@ -47,6 +61,7 @@ def test_names_are_the_field_s() -> None:
         "asp": (True, None),
         "dense": (False, 0),
         "mdgf": (True, 0),
+        "sdgf": (True, 0),
         "s-ste": (True, 0),
         "sr-ste": (True, 0),
         "ste": (True, 0),
@@ -62,7 +77,7 @@ def test_every_method_is_in_the_list_under_its_name() -> None:
 
 @EACH
 def test_is_a_frozen_value(method: Method) -> None:
-    twin = type(method)(**dataclasses.asdict(method))
+    twin = type(method)(**{field.name: getattr(method, field.name) for field in dataclasses.fields(method)})
     assert twin == method
     assert hash(twin) == hash(method)
     assert copy.deepcopy(method) == pickle.loads(pickle.dumps(method)) == method
@@ -126,7 +141,12 @@ def test_exactly_n_of_m_survive(method: Method, n: int, m: int, groups: int, see
 
 def test_only_sr_ste_has_a_decay() -> None:
     assert [method.name for method in ALL if method.decay] == ["sr-ste", "transposable-sr-ste"]
-    assert [method.name for method in ALL if method.acts_in_step] == ["mdgf", "sr-ste", "transposable-sr-ste"]
+    assert [method.name for method in ALL if method.acts_in_step] == [
+        "mdgf",
+        "sdgf",
+        "sr-ste",
+        "transposable-sr-ste",
+    ]
     assert not SRSTE(0.0).acts_in_step
     assert TransposableSRSTE(0.0).acts_in_step  # its masks are chosen anew
 
