@@ -18,6 +18,7 @@ from openwork.methods import Dense as Dense
 from openwork.methods import DenseTail as DenseTail
 from openwork.methods import DenseWarmup as DenseWarmup
 from openwork.methods import MaskDecay as MaskDecay
+from openwork.methods import MaxQ as MaxQ
 from openwork.methods import MdGf as MdGf
 from openwork.methods import Method as Method
 from openwork.methods import Ramp as Ramp

@@ -2,6 +2,7 @@
 
 from openwork.methods.asp import ASP as ASP
 from openwork.methods.dense import Dense as Dense
+from openwork.methods.maxq import MaxQ as MaxQ
 from openwork.methods.mdgf import MdGf as MdGf
 from openwork.methods.method import Method as Method
 from openwork.methods.schedule import Phase as Phase
@@ -26,6 +27,7 @@ _ALL: tuple[type[Method], ...] = (
     SSTE,
     MdGf,
     SdGf,
+    MaxQ,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 """Every method by its name, in the order in which tables list them."""

@@ -70,6 +70,8 @@ class Method:
     """True where the mask is chosen once, from trained weights: `openwork compare` then trains twice."""
     elementwise: ClassVar[bool] = True
     """False where `forward` looks at whole groups: weights whose groups are spread over processes are then refused."""
+    whole: ClassVar[bool] = False
+    """True where `forward` looks at the whole weight (`elementwise` is False then): one that is sharded is refused."""
     shared_state: ClassVar[bool] = False
     """True where the state is of the weight as a whole, such as one scale: each process that has a shard keeps it.
     Otherwise weights that are sharded are refused."""

@@ -21,7 +21,7 @@ from openwork.methods import (
     STE,
     
     Dense,
-    
+    MaxQ,
     MdGf,
     Method,
     Phase,
@@ -36,7 +36,7 @@ from openwork.ops.masks import add_decay
 
 torch.set_num_threads(1)
 
-ALL = [ASP(), Dense(), MdGf(8), SdGf(8), SRSTE(), SSTE(), STE(), TransposableSRSTE()]
+ALL = [ASP(), Dense(), MaxQ(8), MdGf(8), SdGf(8), SRSTE(), SSTE(), STE(), TransposableSRSTE()]
 EACH = pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
 SPARSE = pytest.mark.parametrize("method", [method for method in ALL if method.sparse], ids=lambda method: method.name)
 
@@ -60,6 +60,7 @@ def test_names_are_the_field_s() -> None:
     assert {method.name: (method.sparse, method.schedule.refresh_every) for method in ALL} == {
         "asp": (True, None),
         "dense": (False, 0),
+        "maxq": (True, 0),
         "mdgf": (True, 0),
         "sdgf": (True, 0),
         "s-ste": (True, 0),
@@ -140,8 +141,9 @@ def test_exactly_n_of_m_survive(method: Method, n: int, m: int, groups: int, see
 
 
 def test_only_sr_ste_has_a_decay() -> None:
-    assert [method.name for method in ALL if method.decay] == ["sr-ste", "transposable-sr-ste"]
+    assert [method.name for method in ALL if method.decay] == ["maxq", "sr-ste", "transposable-sr-ste"]
     assert [method.name for method in ALL if method.acts_in_step] == [
+        "maxq",
         "mdgf",
         "sdgf",
         "sr-ste",
