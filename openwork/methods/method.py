@@ -129,10 +129,14 @@ class Method:
         """The weight of the finished model, which `finalize` and files keep; `phase` is that of the schedule's end."""
         return self.forward(weight, mask, phase, state)
 
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Raise ValueError where the method cannot go with an optimizer; `attach` asks."""
+
     def before_step(self, optimizer: Optimizer, weights: Sequence[TrainedWeight]) -> None:
         """Called when the gradients of a step are there and the decay was added: before a step that is skipped for
         overflow too, and again after each evaluation of a closure. What it writes into `weight.grad` is for the
-        optimizer alone: that is a copy, and the gradient is put back after the step."""
+        optimizer alone: that is a copy, and the gradient is put back after the step. None in its place: the optimizer
+        leaves the weight alone in this step."""
 
     def after_step(self, optimizer: Optimizer, weights: Sequence[TrainedWeight]) -> None:
         """Called after each optimizer step that was not skipped."""

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from openwork.training.dtensor import full_tensor, is_sharded
 from openwork.training.foreach import masks_of
-from openwork.training.optimizer_checks import check_own_state, check_rates, check_supported, replaced, unwrapped
+from openwork.training.optimizer_checks import check_methods, check_own_state, check_supported, replaced, unwrapped
 from openwork.training.optimizer_hooks import Hooks, call_hooks
 from openwork.training.optimizer_watch import no_longer_held, same_or_around
 from openwork.training.parametrize import SparseWeight, masked_modules, unwrap
@@ -220,7 +220,7 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
             "build it from model.parameters() of this very model"
         )
     check_supported(optimizer)
-    check_rates(optimizer, [sparse.masked.method for sparse in trained])
+    check_methods(optimizer, [sparse.masked.method for sparse in trained])
     check_own_state(optimizer)
     for sparse in trained:
         if is_sharded(sparse.weight) and sparse.masked.state_names and not sparse.masked.method.shared_state:
