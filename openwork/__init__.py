@@ -14,6 +14,7 @@ from openwork.methods import ASP as ASP
 from openwork.methods import SRSTE as SRSTE
 from openwork.methods import SSTE as SSTE
 from openwork.methods import STE as STE
+from openwork.methods import STEP as STEP
 from openwork.methods import Dense as Dense
 from openwork.methods import DenseTail as DenseTail
 from openwork.methods import DenseWarmup as DenseWarmup

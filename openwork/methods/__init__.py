@@ -16,6 +16,7 @@ from openwork.methods.sdgf import SdGf as SdGf
 from openwork.methods.srste import SRSTE as SRSTE
 from openwork.methods.sste import SSTE as SSTE
 from openwork.methods.ste import STE as STE
+from openwork.methods.step import STEP as STEP
 from openwork.methods.transposable import TransposableSRSTE as TransposableSRSTE
 
 _ALL: tuple[type[Method], ...] = (
@@ -28,6 +29,7 @@ _ALL: tuple[type[Method], ...] = (
     MdGf,
     SdGf,
     MaxQ,
+    STEP,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 """Every method by its name, in the order in which tables list them."""

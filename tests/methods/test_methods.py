@@ -19,7 +19,7 @@ from openwork.methods import (
     SRSTE,
     SSTE,
     STE,
-    
+    STEP,
     Dense,
     MaxQ,
     MdGf,
@@ -36,7 +36,7 @@ from openwork.ops.masks import add_decay
 
 torch.set_num_threads(1)
 
-ALL = [ASP(), Dense(), MaxQ(8), MdGf(8), SdGf(8), SRSTE(), SSTE(), STE(), TransposableSRSTE()]
+ALL = [ASP(), Dense(), MaxQ(8), MdGf(8), SdGf(8), SRSTE(), SSTE(), STE(), STEP(8), TransposableSRSTE()]
 EACH = pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
 SPARSE = pytest.mark.parametrize("method", [method for method in ALL if method.sparse], ids=lambda method: method.name)
 
@@ -66,6 +66,7 @@ def test_names_are_the_field_s() -> None:
         "s-ste": (True, 0),
         "sr-ste": (True, 0),
         "ste": (True, 0),
+        "step": (True, 0),
         "transposable-sr-ste": (True, 40),
     }
 
@@ -147,6 +148,7 @@ def test_only_sr_ste_has_a_decay() -> None:
         "mdgf",
         "sdgf",
         "sr-ste",
+        "step",
         "transposable-sr-ste",
     ]
     assert not SRSTE(0.0).acts_in_step
