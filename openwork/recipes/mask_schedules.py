@@ -11,7 +11,8 @@ from openwork.training.parametrize import sparse_weights
 
 FORM = (
     "NAME=STEPS in the order of time, joined by commas: dense-warmup=N, then one of mask-decay=N[:linear], "
-    "structure-decay=N[:geometric], ramp=N[:linear|cubic|cosine|exponential], and dense-tail=N, the step it begins at"
+    "structure-decay=N[:geometric], ramp=N[:linear|cubic|cosine|exponential], and dense-tail=N, the step it begins at; "
+    "or none"
 )
 _PARTS: dict[str, Callable[[int, str], Schedule]] = {
     "mask-decay": lambda steps, how: MaskDecay(steps, _is(how, "linear")),
@@ -27,6 +28,8 @@ def parse_schedule(text: str) -> Schedule:
     >>> parse_schedule("dense-warmup=100,mask-decay=400:linear")
     DenseWarmup(steps=100, then=MaskDecay(steps=400, linear=True))
     """
+    if text == "none":
+        return Schedule()
     parts = [_part(text, each) for each in text.split(",")]
     warmup = parts.pop(0)[1:] if parts[0][0] == _WARMUP else None
     tail = parts.pop()[1:] if parts and parts[-1][0] == _TAIL else None

@@ -11,7 +11,8 @@ from openwork.methods import METHODS, Dense
 from openwork.recipes.mask_schedules import FORM, parse_schedule
 
 DENSE = Dense.name
-_FIELD, _FLAG = "schedule", "mask_schedule"
+MASK_SCHEDULE = "mask_schedule"
+_FIELD = "schedule"
 
 
 def check_methods(names: Iterable[str]) -> None:
@@ -29,7 +30,7 @@ def defaults_of(method: str) -> dict[str, Any]:
 def names_of(method: str) -> list[str]:
     """The names of all options of a method; none of an unknown one."""
     listed = fields(METHODS[method]) if method in METHODS else ()
-    return [*defaults_of(method), *[_FLAG for field in listed if field.name == _FIELD]]
+    return [*defaults_of(method), *[MASK_SCHEDULE for field in listed if field.name == _FIELD]]
 
 
 def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,13 +55,13 @@ def option_flags() -> dict[str, tuple[type, str]]:
             types.setdefault(name, hints[name])
             texts.setdefault(name, []).append(f"{method} (default: {value})")
     flags = {name: (kind, f"option of {', '.join(texts[name])}") for name, kind in types.items()}
-    scheduled = ", ".join(method for method in METHODS if _FLAG in names_of(method))
-    return {**flags, _FLAG: (str, f"option of {scheduled}: {FORM}")}
+    scheduled = ", ".join(method for method in METHODS if MASK_SCHEDULE in names_of(method))
+    return {**flags, MASK_SCHEDULE: (str, f"option of {scheduled}: {FORM}")}
 
 
 def build_method(name: str, options: Mapping[str, Any]) -> Any:
     given = dict(options)
-    schedule = {_FIELD: parse_schedule(given.pop(_FLAG))} if _FLAG in given else {}
+    schedule = {_FIELD: parse_schedule(given.pop(MASK_SCHEDULE))} if MASK_SCHEDULE in given else {}
     return METHODS[name](**given, **schedule)
 
 

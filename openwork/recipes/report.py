@@ -16,6 +16,7 @@ import numpy as np
 
 from openwork.recipes.charts import COLORS, MASK_KINDS, line_chart, mask_picture
 from openwork.recipes.method_flags import (
+    MASK_SCHEDULE,
     is_sparse,
     label_of,
     mask_steps,
@@ -61,7 +62,9 @@ def write_report(path: Path) -> Path:
 
 def _rank(config: dict[str, Any]) -> tuple[Any, ...]:
     n, m = map(int, config["pattern"].split(":"))
-    return -n / m, m, rank_of(config["method"]), *options_of(config).values(), config["seed"]
+    options = options_of(config)
+    schedule = options.pop(MASK_SCHEDULE, "")  # which not every run has
+    return -n / m, m, rank_of(config["method"]), *options.values(), schedule, config["seed"]
 
 
 def build_page(runs: Runs) -> str:

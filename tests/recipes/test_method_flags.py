@@ -14,7 +14,7 @@ from openwork.recipes.mask_schedules import parse_schedule
 from openwork.recipes.method_flags import build_method, label_of, option_flags
 from openwork.recipes.parser import parse
 from openwork.recipes.recipe import train
-from openwork.recipes.report import write_report
+from openwork.recipes.report import _rank, write_report
 from openwork.recipes.rundir import RunDir, read_lines
 
 CompareConfig = comparison(Config)
@@ -62,6 +62,7 @@ def test_a_new_method_is_trained_reported_and_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("text", "schedule"),
     [
+        ("none", ow.Schedule()),
         ("mask-decay=9", ow.MaskDecay(9)),
         ("mask-decay=9:linear", ow.MaskDecay(9, linear=True)),
         ("structure-decay=9:geometric", ow.StructureDecay(9, geometric=True)),
@@ -98,6 +99,11 @@ def test_the_report_shows_what_the_schedule_does(tmp_path):
     page = write_report(tmp_path / "run").read_text()
     assert "Share of weights that the schedule keeps" in page
     assert "Mask decay beta" not in page
+
+
+def test_runs_with_and_without_a_schedule_stand_in_one_report():
+    configs = [values_of(Config(method="ste", method_options=o)) for o in ({"mask_schedule": "ramp=2"}, {})]
+    assert [config.get("mask_schedule") for config in sorted(configs, key=_rank)] == [None, "ramp=2"]
 
 
 def test_a_run_that_ends_dense_is_a_dense_one(tmp_path):
