@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import statistics
-import tempfile
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 import openwork as ow
 from openwork.utils.timing import compile_frozen, take_turns
+
+sys.path.insert(0, str(Path(__file__).parent))
+from engines import dense_engines
 
 Example = Mapping[str, Tensor]
 
@@ -33,7 +36,7 @@ def compare(models: Mapping[str, nn.Module], example: Example, compiled: bool, l
     about: dict[str, dict[str, Any]] = {}
     if compiled:
         calls["dense: torch.compile, frozen"] = functools.partial(_run, compile_frozen(dense, dict(example)), example)
-    calls |= _exported(dense, example)
+    calls |= dense_engines(dense, example)
     for name, model in models.items():
         if name == "dense":
             continue
@@ -60,29 +63,3 @@ def compare(models: Mapping[str, nn.Module], example: Example, compiled: bool, l
 
 def _run(model: nn.Module, example: Example) -> Any:
     return model(**example).numpy()
-
-
-def _exported(model: nn.Module, example: Example) -> dict[str, Callable[[], Any]]:
-    """ONNX Runtime and OpenVINO, with the shapes of the example fixed, which suits them best."""
-    import onnxruntime
-    import openvino
-
-    inputs = {name: tensor.numpy() for name, tensor in example.items()}
-    threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "encoder.onnx"
-        torch.onnx.export(model, kwargs=dict(example), f=path, input_names=[*example], dynamo=True, verbose=False)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        settings = {
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
-        }
-        request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
-    return {
-        "dense: ONNX Runtime": lambda: session.run(None, inputs)[0],
-        "dense: OpenVINO": lambda: request.infer(inputs)[0].copy(),
-    }

@@ -178,12 +178,11 @@ def repair(asked: argparse.Namespace) -> None:
 
 def score(asked: argparse.Namespace) -> None:
     corpus, path = read_corpus(asked.packages, asked.data), asked.out / "scores.json"
-    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name in ["dense", *asked.names]:
-        if name in known:
+        if name == "dense" and name in _known(path):
             continue
-        model = Encoder(asked.packages).eval() if name == "dense" else loaded(asked, name)
-        found = known[name] = scores(model, asked, corpus)
+        found = scores(Encoder(asked.packages).eval() if name == "dense" else loaded(asked, name), asked, corpus)
+        known = _known(path) | {name: found}  # other processes score as well
         for part in ("test", "validation"):
             found[part] |= against(known["dense"][part], found[part])
         path.write_text(json.dumps(known), encoding="utf-8")
@@ -194,6 +193,11 @@ def score(asked: argparse.Namespace) -> None:
         print(f"{name}: Lee {found['lee']:.4f}, {json.dumps(said)}", flush=True)
 
 
+def _known(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
 def distil(student: Encoder, teacher: Encoder, rows: list[list[int]], asked: argparse.Namespace, seed: int) -> None:
     """Train the student to give what the teacher gives, after each block and in the end. Word embeddings stay."""
     for parameter in student.transformer.embeddings.parameters():
@@ -201,10 +205,7 @@ def distil(student: Encoder, teacher: Encoder, rows: list[list[int]], asked: arg
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, asked.lr, (0.9, 0.98), weight_decay=0.0, fused=True)
     ow.attach(optimizer, student)
-    student.train()
-    for module in student.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    student.eval()  # without dropout
     for step, batch in zip(range(asked.steps), shuffled(rows, asked.batch, seed), strict=False):
         warm, cosine = (step + 1) / (0.05 * asked.steps), 0.5 + 0.5 * math.cos(math.pi * step / asked.steps)
         for group in optimizer.param_groups:
@@ -315,9 +316,9 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     add("--restart", action="store_true", help="SR-STE: pruned weights start at their dense values, cut")
     add("--decay", type=float, default=0.0)
     add("--decoupled", action="store_true")
-    add("--lr", type=float, default=4e-4)
+    add("--lr", type=float, default=1e-3)
     add("--batch", type=int, default=64)
-    add("--steps", type=int, default=400, help="400 steps of 64 sentences are one epoch")
+    add("--steps", type=int, default=300, help="400 steps of 64 sentences are one epoch")
     add("--tag", default="", help="names the result; default: the method")
     for run in (score, deploy):
         command = commands.add_parser(run.__name__)

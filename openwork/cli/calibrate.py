@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from openwork.cli.source import Source
+from openwork.cli.source import Source, check_takes
 from openwork.utils.example import Call, quiet, tensors_of
+from openwork.utils.torch_private import tree_map_only
 
 FORMS = """\
 --calibrate names what to calibrate with:
@@ -28,11 +29,23 @@ _MEAN, _SPREAD = np.array([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)], np.flo
 
 
 def batches(source: Source, named: Sequence[str], *, samples: int, tokens: int, batch: int, seed: int) -> list[Any]:
-    """At most so many samples, drawn by `seed`, in batches."""
+    """At most so many samples, drawn by `seed`, in batches, real numbers in the dtype of the model. Raises ValueError
+    where the model does not take them."""
     if not named:
         if not source.run:
             raise ValueError(f"{source.name} has no training samples of its own: add --calibrate FILE\n{FORMS}")
         return _of_run(Path(source.run), source.model, samples, batch, seed)
+    given = [_in_dtype(source.model, each) for each in _of_files(source, named, samples, tokens, batch, seed)]
+    check_takes(source.model, given[0], "--calibrate")
+    return given
+
+
+def _in_dtype(model: nn.Module, batch: Any) -> Any:
+    dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
+    return tree_map_only(Tensor, lambda each: each.to(dtype) if each.is_floating_point() else each, batch)
+
+
+def _of_files(source: Source, named: Sequence[str], samples: int, tokens: int, batch: int, seed: int) -> list[Any]:
     paths = [Path(name) for name in named]
     for path in paths:
         if not path.exists():
@@ -60,6 +73,11 @@ def token_ids(source: Source, files: Sequence[Path]) -> Tensor:
 
 def perplexity(source: Source, files: Sequence[Path], tokens: int) -> float:
     """Of a causal language model on text files, in windows of so many tokens that do not overlap."""
+    config, generates = getattr(source.model, "config", None), getattr(source.model, "can_generate", bool)
+    if not generates() or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"--validate: {source.name} is no causal language model, which a perplexity is of")
+    if tokens < 2:
+        raise ValueError(f"--tokens {tokens}: a perplexity needs windows of 2 at least")
     windows = _windows(token_ids(source, files), tokens)
     if not windows:
         raise ValueError(f"{files[0]}: fewer than {tokens} tokens; give more text, or fewer --tokens")
@@ -100,7 +118,7 @@ def _arrays(files: Sequence[Path], samples: int, batch: int, draw: np.random.Gen
     for file in files:
         loaded = np.load(file, allow_pickle=False)
         named |= dict(loaded) if isinstance(loaded, Mapping) else {file.stem: loaded}
-    if not named or len({len(array) for array in named.values()}) > 1:
+    if len({array.shape[:1] for array in named.values()} - {()}) != 1 or not all(each.ndim for each in named.values()):
         found = ", ".join(f"{name} {array.shape}" for name, array in named.items()) or "nothing"
         raise ValueError(f"--calibrate {files[0]}: found {found}; needed arrays with equally many samples")
     chosen = _drawn(range(len(next(iter(named.values())))), samples, draw)
@@ -128,13 +146,17 @@ def _images(source: Source, files: Sequence[Path], batch: int) -> list[Any]:
 
 
 def _resized(channels: int, height: int, width: int) -> Callable[[Sequence[Any]], Tensor]:
-    """Images as a network of torchvision takes them: the short side resized, the middle cut out."""
+    """Images as a network of torchvision takes them: the short side resized, the middle cut out; gray ones where it has
+    one channel."""
+    if channels not in (1, 3):
+        raise ValueError(f"--calibrate holds images, of 1 or 3 channels; the model takes {channels}")
     from PIL import ImageOps
 
     def process(images: Sequence[Any]) -> Tensor:
         arrays = [np.asarray(ImageOps.fit(image, (width, height)), np.float32) / 255 for image in images]
         pixels_NHWC = (np.stack(arrays) - _MEAN) / _SPREAD
-        return torch.from_numpy(pixels_NHWC).movedim(-1, 1)[:, :channels].contiguous()
+        pixels = torch.from_numpy(pixels_NHWC).movedim(-1, 1).contiguous()
+        return pixels if channels == 3 else pixels.mean(1, keepdim=True)
 
     return process
 

@@ -27,6 +27,7 @@ from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
 from openwork.training.record import sparsity_records
 from openwork.training.selection import Remainder, Selection
+from openwork.utils.example import Call
 from openwork.utils.torch_private import tree_map_only
 
 FORMS = """\
@@ -139,18 +140,23 @@ def open_model(source: str, *, model: str = "", shapes: Sequence[str] = (), need
         opened = _by_name(source)
     opened.model.eval()
     if shapes:
-        _check_takes(opened.model, opened.example)
+        check_takes(opened.model, opened.example, "--input")
     return opened
 
 
-def _check_takes(model: nn.Module, example: Any) -> None:
-    """Raises ValueError where --input names arguments that the model does not have, or too few or many."""
+def check_takes(model: nn.Module, example: Any, what: str) -> None:
+    """Raises ValueError where `what` names arguments that the model does not have, or too few or many."""
     takes = inspect.signature(model.forward)
-    positional, named = ((), example) if isinstance(example, Mapping) else (example, {})
+    if isinstance(example, Mapping):
+        call = Call(kwargs=example)
+    elif not isinstance(example, Call):
+        call = Call(example if isinstance(example, tuple) else (example,))
+    else:
+        call = example
     try:
-        takes.bind(*(positional if isinstance(positional, tuple) else (positional,)), **named)
+        takes.bind(*call.args, **call.kwargs)
     except TypeError as error:
-        raise ValueError(f"--input: {error}; {type(model).__name__}.forward takes {takes}") from error
+        raise ValueError(f"{what}: {error}; {type(model).__name__}.forward takes {takes}") from error
 
 
 def with_batch(example: Any, batch: int) -> Any:
@@ -308,7 +314,13 @@ def _of_gguf(file: Path, shapes: Sequence[str]) -> Source:
         "gguf_file": file.name,
         "local_files_only": True,
     }
-    model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{file} is a GGUF file that transformers does not read as a language model ({error}); give the Hugging "
+            "Face folder that it was made of, or a file of ow.save"
+        ) from error
     if getattr(model, "hf_quantizer", None) is not None:  # the weights are plain by now, so that they can be saved
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config

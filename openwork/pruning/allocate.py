@@ -2,23 +2,26 @@
 asks the same of training.
 
     minimize the sum over layers of error(layer, pattern), with the sum of cost(layer, pattern) at most the budget
+    error(layer, pattern) = relative error of the network's outputs with this layer alone at the pattern
 
-Errors are those of the layers' outputs, measured one by one on the dense network, and are taken to add up. From all
-layers dense, the step that adds the least error for what it saves is taken until the budget is met: steps along the
-lower convex hull of each layer's (cost, error), which is exact but for the last one.
+The error of a layer's own outputs would not do: a few large features hide all others, and attention scores may change a
+lot for nothing. Errors are measured on the dense network, and are taken to add up. From all layers dense, the step that
+adds the least error for what it saves is taken until the budget is met: steps along the lower convex hull of each
+layer's (cost, error), which is exact but for the last one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import glob
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from openwork.inference.deploy import plan
 from openwork.nm.groups import reduction_size
@@ -33,15 +36,18 @@ from openwork.training.parametrize import unwrap
 from openwork.training.select import Candidate
 from openwork.training.selection import AxisChoice, Selection
 from openwork.training.sparsify import check_plain, project
+from openwork.utils.example import copied, quiet, run
 from openwork.utils.progress import Progress
 from openwork.utils.table import aligned
+from openwork.utils.torch_private import tree_leaves
 
 Of = Literal["time", "macs", "bytes"]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to have a layer: its pattern, None for dense; what it costs; the relative error of its outputs."""
+    """One way to have a layer: its pattern, None for dense; what it costs; the relative error of the network's outputs
+    that it makes."""
 
     pattern: Pattern | None
     cost: float
@@ -63,7 +69,7 @@ class Allocation(dict[str, Pattern]):
 
     @property
     def error(self) -> float:
-        """The sum of the layers' relative errors."""
+        """The sum of the errors that the layers make."""
         return sum(choice.error for choice in self.chosen.values())
 
     def __str__(self) -> str:
@@ -90,6 +96,7 @@ def allocate(
     exclude: Sequence[str] = (),
     axis: AxisChoice = "input",
     solver: Solver = SparseGPT(),
+    scored: int = 4,
     example: Any = None,
     progress: bool | None = None,
 ) -> Allocation:
@@ -99,7 +106,9 @@ def allocate(
     `of`: "time", that of each layer on this machine, as `ow.plan` measures it for `example` (by default the first
     batch), which must be the input that the network will run on; "macs", multiply-adds of the example; "bytes", values
     and indices. `patterns`: those to choose from. `batches`, `exclude` and `axis` are those of `prune`, whose `solver`
-    finds what each layer would lose. The model is not changed. Raises ValueError where the budget cannot be met.
+    prunes each layer by itself. What that does to the network's outputs is measured on `scored` of the batches, evenly
+    spaced: as many forward passes for each layer and pattern. The model is not changed. Raises ValueError where the
+    budget cannot be met.
 
     >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
     >>> found = allocate(model, [torch.randn(256, 16)], budget=0.5, of="macs")
@@ -119,7 +128,7 @@ def allocate(
     example = given[0] if example is None else example
     with torch.inference_mode(False), plain_products(model):
         sparse, macs = _fitting(model, parsed, exclude, axis, example)
-        errors = _errors(model, sparse, given, solver, progress)
+        errors = _errors(model, sparse, given, _spaced(given, scored), solver, progress)
     costs = _times(model, sparse, example, axis) if of == "time" else _sizes(sparse, macs if of == "macs" else None)
     choices = {
         name: [Choice(None, dense, 0.0)]
@@ -176,27 +185,66 @@ def _errors(
     model: nn.Module,
     candidates: Mapping[Pattern, Mapping[str, Candidate]],
     batches: list[Any],
+    scored: Sequence[Any],
     solver: Solver,
     progress: bool | None,
 ) -> dict[str, dict[Pattern, float]]:
-    """The relative output error of each weight at each pattern that fits it, on inputs of the dense network."""
+    """What each weight at each pattern that fits it does to the network's outputs on the `scored` batches."""
     every = {name: each for of_one in candidates.values() for name, each in of_one.items()}
-    errors: dict[str, dict[Pattern, float]] = {name: {} for name in every}
-    bar = Progress(len(every), progress)
+    errors: dict[str, dict[Pattern, float]] = {}
+    bar, expected = Progress(len(every), progress), _outputs(model, scored)
     for stage in stages(model, every, batches):
         inputs = Inputs({name: every[name] for name in stage.names}, solver.needs_gram)
         stage.watch(inputs.visit)
         for name in stage.names:
-            weight = every[name].weight.detach()
-            dense = weight.clone()
-            for pattern, of_one in candidates.items():
-                if name in of_one:
-                    error = prune_weight(of_one[name], inputs.parts[name].values(), solver).error
-                    errors[name][pattern] = 0.0 if math.isnan(error) else error
-                    weight.copy_(dense)
+            errors[name] = {}
+            for pattern in (each for each in candidates if name in candidates[each]):
+                with _restored(every[name].weight.detach()):
+                    prune_weight(candidates[pattern][name], inputs.parts[name].values(), solver)
+                    errors[name][pattern] = _difference(_outputs(model, scored), expected)
+            inputs.parts.pop(name)
             bar.advance(name)
     bar.end()
     return errors
+
+
+def _spaced(batches: list[Any], count: int) -> list[Any]:
+    return batches[:: max(1, len(batches) // max(1, count))][: max(1, count)]
+
+
+@contextlib.contextmanager
+def _restored(weight: Tensor) -> Iterator[None]:
+    dense = weight.clone()
+    try:
+        yield
+    finally:
+        weight.copy_(dense)
+
+
+def _outputs(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:
+    """The real numbers that the model returns for the batches."""
+    with quiet(model):
+        found = tree_leaves([run(model, copied(batch)) for batch in batches])
+    real = [torch.view_as_real(each) if each.is_complex() else each for each in found if isinstance(each, Tensor)]
+    return [each.float() for each in real if each.is_floating_point()]
+
+
+def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The squared difference over the squares, of numbers that are finite: scores may be masked by infinity. Raises
+    ValueError where there is nothing to compare."""
+    squares = changes = 0.0
+    alike = len(found) == len(expected) and all(a.shape == b.shape for a, b in zip(found, expected, strict=True))
+    for a, b in zip(found, expected, strict=True) if alike else ():
+        finite = a.isfinite() & b.isfinite()
+        squares += float(b.where(finite, 0).square().sum(dtype=torch.float64))
+        changes += float((a - b).where(finite, 0).square().sum(dtype=torch.float64))
+    if not squares:
+        what = "are no real numbers, or zeros alone" if alike else "have other shapes once a layer is pruned"
+        raise ValueError(
+            f"what a layer does to the network cannot be measured: its outputs {what}; give a module around it that "
+            "returns what to compare, such as its logits or features"
+        )
+    return changes / squares
 
 
 def _fitting(

@@ -180,7 +180,7 @@ def _products(data: Factor, view: Tensor, dim: int) -> tuple[Place, Samples] | N
         rows, batched = rows[0], False
     if not batched:
         return _place(rows), iter([(slice(0, 1), inputs.reshape(1, -1, inputs.shape[-1]))])
-    if inputs.ndim != 3 or rows.ndim != 3 or len(inputs) != len(rows):
+    if data.place != "batch" or inputs.ndim != 3 or rows.ndim != 3 or len(inputs) != len(rows):
         return None
     return _place(rows, batched=1), iter([(slice(0, len(rows)), inputs)])
 
@@ -202,6 +202,7 @@ def _convolution(arguments: Sequence[Any], weight: Tensor) -> tuple[Place, Sampl
     taps = list(range(3, split.ndim))
     kernel = weight.shape[2:]
     channels = data.unflatten(1, (groups, -1))
+    stride, padding, dilation = ([*each] * (len(kernel) // len(each)) for each in (stride, padding, dilation))
     if transposed:  # (g, C, R, *taps); every tap meets every place of the input
         place = _place(split.permute(*taps, 0, 2, 1), batched=len(taps) + 1)
         rows = channels.movedim(1, 0).movedim(2, -1).flatten(1, -2)

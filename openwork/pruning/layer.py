@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openwork.nm.masks import apply_mask
+from openwork.nm.masks import apply_mask, too_dense
 from openwork.pruning.inputs import Part
 from openwork.pruning.magnitude import Magnitude
 from openwork.pruning.refit import GivenMask
@@ -31,10 +31,23 @@ def prune_weight(
     candidate: Candidate, parts: Collection[Part], solver: Solver, unseen: str = "", mask: Tensor | None = None
 ) -> PrunedWeight:
     """Prune a weight in place, each of its matrices by its own inputs; those of which none were seen by magnitude. A
-    `mask` that is given is kept, and `solver` a `Refit` for it."""
+    `mask` that is given is kept, and `solver` a `Refit` for it. Where this fails or is interrupted the weight is dense
+    again."""
+    dense = candidate.weight.detach().clone()
+    try:
+        with torch.autocast(dense.device.type, enabled=False):
+            return _pruned(candidate, dense, parts, solver, unseen, mask)
+    except BaseException:
+        candidate.weight.detach().copy_(dense)
+        raise
+
+
+def _pruned(
+    candidate: Candidate, dense: Tensor, parts: Collection[Part], solver: Solver, unseen: str, mask: Tensor | None
+) -> PrunedWeight:
     assert candidate.pattern
     start, weight, notes = time.perf_counter(), candidate.weight.detach(), Counter[str]()
-    dense, matrices = weight.clone(), [part.place.read(weight) for part in parts]
+    matrices = [part.place.read(weight) for part in parts]
     seen = torch.zeros(weight.untyped_storage().nbytes() // weight.element_size(), dtype=torch.bool)
     weight.copy_(apply_mask(dense, magnitude_mask(candidate) if mask is None else mask))
     whole = masked = lost = 0.0
@@ -51,6 +64,8 @@ def prune_weight(
         ]
         notes.update(note for _, note in solved)
         part.place.write(weight, torch.stack([found for found, _ in solved]))
+        if problem := too_dense(weight, candidate.pattern, candidate.axis):
+            raise ValueError(f"{solver} on {candidate.name}: {problem}")
         for W, pruned, gram in zip(before, part.place.read(weight), part.gram, strict=True):
             whole += energy(W, gram)
             masked += energy(torch.where(pruned == 0, W, 0), gram)
@@ -90,18 +105,21 @@ def _solve(
     note, damp = "", getattr(solver, "damp", _MOST_DAMPING)
     while True:
         found = _attempt(W, gram, solver, groups)
-        if found is not None:
+        if isinstance(found, Tensor):
             return found, note
         if damp >= _MOST_DAMPING:
-            return score.solve(W, gram, groups), f"{told['score']}: its Gram matrix is singular"
+            return score.solve(W, gram, groups), f"{told['score']}: {found}"
         damp = min(_MOST_DAMPING, 10 * damp or 1e-4)
-        solver, note = replace(solver, damp=damp), f"damped by {damp:g}: its Gram matrix is singular"
+        solver, note = replace(solver, damp=damp), f"damped by {damp:g}: {found}"
 
 
-def _attempt(W: Tensor, gram: Tensor, solver: Solver, groups: Groups) -> Tensor | None:
-    """What the solver finds; None where the Gram matrix is singular."""
+def _attempt(W: Tensor, gram: Tensor, solver: Solver, groups: Groups) -> Tensor | str:
+    """What the solver finds, or why it is of no use. It may write to what it is given, a copy."""
     try:
-        found = solver.solve(W, gram, groups)
+        found = solver.solve(W.clone(), gram.clone(), groups)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return None
-    return found if bool(found.isfinite().all()) else None
+        return "its Gram matrix is singular"
+    if not isinstance(found, Tensor) or found.shape != W.shape:
+        what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+        raise ValueError(f"{solver} gave {what}, needed a tensor of shape {tuple(W.shape)}")
+    return found if bool(found.isfinite().all()) else "what the solver gave is not finite"

@@ -24,15 +24,19 @@ from openwork.pruning.solver import Solver
 from openwork.pruning.stages import Stage, stages
 from openwork.training.parametrize import unwrap
 from openwork.training.report import Report
-from openwork.training.select import Candidate, check_has_values, decide
+from openwork.training.select import Candidate, check_has_values, check_some_sparse, decide
 from openwork.training.selection import AxisChoice, PatternChoice, Remainder, Selection
 from openwork.training.sparsify import check_plain, magnitude_mask, report_on, selection_of
 from openwork.training.try_masks import Tried, try_masks
-from openwork.utils.example import moved
+from openwork.utils.example import copied, moved
 from openwork.utils.progress import Progress
 
 _SETTINGS = (("use_cache", True, False), ("_experts_implementation", "batched_mm", "eager"))
 """Of transformers' configurations, as found and as needed: no cache, and experts that multiply their own tokens."""
+
+_NORMALIZED = "a part of a normalized weight: fold it, by torch.nn.utils.parametrize.remove_parametrizations"
+
+_EXPANDED = "its numbers share memory: clone it"
 
 
 def prune(
@@ -81,13 +85,14 @@ def prune(
         tried = candidates_for(model, selection, given[0])
         candidates = {each.name: each for each in tried.decided if each.pattern}
         known = _check_masks(masks, candidates, solver)
-        saved = None if resume is None else Saved(Path(resume), solver, candidates, [*given, *known.values()])
+        saved = None if resume is None else Saved(Path(resume), solver, model, candidates, [*given, known])
         bar = Progress(len(candidates), progress)
         found: dict[str, PrunedWeight] = {}
-        for stage in stages(model, candidates, given):
-            for result in _prune_stage(stage, candidates, solver, saved, known):
-                found[result.name] = result
-                bar.advance(f"{result.name}  error {result.error:.4f}")
+        with _said_how_far(found, len(candidates)):
+            for stage in stages(model, candidates, given):
+                for result in _prune_stage(stage, candidates, solver, saved, known):
+                    found[result.name] = result
+                    bar.advance(f"{result.name}  error {result.error:.4f}")
         bar.end()
     report = _report(model, tried, found, f"{type(model).__name__}, pruned by {solver}")
     layers = tuple(found[name] for name in candidates)
@@ -96,18 +101,27 @@ def prune(
 
 def candidates_for(model: nn.Module, selection: Selection, batch: Any) -> Tried:
     """Which weights are to be pruned: those whose zeros would be in the products of a batch."""
-    decided = decide(model, selection, example=batch)
+    decided = decide(model, selection, example=copied(batch))
     check_has_values(decided)
+    decided = [replace(each, pattern=None, reason=_NORMALIZED) if each.factor else each for each in decided]
+    decided = [replace(each, pattern=None, reason=_EXPANDED) if _is_expanded(each.weight) else each for each in decided]
+    check_some_sparse(model, decided)
     for each in decided:
-        if each.pattern and not each.weight.isfinite().all():
+        if each.pattern and not each.weight.detach().isfinite().all():
             raise ValueError(f"{each.name} holds NaN or infinity: load a finite network, or exclude it")
-        if each.pattern and each.factor:
-            raise ValueError(
-                f"{each.name} is a part of a normalized weight: fold it first, with torch.nn.utils.parametrize."
-                "remove_parametrizations(module, 'weight'), and prune the plain weight"
-            )
     masks = {each.name: lambda _, each=each: magnitude_mask(each) for each in decided if each.pattern}
-    return try_masks(model, batch, decided, masks, tuple(selection.exclude))
+    try:
+        return try_masks(model, copied(batch), decided, masks, tuple(selection.exclude))
+    except TypeError as error:
+        raise TypeError(
+            f"the model cannot be called with a batch of type {type(batch).__name__}: {error}. A batch is the input "
+            "alone, a tensor, a tuple of arguments or a mapping of keyword arguments; of a loader that gives labels "
+            "too: (x for x, y in loader)"
+        ) from error
+
+
+def _is_expanded(weight: Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True))
 
 
 def _prune_stage(
@@ -117,21 +131,18 @@ def _prune_stage(
     saved: Saved | None,
     masks: Mapping[str, Tensor],
 ) -> Iterator[PrunedWeight]:
-    """Prune the weights of a stage, or fill in what was saved of them."""
-    mine = {name: candidates[name] for name in stage.names}
-    before = {name: saved and saved.load(candidate) for name, candidate in mine.items()}
-    yield from (result for result in before.values() if result)
-    mine = {name: candidate for name, candidate in mine.items() if not before[name]}
-    if not mine:
-        return
+    """Prune the weights of a stage, or fill in what was saved of them: not before all inputs are seen."""
+    stored = {name: found for name in stage.names if saved and (found := saved.load(candidates[name]))}
+    mine = {name: candidates[name] for name in stage.names if name not in stored}
     inputs = Inputs(mine, solver.needs_gram)
     try:
-        stage.watch(inputs.visit)
+        if mine:
+            stage.watch(inputs.visit)
     except NotFinite as error:
-        raise ValueError(
-            f"{error}: see which batch or which layer before it overflows. Layers before this one are pruned already: "
-            "start again from the dense network"
-        ) from None
+        raise ValueError(f"{error}: see which batch or which layer before it overflows") from None
+    for name, (weight, result) in stored.items():
+        candidates[name].weight.detach().copy_(weight)
+        yield result
     for name, candidate in mine.items():
         parts, unseen = inputs.parts[name].values(), inputs.unseen.get(name, "")
         result = prune_weight(candidate, parts, solver, unseen, masks.get(name))
@@ -139,6 +150,20 @@ def _prune_stage(
         if saved:
             saved.save(candidate, result)
         yield result
+
+
+@contextlib.contextmanager
+def _said_how_far(found: Mapping[str, Any], count: int) -> Iterator[None]:
+    """What ends a run says how much of the model is changed."""
+    try:
+        yield
+    except BaseException as error:
+        told = f"{len(found)} of {count} weights are pruned already: start again from the dense network"
+        if found and isinstance(error, ValueError) and error.args:
+            error.args = (f"{error.args[0]}; {told}", *error.args[1:])
+        elif found and hasattr(error, "add_note"):  # since Python 3.11
+            error.add_note(told)
+        raise
 
 
 def _check_masks(
@@ -190,9 +215,7 @@ def device_batches(batches: Iterable[Any], model: nn.Module) -> list[Any]:
 @contextlib.contextmanager
 def plain_products(model: nn.Module) -> Iterator[None]:
     """Layers multiply in operators whose inputs can be seen, not in fused ones, and keep nothing for a next call."""
-    configs = [
-        config for module in model.modules() if getattr(config := getattr(module, "config", None), "use_cache", 0)
-    ]
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
     before = torch.backends.mha.get_fastpath_enabled()
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with contextlib.ExitStack() as plain:

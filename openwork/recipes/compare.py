@@ -29,7 +29,8 @@ from openwork.utils.signals import Interrupted, interruptions
 
 
 def planned_runs(config: CompareConfig) -> list[Config]:
-    """Every run of a comparison. Dense comes once per seed, also where only ASP needs it; ASP starts from it."""
+    """Every run of a comparison. Dense comes once per seed, also where only ASP needs it; ASP starts from it, and all
+    others from --init."""
     names = {field.name for field in fields(config.run)} - {"method_options"}
     shared = {name: value for name, value in asdict(config).items() if name in names}
     choices = _choices(config)
@@ -37,7 +38,7 @@ def planned_runs(config: CompareConfig) -> list[Config]:
     runs = []
     for choice in choices:
         start = {**choice, "method": DENSE, "pattern": config.patterns[0], "method_options": {}}
-        init = _folder(config, start) if starts_trained(choice["method"]) else ""
+        init = _folder(config, start) if starts_trained(choice["method"]) else config.init
         place = {"threads": threads, "progress": False, "init": init, "out": _folder(config, choice)}
         runs.append(config.run(**{**shared, **choice, **place}))
     return runs

@@ -77,6 +77,7 @@ class Common:
 
     data: str = flag("", "the data set")
     model: str = flag("", "the network")
+    init: str = flag("", "weights to start from: a run directory or a .safetensors file (train: asp needs them)")
     teacher: str = flag("", "a trained network to learn from as well: a run or a .safetensors file")
     teacher_weight: float = flag(1 / 3, "share of the teacher in the loss; the rest is the data's")  # AST's and CAST's
     exclude: list[str] = flag([], "globs of layers to leave dense; nothing is excluded by default")
@@ -149,7 +150,6 @@ class Config(Common):
     method: str = flag("sr-ste", f"one of {', '.join(METHODS)}")
     method_options: dict[str, Any] = flag({}, "of the method")
     seed: int = flag(0, "of initial weights, sample order and augmentation")
-    init: str = flag("", "dense weights to start from: a run directory or a .safetensors file (asp needs it)")
     out: str = flag("runs/run", "run directory")
     resume: bool = flag(False, "continue the run in --out from its last checkpoint")
 

@@ -63,6 +63,7 @@ class LanguageConfig(Config):
     betas: list[float] = default("betas", [0.9, 0.95])  # noqa: RUF009
     weight_decay: float = default("weight_decay", 0.1)
     clip: float = default("clip", 1.0)
+    init: str = flag("", "weights to start from: a run, .safetensors file or Hugging Face folder (asp needs them)")
     teacher: str = flag("", "a trained network to learn from as well: a run, .safetensors file or Hugging Face folder")
     out: str = default("out", "runs/language")
 
@@ -268,7 +269,8 @@ def converted_tokenizer(folder: Path) -> Any:
 
 def surprises(logits: Tensor, labels: Tensor) -> Tensor:
     """(B, T, V), (B, T) -> the nats of each token, 0 where there is none: float32 (B, T)."""
-    return F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    flat = logits.float().flatten(0, 1), labels.flatten()
+    return F.cross_entropy(*flat, ignore_index=IGNORED, reduction="none").view_as(labels)
 
 
 def pieces_of(tokenizer: Any, tokens: Sequence[int]) -> list[str]:

@@ -42,6 +42,13 @@ def moved(example: Any, device: torch.device) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), _plain(example))
 
 
+def copied(example: Any) -> Any:
+    """The example with copies of its tensors, which a model may write to."""
+    if isinstance(example, Call):
+        return Call(copied(example.args), copied(example.kwargs))
+    return tree_map_only(Tensor, lambda tensor: tensor.clone(), _plain(example))
+
+
 def _plain(example: Any) -> Any:
     """Made of tuples and dicts: what a tokenizer returns is a mapping that torch does not look into."""
     if isinstance(example, Call):

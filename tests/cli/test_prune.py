@@ -152,6 +152,22 @@ def test_a_run_is_pruned_on_its_own_samples(folder, capsys):
     assert values["scores"]["before"]["val_accuracy"] == pytest.approx(accuracy)
 
 
+def test_a_run_whose_network_takes_two_arguments_is_pruned(folder):
+    flags = ["--epochs", "1", "--limit", "60", "--limit_val", "20", "--batch_size", "20", "--out", "run"]
+    assert main(["train", "translation", *flags, "--method", "dense"]) == 0
+    assert main(["prune", "run", "--out", "out", "--solver", "magnitude", "--samples", "20"]) == 0
+    layers = json.loads((folder / "out" / "prune.json").read_text())["solvers"]["magnitude"]
+    assert layers
+    assert all(layer["samples"] > 20 and layer["note"] == "" for layer in layers)
+
+
+def test_arrays_are_cast_to_the_dtype_of_the_network(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "half", types.SimpleNamespace(network=lambda: network().bfloat16()))
+    np.save("x64.npy", np.random.default_rng(0).standard_normal((64, 16)))
+    assert main(["prune", "half:network", "--calibrate", "x64.npy", "--solver", "sparsegpt", "--out", "out"]) == 0
+    assert ow.load_state_dict("out/model.openwork.safetensors")["0.weight"].dtype == torch.bfloat16
+
+
 def test_images_are_made_what_the_network_takes(folder):
     image = pytest.importorskip("PIL.Image")
     draw = np.random.default_rng(0)
@@ -202,12 +218,19 @@ def test_a_stopped_command_goes_on(folder, monkeypatch, capsys):
         (["prune", "made:network", "--out", "out"], "has no training samples of its own: add --calibrate FILE"),
         ([*ARRAYS[:2], "--calibrate", "gone.txt", "--out", "out"], "--calibrate gone.txt: there is no such file"),
         ([*ARRAYS[:2], "--calibrate", "text.txt", "--out", "out"], "made:network has no tokenizer"),
-        ([*ARRAYS, "--validate", "text.txt", "--out", "out"], "made:network has no tokenizer"),
+        ([*ARRAYS, "--validate", "text.txt", "--out", "out"], "made:network is no causal language model"),
+        (
+            [*ARRAYS[:2], "--calibrate", "named.npz", "--out", "out"],
+            "--calibrate: missing a required argument: 'input'",
+        ),
+        ([*ARRAYS[:2], "--calibrate", "number.npz", "--out", "out"], "needed arrays with equally many samples"),
         ([*ARRAYS[:2], "--calibrate", "two.npz", "--out", "out"], "needed arrays with equally many samples"),
     ],
 )
 def test_bad_input_is_told_in_a_line(folder, capsys, words, what):
     np.savez("two.npz", a=np.zeros((3, 16), np.float32), b=np.zeros((4, 16), np.float32))
+    np.savez("named.npz", x=np.zeros((3, 16), np.float32))
+    np.savez("number.npz", input=np.zeros((3, 16), np.float32), scale=np.float32(2))
     assert main(words) == 2
     assert what in capsys.readouterr().err
     assert not (folder / "out").exists()

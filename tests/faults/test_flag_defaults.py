@@ -33,7 +33,7 @@ VALUES = {
     "validate_every": ["1", "1000"],
     "topology_every": ["1", "1000000"],
     "log_every": ["1", "1000000"],
-    "preset": ["paper"],
+    "preset": [],
     "image_size": ["32", "128", "200", "1000"],
     "max_size": ["32", "127", "1000"],
     "size": ["128 128", "136 1000"],
@@ -62,7 +62,7 @@ def test_every_flag_alone_at_its_smallest_and_largest_value(task, compared):
     known = [field.name for field in fields(cls) if field.name in VALUES]
     assert len(known) > 20
     for name in known:
-        for value in VALUES[name]:
+        for value in VALUES[name] if name != "preset" else ["", *cls.presets]:  # not every task has one
             item = get_args(hints[name])  # of a list
             given = [item[0](part) for part in value.split()] if item else hints[name](value)
             config = cls(**{name: given})

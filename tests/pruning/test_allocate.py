@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import openwork as ow
 from openwork.pruning import allocate
@@ -134,3 +136,43 @@ def test_bad_budgets_are_refused() -> None:
         ow.allocate(net(), x, exclude=["nothing"])
     with pytest.raises(ValueError, match="no weight that can be sparse"):
         ow.allocate(nn.Linear(7, 8), [torch.randn(64, 7)])
+
+
+class Outputs(nn.Module):
+    """A network whose outputs are made something else of."""
+
+    def __init__(self, function: Callable[[Tensor], Any]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self.layers(x))
+
+
+def errors_of(function: Callable[[Tensor], Any]) -> list[float]:
+    x = torch.randn(60, 16, generator=torch.Generator().manual_seed(0))
+    found = ow.allocate(Outputs(function), [x], of="macs", solver=ow.SparseGPT(), patterns=["2:4"])
+    return [choice.error for choice in found.chosen.values()]
+
+
+def test_outputs_are_found_wherever_they_are() -> None:
+    expected = errors_of(lambda y: y)
+    assert min(expected) > 0
+    assert errors_of(lambda y: {"scores": [y], "size": 3, "best": y.argmax(-1)}) == expected
+    hidden = errors_of(lambda y: torch.cat([y, torch.full_like(y, -torch.inf)], 1))
+    assert hidden == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda y: y.argmax(-1), "no real numbers"),
+        (lambda y: y * 0, "zeros alone"),
+        (lambda y: y[y > 0.1], "have other shapes"),
+    ],
+)
+def test_outputs_that_cannot_be_compared_are_an_error(function: Callable[[Tensor], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        errors_of(function)

