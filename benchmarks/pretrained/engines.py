@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def spread(times: Sequence[float]) -> tuple[float, dict[str, float]]:
+    """The median, and the 20th and 80th percentiles."""
+    ordered = sorted(times)
+    fifths = {f"p{20 * k}": ordered[len(ordered) * k // 5] for k in (1, 4)}
+    return statistics.median(ordered), fifths
 
 
 def dense_engines(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Callable[[], Any]]:

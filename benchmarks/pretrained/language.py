@@ -29,13 +29,12 @@ from torch import Tensor, nn
 
 import openwork as ow
 from openwork.bench.measure import today
+from openwork.pruning import SOLVERS
 from openwork.utils.atomic import write_text
 from openwork.utils.hardware import cpu_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from language_data import WINDOW, load_dense, load_tokenizer, perplexity, read_texts, windows
-
-SOLVERS = {"alps": ow.ALPS, "sparsegpt": ow.SparseGPT, "wanda": ow.Wanda, "refit": ow.Refit, "magnitude": ow.Magnitude}
 
 PATTERN = ow.Selection("2:4", exclude=["lm_head"])  # which is the embedding
 

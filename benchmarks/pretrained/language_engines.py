@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import statistics
 import sys
 import warnings
 from collections import Counter
@@ -20,7 +19,7 @@ import openwork as ow
 from openwork.utils.timing import take_turns
 
 sys.path.insert(0, str(Path(__file__).parent))
-from engines import dense_engines
+from engines import dense_engines, spread
 
 Call = Callable[[], Tensor]
 
@@ -88,9 +87,8 @@ def _timed(calls: Mapping[str, Call]) -> dict[str, dict[str, Any]]:
         times = take_turns(calls, 8.0 * len(calls), least=5, most=40)
     found = {}
     for said, seconds in times.items():
-        seconds = sorted(seconds)
-        fifths = {"p20": seconds[len(seconds) // 5], "p80": seconds[len(seconds) * 4 // 5]}
-        found[said] = {"seconds": statistics.median(seconds), **fifths}
+        median, fifths = spread(seconds)
+        found[said] = {"seconds": median, **fifths}
     return found
 
 

@@ -29,13 +29,13 @@ import torch.nn.functional as F
 
 import openwork as ow
 from openwork.bench.measure import today
+from openwork.pruning import SOLVERS
 from openwork.utils.atomic import write_text
 from openwork.utils.hardware import cpu_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pitch_net import Crepe, crepe, errors, in_frequencies, scores, target, tones
 
-SOLVERS = {"alps": ow.ALPS, "sparsegpt": ow.SparseGPT, "wanda": ow.Wanda, "refit": ow.Refit, "magnitude": ow.Magnitude}
 TEST = 7  # the seed of the test frames
 DENSE = ["blocks.0"]
 

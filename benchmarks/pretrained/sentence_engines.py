@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import statistics
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ import openwork as ow
 from openwork.utils.timing import compile_frozen, take_turns
 
 sys.path.insert(0, str(Path(__file__).parent))
-from engines import dense_engines
+from engines import dense_engines, spread
 
 Example = Mapping[str, Tensor]
 
@@ -54,9 +53,8 @@ def compare(models: Mapping[str, nn.Module], example: Example, compiled: bool, l
         found = {}
         for said, call in calls.items():
             own = wanted[said.partition(":")[0]]
-            milliseconds = sorted(1e3 * each for each in times[said])
-            fifths = [milliseconds[len(milliseconds) * k // 5] for k in (1, 4)]
-            found[said] = {"ms": statistics.median(milliseconds), "p20": fifths[0], "p80": fifths[1]}
+            median, fifths = spread([1e3 * each for each in times[said]])
+            found[said] = {"ms": median, **fifths}
             found[said] |= {"difference": float(np.abs(np.asarray(call()) - own).max()), **about.get(said, {})}
     return found
 

@@ -37,13 +37,13 @@ from torch.nn import functional as F
 import openwork as ow
 from openwork.bench.measure import today
 from openwork.methods import METHODS
+from openwork.pruning import SOLVERS
 from openwork.utils.hardware import cpu_model
 from openwork.utils.torchvision_compat import prepare_torchvision
 
 prepare_torchvision()  # transformers imports it
 
 DENSE = ("transformer.embeddings*",)
-SOLVERS = {"alps": ow.ALPS, "sparsegpt": ow.SparseGPT, "wanda": ow.Wanda, "refit": ow.Refit, "magnitude": ow.Magnitude}
 
 
 class Encoder(nn.Module):

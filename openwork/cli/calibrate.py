@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from openwork.cli.source import Source, check_takes
-from openwork.utils.example import Call, quiet, tensors_of
-from openwork.utils.torch_private import tree_map_only
+from openwork.utils.example import Call, mapped, quiet, tensors_of
 
 FORMS = """\
 --calibrate names what to calibrate with:
@@ -25,7 +24,6 @@ FORMS = """\
   nothing                 training samples, where SOURCE is a run
 """
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
-_MEAN, _SPREAD = np.array([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)], np.float32)
 
 
 def batches(source: Source, named: Sequence[str], *, samples: int, tokens: int, batch: int, seed: int) -> list[Any]:
@@ -42,7 +40,7 @@ def batches(source: Source, named: Sequence[str], *, samples: int, tokens: int, 
 
 def _in_dtype(model: nn.Module, batch: Any) -> Any:
     dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
-    return tree_map_only(Tensor, lambda each: each.to(dtype) if each.is_floating_point() else each, batch)
+    return mapped(batch, lambda each: each.to(dtype) if each.is_floating_point() else each)
 
 
 def _of_files(source: Source, named: Sequence[str], samples: int, tokens: int, batch: int, seed: int) -> list[Any]:
@@ -152,9 +150,11 @@ def _resized(channels: int, height: int, width: int) -> Callable[[Sequence[Any]]
         raise ValueError(f"--calibrate holds images, of 1 or 3 channels; the model takes {channels}")
     from PIL import ImageOps
 
+    from openwork.recipes.images import PIXEL_MEAN, PIXEL_STD
+
     def process(images: Sequence[Any]) -> Tensor:
         arrays = [np.asarray(ImageOps.fit(image, (width, height)), np.float32) / 255 for image in images]
-        pixels_NHWC = (np.stack(arrays) - _MEAN) / _SPREAD
+        pixels_NHWC = (np.stack(arrays) - np.array(PIXEL_MEAN, np.float32)) / np.array(PIXEL_STD, np.float32)
         pixels = torch.from_numpy(pixels_NHWC).movedim(-1, 1).contiguous()
         return pixels if channels == 3 else pixels.mean(1, keepdim=True)
 

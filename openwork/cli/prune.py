@@ -19,19 +19,12 @@ from openwork.cli.calibrate import FORMS, batches, perplexity
 from openwork.cli.source import FORMS as FORMS_OF_SOURCE
 from openwork.cli.source import Source, add_arguments, open_model
 from openwork.export.huggingface import to_huggingface
+from openwork.pruning import SOLVERS
 from openwork.pruning.allocate import Of
 from openwork.pruning.report import PruneReport
-from openwork.pruning.solver import Solver
 from openwork.training.selection import Selection
 from openwork.utils.atomic import write_text
 
-SOLVERS: Mapping[str, Solver] = {
-    "magnitude": ow.Magnitude(),
-    "wanda": ow.Wanda(),
-    "sparsegpt": ow.SparseGPT(),
-    "refit": ow.Refit(),
-    "alps": ow.ALPS(),
-}
 _ABOUT = f"""\
 Prune a trained network once, layer by layer, so that each layer's outputs on calibration data change as little as
 possible. Writes a folder: the compressed file, dense weights with zeros and what else belongs to the model, prune.json
@@ -58,10 +51,10 @@ def prune(words: Sequence[str]) -> int:
     selection = Selection(_pattern(source, given, asked), exclude=asked.exclude)
     before = score(source, asked.validate, asked.tokens)
     dense = copy.deepcopy(source.model) if asked.beside else nn.Module()
-    solver = SOLVERS[asked.solver]
+    solver = SOLVERS[asked.solver]()
     found = ow.prune(source.model, selection, given, solver=solver, resume=out / "layers")
     after = score(source, asked.validate, asked.tokens)
-    beside = {name: ow.prune(copy.deepcopy(dense), selection, given, solver=SOLVERS[name]) for name in asked.beside}
+    beside = {name: ow.prune(copy.deepcopy(dense), selection, given, solver=SOLVERS[name]()) for name in asked.beside}
     _write(out, source, selection, asked, found, {"before": before, "after": after}, beside)
     shutil.rmtree(out / "layers")
     print(found)

@@ -36,7 +36,7 @@ from openwork.training.parametrize import unwrap
 from openwork.training.select import Candidate
 from openwork.training.selection import AxisChoice, Selection
 from openwork.training.sparsify import check_plain, project
-from openwork.utils.example import copied, quiet, run
+from openwork.utils.example import cloned, quiet, run
 from openwork.utils.progress import Progress
 from openwork.utils.table import aligned
 from openwork.utils.torch_private import tree_leaves
@@ -65,7 +65,7 @@ class Allocation(dict[str, Pattern]):
 
     @property
     def cost(self) -> float:
-        return _cost(self.chosen) / sum(each[0].cost for each in self.choices.values())
+        return _cost(self.chosen) / _dense_cost(self.choices)
 
     @property
     def error(self) -> float:
@@ -142,7 +142,7 @@ def allocate(
 def choose(choices: Mapping[str, Sequence[Choice]], budget: float) -> dict[str, Choice]:
     """One choice for each layer, the first of which is dense, at `budget` times the dense cost or less."""
     chosen = {name: each[0] for name, each in choices.items()}
-    allowed = budget * _cost(chosen)
+    allowed = budget * _dense_cost(choices)
     while _cost(chosen) > allowed * (1 + 1e-9):
         steps = [
             ((choice.error - now.error) / (now.cost - choice.cost), name, choice)
@@ -151,7 +151,7 @@ def choose(choices: Mapping[str, Sequence[Choice]], budget: float) -> dict[str, 
             if choice.cost < now.cost
         ]
         if not steps:
-            least = _cost(chosen) / sum(each[0].cost for each in choices.values())
+            least = _cost(chosen) / _dense_cost(choices)
             raise ValueError(
                 f"budget={budget} cannot be met: with every layer at its cheapest pattern {least:.3f} of the dense "
                 "cost is left; add sparser patterns"
@@ -175,6 +175,10 @@ def _spent(choices: Mapping[str, Sequence[Choice]], chosen: dict[str, Choice], a
             return chosen
         _, name, choice = max(steps, key=lambda step: (step[0], step[1]))
         chosen = {**chosen, name: choice}
+
+
+def _dense_cost(choices: Mapping[str, Sequence[Choice]]) -> float:
+    return math.fsum(each[0].cost for each in choices.values())
 
 
 def _cost(chosen: Mapping[str, Choice]) -> float:
@@ -224,7 +228,7 @@ def _restored(weight: Tensor) -> Iterator[None]:
 def _outputs(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:
     """The real numbers that the model returns for the batches."""
     with quiet(model):
-        found = tree_leaves([run(model, copied(batch)) for batch in batches])
+        found = tree_leaves([run(model, cloned(batch)) for batch in batches])
     real = [torch.view_as_real(each) if each.is_complex() else each for each in found if isinstance(each, Tensor)]
     return [each.float() for each in real if each.is_floating_point()]
 
@@ -290,10 +294,10 @@ def _times(
     dense: dict[str, list[float]] = {}
     costs: dict[str, dict[Pattern | None, float]] = {}
     for pattern, of_one in candidates.items():
-        copied = copy.deepcopy(model)
+        pruned = copy.deepcopy(model)
         selection = Selection({glob.escape(name): pattern for name in of_one}, axis=axis)
-        project(copied, selection)
-        for timing in plan(copied, example, pattern=selection).layers:
+        project(pruned, selection)
+        for timing in plan(pruned, example, pattern=selection).layers:
             if timing.name in of_one:
                 dense.setdefault(timing.name, []).append(timing.dense)
                 costs.setdefault(timing.name, {})[pattern] = timing.sparse if timing.kind else timing.dense

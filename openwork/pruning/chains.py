@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from openwork.training.parametrize import plain_name
 from openwork.training.select import Candidate
-from openwork.utils.example import Call, copied, quiet, run
+from openwork.utils.example import Call, cloned, quiet, run, tensors_of
 from openwork.utils.names import join
-from openwork.utils.torch_private import tree_leaves
 
 Modules = list[tuple[str, nn.Module]]
 
@@ -62,7 +61,7 @@ class Probe:
                 probe.outputs[module] = output
 
         with quiet(model), hooks(list(model.modules()), enter, leave):
-            run(model, copied(batch))
+            run(model, cloned(batch))
         return probe
 
     def order(self, candidate: Candidate) -> int:
@@ -126,8 +125,8 @@ def _chain(blocks: Modules, names: tuple[tuple[str, ...], ...], probe: Probe) ->
             continue
         returned = probe.outputs[before]
         slot = _slot_of(hidden_in(returned), call)
-        made |= {id(leaf) for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)}
-        if slot is None or any(id(leaf) in made for leaf in _leaves(put(call, slot, None))):
+        made |= {id(tensor) for tensor in tensors_of(returned)}
+        if slot is None or any(id(tensor) in made for tensor in tensors_of(put(call, slot, None))):
             return None
         slots.append(slot)
     first = hidden_of(probe.calls[modules[0]], slots[0])
@@ -192,7 +191,3 @@ def put(call: Call, slot: int | str, value: Any) -> Call:
     if isinstance(slot, str):
         return Call(call.args, {**call.kwargs, slot: value})
     return Call((*call.args[:slot], value, *call.args[slot + 1 :]), call.kwargs)
-
-
-def _leaves(call: Call) -> list[Any]:
-    return [*tree_leaves(call.args), *tree_leaves(dict(call.kwargs))]

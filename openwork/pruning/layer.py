@@ -17,7 +17,7 @@ from openwork.pruning.inputs import Part
 from openwork.pruning.magnitude import Magnitude
 from openwork.pruning.refit import GivenMask
 from openwork.pruning.report import PrunedWeight
-from openwork.pruning.solver import Groups, Solver, energy
+from openwork.pruning.solver import Groups, Solver, diagonal, energy
 from openwork.pruning.wanda import Wanda
 from openwork.training.select import Candidate
 from openwork.training.sparsify import magnitude_mask, retained_share
@@ -90,25 +90,24 @@ def _solve(
     W: Tensor, gram: Tensor, samples: int, solver: Any, groups: Groups, mask: Tensor | None
 ) -> tuple[Tensor, str]:
     """One matrix, and what to tell where it is not what was asked for."""
-    K, squares = W.shape[1], gram.diagonal() if gram.ndim == 2 else gram
-    magnitude: Solver = Magnitude()
-    score: Solver = Wanda()
-    told = {"magnitude": "by magnitude", "score": "by Wanda"}
+    K = W.shape[1]
+    blind: tuple[Solver, str] = Magnitude(), "by magnitude"
+    simple: tuple[Solver, str] = Wanda(), "by Wanda"
     if mask is not None:
-        magnitude = score = GivenMask(mask)
-        solver, told = replace(solver, mask_from=GivenMask(mask)), dict.fromkeys(told, "not refitted")
-    if not bool(squares.any()):
+        blind = simple = GivenMask(mask), "not refitted"
+        solver = replace(solver, mask_from=GivenMask(mask))
+    if not bool(diagonal(gram).any()):
         what = "its inputs were all zero" if samples else "no calibration sample reached it"
-        return magnitude.solve(W, gram, groups), f"{told['magnitude']}: {what}"
+        return blind[0].solve(W, gram, groups), f"{blind[1]}: {what}"
     if solver.needs_gram and samples * _FEW < K:
-        return score.solve(W, gram, groups), f"{told['score']}: fewer samples than a {_FEW}th of its {K} inputs"
+        return simple[0].solve(W, gram, groups), f"{simple[1]}: fewer samples than a {_FEW}th of its {K} inputs"
     note, damp = "", getattr(solver, "damp", _MOST_DAMPING)
     while True:
         found = _attempt(W, gram, solver, groups)
         if isinstance(found, Tensor):
             return found, note
         if damp >= _MOST_DAMPING:
-            return score.solve(W, gram, groups), f"{told['score']}: {found}"
+            return simple[0].solve(W, gram, groups), f"{simple[1]}: {found}"
         damp = min(_MOST_DAMPING, 10 * damp or 1e-4)
         solver, note = replace(solver, damp=damp), f"damped by {damp:g}: {found}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,9 +15,7 @@ from openwork.pruning.solver import Groups, Solver
 class Magnitude(Solver):
     """Keep the N largest |w| of each group."""
 
-    @property
-    def needs_gram(self) -> bool:
-        return False
+    needs_gram: ClassVar[bool] = False
 
     def solve(self, weight: Tensor, gram: Tensor, groups: Groups) -> Tensor:
         return apply_mask(weight, groups.mask(weight.abs()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +21,14 @@ from openwork.pruning.report import PrunedWeight, PruneReport
 from openwork.pruning.saved import Saved
 from openwork.pruning.solver import Solver
 from openwork.pruning.stages import Stage, stages
+from openwork.training.matmul_trace import without_fast_path, without_onednn
 from openwork.training.parametrize import unwrap
 from openwork.training.report import Report
 from openwork.training.select import Candidate, check_has_values, check_some_sparse, decide
 from openwork.training.selection import AxisChoice, PatternChoice, Remainder, Selection
 from openwork.training.sparsify import check_plain, magnitude_mask, report_on, selection_of
 from openwork.training.try_masks import Tried, try_masks
-from openwork.utils.example import copied, moved
+from openwork.utils.example import cloned, mapped
 from openwork.utils.progress import Progress
 
 _SETTINGS = (("use_cache", True, False), ("_experts_implementation", "batched_mm", "eager"))
@@ -101,7 +101,7 @@ def prune(
 
 def candidates_for(model: nn.Module, selection: Selection, batch: Any) -> Tried:
     """Which weights are to be pruned: those whose zeros would be in the products of a batch."""
-    decided = decide(model, selection, example=copied(batch))
+    decided = decide(model, selection, example=cloned(batch))
     check_has_values(decided)
     decided = [replace(each, pattern=None, reason=_NORMALIZED) if each.factor else each for each in decided]
     decided = [replace(each, pattern=None, reason=_EXPANDED) if _is_expanded(each.weight) else each for each in decided]
@@ -111,7 +111,7 @@ def candidates_for(model: nn.Module, selection: Selection, batch: Any) -> Tried:
             raise ValueError(f"{each.name} holds NaN or infinity: load a finite network, or exclude it")
     masks = {each.name: lambda _, each=each: magnitude_mask(each) for each in decided if each.pattern}
     try:
-        return try_masks(model, copied(batch), decided, masks, tuple(selection.exclude))
+        return try_masks(model, cloned(batch), decided, masks, tuple(selection.exclude))
     except TypeError as error:
         raise TypeError(
             f"the model cannot be called with a batch of type {type(batch).__name__}: {error}. A batch is the input "
@@ -209,25 +209,20 @@ def device_batches(batches: Iterable[Any], model: nn.Module) -> list[Any]:
     device, given = _device(model), list(batches)
     if not given:
         raise ValueError("batches has no batch; needed at least one input of the model to calibrate with")
-    return [moved(batch, device) for batch in given]
+    return [mapped(batch, lambda tensor: tensor.to(device)) for batch in given]
 
 
 @contextlib.contextmanager
 def plain_products(model: nn.Module) -> Iterator[None]:
     """Layers multiply in operators whose inputs can be seen, not in fused ones, and keep nothing for a next call."""
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
-    before = torch.backends.mha.get_fastpath_enabled()
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with contextlib.ExitStack() as plain:
-        torch.backends.mha.set_fastpath_enabled(False)
-        plain.callback(torch.backends.mha.set_fastpath_enabled, before)
+        plain.enter_context(without_fast_path())
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            plain.enter_context(without_onednn())
+            plain.enter_context(torch.backends.cudnn.flags(enabled=False))
         for name, found, needed in _SETTINGS:
             for config in {id(each): each for each in configs if getattr(each, name, None) == found}.values():
                 setattr(config, name, needed)
                 plain.callback(setattr, config, name, found)
-        if recurrent:
-            plain.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore", UserWarning)  # the flags also set TF32, which warns without an Intel GPU
-            plain.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            plain.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield

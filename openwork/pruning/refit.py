@@ -10,6 +10,7 @@ arXiv 2406.07831).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,9 +38,7 @@ class GivenMask(Solver):
 
     mask: Tensor
 
-    @property
-    def needs_gram(self) -> bool:
-        return False
+    needs_gram: ClassVar[bool] = False
 
     def solve(self, weight: Tensor, gram: Tensor, groups: Groups) -> Tensor:
         return apply_mask(weight, self.mask)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,15 +48,19 @@ class Groups:
 
 @dataclass(frozen=True)
 class Solver:
-    """How one layer is pruned. `needs_gram`: the whole Gram matrix, not its diagonal alone."""
+    """How one layer is pruned."""
 
-    @property
-    def needs_gram(self) -> bool:
-        return True
+    needs_gram: ClassVar[bool] = True
+    """Whether it takes the whole Gram matrix, not its diagonal alone."""
 
     def solve(self, weight: Tensor, gram: Tensor, groups: Groups) -> Tensor:
         """The N:M weight for a dense one: (R, K) float32, `gram` (K, K), or (K,), its diagonal."""
         raise NotImplementedError
+
+
+def diagonal(gram: Tensor) -> Tensor:
+    """The sum of squares of each input (K,), of a Gram matrix (K, K) or its diagonal (K,)."""
+    return gram.diagonal() if gram.ndim == 2 else gram
 
 
 def damped(gram: Tensor, share: float) -> Tensor:

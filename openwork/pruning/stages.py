@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from openwork.pruning.chains import Chain, Probe, find_chains, hidden_in, hidden_of, hooks, put
 from openwork.training.matmul_trace import Visit, watch
 from openwork.training.select import Candidate
-from openwork.utils.example import Call, copied, quiet, run
+from openwork.utils.example import Call, cloned, quiet, run
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _whole_model(
 ) -> Stage:
     def show(visit: Visit) -> None:
         for batch in batches:
-            watch(model, copied(batch), visit, names=_by_id(candidates))
+            watch(model, cloned(batch), visit, names=_by_id(candidates))
 
     return Stage(tuple(names), show)
 
@@ -118,7 +118,7 @@ class _Taken:
             return call.args, call.kwargs
 
         with quiet(model), hooks(self.chain.modules, hook), contextlib.suppress(_Reached):
-            run(model, copied(batch))
+            run(model, cloned(batch))
 
     def _alone(self, model: nn.Module, batch: Any) -> bool:
         """Whether blocks that are run by themselves are given what they are in the model, also after a change of what

@@ -6,21 +6,19 @@ score_ij = |W_ij| * ||X_j||        the norm of input j over all calibration samp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from openwork.nm.masks import apply_mask
-from openwork.pruning.solver import Groups, Solver
+from openwork.pruning.solver import Groups, Solver, diagonal
 
 
 @dataclass(frozen=True)
 class Wanda(Solver):
     """Keep the N largest |w| times norm of the input of each group; the kept weights stay as they are."""
 
-    @property
-    def needs_gram(self) -> bool:
-        return False
+    needs_gram: ClassVar[bool] = False
 
     def solve(self, weight: Tensor, gram: Tensor, groups: Groups) -> Tensor:
-        squares = gram.diagonal() if gram.ndim == 2 else gram
-        return apply_mask(weight, groups.mask(weight.abs() * squares.sqrt().to(weight.dtype)))
+        return apply_mask(weight, groups.mask(weight.abs() * diagonal(gram).sqrt().to(weight.dtype)))

@@ -7,6 +7,7 @@ place a second time, and one batch ahead, since Lightning fetches a batch before
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -48,6 +49,11 @@ class Data:
 
     def val_batches(self, batches: Sequence[np.ndarray]) -> DataLoader[Any]:
         return self._loader(self.val, [np.asarray(batch).tolist() for batch in batches])
+
+    def all_val_batches(self, most: int, rank: int = 0, world: int = 1) -> DataLoader[Any]:
+        """Every validation sample once, or the share of one process of several, at most so many in a batch."""
+        mine = np.arange(rank, self.val_count, world)
+        return self.val_batches(np.array_split(mine, max(1, math.ceil(len(mine) / most))))
 
     def _loader(self, dataset: Any, keys: list[list[Any]]) -> DataLoader[Any]:
         # Its own generator: a DataLoader otherwise takes a number from torch's global one.

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -89,9 +88,7 @@ class TaskModule(pl.LightningModule):
         return self.data.train_batches(indices, c.seed, epoch)
 
     def val_dataloader(self) -> Any:
-        mine = np.arange(self.trainer.global_rank, self.data.val_count, self.trainer.world_size)
-        parts = max(1, math.ceil(len(mine) / self.task.eval_batch))
-        return self.data.val_batches(np.array_split(mine, parts))
+        return self.data.all_val_batches(self.task.eval_batch, self.trainer.global_rank, self.trainer.world_size)
 
     # optimisation
 

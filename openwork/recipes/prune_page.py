@@ -50,8 +50,10 @@ def error_chart(reports: Mapping[str, PruneReport]) -> str:
     figure = Figure(figsize=(9.4, 0.8 + 0.16 * len(names)), layout="constrained")
     axes = figure.add_subplot(xlabel="squared error over squared outputs")
     for i, report in enumerate(reports.values()):
-        errors = [report.errors[name] for name in names]
-        axes.plot(errors, np.arange(len(names)), "o", color=COLORS[i % len(COLORS)], ms=4, gid="run")
+        errors = report.errors
+        axes.plot(
+            [errors[name] for name in names], np.arange(len(names)), "o", color=COLORS[i % len(COLORS)], ms=4, gid="run"
+        )
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(left=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import platform
 import shlex
@@ -15,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -77,9 +75,9 @@ def evaluate(folder: Path, net: nn.Module) -> dict[str, float]:
     task, config = read_run(folder)
     data = task.load_data(config)
     task.before_last_validation(config, net)
-    parts = np.array_split(np.arange(data.val_count), max(1, math.ceil(data.val_count / task.eval_batch)))
     with quiet(net):
-        predictions = [each for batch in data.val_batches(parts) for each in task.predictions(net, batch)]
+        batches = data.all_val_batches(task.eval_batch)
+        predictions = [each for batch in batches for each in task.predictions(net, batch)]
     return task.compute_metrics(predictions, data)
 
 

@@ -80,9 +80,8 @@ def watch(
     *,
     names: Mapping[int, str] | None = None,
     follow: Follow | None = None,
-) -> Any:
-    """Run `model` on `example` in eval mode without gradients, show `visit` each product of a constant, and return what
-    the model returns.
+) -> None:
+    """Run `model` on `example` in eval mode without gradients, and show `visit` each product of a constant.
 
     `names`: those of weights by their id, else each has that of the plain model. `follow` is shown each tensor that is
     computed: the operator, its arguments, the tensors among them with their traces, and the result."""
@@ -288,15 +287,28 @@ def storage_key(tensor: Tensor) -> Hashable:
 @contextlib.contextmanager
 def _without_fused_kernels() -> Iterator[None]:
     """Attention and RNNs as plain matmuls, which can be counted."""
+    with without_fast_path(), without_onednn(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextlib.contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Encoder layers as the operators that they are made of."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
-            warnings.simplefilter("ignore", UserWarning)  # the flags also set TF32, which warns without an Intel GPU
-            with torch.backends.mkldnn.flags(enabled=False):
-                yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """RNNs as the products that they are made of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the flags also set TF32, which warns without an Intel GPU
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
 
 
 @contextlib.contextmanager

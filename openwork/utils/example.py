@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,18 +35,16 @@ def tensors_of(example: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(_plain(example)) if isinstance(leaf, Tensor)]
 
 
-def moved(example: Any, device: torch.device) -> Any:
-    """The example with its tensors on a device."""
+def mapped(example: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The example with what `function` makes of each of its tensors."""
     if isinstance(example, Call):
-        return Call(moved(example.args, device), moved(example.kwargs, device))
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), _plain(example))
+        return Call(*tree_map_only(Tensor, function, _plain(example)))
+    return tree_map_only(Tensor, function, _plain(example))
 
 
-def copied(example: Any) -> Any:
+def cloned(example: Any) -> Any:
     """The example with copies of its tensors, which a model may write to."""
-    if isinstance(example, Call):
-        return Call(copied(example.args), copied(example.kwargs))
-    return tree_map_only(Tensor, lambda tensor: tensor.clone(), _plain(example))
+    return mapped(example, Tensor.clone)
 
 
 def _plain(example: Any) -> Any:
