@@ -157,6 +157,19 @@ def check_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Masked
                 f"{name} is {end.pattern} along its reduction axis but not along its output axis, and the model was "
                 "sparsified with transposable masks: load into a plain model, or sparsify with ow.SRSTE()"
             )
+        if masking.method.overrides("forward", "fold") and not _is_itself(weight, masking):
+            raise ValueError(
+                f"{name}: {masking.method} would multiply with something else than the finished weight of the file: "
+                "load into a plain model, or sparsify with ow.SRSTE()"
+            )
+
+
+def _is_itself(weight: Tensor, masking: Masked) -> bool:
+    """Whether a method makes of a finished weight that weight."""
+    state = masking.method.state(weight, masking.end)
+    mask = masking.ranked(weight, masking.end, state)
+    folded = masking.method.fold(weight, mask, masking.end, state)
+    return torch.allclose(folded, weight, rtol=0, atol=0, equal_nan=True)
 
 
 @torch.no_grad()

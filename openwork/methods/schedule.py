@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -132,9 +132,18 @@ def shown(value: Any) -> str:
     >>> shown(Schedule(refresh_every=40)), shown(Schedule())
     ('Schedule(steps=0, refresh_every=40)', 'Schedule(steps=0)')
     """
-    said = [each for each in fields(value) if not (each.kw_only and getattr(value, each.name) == each.default)]
+    said = [each for each in fields(value) if not (each.kw_only and getattr(value, each.name) == _default(each))]
     return f"{type(value).__qualname__}({', '.join(f'{each.name}={getattr(value, each.name)!r}' for each in said)})"
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 EVERY_FORWARD = Schedule()
 ONCE = Schedule(refresh_every=None)
+
+
+def every_forward() -> Schedule:
+    """The schedule of methods that are given none: a factory, since compilers take no object for a default."""
+    return EVERY_FORWARD

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from openwork.methods.schedule import EVERY_FORWARD, Phase, Schedule
+from openwork.methods.schedule import Phase, Schedule, every_forward
 from openwork.nm.pattern import Pattern
 
 _LARGEST_M = 64
@@ -102,7 +102,7 @@ class DenseWarmup(Schedule):
     """Dense for `steps` optimizer steps; from then on `then`, whose steps count from there."""
 
     steps: int
-    then: Schedule = EVERY_FORWARD
+    then: Schedule = field(default_factory=every_forward)
 
     least_steps: ClassVar[int] = 1
 
@@ -132,7 +132,7 @@ class DenseTail(Schedule):
     that sparse tensor cores make faster, not for a sparse model: `ow.verify` and `ow.save` hold it to no pattern."""
 
     steps: int
-    before: Schedule = EVERY_FORWARD
+    before: Schedule = field(default_factory=every_forward)
 
     least_steps: ClassVar[int] = 1
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from openwork.methods.method import Method
-from openwork.methods.schedule import EVERY_FORWARD, Schedule
+from openwork.methods.schedule import Schedule, every_forward
 from openwork.ops.masks import check_rate
 
 
@@ -33,7 +33,7 @@ class SRSTE(Method):
 
     decay: float = 2e-4
     decoupled: bool = field(default=False, kw_only=True)
-    schedule: Schedule = field(default=EVERY_FORWARD, kw_only=True)
+    schedule: Schedule = field(default_factory=every_forward, kw_only=True)
 
     name: ClassVar[str] = "sr-ste"
 

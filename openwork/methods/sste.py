@@ -21,7 +21,7 @@ from torch import Tensor
 
 from openwork.methods.groups import in_groups, of_groups
 from openwork.methods.method import Method, State
-from openwork.methods.schedule import EVERY_FORWARD, Phase, Schedule
+from openwork.methods.schedule import Phase, Schedule, every_forward
 from openwork.methods.schedules import MaskDecay, Ramp, StructureDecay
 
 
@@ -30,7 +30,7 @@ class SSTE(Method):
     """Train from scratch with a soft threshold; no number to choose. Sparsify after the weights are initialized: their
     scale is that of the first weights. `schedule`: only dense or N:M, because the scale is that of one pattern."""
 
-    schedule: Schedule = field(default=EVERY_FORWARD, kw_only=True)
+    schedule: Schedule = field(default_factory=every_forward, kw_only=True)
 
     name: ClassVar[str] = "s-ste"
     elementwise: ClassVar[bool] = False

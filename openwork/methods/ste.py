@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from openwork.methods.method import Method
-from openwork.methods.schedule import EVERY_FORWARD, Schedule
+from openwork.methods.schedule import Schedule, every_forward
 
 
 @dataclass(frozen=True, repr=False)
 class STE(Method):
     """Train from scratch; pruned weights keep learning and may come back."""
 
-    schedule: Schedule = field(default=EVERY_FORWARD, kw_only=True)
+    schedule: Schedule = field(default_factory=every_forward, kw_only=True)
 
     name: ClassVar[str] = "ste"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from openwork.methods.method import Method
-from openwork.methods.schedule import EVERY_FORWARD, Schedule
+from openwork.methods.schedule import EVERY_FORWARD, Schedule, every_forward
 from openwork.methods.schedules import Ramp
 from openwork.ops.masks import check_rate
 
@@ -32,7 +32,7 @@ class TransposableSRSTE(Method):
 
     decay: float = 2e-4
     refresh_every: int = 40
-    schedule: Schedule = field(default=EVERY_FORWARD, kw_only=True)
+    schedule: Schedule = field(default_factory=every_forward, kw_only=True)
 
     name: ClassVar[str] = "transposable-sr-ste"
     transposable: ClassVar[bool] = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def charts(runs: Runs, metrics: Sequence[Metric], labels: Sequence[str]) -> list
         chart("SAD from the start, share of weights", "topology.jsonl", sad, **shares),
         chart("Flip rate, share of weights a step", "topology.jsonl", _flip_rates, **shares),
         *[
-            chart(title, "metrics.jsonl", partial(_each, lambda r, key=key: r.get(key)), **shares)
+            chart(title, "metrics.jsonl", partial(_each, methodcaller("get", key)), **shares)
             for key, title in _SCHEDULED.items()
             if any(record.get(key) for run, _ in runs for record in read_lines(run / "metrics.jsonl"))
         ],

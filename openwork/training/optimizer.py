@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openwork.training.dtensor import full_tensor, is_sharded
-from openwork.training.foreach import masks_of
+from openwork.training.foreach import masks_at_end
 from openwork.training.optimizer_checks import check_methods, check_own_state, check_supported, replaced, unwrapped
 from openwork.training.optimizer_hooks import Hooks, call_hooks
 from openwork.training.optimizer_watch import no_longer_held, same_or_around
@@ -159,10 +159,10 @@ class Handle:
         return weights_of(self._model, [record for _, record in self._records])
 
     def _masks(self) -> dict[str, Tensor]:
-        """Copies of the masks, gathered where they are spread over processes: one byte a weight travels, in recorded
-        steps only."""
+        """Copies of the masks that the weights have at their patterns, wherever a schedule is. Gathered where they are
+        spread over processes: one byte a weight travels, in recorded steps only."""
         weights = self._weights()
-        masks = zip(weights, masks_of(weights), strict=True)
+        masks = zip(weights, masks_at_end(weights), strict=True)
         return {each.name: full_tensor(mask.clone() if mask is each.masked.mask else mask) for each, mask in masks}
 
     def _check_held(self, optimizer: Optimizer, weights: list[SparseWeight], trained: list[SparseWeight]) -> None:

@@ -160,6 +160,10 @@ def test_the_finished_weights_have_the_queries_in_them(tmp_path):
     ow.verify(finished, pattern="2:4")
     rows = latent(model)[0].detach()
     assert float((finished[0].weight.detach() / rows).abs().max()) > 1.01  # not the latent weight
+    again = net()
+    with pytest.raises(ValueError, match="would multiply with something else than the finished weight of the file"):
+        ow.load(tmp_path / "net.safetensors", again)  # it would be queried twice
+    assert torch.equal(latent(again)[0], latent(net())[0])
 
 
 def test_compiled_code_stays_while_the_ramp_falls():
