@@ -80,6 +80,6 @@ class MaxQ(Method):
         if not cut:
             return torch.zeros_like(magnitude)
         order = magnitude.argsort(dim=-1, descending=True, stable=True)
-        top = torch.zeros_like(magnitude, dtype=torch.bool).scatter(-1, order[..., : count - cut], True)
+        top = torch.zeros_like(magnitude).scatter(-1, order[..., : count - cut], 1.0).bool()  # traces take no True here
         around = magnitude.gather(-1, order[..., count - cut - 1 : count - cut + 1]).mean(-1, keepdim=True)
         return torch.where(top, torch.sigmoid((magnitude - around) / self.tau), 0.0)

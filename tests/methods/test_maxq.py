@@ -181,6 +181,15 @@ def test_compiled_code_stays_while_the_ramp_falls():
     assert len(graphs) == 2
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_has_the_formula():
+    layer = nn.Linear(16, 6)
+    ow.sparsify(layer, "2:4", ow.MaxQ(1))
+    layer.parametrizations.weight[0].go_to(1)
+    x = torch.randn(2, 16)
+    torch.testing.assert_close(torch.jit.trace(layer.eval(), x)(x), layer(x))
+
+
 def test_weights_of_zeros_and_of_equal_magnitude():
     layer = nn.Linear(8, 2, bias=False)
     with torch.no_grad():

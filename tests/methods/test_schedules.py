@@ -10,7 +10,7 @@ import openwork as ow
 from openwork.methods import Phase
 from openwork.methods.groups import dense_groups
 from openwork.nm.groups import Axis
-from openwork.nm.masks import kept_per_group
+from openwork.nm.masks import kept_per_group, magnitude_mask
 
 torch.set_num_threads(1)
 
@@ -201,6 +201,22 @@ def test_a_decay_of_ste_passes_the_whole_gradient_and_mdgf_its_share():
         assert torch.equal(model.weight, torch.where(kept, latent, latent / 2))
         model.weight.sum().backward()
         assert torch.equal(latent.grad, torch.where(kept, 1.0, share))
+
+
+@pytest.mark.parametrize("method", [*METHODS[1:4], METHODS[6], METHODS[7], *TAILS[:2]], ids=str)
+def test_topology_is_that_of_the_pattern_whatever_is_in_force(method):
+    model, _ = net(method)
+    topology = ow.Topology(every=1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    ow.attach(optimizer, model, topology=topology)
+    masks = []
+    for step in range(STEPS + 2):
+        latent = [model[i].parametrizations.weight.original.detach() for i in (0, 2)]
+        masks.append([magnitude_mask(weight.abs(), ow.Pattern(2, 4), Axis(1)) for weight in latent])
+        train(model, optimizer, step, step + 1)
+    expected = [sum(map(ow.sad, masks[0], later)) for later in masks[1:]]
+    assert [record["sad_start"] for record in topology.records][:-1] == expected
+    assert expected[-1] > 0
 
 
 def test_compiled_code_stays_while_the_ramp_falls():
