@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import openwork as ow
 from openwork.cli.main import main as openwork
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +44,7 @@ class Row:
     def words(self, out: Path) -> list[str]:
         """Of the command line."""
         words = ["bench", self.network, "--precision", self.precision, "--batches", str(self.batch)]
-        words += ["--threads", str(self.threads), "--patterns", *self.patterns, "--seconds", "4", "--out", str(out)]
+        words += ["--threads", str(self.threads), "--patterns", *self.patterns, "--seconds", "3", "--out", str(out)]
         words += [] if self.compiled else ["--eager"]
         return words + (["--input", "1x3x224x224"] if ":" in self.network else [])
 
@@ -80,6 +81,9 @@ def run(name: str, minutes: float, rows: Sequence[Row] = ROWS) -> None:
             spent = (time.monotonic() - start) / 60
             if spent > minutes:
                 print(f"left out after {spent:.0f} minutes: {row}", flush=True)
+                continue
+            if row.precision == "bfloat16" and not ow.kernels.vectors().dot_product:
+                print(f"left out, this processor does not multiply bfloat16: {row}", flush=True)
                 continue
             print(f"{spent:.1f} minutes: openwork {shlex.join(row.words(Path('bench.csv')))}", flush=True)
             if openwork(row.words(part)):

@@ -153,6 +153,10 @@ def as_rows(job: Job, entries: Sequence[Entry], times: dict[str, list[list[float
             entry = by_name[row.impl]
             pairs = zip(times[row.baseline], times[row.impl], strict=True)
             ratios = [quantile(dense, 0.5) / quantile(own, 0.5) for dense, own in pairs]
-            spread = {"ratio_p20": quantile(ratios, 0.2), "ratio_p80": quantile(ratios, 0.8)}
-            told = {"engine": entry.worker.version, "difference": entry.worker.difference[entry.call]}
-            yield dataclasses.replace(row, **spread, **told)
+            yield dataclasses.replace(
+                row,
+                ratio_p20=quantile(ratios, 0.2),
+                ratio_p80=quantile(ratios, 0.8),
+                engine=entry.worker.version,
+                difference=entry.worker.difference[entry.call],
+            )

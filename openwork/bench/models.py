@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +56,8 @@ class BertLayers(nn.Module):
         prepare_torchvision()
         from transformers import BertConfig, BertModel
 
-        config = BertConfig(vocab_size=1000, num_hidden_layers=layers, attn_implementation="eager")
+        options: dict[str, Any] = {"attn_implementation": "eager"}  # which the class does not declare
+        config = BertConfig(vocab_size=1000, num_hidden_layers=layers, **options)
         self.bert = BertModel(config, add_pooling_layer=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

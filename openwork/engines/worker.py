@@ -71,7 +71,12 @@ class Worker:
     def _answer(self, seconds: float) -> dict[str, Any]:
         assert self._process.stdout is not None
         late = threading.Event()
-        timer = threading.Timer(max(0.0, seconds), lambda: (late.set(), self._process.kill()))
+
+        def end() -> None:
+            late.set()
+            self._process.kill()
+
+        timer = threading.Timer(max(0.0, seconds), end)
         timer.daemon = True
         timer.start()
         line = self._process.stdout.readline()

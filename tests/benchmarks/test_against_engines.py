@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,6 +76,7 @@ def test_what_is_run_is_kept_row_by_row(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(against_engines, "openwork", openwork)
     monkeypatch.setattr(against_engines, "RESULTS", tmp_path)
+    monkeypatch.setattr(against_engines.ow.kernels, "vectors", lambda: SimpleNamespace(dot_product=True))
     against_engines.run("here", 1.0)
     kept = list(csv.DictReader((tmp_path / "engines-here.csv").open(newline="")))
     assert [row["op"] for row in kept] == [row.network for row in against_engines.ROWS if row.network != "resnet50"]
@@ -82,6 +84,10 @@ def test_what_is_run_is_kept_row_by_row(monkeypatch, tmp_path, capsys):
     against_engines.run("late", -1.0)
     assert len(ran) == 10
     assert capsys.readouterr().out.count("left out after 0 minutes: Row(network=") == 10
+    monkeypatch.setattr(against_engines.ow.kernels, "vectors", lambda: SimpleNamespace(dot_product=False))
+    against_engines.run("old", 1.0)
+    assert len(ran) == 18
+    assert capsys.readouterr().out.count("does not multiply bfloat16: Row(network=") == 2
     page = "<!-- engines here -->\nold\n<!-- end -->\n<!-- engines nowhere -->\n\n<!-- gpu masks -->\n\n<!-- end -->"
     with pytest.raises(FileNotFoundError, match="engines-nowhere"):
         against_engines.with_tables(page)

@@ -153,9 +153,6 @@ MADE = """
     def refuses(case):
         raise Refused("has no " + case.precision)
 
-    def fails(case):
-        raise KeyError("an error\\nof many lines")
-
     def dies(case):
         print("the last words", file=sys.stderr)
         os._exit(3)
@@ -191,15 +188,13 @@ def test_a_process_of_its_own(made):
     ("function", "said"),
     [
         ("refuses", "has no int8"),
-        ("fails", r"KeyError: 'an error\\nof many lines'"),
         ("dies", "its process ended with status 3: the last words"),
-        ("nowhere", "AttributeError: module 'made' has no attribute 'nowhere'"),
     ],
 )
 def test_what_a_process_cannot_is_told(made, function, said):
     with pytest.raises(Refused) as found:
         Worker(f"made:{function}", made)
-    assert said.replace("\\\\", "\\") in str(found.value)
+    assert said in str(found.value)
 
 
 @pytest.mark.slow
