@@ -29,6 +29,8 @@ class Worker:
     Raises Refused where it could not, or not within `seconds`. Use it in `with`, or `close` it."""
 
     def __init__(self, target: str, case: Case, seconds: float = 600.0):
+        if not sys.executable:
+            raise Refused("this Python has no interpreter to start another process with")
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (until close)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         environment |= {"OMP_NUM_THREADS": str(case.threads), "MKL_NUM_THREADS": str(case.threads)}

@@ -58,7 +58,7 @@ def other_engines(
                     found = medians(in_rounds({**turns, "": partial(timed, returned)}, seconds=1.0, rounds=3))
                 ours = found.pop("")
                 return OtherEngines(found, ours, {**missing, **worker.about["left out"]})
-    except (Refused, OSError) as error:
+    except (Refused, OSError, RuntimeError) as error:  # a full disk is one or the other
         reason = str(error) if isinstance(error, Refused) else first_line(error)
         return OtherEngines(left_out={**missing, names: reason})
 

@@ -29,13 +29,13 @@ class Net(nn.Module):
         self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
         self.second, self.head = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 8)
 
-    def forward(self, images: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, images: torch.Tensor, factor: torch.Tensor) -> dict[str, torch.Tensor]:
         x = torch.relu(self.norm(self.first(images)))
         x = x + self.second(x)
-        return {"logits": self.head(x.mean((2, 3))) * scale, "chosen": x.argmax(1)}
+        return {"logits": self.head(x.mean((2, 3))) * factor, "chosen": x.argmax(1)}
 
 
-EXAMPLE = {"scale": torch.tensor([[2.0], [1.0]]), "images": IMAGES}  # not in the order of the signature
+EXAMPLE = {"factor": torch.tensor([[2.0], [1.0]]), "images": IMAGES}  # not in the order of the signature
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     folder, model = tmp_path_factory.mktemp("case"), Net().eval()
     write_module(folder, model, EXAMPLE)
-    calibration = [EXAMPLE, {"scale": torch.ones(2, 1), "images": torch.randn(2, 3, 12, 12)}]
+    calibration = [EXAMPLE, {"factor": torch.ones(2, 1), "images": torch.randn(2, 3, 12, 12)}]
     write_program(folder, model, EXAMPLE, calibration)
     if importlib.util.find_spec("onnxscript"):
         onnx_files.write_onnx(Case(folder, "int8"))

@@ -96,12 +96,12 @@ def test_in_the_precision_of_the_weights(engine):
         assert {each.dtype for each in program.state_dict.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("error", [Refused("took longer than it was given"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("error", [Refused("it took too long"), OSError(28, "No space"), RuntimeError("disk")])
 def test_what_could_not_be_compared_is_told(engine, error):
     engine.takes = error
     fast = ow.deploy(net(), X, pattern="2:4")
     assert fast.deployment.engines.times == {}
-    assert f"not compared with OpenVINO: {error}" in str(fast.deployment).replace("OSError: ", "")
+    assert f"not compared with OpenVINO: {error}" in str(fast.deployment).replace(f"{type(error).__name__}: ", "")
 
 
 def test_a_network_that_cannot_be_exported_is_deployed_all_the_same(engine):
