@@ -142,7 +142,15 @@ Status linear(const Kernels& kernels, const GemmLinear& call) {
 //
 // The columns are the output pixels of all images, in order; the inputs are numbered kernel position by kernel position,
 // channels within. A tile of inputs for one panel of pixels is gathered from shifted rows of the images. What that costs,
-// the outputs share: where there are enough panels for all threads each gathers for itself, else all gather first.
+// the outputs share: where there are enough panels for all threads, or one thread, each gathers for itself, tile by tile;
+// else all gather first, unless that would come back from memory.
+constexpr int64_t kGatheredFirst = 4 << 20;  // bytes, at most
+
+bool few_panels(const GemmConv2d& c, int64_t panels) { return panels < 2 * c.threads; }
+int64_t gathered_first(const Kernels& kernels, const GemmConv2d& c, int64_t panels) {
+  const int64_t bytes = panels * up(c.weight.K, c.weight.m) * gemm_columns(kernels) * bytes_of_input(c.weight);
+  return c.threads > 1 && few_panels(c, panels) && bytes <= kGatheredFirst ? bytes : 0;
+}
 
 // Neighbouring pixels of one row of one output image, and where the first of them begins in the input.
 struct Run {
@@ -214,8 +222,9 @@ Status conv_of(const Kernels& kernels, const GemmConv2d& c) {
   std::atomic<bool> damaged{false};
   const int64_t columns = gemm_columns(kernels), pixels = c.outH * c.outW, all = c.N * pixels, panels = parts(all, columns);
   const int64_t inputs = up(w.K, w.m), outputs = w.O / c.groups, many = c.groups * panels;
-  const bool together = many < 2 * c.threads;  // all gather first
-  const int64_t block = together ? outputs_of_task(outputs, many) : 512, blocks = parts(outputs, block);
+  const bool together = gathered_first(kernels, c, many);
+  const int64_t share = lesser(512, parts(outputs, few_panels(c, many) ? c.threads : 1));
+  const int64_t block = together ? outputs_of_task(outputs, many) : share, blocks = parts(outputs, block);
   Input* gathered = (Input*)c.scratch;
   if (together)
     parallel_for(many * parts(inputs, w.tile), 1, [&](int64_t first, int64_t last) {
@@ -265,8 +274,8 @@ OPENWORK_API int32_t openwork_gemm_linear(const Kernels* kernels, const GemmLine
 
 OPENWORK_API int64_t openwork_gemm_conv2d_scratch(const Kernels* kernels, const GemmConv2d* c) {
   const int64_t columns = gemm_columns(*kernels), panels = c->groups * parts(c->N * c->outH * c->outW, columns);
-  if (panels >= 2 * c->threads) return 0;
-  return panels * up(c->weight.K, c->weight.m) * columns * bytes_of_input(c->weight) + kReach;
+  const int64_t bytes = gathered_first(*kernels, *c, panels);
+  return bytes ? bytes + kReach : 0;
 }
 
 OPENWORK_API int32_t openwork_gemm_conv2d(const Kernels* kernels, const GemmConv2d* call) {

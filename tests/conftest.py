@@ -31,6 +31,13 @@ def seeds():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """torch counts what all tests of a process compile against its limit of recompilations."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def openwork_data():
     """The folder with the data sets."""

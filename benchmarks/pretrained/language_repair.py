@@ -30,7 +30,7 @@ _SCORE_EVERY = 40
 
 @dataclass(frozen=True)
 class Settings:
-    """`steps` of `batch` windows; `lr`, its highest; `features`, `labels`: see the loss."""
+    """`steps` of `batch` windows of these `texts`; `lr`, the highest of all; `features`, `labels`: see the loss."""
 
     steps: int
     lr: float
@@ -38,6 +38,7 @@ class Settings:
     features: float
     labels: float
     seed: int
+    texts: list[str]
 
     def lr_at(self, step: int) -> float:
         return self.lr * min(1.0, (step + 1) / _WARM_UP, (self.steps - step) / (_FALLING * self.steps))

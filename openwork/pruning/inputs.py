@@ -197,21 +197,41 @@ def _of_experts(arguments: Sequence[Any], view: Tensor) -> tuple[Place, Samples]
 def _convolution(arguments: Sequence[Any], weight: Tensor) -> tuple[Place, Samples]:
     """A convolution of any number of dims: one matrix of all taps, columns (tap, channel), for each of its groups; or,
     where that is too wide, and where it is transposed, one for each tap."""
-    data, _, _, stride, padding, dilation, transposed, _, groups = arguments[:9]
+    data, _, _, stride, padding, dilation, transposed, added, groups = arguments[:9]
     split = weight.unflatten(0, (groups, -1))
     taps = list(range(3, split.ndim))
     kernel = weight.shape[2:]
     channels = data.unflatten(1, (groups, -1))
-    stride, padding, dilation = ([*each] * (len(kernel) // len(each)) for each in (stride, padding, dilation))
-    if transposed:  # (g, C, R, *taps); every tap meets every place of the input
-        place = _place(split.permute(*taps, 0, 2, 1), batched=len(taps) + 1)
-        rows = channels.movedim(1, 0).movedim(2, -1).flatten(1, -2)
-        return place, ((slice(i * len(rows), (i + 1) * len(rows)), rows) for i in range(math.prod(kernel)))
+    numbers = ([*each] * (len(kernel) // len(each)) for each in (stride, padding, dilation, added))
+    stride, padding, dilation, added = numbers
+    if transposed:  # (g, C, R, *taps)
+        sizes = zip(data.shape[2:], kernel, stride, padding, dilation, added, strict=True)
+        met = [_met_by_taps(*each) for each in sizes]
+        return _place(split.permute(*taps, 0, 2, 1), batched=len(taps) + 1), _by_tap_transposed(channels, met)
     windows = _windows(channels, kernel, stride, padding, dilation)
     if weight.shape[1] * math.prod(kernel) <= _WHOLE:
         place = _place(split.permute(0, 1, *taps, 2), batched=1, summed=len(taps) + 1)
         return place, _unfolded(windows, len(kernel))
     return _place(split.permute(*taps, 0, 1, 2), batched=len(taps) + 1), _by_tap(windows, kernel)
+
+
+def _met_by_taps(size: int, taps: int, stride: int, padding: int, dilation: int, added: int) -> list[slice]:
+    """The places of the input that each tap of a transposed convolution brings to the output: what it brings beyond the
+    output's ends is cropped.
+
+    >>> _met_by_taps(4, 3, 2, 1, 1, 0)  # an output of 7: the first tap begins one before it
+    [slice(1, 4, None), slice(0, 4, None), slice(0, 3, None)]
+    """
+    last = (size - 1) * stride - 2 * padding + dilation * (taps - 1) + added
+    shifts = [padding - tap * dilation for tap in range(taps)]
+    return [slice(max(0, -(-s // stride)), max(0, min(size, (last + s) // stride + 1))) for s in shifts]
+
+
+def _by_tap_transposed(channels: Tensor, met: Sequence[Sequence[slice]]) -> Samples:
+    """One tap at a time, (N, g, C, *input) -> (g, S, C), what `met` says of each dim."""
+    for i, places in enumerate(itertools.product(*met)):
+        each = channels[(..., *places)].movedim(1, 0).movedim(2, -1).flatten(1, -2)
+        yield slice(i * len(each), (i + 1) * len(each)), each
 
 
 def _windows(

@@ -6,7 +6,6 @@ import csv
 import importlib.util
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -60,6 +59,14 @@ def test_a_line_has_the_faster_way_of_each_pattern():
     ]
 
 
+def test_which_processors_multiply_bfloat16(tmp_path):
+    (tmp_path / "cpuinfo").write_text("flags : avx512_vnni avx512_bf16 f16c")
+    assert against_engines.multiplies_bfloat16(tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text("flags : avx512_vnni f16c")
+    assert not against_engines.multiplies_bfloat16(tmp_path / "cpuinfo")
+    assert against_engines.multiplies_bfloat16(tmp_path / "none")
+
+
 def test_what_is_run_is_kept_row_by_row(monkeypatch, tmp_path, capsys):
     ran = []
 
@@ -76,7 +83,7 @@ def test_what_is_run_is_kept_row_by_row(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(against_engines, "openwork", openwork)
     monkeypatch.setattr(against_engines, "RESULTS", tmp_path)
-    monkeypatch.setattr(against_engines.ow.kernels, "vectors", lambda: SimpleNamespace(dot_product=True))
+    monkeypatch.setattr(against_engines, "multiplies_bfloat16", lambda: True)
     against_engines.run("here", 1.0)
     kept = list(csv.DictReader((tmp_path / "engines-here.csv").open(newline="")))
     assert [row["op"] for row in kept] == [row.network for row in against_engines.ROWS if row.network != "resnet50"]
@@ -84,7 +91,7 @@ def test_what_is_run_is_kept_row_by_row(monkeypatch, tmp_path, capsys):
     against_engines.run("late", -1.0)
     assert len(ran) == 10
     assert capsys.readouterr().out.count("left out after 0 minutes: Row(network=") == 10
-    monkeypatch.setattr(against_engines.ow.kernels, "vectors", lambda: SimpleNamespace(dot_product=False))
+    monkeypatch.setattr(against_engines, "multiplies_bfloat16", lambda: False)
     against_engines.run("old", 1.0)
     assert len(ran) == 18
     assert capsys.readouterr().out.count("does not multiply bfloat16: Row(network=") == 2

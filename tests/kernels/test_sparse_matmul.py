@@ -371,20 +371,36 @@ def test_convolution_is_the_dense_one(
 
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_large_and_small_images_on_several_threads(isa: str, dtype: torch.dtype, threads: int) -> None:
-    """Where panels are few all threads gather first, where they are many each gathers for itself."""
+@pytest.mark.parametrize(("channels", "size"), [(12, 3), (12, 40), (2080, 3)])
+def test_few_and_many_panels_on_several_threads(
+    isa: str, dtype: torch.dtype, threads: int, channels: int, size: int
+) -> None:
+    """Where panels are few all threads gather first; where they are many, or inputs too, each gathers for itself."""
     generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
-    weight = sparse((24, 12, 3, 3), Pattern(2, 4), generator)
-    layout = packed_conv(weight, Pattern(2, 4), dtype)
+    layout = packed_conv(sparse((8, channels, 3, 3), Pattern(2, 4), generator), Pattern(2, 4), dtype)
+    x = torch.randn(2, channels, size, size, generator=generator)
+    given = (x, layout.tensors(), None, layout.integers, [3, 3, 1, 1, 1, 1, 1, 1, 1], False)
     torch.set_num_threads(threads)
     try:
-        for size in (3, 40):
-            x = torch.randn(2, 12, size, size, generator=generator)
-            given = (x, layout.tensors(), None, layout.integers, [3, 3, 1, 1, 1, 1, 1, 1, 1], False)
-            y, expected = ops.gemm_conv2d(*given), reference.conv2d(Gemm, *given)
-            assert torch.allclose(y, expected, atol=1e-4)
+        y, expected = ops.gemm_conv2d(*given), reference.conv2d(Gemm, *given)
     finally:
         torch.set_num_threads(before)
+    assert torch.allclose(y, expected, atol=1e-5 * expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+def test_images_one_pixel_wide_are_as_those_one_pixel_high(isa: str, dtype: torch.dtype) -> None:
+    """Sound and other series in Conv2d: the kernel reads neighbours, whichever dim they lie along."""
+    generator = torch.Generator().manual_seed(0)
+    layout = packed_conv(sparse((9, 8, 5, 1), Pattern(1, 4), generator), Pattern(1, 4), dtype)
+    x = torch.randn(2, 8, 150, 1, generator=generator)
+    high = [5, 1], [2, 1], [3, 0], [4, 1]
+    wide = tuple(pair[::-1] for pair in high)
+    y = conv(x, layout, None, *high, 1, False)
+    assert y.shape == (2, 9, 70, 1)
+    assert torch.equal(y, conv(x.transpose(2, 3).contiguous(), layout, None, *wide, 1, False).transpose(2, 3))
+    given = (x, layout.tensors(), None, layout.integers, [number for pair in high for number in pair] + [1], False)
+    assert torch.allclose(y, reference.conv2d(Gemm, *given), atol=1e-4)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

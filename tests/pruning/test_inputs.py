@@ -69,6 +69,8 @@ LAYERS = [
     _layer(nn.Conv2d(8, 12, 3, stride=(2,)), 5, 8, 9, 8),  # type: ignore[arg-type]
     _layer(nn.ConvTranspose2d(8, 12, 2, stride=2), 5, 8, 6, 7),
     _layer(nn.ConvTranspose2d(16, 12, 2, stride=3, groups=2), 5, 16, 6, 7),
+    _layer(nn.ConvTranspose2d(8, 12, 3, stride=(3, 4), padding=(1, 0), output_padding=(2, 3)), 3, 8, 2, 3),
+    _layer(nn.ConvTranspose1d(8, 12, 2, stride=4, padding=2, dilation=3), 30, 8, 2),
     _layer(Experts(), 4, 50, 16, axis={"weight": 1}),
     _layer(Grouped(), 200, 16, axis={"weight": 1}),
     _layer(OneByOne(), 160, 16, axis={"weight": 1}),
