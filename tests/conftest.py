@@ -20,6 +20,7 @@ from openwork.utils.torchvision_compat import prepare_torchvision
 sys.path.insert(0, str(Path(__file__).parent))
 
 torch.set_num_threads(1)
+os.environ["OPENWORK_NO_ENGINES"] = "1"  # `deploy` would start a process each time; what tests it deletes this
 prepare_torchvision()  # transformers, lightning and timm import it in many tests
 
 

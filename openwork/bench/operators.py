@@ -152,7 +152,7 @@ def _packed(
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight = nn.Parameter(sparse, requires_grad=False)
     made = pack_layer(layer, pattern, kind, weight_dtype)
-    return partial(made, x.to(kind.multiplies(weight_dtype)[0])), made.packed.nbytes
+    return partial(made, x.to(made.dtype)), made.packed.nbytes
 
 
 def layers_alternating(seconds: float, pattern: Pattern = Pattern(2, 4)) -> dict[str, float]:

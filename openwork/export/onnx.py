@@ -28,14 +28,14 @@ from openwork.export.check import (
     dense_names,
 )
 from openwork.export.linear import LinearAs
-from openwork.export.outputs import arguments, check_equal, folded, outputs
+from openwork.export.outputs import check_equal, folded, outputs
 from openwork.files.model_state import Placed, masked_by_name, patterns
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
 from openwork.training.selection import PatternChoice, Selection
 from openwork.utils.atomic import atomic_file, sync
 from openwork.utils.deployed import check_not_deployed
-from openwork.utils.example import quiet
+from openwork.utils.example import arguments, quiet
 from openwork.utils.torch_private import decompositions, tree_leaves
 
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes; weights of larger models lie in a second file
