@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,14 +132,22 @@ class _Found:
 
 def _found(model: nn.Module, held: _Held) -> dict[str, _Found]:
     """What each weight is that its module still has, one after the other: no two of them are in memory at once."""
-    found = {}
-    for name, weight in _readable(model, held.patterns):
-        (pattern, axis), output_axis, weight = held.patterns[name], held.output_axes.get(name), values_of(weight)
-        counts = group_counts(weight, pattern, axis)
-        along_output = too_dense(weight, pattern, output_axis) if output_axis else ""
-        bits = weight.element_size() * 8
-        found[name] = _Found(tuple(weight.shape), bits, counts, counts.too_dense(pattern), along_output)
-    return found
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    found = {name: _found_of(modules, name, held) for name in held.patterns}
+    return {name: each for name, each in found.items() if each is not None}
+
+
+def _found_of(modules: Mapping[str, nn.Module], name: str, held: _Held) -> _Found | None:
+    """What a module gives when it reads a weight, computed now; None where it is gone."""
+    owner, _, tensor_name = name.rpartition(".")
+    weight = getattr(modules.get(owner), tensor_name, None)
+    if not isinstance(weight, Tensor):
+        return None
+    weight = values_of(weight.detach())
+    (pattern, axis), output_axis = held.patterns[name], held.output_axes.get(name)
+    counts = group_counts(weight, pattern, axis)
+    along_output = too_dense(weight, pattern, output_axis) if output_axis else ""
+    return _Found(tuple(weight.shape), weight.element_size() * 8, counts, counts.too_dense(pattern), along_output)
 
 
 def _held(model: nn.Module, pattern: Selection | PatternChoice | None, example: Any) -> _Held:
@@ -283,16 +291,6 @@ def tightest(weight: Tensor, axis: Axis) -> Pattern:
 
 def _denser(weight: Any, pattern: Pattern, axis: Axis) -> str:
     return too_dense(values_of(weight), pattern, axis)
-
-
-def _readable(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """What a module gives when it reads each weight, computed when it is asked for."""
-    modules = {plain_name(name): module for name, module in model.named_modules()}
-    for name in names:
-        owner, _, tensor_name = name.rpartition(".")
-        weight = getattr(modules.get(owner), tensor_name, None)
-        if isinstance(weight, Tensor):
-            yield name, weight.detach()
 
 
 def _dense_row(name: str, weight: Tensor, reason: str) -> Row:
