@@ -19,17 +19,15 @@ from typing import Any
 
 import torch
 
-from openwork.kernels.cpu.structs import (
-    Compressed,
-    DotProductCall,
-    GemmConv2d,
-    GemmLinear,
-    GemvCall,
-    Groups,
-    Slots,
-)
+from openwork.kernels.cpu.structs import Compressed as Compressed
+from openwork.kernels.cpu.structs import DotProductCall as DotProductCall
+from openwork.kernels.cpu.structs import GemmConv2d as GemmConv2d
+from openwork.kernels.cpu.structs import GemmLinear as GemmLinear
 from openwork.kernels.cpu.structs import GemmWeight as GemmWeight
+from openwork.kernels.cpu.structs import GemvCall as GemvCall
+from openwork.kernels.cpu.structs import Groups as Groups
 from openwork.kernels.cpu.structs import Pixels as Pixels
+from openwork.kernels.cpu.structs import Slots as Slots
 from openwork.layouts.layout import Vectors
 
 _ABI = 6
