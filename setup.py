@@ -52,7 +52,15 @@ ISAS = {
     "aarch64": {"neon": []},
 }
 MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-SOURCES = {"dispatch": [], "gemm": [], "gemv": [], "dot_product": [], "scalar": [], **ISAS.get(MACHINE, {})}
+SOURCES = {
+    "dispatch": [],
+    "gemm": [],
+    "gemv": [],
+    "dot_product": [],
+    "checksum": [],
+    "scalar": [],
+    **ISAS.get(MACHINE, {}),
+}
 
 
 class BuildNative(build_ext):

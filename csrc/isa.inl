@@ -5,6 +5,8 @@ namespace {
 
 #include "floats.inl"
 #include "masks.inl"
+#include "compress.inl"
+#include "counts.inl"
 #include "gemm.inl"
 #include "gemv.inl"
 #ifdef HAS_DOT_PRODUCT
@@ -18,7 +20,8 @@ constexpr auto quantize = nullptr;
 }  // namespace
 
 extern const Kernels ISA_TABLE;
-const Kernels ISA_TABLE = {ISA_NAME, kLanes, kGemmVectors, keep,     prune,     decay,   gemm, rows_within, gemv,
-                           pack,     dot_product, quantize, transpose, largest, peak, supported};
+const Kernels ISA_TABLE = {ISA_NAME, kLanes,   kGemmVectors, keep, prune,       decay, count_groups, retained, compress,
+                           slots,    expand,     gemm,     rows_within,  gemv, pack,        dot_product, quantize, transpose, largest,
+                           peak,     supported};
 
 }  // namespace openwork

@@ -96,6 +96,29 @@ struct DotProduct {
 constexpr int kDotProductBatch = 12;
 static inline int64_t dot_product_groups(const DotProduct& d) { return (d.batch + kDotProductBatch - 1) / kDotProductBatch; }
 
+// A weight as files hold it, one row of `length` weights after another, a last group filled up with zeros: of each group its
+// n slots, and a code that says where they are (compress.inl).
+struct Compressed {
+  void* weight;  // (rows, length); null where it is only checked
+  void* values;  // (rows, groups in a row, n)
+  uint8_t* indices;
+  int64_t rows, length;
+  int32_t n, m, bytes;  // bytes: of one weight
+  int32_t pruned_as;    // the dtype of a weight that is pruned on the way; kAsItIs where it is not
+};
+constexpr int32_t kAsItIs = -1;
+
+// The slots of a weight as kernels hold them: tile by tile, in each row by row, the last group filled up with zeros. A slot
+// has a value and the place of its input in the tile, times `step`.
+struct Slots {
+  const void* weight;  // (rows, length)
+  void* values;
+  uint16_t* offsets;
+  int64_t rows, length, tile;  // tile: inputs, a multiple of m
+  uint64_t counted;            // the bits of a weight that make it other than 0
+  int32_t n, m, bytes, step, even;  // even: a row of a tile is filled up to an even number
+};
+
 // What the whole numbers of -127 to 127 that stand for some inputs are multiplied with, by the bits of the largest
 // magnitude. NaN where an input is; 1 where there is nothing but zeros, or next to nothing.
 static inline float scale_for(int32_t largest) {
@@ -129,6 +152,13 @@ struct Kernels {
   void (*prune)(const Groups&, int32_t dtype, const void* weight, void* out, int64_t first, int64_t last);
   void (*decay)(const Groups&, int32_t dtype, const void* weight, const void* gradient, void* out, float rate,
                 int64_t first, int64_t last);
+  // What is told of groups [first, last), see counts.inl.
+  void (*count_groups)(const Groups&, int32_t bytes, uint64_t counted, const void* weight, int64_t first, int64_t last, int64_t* to);
+  void (*retained)(const Groups&, int32_t dtype, const void* weight, int64_t first, int64_t last, double* sums);
+  // Groups [first, last) of a file's weight, `first` a multiple of 8: how many hold too many; whether they keep every rule.
+  int64_t (*compress)(const Compressed&, int64_t first, int64_t last);
+  int64_t (*slots)(const Slots&, int64_t first, int64_t last);  // rows: how many groups hold too many
+  bool (*expand)(const Compressed&, int64_t first, int64_t last);
   void (*gemm)(const GemmTile&, int32_t dtype);  // float32, bfloat16, int8
   // Whether offsets are multiples of `row`, a power of two, and none is above `last`.
   bool (*rows_within)(const uint16_t* offsets, int64_t count, uint16_t last, uint16_t row);

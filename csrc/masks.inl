@@ -375,35 +375,44 @@ void prune(const Groups& g, int32_t dtype, const void* weight, void* out, int64_
   else each_group(g, weight, (int16_t*)out + start, dtype, Pruned<int16_t>{}, first, last);
 }
 
-// bfloat16 goes by way of a mask of bytes, some groups at a time: its arithmetic is float32's.
-void decay_half(const Groups& g, const uint16_t* weight, const uint16_t* gradient, uint16_t* out, float rate,
-                int64_t first, int64_t last) {
-  constexpr int64_t kSome = 8192;
-  uint8_t mask[kSome];
-  const int64_t columns = g.inner < kSome / g.m ? g.inner : kSome / g.m, together = kSome / (g.m * g.inner);
-  const Bytes<int16_t> bytes;
-  const auto add = [=, &mask](int64_t at, int64_t from, int64_t weights) {
-    for (int64_t i = 0; i < weights; i++) {
-      const uint16_t decayed = to_bfloat16(from_bfloat16(weight[at + i]) * rate), term = decayed & (mask[from + i] - 1);
-      out[at + i] = to_bfloat16(from_bfloat16(gradient[at + i]) + from_bfloat16(term));
-    }
-  };
+// What a sink makes of groups [first, last), in a buffer, some weights at a time: done(at, from, weights) is called with
+// where a stretch of weights lies, and where in the buffer.
+constexpr int64_t kThroughBuffer = 4096;
+
+template <class Sink, class Done>
+void through_buffer(const Groups& g, const void* all, int32_t dtype, const Sink& sink, typename Sink::Out* buffer,
+                    int64_t first, int64_t last, const Done& done) {
+  const int64_t most = kThroughBuffer / g.m, columns = g.inner < most ? g.inner : most;
+  const int64_t together = kThroughBuffer / (g.m * g.inner);
   for (int64_t group = first; together && group < last; group += together) {
     const int64_t end = group + together < last ? group + together : last, at = start_of(g, group);
-    each_group(g, weight, mask, kBFloat16, bytes, group, end);
-    add(at, 0, start_of(g, end) - at);
+    each_group(g, all, buffer, dtype, sink, group, end);
+    done(at, 0, start_of(g, end) - at);
   }
+  typedef typename Sink::Weight T;
   for (int64_t group = first; !together && group < last; group++) {
     const int64_t at = start_of(g, group);
     const int members = int((start_of(g, group + 1) - at) / g.inner);
     for (int64_t r = 0; r < g.inner; r += columns) {
       const int64_t some = r + columns < g.inner ? columns : g.inner - r;
-      Scattered<Bytes<int16_t>> rest(bytes, int16_t(nan_key(kBFloat16)), g.n);
-      whole_block<Bytes<int16_t>>({(const int16_t*)weight + at + r, g.inner, members, some, mask, some}, rest);
+      Scattered<Sink> rest(sink, T(nan_key(dtype)), g.n);
+      whole_block<Sink>({(const T*)all + at + r, g.inner, members, some, buffer, some}, rest);
       rest.finish();
-      for (int i = 0; i < members; i++) add(at + i * g.inner + r, i * some, some);
+      for (int i = 0; i < members; i++) done(at + i * g.inner + r, i * some, some);
     }
   }
+}
+
+// bfloat16 goes by way of a mask of bytes: its arithmetic is float32's.
+void decay_half(const Groups& g, const uint16_t* weight, const uint16_t* gradient, uint16_t* out, float rate,
+                int64_t first, int64_t last) {
+  uint8_t mask[kThroughBuffer];
+  through_buffer(g, weight, kBFloat16, Bytes<int16_t>{}, mask, first, last, [=, &mask](int64_t at, int64_t from, int64_t weights) {
+    for (int64_t i = 0; i < weights; i++) {
+      const uint16_t decayed = to_bfloat16(from_bfloat16(weight[at + i]) * rate), term = decayed & (mask[from + i] - 1);
+      out[at + i] = to_bfloat16(from_bfloat16(gradient[at + i]) + from_bfloat16(term));
+    }
+  });
 }
 
 // float32 and bfloat16. `out` may be `gradient`.

@@ -21,6 +21,8 @@ struct Test {
 };
 
 const Test kTests[] = {{"masks", test_masks, 300},     {"transpose", test_transpose, 60},
+                       {"compress", test_compress, 400}, {"counts", test_counts, 300},
+                       {"retained", test_retained, 200},
                        {"gemm", test_gemm, 300},       {"gemv", test_gemv, 300},
                        {"linear", test_linear, 150},   {"dot_product", test_dot_product, 400},
                        {"quantize", test_quantize, 100}, {"convolution", test_conv, 400}};

@@ -80,6 +80,8 @@ float rounded(float value, const Float& f) {
 
 bool same(float a, float b) { return (std::isnan(a) && std::isnan(b)) || memcmp(&a, &b, 4) == 0; }
 
+}  // namespace
+
 Groups random_groups(Random& random) {
   Groups g{};
   g.m = int32_t(random.one_in(2) ? random.of<int64_t>({2, 4, 8, 16, 32, 64}) : random.from(1, 64));
@@ -89,8 +91,6 @@ Groups random_groups(Random& random) {
   g.length = random.one_in(2) ? g.m * random.from(1, g.inner > 1 ? 2 : 9) : random.from(1, 2 * g.m + 3);
   return g;
 }
-
-}  // namespace
 
 void test_masks(const Kernels& kernels, Random& random) {
   const Groups g = random_groups(random);

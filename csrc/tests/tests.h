@@ -22,9 +22,15 @@ OPENWORK_API int32_t openwork_quantize(const Kernels*, const float* x, int64_t N
 
 namespace openwork_tests {
 
+using openwork::Compressed;
 using openwork::Groups;
 
+Groups random_groups(Random& random);
+
 void test_masks(const Kernels& kernels, Random& random);
+void test_compress(const Kernels& kernels, Random& random);
+void test_counts(const Kernels& kernels, Random& random);
+void test_retained(const Kernels& kernels, Random& random);
 void test_transpose(const Kernels& kernels, Random& random);
 void test_gemm(const Kernels& kernels, Random& random);
 void test_gemv(const Kernels& kernels, Random& random);

@@ -107,21 +107,28 @@ def _contents(
     tensors: Mapping[str, Tensor], masked: Mapping[str, Masked], sparse: Mapping[str, Sparse]
 ) -> Iterator[tuple[str, Tensor]]:
     """Each tensor of the file, made when it is asked for. Raises NotSparse at the end, with every weight too dense."""
-    broken = {}
+    broken, packed = {}, None
     for name, tensor in tensors.items():
-        with torch.no_grad():
-            weight = masked[name].fold(tensor) if name in masked else tensor.detach()
+        weight = tensor.detach()
+        prune = name in masked and name in sparse and _pruned_alike(masked[name], weight, sparse[name])
+        if name in masked and not prune:
+            weight = masked[name].fold(tensor).detach()
         if name not in sparse:
             yield name, weight
             continue
         try:
-            packed = pack_weight(weight, sparse[name].pattern, sparse[name].axis)
+            packed = pack_weight(weight, sparse[name].pattern, sparse[name].axis, prune=prune, into=packed)
         except ValueError as error:
             broken[name] = str(error)
             continue
         yield from zip(sparse[name].parts, packed, strict=True)
     if broken:
         raise NotSparse(broken)
+
+
+def _pruned_alike(masked: Masked, weight: Tensor, sparse: Sparse) -> bool:
+    """Whether packing can prune on the way what the model would fold."""
+    return masked.folds_by_pruning(weight) and (masked.end.pattern, masked.end.axis) == (sparse.pattern, sparse.axis)
 
 
 def load_state_dict(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -142,7 +149,8 @@ def load(path: Path, into: Model) -> Model:
 
     `into` is a plain model, or a sparsified one, whose masks then agree with the file. Names, shapes and dtypes must
     be equal, and the whole file is read and checked before anything is written: after an error, or an interrupt from
-    the keyboard, the model is untouched, or has all of the file. Memory holds the file, and one tensor decompressed.
+    the keyboard, the model is untouched, or has all of the file. Memory holds the file, and of weights that are not
+    linear layers' one decompressed.
     """
     with local(path) as here, opened(here) as contents:
         inner = unwrap(into)
@@ -151,10 +159,10 @@ def load(path: Path, into: Model) -> Model:
         check_same(contents, targets, ties(targets, masked))
         contents = contents.in_memory()
         for name in contents.tensors:
-            check_fits(contents.names_of(name), contents.read(name), masked)
+            check_fits(name, contents, targets, masked)
         with without_interrupt():
             for name in contents.tensors:
-                fill(contents.names_of(name), contents.read(name), targets, masked)
+                fill(name, contents, targets, masked)
         return into
 
 
@@ -168,7 +176,7 @@ def check(path: Path) -> tuple[Entry, ...]:
     """`describe`, after reading every tensor: raises ValueError for any flaw that the format can show."""
     with local(path) as here, opened(here) as contents:
         for name in contents.tensors:
-            contents.read(name)
+            contents.check(name)
         return _entries(contents)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from openwork.files.header import CHECKSUMS, CODES, DTYPES, Stored
-from openwork.files.packing import PACKABLE, packed_shape, unpack_weight, uses_bitmask
+from openwork.files.packing import (
+    PACKABLE,
+    check_packed,
+    check_while_read,
+    packed_shape,
+    unpack_into,
+    unpack_weight,
+    unpacks_in_place,
+    uses_bitmask,
+)
 from openwork.files.strict_json import check_unicode, is_shape, is_text_mapping, strict_json
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
@@ -20,6 +29,10 @@ from openwork.nm.pattern import Pattern
 VERSION = 2  # what is written; 1 is the same without checksums, and is read
 KEY = "openwork"  # in the safetensors metadata; other keys are others' business
 VALUES, INDICES = ".values", ".indices"
+
+
+Fetch = Callable[[str, Callable[[Tensor, int], object] | None], Tensor]
+"""Reads a tensor of a file by name; see `container.read_tensor` for the rest."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,31 @@ class Sparse:
     def unpack(self, values: Tensor, indices: Tensor) -> Tensor:
         """The dense weight. Raises ValueError where the tensors break a rule."""
         return unpack_weight(values, indices, self.pattern, self.axis, self.shape)
+
+    def check(self, values: Tensor, indices: Tensor) -> None:
+        """Raise what `unpack` would."""
+        check_packed(values, indices, self.pattern, self.axis, self.shape)
+
+    def fetch_checked(self, fetch: Fetch) -> tuple[Tensor, ...]:
+        """The parts, looked at while they are read. Raises what `unpack` would."""
+        values, indices = self.parts
+        codes = fetch(indices, None)
+        seen, end = check_while_read(codes, self.pattern, self.axis, self.shape)
+        there = fetch(values, seen)
+        end(there)
+        return there, codes
+
+    def unpacks_in_place(self, weight: Tensor) -> bool:
+        """Whether `unpack_into` needs no memory beside the weight."""
+        return unpacks_in_place(weight, self.axis)
+
+    def unpack_into(self, weight: Tensor, values: Tensor, indices: Tensor) -> None:
+        """Write what `unpack` gives to a tensor of this shape and dtype."""
+        if not weight.is_cpu:
+            weight.copy_(self.unpack(values, indices))
+            return
+        unpack_into(weight, values, indices, self.pattern, self.axis)
+        weight.detach()[:0].zero_()  # for whoever asks autograd whether the tensor changed
 
 
 def check_little_endian() -> None:

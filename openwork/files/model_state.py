@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from openwork.files.header import CODES
 from openwork.files.reader import Contents
+from openwork.kernels.cpu.counts import too_dense
 from openwork.nm.groups import Axis
-from openwork.nm.masks import apply_mask, too_dense
+from openwork.nm.masks import apply_mask
 from openwork.nm.pattern import Pattern
 from openwork.training.masked import Masked
 from openwork.training.parametrize import plain_name, sparse_weights, weight_name
@@ -140,13 +141,22 @@ def check_same(contents: Contents, targets: Mapping[str, Tensor], tied: Mapping[
             raise ValueError(f"the model ties {name} to {first}, the file holds two tensors: untie them first")
 
 
-def check_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Masked]) -> None:
-    """Raise ValueError where the masks of a sparsified model would change a weight of the file."""
-    for name in names:
+def check_fits(first: str, contents: Contents, targets: Mapping[str, Tensor], masked: Mapping[str, Masked]) -> None:
+    """Raise ValueError where the masks of a sparsified model would change a tensor of the file, and MemoryError where
+    there is no room to unpack it."""
+    packed = contents.sparse.get(first)
+    placed = packed and (packed.pattern, packed.axis)
+    if packed and not all(packed.unpacks_in_place(targets[name]) for name in contents.names_of(first)):
+        contents.read(first)
+    for name in contents.names_of(first):
         masking = masked.get(name)
         if masking is None or not masking.method.ends_sparse:
             continue
         end = masking.end
+        itself = not masking.method.overrides("forward", "fold")
+        if itself and placed == (end.pattern, end.axis) and not end.output_axis:
+            continue  # it holds no more than the slots of that pattern
+        weight = contents.read(first)
         if problem := too_dense(weight, end.pattern, end.axis):
             raise ValueError(
                 f"{name}: {problem}, and the model was sparsified at {end.pattern}: load into a plain model, or "
@@ -157,7 +167,7 @@ def check_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Masked
                 f"{name} is {end.pattern} along its reduction axis but not along its output axis, and the model was "
                 "sparsified with transposable masks: load into a plain model, or sparsify with ow.SRSTE()"
             )
-        if masking.method.overrides("forward", "fold") and not _is_itself(weight, masking):
+        if not itself and not _is_itself(weight, masking):
             raise ValueError(
                 f"{name}: {masking.method} would multiply with something else than the finished weight of the file: "
                 "load into a plain model, or sparsify with ow.SRSTE()"
@@ -173,11 +183,11 @@ def _is_itself(weight: Tensor, masking: Masked) -> bool:
 
 
 @torch.no_grad()
-def fill(names: Sequence[str], weight: Tensor, targets: Mapping[str, Tensor], masked: Mapping[str, Masked]) -> None:
+def fill(first: str, contents: Contents, targets: Mapping[str, Tensor], masked: Mapping[str, Masked]) -> None:
     """Write a tensor where a model keeps it, under each of its names; what a mask stores is made anew, from the
     weight."""
-    for name in names:
-        targets[name].copy_(weight)
+    for name in contents.names_of(first):
+        contents.read_into(first, targets[name])
         if name in masked:
             masked[name].follow(targets[name])
 

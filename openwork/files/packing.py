@@ -14,13 +14,17 @@ bits where that is strictly smaller. The codes of all groups follow one another 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from openwork.kernels.cpu.compress import compress, expand
+from openwork.kernels.cpu.native import isa
 from openwork.nm.groups import Axis, from_rows, reduction_size, to_rows
 from openwork.nm.pattern import Pattern
+from openwork.ops import foreach_prune
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 PACKABLE = frozenset((*_FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
@@ -30,11 +34,20 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 14  # groups worked on at once, which bounds temporary memory; 8 of them end at a whole byte
 
 
-def pack_weight(weight: Tensor, pattern: Pattern, axis: Axis) -> tuple[Tensor, Tensor]:
+def pack_weight(
+    weight: Tensor,
+    pattern: Pattern,
+    axis: Axis,
+    *,
+    prune: bool = False,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Values (leading dims of `to_rows`, slots in a row) in the weight's dtype, and indices (bytes,) in uint8, on the
     CPU.
 
-    Raises ValueError where a group holds more than N weights whose bits are not all zero (-0.0 is such a weight).
+    `prune`: those of `openwork.ops.foreach_prune(weight)`, a float weight. `into`: tensors that this made before, whose
+    memory is used again where it fits. Raises ValueError where a group holds more than N weights whose bits are not all
+    zero (-0.0 is such a weight).
 
     >>> values, indices = pack_weight(torch.tensor([[0.0, 5.0, 0.0, 6.0, 7.0, 0.0, 0.0, 0.0]]), Pattern(2, 4), Axis(1))
     >>> values.tolist(), indices.tolist()  # 1 3, 0 1 in 2 bits each, low bits first: 0b01_00_11_01
@@ -42,6 +55,21 @@ def pack_weight(weight: Tensor, pattern: Pattern, axis: Axis) -> tuple[Tensor, T
     """
     if weight.dtype not in PACKABLE:
         raise TypeError(f"weight of {weight.dtype}; needed one of {', '.join(sorted(map(str, PACKABLE)))}")
+    values_shape, index_bytes = packed_shape(tuple(weight.shape), pattern, axis)
+    values, indices = into or (None, None)
+    if values is None or indices is None or (values.shape, values.dtype) != (values_shape, weight.dtype):
+        values, indices = torch.empty(values_shape, dtype=weight.dtype), torch.empty(index_bytes, dtype=torch.uint8)
+    rows = to_rows(weight.detach().cpu(), axis).contiguous()
+    crowded = compress(rows, values, indices, pattern, prune=prune)
+    if crowded is None:
+        return pack_reference(foreach_prune([weight.detach()], pattern, [axis])[0] if prune else weight, pattern, axis)
+    if crowded:
+        raise _too_full(crowded, rows.shape, pattern)
+    return values, indices
+
+
+def pack_reference(weight: Tensor, pattern: Pattern, axis: Axis) -> tuple[Tensor, Tensor]:
+    """`pack_weight` in numpy."""
     values_shape, index_bytes = packed_shape(tuple(weight.shape), pattern, axis)
     bits_GM = _groups(weight, pattern, axis)
     values_GN = np.empty((len(bits_GM), pattern.n), bits_GM.dtype)
@@ -58,11 +86,16 @@ def pack_weight(weight: Tensor, pattern: Pattern, axis: Axis) -> tuple[Tensor, T
             first = start * pattern.index_bits // 8
             indices[first : first + len(code)] = code
     if crowded:
-        raise ValueError(
-            f"{crowded} of {len(bits_GM)} groups hold more than {pattern.n} of {pattern.m} weights whose bits are not "
-            "all zero (-0.0 is such a weight); ow.project makes them fit, and makes pruned -0.0 into +0.0"
-        )
+        raise _too_full(crowded, bits_GM.shape, pattern)
     return torch.from_numpy(values_GN).view(weight.dtype).reshape(values_shape), torch.from_numpy(indices)
+
+
+def _too_full(crowded: int, rows: Sequence[int], pattern: Pattern) -> ValueError:
+    groups = math.prod(rows[:-1]) * -(-rows[-1] // pattern.m)
+    return ValueError(
+        f"{crowded} of {groups} groups hold more than {pattern.n} of {pattern.m} weights whose bits are not "
+        "all zero (-0.0 is such a weight); ow.project makes them fit, and makes pruned -0.0 into +0.0"
+    )
 
 
 def unpack_weight(values: Tensor, indices: Tensor, pattern: Pattern, axis: Axis, shape: tuple[int, ...]) -> Tensor:
@@ -74,6 +107,68 @@ def unpack_weight(values: Tensor, indices: Tensor, pattern: Pattern, axis: Axis,
     >>> unpack_weight(torch.tensor([[8.0]]), torch.tensor([2], dtype=torch.uint8), Pattern(1, 4), Axis(1), (1, 4))
     tensor([[0., 0., 8., 0.]])
     """
+    check_shapes(values, indices, pattern, axis, shape)
+    weight = torch.empty(shape, dtype=values.dtype)
+    unpack_into(weight, values, indices, pattern, axis)
+    return weight
+
+
+def check_packed(values: Tensor, indices: Tensor, pattern: Pattern, axis: Axis, shape: tuple[int, ...]) -> None:
+    """Raise what `unpack_weight` would, without making the weight."""
+    check_shapes(values, indices, pattern, axis, shape)
+    rows = (*values.shape[:-1], reduction_size(shape, axis))
+    if not expand(None, rows, values.cpu().contiguous(), indices.cpu().contiguous(), pattern):
+        unpack_reference(values, indices, pattern, axis, shape)
+
+
+def check_while_read(
+    indices: Tensor, pattern: Pattern, axis: Axis, shape: tuple[int, ...]
+) -> tuple[Callable[[Tensor, int], None], Callable[[Tensor], None]]:
+    """`check_packed` of values that come piece by piece: what to call with the values and how many bytes of them are
+    there, and at the end what raises."""
+    checked, sound = 0, True
+
+    def seen(values: Tensor, bytes_there: int) -> None:
+        nonlocal checked, sound
+        there = bytes_there // (pattern.n * values.itemsize)
+        stop = there if there * pattern.n == values.numel() else there // 8 * 8
+        rows = (*values.shape[:-1], reduction_size(shape, axis))
+        if sound and stop > checked:
+            sound = bool(expand(None, rows, values, indices, pattern, (checked, stop)))
+        checked = stop
+
+    def end(values: Tensor) -> None:
+        if not sound:
+            unpack_reference(values, indices, pattern, axis, shape)
+
+    return seen, end
+
+
+def unpack_into(weight: Tensor, values: Tensor, indices: Tensor, pattern: Pattern, axis: Axis) -> None:
+    """Write what `unpack_weight` gives into a tensor of that shape and dtype on the CPU, whatever its strides. Raises
+    as `unpack_weight` does; the tensor may be half written then. It does not raise autograd's version."""
+    bits, shape = integers(weight.detach()), tuple(weight.shape)
+    values, indices = values.cpu().contiguous(), indices.cpu().contiguous()
+    direct = unpacks_in_place(weight, axis)
+    rows = (
+        to_rows(bits, axis)
+        if direct
+        else torch.empty((*values.shape[:-1], reduction_size(shape, axis)), dtype=bits.dtype)
+    )
+    if not expand(rows, tuple(rows.shape), values, indices, pattern):
+        bits.copy_(integers(unpack_reference(values, indices, pattern, axis, shape)))
+    elif not direct:
+        bits.copy_(from_rows(rows, axis, shape))
+
+
+def unpacks_in_place(weight: Tensor, axis: Axis) -> bool:
+    """Whether `unpack_into` needs no memory beside the weight: its rows lie end to end."""
+    rows = to_rows(weight.detach(), axis)
+    return isa() is not None and weight.is_cpu and rows.is_contiguous() and rows.data_ptr() == weight.data_ptr()
+
+
+def check_shapes(values: Tensor, indices: Tensor, pattern: Pattern, axis: Axis, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless both tensors have the shapes and dtypes of the format."""
     values_shape, index_bytes = packed_shape(shape, pattern, axis)
     if values.dtype not in PACKABLE or tuple(values.shape) != values_shape:
         problem = f"values are {values.dtype} {tuple(values.shape)}"
@@ -81,7 +176,12 @@ def unpack_weight(values: Tensor, indices: Tensor, pattern: Pattern, axis: Axis,
     if indices.dtype != torch.uint8 or tuple(indices.shape) != (index_bytes,):
         problem = f"indices are {indices.dtype} {tuple(indices.shape)}"
         raise ValueError(f"{problem}; a weight of shape {shape} at {pattern} has uint8 ({index_bytes},)")
-    K = reduction_size(shape, axis)
+
+
+def unpack_reference(values: Tensor, indices: Tensor, pattern: Pattern, axis: Axis, shape: tuple[int, ...]) -> Tensor:
+    """`unpack_weight` in numpy, of tensors that have the right shapes. The native library only says that something is
+    wrong; this says what."""
+    K, values_shape = reduction_size(shape, axis), tuple(values.shape)
     values_GN = integers(values.cpu().contiguous()).reshape(-1, pattern.n).numpy()
     bits_GM = np.zeros((len(values_GN), pattern.m), values_GN.dtype)
     _fill(bits_GM, values_GN, indices.cpu().contiguous().numpy(), pattern)

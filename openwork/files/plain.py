@@ -22,7 +22,7 @@ def opened_plain(path: str | os.PathLike[str]) -> Iterator[Contents]:
     with open_files(path, plain_files(path)) as files:
         _, places = joined(files)
         stored = {name: tensor for name, (_, tensor) in places.items()}
-        yield Contents(stored, {}, {}, lambda name: fetched(places, name))
+        yield Contents(stored, {}, {}, lambda name, seen: fetched(places, name, seen))
 
 
 def plain_files(path: str | os.PathLike[str]) -> list[Path]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from openwork.files.container import read_tensor
 from openwork.files.foreign.compressed_tensors import Bitmask, bitmasks
-from openwork.files.format import KEY, Sparse, check_little_endian, described
+from openwork.files.format import KEY, Fetch, Sparse, check_little_endian, described
 from openwork.files.header import Stored, read_header
 from openwork.utils.atomic import open_plain
 
@@ -23,12 +23,16 @@ FILE = "model.openwork.safetensors"  # the compressed file in a folder of other 
 @dataclass(frozen=True)
 class Contents:
     """An open model: its tensors by name, those of `sparse` compressed, and `aliases` (another name -> the first).
-    `fetch` reads one of `stored` as it lies there."""
+    `fetch_piecewise` reads one of `stored`."""
 
     stored: Mapping[str, Stored]
     sparse: Mapping[str, Sparse | Bitmask]
     aliases: Mapping[str, str]
-    fetch: Callable[[str], Tensor]
+    fetch_piecewise: Fetch
+
+    def fetch(self, name: str) -> Tensor:
+        """One of `stored` as it lies there."""
+        return self.fetch_piecewise(name, None)
 
     @property
     def tensors(self) -> dict[str, Stored | Sparse | Bitmask]:
@@ -41,19 +45,47 @@ class Contents:
         return (name, *(alias for alias, first in self.aliases.items() if first == name))
 
     def in_memory(self) -> Contents:
-        """The same, read already: what happens to the file from now on changes nothing."""
-        return replace(self, fetch={name: self.fetch(name) for name in self.stored}.__getitem__)
+        """The same, read and checked already: what happens to the file from now on changes nothing."""
+        there: dict[str, Tensor] = {}
+        for name, weight in self.sparse.items():
+            with _naming(name):
+                there |= zip(weight.parts, weight.fetch_checked(self.fetch_piecewise), strict=True)
+        there |= {name: self.fetch(name) for name in self.stored if name not in there}
+        return replace(self, fetch_piecewise=lambda name, _: there[name])
 
     def read(self, name: str) -> Tensor:
         """One tensor of the model, dense, on the CPU. Raises ValueError where the file is damaged."""
         name = self.aliases.get(name, name)
         if name not in self.sparse:
             return self.fetch(name)
-        weight = self.sparse[name]
-        try:
-            return weight.unpack(*map(self.fetch, weight.parts))
-        except ValueError as error:
-            raise ValueError(f"weight {name!r}: {error}") from error
+        with _naming(name):
+            return self.sparse[name].unpack(*map(self.fetch, self.sparse[name].parts))
+
+    def check(self, name: str) -> None:
+        """Raise what `read` would, without making a dense weight."""
+        name = self.aliases.get(name, name)
+        if name not in self.sparse:
+            self.fetch(name)
+            return
+        with _naming(name):
+            self.sparse[name].check(*map(self.fetch, self.sparse[name].parts))
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Write what `read` gives to a tensor of its shape and dtype."""
+        name = self.aliases.get(name, name)
+        if name not in self.sparse:
+            target.copy_(self.fetch(name))
+            return
+        with _naming(name):
+            self.sparse[name].unpack_into(target, *map(self.fetch, self.sparse[name].parts))
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"weight {name!r}: {error}") from error
 
 
 @contextmanager
@@ -95,7 +127,7 @@ def _contents(files: Sequence[BinaryIO]) -> Contents:
     aliases: dict[str, str] = {}
     if not sparse:
         sparse, aliases = described(texts, stored)
-    contents = Contents(stored, sparse, aliases, lambda name: fetched(places, name))
+    contents = Contents(stored, sparse, aliases, lambda name, seen: fetched(places, name, seen))
     _check_distinct(contents)
     return contents
 
@@ -113,10 +145,12 @@ def joined(files: Sequence[BinaryIO]) -> tuple[dict[str, str], dict[str, tuple[B
     return texts, places
 
 
-def fetched(places: Mapping[str, tuple[BinaryIO, Stored]], name: str) -> Tensor:
+def fetched(
+    places: Mapping[str, tuple[BinaryIO, Stored]], name: str, seen: Callable[[Tensor, int], object] | None
+) -> Tensor:
     """A tensor as it lies in a file; errors name it."""
     try:
-        return read_tensor(*places[name])
+        return read_tensor(*places[name], *([seen] if seen else []))
     except ValueError as error:
         raise ValueError(f"tensor {name!r}: {error}") from error
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from openwork.files.reader import Contents
+from openwork.kernels.cpu.counts import too_dense
 from openwork.nm.groups import Axis, reduction_size
-from openwork.nm.masks import too_dense
 from openwork.nm.pattern import Pattern
 from openwork.training.select import HELD
 from openwork.training.selection import matches

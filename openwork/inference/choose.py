@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,10 +17,10 @@ from openwork.inference.geometry import form_of, is_known
 from openwork.inference.layers import Packed as Packed
 from openwork.inference.layers import pack_layer
 from openwork.inference.plan import MARGIN, LayerTiming
+from openwork.kernels.cpu.counts import too_dense
 from openwork.kernels.cpu.onednn import prepacked_linear
 from openwork.layouts.layout import KernelRefused, Kind, Request, kinds_on, refusal_of
 from openwork.nm.groups import Axis
-from openwork.nm.masks import too_dense
 from openwork.nm.pattern import Pattern
 from openwork.utils.example import run
 from openwork.utils.timing import clock
@@ -86,7 +87,7 @@ def request_of(
         return f"its inputs are {', '.join(sorted(others))}, its weight {weight.dtype}"
     rows = max(x.numel() // x.shape[-1] for x in inputs)
     kept = weight.to(weight_dtype) if weight_dtype in (torch.float16, torch.bfloat16) else weight  # it may overflow
-    finite = bool(kept.isfinite().all())
+    finite = math.isfinite(sum(map(float, kept.aminmax())))  # one pass; NaN is both the least and the largest
     return Request(pattern, weight.dtype, weight_dtype, weight.device, kernels.vectors(), form.conv, rows, finite)
 
 

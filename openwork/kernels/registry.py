@@ -27,6 +27,7 @@ KERNELS: dict[tuple[str, str], str] = {
     ("foreach_mask", "CPU"): f"{_CPU}.masks:foreach_mask",
     ("foreach_prune", "CPU"): f"{_CPU}.masks:foreach_prune",
     ("foreach_decay", "CPU"): f"{_CPU}.masks:foreach_decay",
+    ("slots", "CPU"): f"{_CPU}.slots:slots",
     ("gemm_linear", "CPU"): f"{_CPU}.linear:gemm_linear",
     ("gemv_linear", "CPU"): f"{_CPU}.linear:gemv_linear",
     ("dot_product_linear", "CPU"): f"{_CPU}.linear:dot_product_linear",

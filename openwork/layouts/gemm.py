@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openwork.layouts import cpu
 from openwork.layouts.conv import ConvGeometry
-from openwork.layouts.layout import Layout, Request, Vectors, check_packable, parts, register_kind
+from openwork.layouts.layout import Layout, Request, Vectors, check_packable, register_kind
 from openwork.nm.pattern import Pattern
 
 _CACHE = 20 * 1024  # bytes of input that a tile may take of the first-level cache, of which 32 KiB are the smallest
@@ -62,20 +62,8 @@ class Gemm(Layout):
         check_packable(weight, cls.weight_dtypes)
         (O, K), columns, int8 = weight.shape, vectors.columns, weight.dtype == torch.int8
         tile, row = tile_of(weight.dtype, pattern, columns), columns * _input_bytes(int8)
-        inputs = torch.arange(-(-K // pattern.m) * pattern.m, device=weight.device)
-        tiles = [slots_of(len(some), pattern, int8) for some in inputs.split(tile)]
-        total = O * sum(stored for _, stored in tiles)
-        values = weight.new_zeros(total, dtype=torch.int16 if int8 else weight.dtype)
-        offsets = torch.zeros(total + 1, dtype=torch.int16, device=weight.device)
-        for first, part, keep in parts(weight, pattern, -K % pattern.m):
-            at, outputs = 0, slice(first, first + len(part))
-            for some, kept, (count, stored) in zip(part.split(tile, 1), keep.split(tile, 1), tiles, strict=True):
-                place = slice(at, at + O * stored)
-                values[place].view(O, stored)[outputs, :count] = some[kept].view(-1, count).to(values.dtype)
-                offset = inputs[: some.shape[1]] * row
-                wrapped = torch.where(offset < 2**15, offset, offset - 2**16).to(torch.int16)
-                offsets[place].view(O, stored)[outputs, :count] = wrapped.expand_as(kept)[kept].view(-1, count)
-                at += O * stored
+        wide = weight.to(torch.int16) if int8 else weight
+        values, offsets = torch.ops.openwork.slots.default(wide, pattern.n, pattern.m, tile, row, int8)
         numbers = GemmNumbers(pattern.n, pattern.m, tile, columns, O, K)
         return cls({"values": values, "offsets": offsets, "scales": scales}, numbers)
 

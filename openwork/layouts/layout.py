@@ -237,7 +237,7 @@ def parts(weight: Tensor, pattern: Pattern, more: int, lanes: int = 1) -> Iterat
     together = max(1, _PART // (lanes * weight.shape[1])) * lanes
     for first, part in enumerate(weight.split(together)):
         padded = F.pad(part, (0, more, 0, -len(part) % lanes))
-        keep = magnitude_mask(padded.float().abs() if weight.dtype == torch.int8 else padded.abs(), pattern, Axis(1))
+        keep = magnitude_mask(padded.abs() if weight.is_floating_point() else padded.float().abs(), pattern, Axis(1))
         if bool((padded != 0).logical_and_(~keep).any()):
             problem = too_dense(weight, pattern, Axis(1))
             raise ValueError(f"the weight {tuple(weight.shape)} is not {pattern}: {problem}")

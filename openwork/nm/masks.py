@@ -8,6 +8,9 @@ kept when fewer than N others in its group beat it. It is what training uses.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -142,11 +145,57 @@ def too_dense(weight: Tensor, pattern: Pattern, axis: Axis) -> str:
     >>> too_dense(torch.tensor([[1.0, 2.0, 3.0, 0.0]]), Pattern(2, 4), Axis(1))
     '1 of 1 groups hold more than 2 of 4 (the worst 3)'
     """
+    return group_counts(weight, pattern, axis).too_dense(pattern)
+
+
+@dataclass(frozen=True)
+class GroupCounts:
+    """How full the groups of a weight are: how many weights are not zero, in how many groups; in how many of these more
+    than N; and the most in one."""
+
+    nonzero: int
+    groups: int
+    crowded: int
+    most: int
+
+    def too_dense(self, pattern: Pattern) -> str:
+        """Why such a weight is not N:M; empty where it is."""
+        if not self.crowded:
+            return ""
+        what = f"{self.crowded} of {self.groups} groups hold more than {pattern.n} of {pattern.m}"
+        return f"{what} (the worst {self.most})"
+
+
+def group_counts(weight: Tensor, pattern: Pattern, axis: Axis) -> GroupCounts:
+    """How full the groups of a weight are; a short last group counts too.
+
+    >>> group_counts(torch.tensor([[1.0, 0.0, 2.0, 0.0, 5.0, 6.0]]), Pattern(1, 4), Axis(1))
+    GroupCounts(nonzero=4, groups=2, crowded=2, most=2)
+    """
     kept = kept_per_group(weight, pattern, axis)
-    wrong = int((kept > pattern.n).sum())
-    if not wrong:
-        return ""
-    return f"{wrong} of {kept.numel()} groups hold more than {pattern.n} of {pattern.m} (the worst {int(kept.max())})"
+    if not kept.numel():
+        return GroupCounts(0, 0, 0, 0)
+    return GroupCounts(int(kept.sum()), kept.numel(), int((kept > pattern.n).sum()), int(kept.max()))
+
+
+def retained_share(weight: Tensor, mask: Tensor) -> float:
+    """The kept share of the sum of squared weights; NaN on the meta device.
+
+    >>> retained_share(torch.tensor([1.0, 3.0]), torch.tensor([False, True]))
+    0.9
+    """
+    if weight.is_meta:
+        return math.nan
+    sums = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    largest = weight.abs().amax().clamp(min=torch.finfo(weight.dtype).tiny) if weight.dtype == torch.float64 else 1.0
+    rows = (
+        max(1, _PART * len(weight) // max(1, weight.numel())) if weight.ndim and sums.is_cpu else max(1, weight.numel())
+    )
+    for part, part_mask in zip(weight.split(rows), mask.split(rows), strict=True) if weight.ndim else [(weight, mask)]:
+        squares = (part.double() / largest).square()
+        sums += torch.stack([apply_mask(squares, part_mask).sum(), squares.sum()])
+    kept, everything = sums.tolist()
+    return kept / everything if everything else 1.0
 
 
 def _differentiated(weight: Tensor) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openwork.nm.masks import apply_mask, too_dense
+from openwork.nm.masks import apply_mask, retained_share, too_dense
 from openwork.pruning.inputs import Part
 from openwork.pruning.magnitude import Magnitude
 from openwork.pruning.refit import GivenMask
@@ -20,7 +20,7 @@ from openwork.pruning.report import PrunedWeight
 from openwork.pruning.solver import Groups, Solver, diagonal, energy
 from openwork.pruning.wanda import Wanda
 from openwork.training.select import Candidate
-from openwork.training.sparsify import magnitude_mask, retained_share
+from openwork.training.sparsify import magnitude_mask
 
 _FEW = 4  # a matrix of K columns with fewer than K / 4 samples is not compensated: they say too little
 _MOST_DAMPING = 1.0

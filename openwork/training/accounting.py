@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openwork.kernels.cpu.counts import too_dense
 from openwork.nm.groups import Axis, reduction_size, to_rows
-from openwork.nm.masks import too_dense
 from openwork.nm.pattern import Pattern
 from openwork.training.dtensor import full_tensor
 from openwork.training.matmul_trace import Multiplied, Operand, storage_key

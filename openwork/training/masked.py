@@ -21,6 +21,7 @@ from openwork.methods.autograd import masked, straight_through
 from openwork.methods.method import State
 from openwork.nm.masks import apply_mask
 from openwork.nm.pattern import Pattern
+from openwork.ops import foreach_prune
 from openwork.training.dtensor import by_groups, check_whole_groups, differ, elementwise, full_tensor, placed_like
 from openwork.training.forward_cache import ForwardCache
 from openwork.utils.torch_private import is_traced, untraced
@@ -144,6 +145,16 @@ class Masked(nn.Module):
             return self.mask_of(weight)
         return self.ranked(weight.detach().to(self.seen_dtype), self.end)
 
+    def folds_by_pruning(self, weight: Tensor) -> bool:
+        """Whether `fold` leaves the N largest magnitudes of each group and nothing else, so that who reads the weight
+        can do it on the way."""
+        return self.method.ends_sparse and not self.method.overrides("forward", "fold") and self.keeps_largest(weight)
+
+    def keeps_largest(self, weight: Tensor) -> bool:
+        """Whether `mask_at_end` is that of the largest magnitudes, along one axis, of a weight of the CPU."""
+        ranked = self._ranks_by_magnitude and self.mask is None and self.end.output_axis is None
+        return ranked and self.seen_dtype == weight.dtype and type(weight) is Tensor and weight.is_cpu
+
     @torch.no_grad()
     def choose_mask(self, weight: Tensor) -> None:
         """Store the mask that `weight` has now, in place, so that compiled graphs find it. Weights that are spread over
@@ -231,6 +242,8 @@ class Masked(nn.Module):
             return weight
         if not self.method.elementwise:
             check_whole_groups(weight, self.method, self.phase)
+        if self.folds_by_pruning(weight.detach()):
+            return foreach_prune([weight.detach()], self.end.pattern, [self.end.axis])[0]
         state = self.state_of(weight)
         return elementwise(lambda w, m: self.method.fold(w, m, self.end, state), weight, self.mask_at_end(weight))
 

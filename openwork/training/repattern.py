@@ -15,7 +15,7 @@ from openwork.training.record import sparsity_records
 from openwork.training.report import Report
 from openwork.training.select import Candidate
 from openwork.training.selection import PatternChoice, Selection, matches
-from openwork.training.sparsify import notes_on, report_on
+from openwork.training.sparsify import mask_at_end, notes_on, report_on
 
 
 def change_pattern(model: nn.Module, pattern: PatternChoice, *, remainder: Literal["error", "pad"] = "error") -> Report:
@@ -100,5 +100,5 @@ def _report(model: nn.Module, weights: list[SparseWeight]) -> Report:
     masked = {sparse.name: sparse.masked for sparse in weights}
     title = f"{type(model).__name__}, at other patterns"
     title = f"{type(model).__name__}, at other patterns"
-    report = report_on(model, candidates, lambda name, weight: masked[name].mask_at_end(weight), None, title)
+    report = report_on(model, candidates, mask_at_end(masked), None, title)
     return dataclasses.replace(report, notes=notes_on(model, weights[0].masked.method))

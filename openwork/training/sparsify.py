@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openwork.kernels.cpu import counts
 from openwork.methods import SRSTE, Method, Phase
 from openwork.nm.groups import to_rows
-from openwork.nm.masks import apply_mask
+from openwork.nm.masks import apply_mask, retained_share
 from openwork.ops import foreach_mask, foreach_transposable_mask
 from openwork.training.dtensor import is_sharded
 from openwork.training.foreach import masks_of, prune_ahead
@@ -36,6 +37,7 @@ from openwork.training.selection import AxisChoice, PatternChoice, Remainder, Se
 from openwork.training.shared_class import plain_class
 from openwork.training.try_masks import Tried, try_masks
 
+MaskOf = Callable[[str, Tensor], Tensor | None]
 _ENDS_DENSE = "the model ends dense: the table says what is pruned before"
 _ONLY_WATCHED = "ow.Dense masks nothing: the table says what its mask would keep"
 
@@ -90,7 +92,7 @@ def sparsify(
     masked = {name: masked[name] for name in candidates}
     if dense is not None:
         restart(candidates, masked, dense)
-    report = report_on(model, decided, lambda name, weight: masked[name].mask_at_end(weight), tried.macs, title)
+    report = report_on(model, decided, mask_at_end(masked), tried.macs, title)
     _register(decided, masked)
     hooks = (
         model.register_forward_pre_hook(cache.enter, prepend=True),
@@ -222,22 +224,24 @@ def notes_on(model: nn.Module, method: Method) -> tuple[str, ...]:
     return (_ENDS_DENSE, *running) if method.schedule.ends_dense else tuple(running)
 
 
+def mask_at_end(masked: Mapping[str, Masked]) -> MaskOf:
+    """What `report_on` asks of weights that are about to be masked, or are."""
+    return lambda name, weight: None if masked[name].keeps_largest(weight) else masked[name].mask_at_end(weight)
+
+
 def report_on(
-    model: nn.Module,
-    decided: list[Candidate],
-    mask_of: Callable[[str, Tensor], Tensor],
-    macs: dict[str, int] | None,
-    title: str,
+    model: nn.Module, decided: list[Candidate], mask_of: MaskOf, macs: dict[str, int] | None, title: str
 ) -> Report:
-    """The report on these candidates. `mask_of(name, weight)`: the mask that a weight has, or will have in the end."""
-    counts = {candidate.name: None if macs is None else macs.get(candidate.name, 0) for candidate in decided}
-    rows = tuple(_row(candidate, counts[candidate.name], mask_of) for candidate in decided)
+    """The report on these candidates. `mask_of(name, weight)`: the mask that a weight has, or will have in the end;
+    None where it keeps the largest magnitudes, and need not be made for a report."""
+    products = {candidate.name: None if macs is None else macs.get(candidate.name, 0) for candidate in decided}
+    rows = tuple(_row(candidate, products[candidate.name], mask_of) for candidate in decided)
     seen = {id(candidate.weight) for candidate in decided}
     others = sum(p.numel() for p in model.parameters() if id(p) not in seen)
     return Report(rows, title, others, macs.get("", 0) if macs else 0)
 
 
-def _row(candidate: Candidate, macs: int | None, mask_of: Callable[[str, Tensor], Tensor]) -> Row:
+def _row(candidate: Candidate, macs: int | None, mask_of: MaskOf) -> Row:
     weight, pattern = candidate.weight.detach(), candidate.pattern
     shape, bits = tuple(weight.shape), weight.element_size() * 8
     if not pattern:
@@ -245,16 +249,9 @@ def _row(candidate: Candidate, macs: int | None, mask_of: Callable[[str, Tensor]
     rows, mask = to_rows(weight, candidate.axis), mask_of(candidate.name, weight)
     K, lines = rows.shape[-1], rows[..., 0].numel()
     kept = lines * (K // pattern.m * pattern.n + min(K % pattern.m, pattern.n))
-    kept = kept if mask.is_meta else int(mask.sum())  # transposable tiles that stick out keep fewer
-    groups = lines * math.ceil(K / pattern.m)
-    return Row(candidate.name, shape, pattern, "", kept, retained_share(weight, mask), groups, bits, macs)
-
-
-def retained_share(weight: Tensor, mask: Tensor) -> float:
-    """The kept share of the sum of squared weights; NaN on the meta device."""
-    if weight.is_meta:
-        return math.nan
-    precise = weight if weight.dtype == torch.float64 else weight.float()
-    squares = (precise / precise.abs().amax().clamp(min=torch.finfo(precise.dtype).tiny)).square()
-    total = float(squares.sum(dtype=torch.float64))
-    return float(apply_mask(squares, mask).sum(dtype=torch.float64)) / total if total else 1.0
+    if mask is None:
+        share = counts.retained_share(weight, pattern, candidate.axis)
+    else:
+        kept = kept if mask.is_meta else int(mask.sum())  # transposable tiles that stick out keep fewer
+        share = retained_share(weight, mask)
+    return Row(candidate.name, shape, pattern, "", kept, share, lines * math.ceil(K / pattern.m), bits, macs)

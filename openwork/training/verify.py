@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from openwork.kernels.cpu.counts import group_counts, too_dense
 from openwork.nm.groups import Axis, reduction_size
-from openwork.nm.masks import kept_per_group, too_dense
+from openwork.nm.masks import GroupCounts
 from openwork.nm.pattern import Pattern
 from openwork.training.accounting import Accounts, Declared, values_of
 from openwork.training.known_layers import UNKNOWN
@@ -83,22 +84,22 @@ def verify(
     """
     model = unwrap(model)
     held = _held(model, pattern, example)
-    weights = _readable(model, held.patterns)
-    broken = {name: "the weight is gone: its module was replaced" for name in held.patterns if name not in weights}
-    broken |= {name: problem for name, weight in weights.items() if (problem := _denser(weight, *held.patterns[name]))}
+    found = _found(model, held)
+    broken = {name: "the weight is gone: its module was replaced" for name in held.patterns if name not in found}
+    broken |= {name: each.problem for name, each in found.items() if each.problem}
     broken |= {
-        name: f"{problem} along the output axis"
-        for name, axis in held.output_axes.items()
-        if name in weights and name not in broken and (problem := _denser(weights[name], held.patterns[name][0], axis))
+        name: f"{each.along_output} along the output axis"
+        for name, each in found.items()
+        if each.along_output and name not in broken
     }
-    accounts = _accounts(model, example, held, weights, allow_dense)
+    accounts = _accounts(model, example, held, found, allow_dense)
     if accounts:
         broken = accounts.problems | accounts.unaccounted | broken
     if broken:
         unaccounted = accounts.unaccounted.keys() if accounts else ()
         advice = [_EXCLUDE] * (pattern is not None and len(unaccounted) < len(broken)) + [_ALLOW] * bool(unaccounted)
         raise NotSparse(broken, "\n".join(advice), unaccounted)
-    rows = tuple(_row(name, weights[name], *held.patterns[name]) for name in held.patterns) + held.skipped
+    rows = tuple(found[name].row(name, pattern) for name, (pattern, _) in held.patterns.items()) + held.skipped
     return _report(model, rows, held, accounts)
 
 
@@ -111,6 +112,42 @@ class _Held:
     output_axes: dict[str, Axis]
     skipped: tuple[Row, ...]
     excluded: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a weight is found to be: its shape, its bits, how full its groups are, and why it is denser than its
+    pattern, along its own axis or along its output axis."""
+
+    shape: tuple[int, ...]
+    bits: int
+    counts: GroupCounts
+    problem: str
+    along_output: str
+
+    def row(self, name: str, pattern: Pattern) -> Row:
+        kept, groups = self.counts.nonzero, self.counts.groups
+        return Row(name, self.shape, pattern, "", kept, None, groups, self.bits)
+
+
+def _found(model: nn.Module, held: _Held) -> dict[str, _Found]:
+    """What each weight is that its module still has, one after the other: no two of them are in memory at once."""
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    found = {name: _found_of(modules, name, held) for name in held.patterns}
+    return {name: each for name, each in found.items() if each is not None}
+
+
+def _found_of(modules: Mapping[str, nn.Module], name: str, held: _Held) -> _Found | None:
+    """What a module gives when it reads a weight, computed now; None where it is gone."""
+    owner, _, tensor_name = name.rpartition(".")
+    weight = getattr(modules.get(owner), tensor_name, None)
+    if not isinstance(weight, Tensor):
+        return None
+    weight = values_of(weight.detach())
+    (pattern, axis), output_axis = held.patterns[name], held.output_axes.get(name)
+    counts = group_counts(weight, pattern, axis)
+    along_output = too_dense(weight, pattern, output_axis) if output_axis else ""
+    return _Found(tuple(weight.shape), weight.element_size() * 8, counts, counts.too_dense(pattern), along_output)
 
 
 def _held(model: nn.Module, pattern: Selection | PatternChoice | None, example: Any) -> _Held:
@@ -144,7 +181,7 @@ def _left_alone(model: nn.Module) -> tuple[Row, ...]:
 
 
 def _accounts(
-    model: nn.Module, example: Any, held: _Held, weights: Mapping[str, Tensor], allowed: Sequence[str]
+    model: nn.Module, example: Any, held: _Held, found: Mapping[str, _Found], allowed: Sequence[str]
 ) -> Accounts | None:
     """What the products of the example are; None without one."""
     if isinstance(allowed, str):
@@ -154,7 +191,7 @@ def _accounts(
     declares = [row for row in held.skipped if row.reason != _DENSE and not row.reason.startswith(LENGTHS)]
     dense = {weight_name(row.name): row.reason for row in declares}
     declared = Declared(dense, held.excluded, tuple(allowed))
-    accounts = Accounts(held.patterns, {name: tuple(each.shape) for name, each in weights.items()}, declared)
+    accounts = Accounts(held.patterns, {name: each.shape for name, each in found.items()}, declared)
     watch(model, example, accounts.visit)
     return accounts
 
@@ -251,31 +288,12 @@ def tightest(weight: Tensor, axis: Axis) -> Pattern:
     """
     K = reduction_size(tuple(weight.shape), axis)
     fits, weight = [Pattern(1, m) for m in _GUESSES if K % m == 0], values_of(weight)
-    fitting = [Pattern(max(1, int(kept_per_group(weight, guess, axis).max())), guess.m) for guess in fits]
+    fitting = [Pattern(max(1, group_counts(weight, guess, axis).most), guess.m) for guess in fits]
     return min(fitting, key=lambda pattern: (pattern.density, pattern.m), default=Pattern(1, 1))
 
 
 def _denser(weight: Any, pattern: Pattern, axis: Axis) -> str:
     return too_dense(values_of(weight), pattern, axis)
-
-
-def _readable(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """What a module gives when it reads each weight, computed now."""
-    modules = {plain_name(name): module for name, module in model.named_modules()}
-    readable = {}
-    for name in names:
-        owner, _, tensor_name = name.rpartition(".")
-        weight = getattr(modules.get(owner), tensor_name, None)
-        if isinstance(weight, Tensor):
-            readable[name] = weight.detach()
-    return readable
-
-
-def _row(name: str, weight: Tensor, pattern: Pattern, axis: Axis) -> Row:
-    weight = values_of(weight)
-    groups = kept_per_group(weight, pattern, axis).numel()
-    kept = int((weight != 0).sum())
-    return Row(name, tuple(weight.shape), pattern, "", kept, None, groups, weight.element_size() * 8)
 
 
 def _dense_row(name: str, weight: Tensor, reason: str) -> Row:

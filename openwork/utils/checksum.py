@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 
 DIGITS = 8  # of a checksum as text
-_PIECE = 1 << 20  # bytes; what was just read or is about to be written is still in the cache of the CPU
+_PIECE = 1 << 19  # bytes; what was just read or is about to be written is still in the cache of the CPU
 
 
 def crc32(data: bytes | bytearray | memoryview, before: int = 0) -> int:

@@ -184,16 +184,35 @@ def test_other_threads_load_too(path: Path) -> None:
 def test_errors_of_memory_come_before_anything_is_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def read(self: reader.Contents, name: str) -> torch.Tensor:
-        calls.append(name)
+    def read(*arguments: object) -> torch.Tensor:
+        calls.append(1)
         if len(calls) == 12:
             raise MemoryError
-        return real(self, name)
+        return real(*arguments)
 
-    real = reader.Contents.read
-    monkeypatch.setattr(reader.Contents, "read", read)
+    real = container.read_tensor
+    monkeypatch.setattr(reader, "read_tensor", read)
     model = net()
     with pytest.raises(MemoryError):
         ow.load(path, into=model)
     assert same(model, net().state_dict())
+
+
+def test_weights_that_take_room_to_unpack_are_tried_before(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convolutions() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+
+    def read(self: reader.Contents, name: str) -> torch.Tensor:
+        if name == "1.weight":
+            raise MemoryError
+        return real(self, name)
+
+    model, other, real = convolutions(), convolutions(), reader.Contents.read
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    ow.project(other, "2:4")
+    ow.save(other, path, pattern="2:4")
+    monkeypatch.setattr(reader.Contents, "read", read)
+    with pytest.raises(MemoryError):
+        ow.load(path, into=model)
+    assert same(model, before)
     assert model_state.fill is checkpoint.fill

@@ -7,11 +7,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from openwork.files import packing
-from openwork.files.packing import pack_weight, packed_shape, unpack_weight, uses_bitmask
+from openwork.files.packing import (
+    check_packed,
+    pack_reference,
+    pack_weight,
+    packed_shape,
+    unpack_into,
+    unpack_reference,
+    unpack_weight,
+    uses_bitmask,
+)
 from openwork.nm.groups import Axis, to_rows
 from openwork.nm.masks import apply_mask, magnitude_mask
 from openwork.nm.pattern import Pattern
@@ -176,6 +185,106 @@ def test_shapes_without_groups_are_refused(shape, axis, complaint):
 
 def test_shapes_of_any_size_cost_nothing():
     assert packed_shape((10**18, 10**18), Pattern(1, 64), Axis(1))[1] > 10**33
+
+
+# --- the native library against numpy ----------------------------------------------------------------------------
+
+# The instruction set stays chosen while hypothesis draws.
+many = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def elsewhere(weight: torch.Tensor, how: str) -> torch.Tensor:
+    """The same bits with the dims in the opposite order in memory, or with gaps between them."""
+    if how == "turned":
+        order = tuple(reversed(range(weight.ndim)))
+        return weight.permute(order).contiguous().permute(order)
+    if how == "gaps":
+        wide = torch.zeros([2 * size for size in weight.shape], dtype=INTEGERS[weight.itemsize])
+        part = wide[(slice(None, None, 2),) * weight.ndim]
+        return part.copy_(bits_of(weight)).view(weight.dtype)
+    return weight
+
+
+@many
+@given(
+    pattern=patterns,
+    place=placed,
+    dtype=st.sampled_from(DTYPES),
+    how=st.sampled_from(["as it is", "turned", "gaps"]),
+    seed=st.integers(0, 2**32),
+)
+def test_the_library_packs_as_numpy_does(isa, pattern, place, dtype, how, seed):
+    shape, axis = place
+    weight = sparse_bits(shape, dtype, pattern, axis, seed)
+    values, indices = pack_weight(elsewhere(weight, how), pattern, axis)
+    slow = pack_reference(weight, pattern, axis)
+    assert torch.equal(bits_of(values), bits_of(slow[0]))
+    assert torch.equal(indices, slow[1])
+    check_packed(values, indices, pattern, axis, shape)
+    target = elsewhere(torch.ones(shape, dtype=INTEGERS[dtype.itemsize]).view(dtype), how)
+    strides = target.stride()
+    unpack_into(target, values, indices, pattern, axis)
+    assert target.stride() == strides
+    assert torch.equal(bits_of(target), bits_of(weight))
+    assert torch.equal(bits_of(unpack_reference(*slow, pattern, axis, shape)), bits_of(weight))
+
+
+@many
+@given(pattern=patterns, place=placed, dtype=st.sampled_from(DTYPES), data=st.data())
+def test_the_library_refuses_what_numpy_refuses(isa, pattern, place, dtype, data):
+    shape, axis = place
+    values, indices = pack_weight(sparse_bits(shape, dtype, pattern, axis, seed=0), pattern, axis)
+    for _ in range(data.draw(st.integers(1, 3))):
+        if len(indices) and data.draw(st.booleans()):
+            indices[data.draw(st.integers(0, len(indices) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        else:
+            bits = bits_of(values).view(-1)
+            bits[data.draw(st.integers(0, len(bits) - 1))] = data.draw(st.sampled_from([0, 1]))
+
+    def read_by(read):
+        try:
+            return read(values, indices, pattern, axis, shape)
+        except ValueError as error:
+            return str(error)
+
+    found = [read_by(read) for read in (unpack_reference, unpack_weight, check_packed)]
+    if isinstance(found[0], str):
+        assert found == [found[0]] * 3
+    else:
+        assert found[2] is None
+        assert torch.equal(bits_of(found[0]), bits_of(found[1]))
+
+
+def test_large_weights_are_packed_in_parts_by_threads(isa):
+    weight = sparse_bits((700, 1000), torch.float32, Pattern(2, 4), Axis(1), seed=3)
+    torch.set_num_threads(2)
+    try:
+        values, indices = pack_weight(weight, Pattern(2, 4), Axis(1))
+        back = unpack_weight(values, indices, Pattern(2, 4), Axis(1), (700, 1000))
+        weight[699, :] = weight[0, :] = 1.0
+        with pytest.raises(ValueError, match="500 of 175000 groups hold more than 2 of 4"):
+            pack_weight(weight, Pattern(2, 4), Axis(1))
+    finally:
+        torch.set_num_threads(1)
+    slow = pack_reference(back, Pattern(2, 4), Axis(1))
+    assert torch.equal(bits_of(values), bits_of(slow[0]))
+    assert torch.equal(indices, slow[1])
+    values[699, 3] = 0.0  # a spare slot, rarely the lowest: all of it is looked at
+    indices[-1] ^= 0xFF
+    with pytest.raises(ValueError, match="damaged"):
+        check_packed(values, indices, Pattern(2, 4), Axis(1), (700, 1000))
+
+
+@pytest.mark.parametrize("text", ["2:4", "3:7"])
+def test_without_the_library_numpy_does_it(no_library, text):
+    pattern = Pattern.parse(text)
+    weight = sparse_bits((5, 45), torch.bfloat16, pattern, Axis(1), seed=2)
+    values, indices = pack_weight(weight, pattern, Axis(1))
+    check_packed(values, indices, pattern, Axis(1), (5, 45))
+    assert torch.equal(bits_of(unpack_weight(values, indices, pattern, Axis(1), (5, 45))), bits_of(weight))
+    indices[0] ^= 0xFF
+    with pytest.raises(ValueError, match="damaged"):
+        check_packed(values, indices, pattern, Axis(1), (5, 45))
 
 
 # --- bytes that nobody packed ------------------------------------------------------------------------------------

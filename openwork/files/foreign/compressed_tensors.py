@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openwork.files.format import Fetch
 from openwork.files.header import Stored
 from openwork.files.packing import PACKABLE, integers
 from openwork.nm.groups import Axis
@@ -49,6 +50,24 @@ class Bitmask:
         weight = torch.zeros(self.shape, dtype=self.dtype)
         integers(weight).numpy()[kept_RC[:, :C].astype(bool)] = integers(values).numpy().reshape(-1)
         return weight
+
+    def check(self, values: Tensor, mask: Tensor, shape: Tensor) -> None:
+        """Raise what `unpack` would."""
+        self.unpack(values, mask, shape)
+
+    def fetch_checked(self, fetch: Fetch) -> tuple[Tensor, ...]:
+        """The parts. Raises what `unpack` would."""
+        parts = tuple(fetch(part, None) for part in self.parts)
+        self.unpack(*parts)
+        return parts
+
+    def unpacks_in_place(self, weight: Tensor) -> bool:
+        """Whether `unpack_into` needs no memory beside the weight."""
+        return False
+
+    def unpack_into(self, weight: Tensor, values: Tensor, mask: Tensor, shape: Tensor) -> None:
+        """Write what `unpack` gives to a tensor of this shape and dtype."""
+        weight.copy_(self.unpack(values, mask, shape))
 
 
 def bitmasks(stored: Mapping[str, Stored]) -> dict[str, Bitmask]:

@@ -12,97 +12,29 @@ import hashlib
 import os
 import sys
 import warnings
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from openwork.kernels.cpu.structs import Compressed as Compressed
+from openwork.kernels.cpu.structs import DotProductCall as DotProductCall
+from openwork.kernels.cpu.structs import GemmConv2d as GemmConv2d
+from openwork.kernels.cpu.structs import GemmLinear as GemmLinear
+from openwork.kernels.cpu.structs import GemmWeight as GemmWeight
+from openwork.kernels.cpu.structs import GemvCall as GemvCall
+from openwork.kernels.cpu.structs import Groups as Groups
+from openwork.kernels.cpu.structs import Pixels as Pixels
+from openwork.kernels.cpu.structs import Slots as Slots
 from openwork.layouts.layout import Vectors
 
-_ABI = 5
+_ABI = 6
 _FILE = Path(__file__).with_name("libopenwork.so")
 _MARK = b"openwork"
 _in_use: Isa | None = None
 """What `use_isa` chose: replaced whole, so that every call sees one or the other."""
-
-
-class Groups(Structure):
-    """Where the groups of a weight lie in memory: see csrc/kernels.h."""
-
-    _fields_ = (("outer", c_int64), ("length", c_int64), ("inner", c_int64), ("n", c_int32), ("m", c_int32))
-
-
-class GemmWeight(Structure):
-    """The weight of a matmul whose lanes are columns of the input: see csrc/api.h."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("values", "offsets", "scales", "bias")),
-        *((name, c_int32) for name in ("dtype", "n", "m", "tile")),
-        *((name, c_int64) for name in ("K", "O")),
-    )
-
-
-class GemmLinear(Structure):
-    _fields_ = (
-        ("weight", GemmWeight),
-        *((name, c_void_p) for name in ("x", "y", "scratch")),
-        *((name, c_int64) for name in ("B", "x_stride", "y_stride")),
-        ("activation", c_int32),
-    )
-
-
-class GemmConv2d(Structure):
-    _fields_ = (
-        ("weight", GemmWeight),
-        *((name, c_void_p) for name in ("x", "x_scales", "y", "scratch")),
-        *((name, c_int64) for name in ("threads", "N", "channels", "H", "W", "outH", "outW")),
-        *((name, c_int32) for name in ("groups", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w")),
-        ("kernel_w", c_int32),
-        ("activation", c_int32),
-    )
-
-
-class GemvCall(Structure):
-    """A matmul whose lanes are outputs: see csrc/kernels.h."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("values", "indices")),
-        *((name, c_int64) for name in ("windows", "blocks")),
-        *((name, c_int32) for name in ("window", "slots")),
-        ("x", c_void_p),
-        ("x_stride", c_int64),
-        *((name, c_void_p) for name in ("bias", "y")),
-        *((name, c_int64) for name in ("y_stride", "outputs", "batch")),
-        ("activation", c_int32),
-    )
-
-
-class Pixels(Structure):
-    """Gemv that are the output pixels of images: see csrc/kernels.h."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("channels", "H", "W", "outH", "outW")),
-        *((name, c_int32) for name in ("stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w")),
-        ("kernel_w", c_int32),
-    )
-
-
-class DotProductCall(Structure):
-    """A matmul whose lanes are outputs and whose inputs are as short as the weights: see csrc/kernels.h."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("values", "indices")),
-        *((name, c_int64) for name in ("windows", "blocks")),
-        ("x", c_void_p),
-        *((name, c_int64) for name in ("x_stride", "K")),
-        *((name, c_void_p) for name in ("pixels", "packed")),
-        ("packed_from", c_int64),
-        *((name, c_void_p) for name in ("bias", "scales", "x_scales", "y")),
-        *((name, c_int64) for name in ("y_stride", "outputs", "batch")),
-        *((name, c_int32) for name in ("steps", "activation")),
-    )
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
@@ -123,6 +55,13 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "openwork_keep": (*_CALL, POINTER(Groups), c_int32, c_void_p, c_void_p),
     "openwork_prune": (*_CALL, POINTER(Groups), c_int32, c_void_p, c_void_p),
     "openwork_decay": (*_CALL, POINTER(Groups), c_int32, c_void_p, c_void_p, c_void_p, c_float),
+    "openwork_count_groups": (*_CALL, POINTER(Groups), c_int32, c_uint64, c_void_p, c_int64, c_void_p),
+    "openwork_retained": (*_CALL, POINTER(Groups), c_int32, c_void_p, c_int64, c_void_p),
+    "openwork_compress": (*_CALL, POINTER(Compressed), POINTER(c_int64)),
+    "openwork_slots": (*_CALL, POINTER(Slots), POINTER(c_int64)),
+    "openwork_expand": (*_CALL, POINTER(Compressed), c_int64, c_int64, POINTER(c_int32)),
+    "openwork_has_crc32": (c_int32,),
+    "openwork_crc32": (c_uint32, c_void_p, c_int64, c_uint32),
     "openwork_gemm_linear_scratch": (c_int64, c_void_p, POINTER(GemmLinear)),
     "openwork_gemm_linear": (*_CALL, POINTER(GemmLinear)),
     "openwork_gemm_conv2d_scratch": (c_int64, c_void_p, POINTER(GemmConv2d)),
