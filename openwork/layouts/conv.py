@@ -6,7 +6,7 @@ O = outputs, C = channels of one group, R, S = kernel, K = R * S * C, each C rou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,6 +45,16 @@ class ConvGeometry:
     @property
     def numbers(self) -> list[int]:
         return [*self.kernel, *self.stride, *self.padding, *self.dilation, self.groups]
+
+    @property
+    def turned(self) -> ConvGeometry:
+        """The same with height and width exchanged.
+
+        >>> ConvGeometry((5, 1), (2, 1), (0, 3), (1, 1), 4).turned
+        ConvGeometry(kernel=(1, 5), stride=(1, 2), padding=(3, 0), dilation=(1, 1), groups=4)
+        """
+        pairs = {name: getattr(self, name)[::-1] for name in _LEAST}
+        return replace(self, **pairs)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Of images of that size.

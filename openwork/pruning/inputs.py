@@ -230,7 +230,8 @@ def _met_by_taps(size: int, taps: int, stride: int, padding: int, dilation: int,
 def _by_tap_transposed(channels: Tensor, met: Sequence[Sequence[slice]]) -> Samples:
     """One tap at a time, (N, g, C, *input) -> (g, S, C), what `met` says of each dim."""
     for i, places in enumerate(itertools.product(*met)):
-        each = channels[(..., *places)].movedim(1, 0).movedim(2, -1).flatten(1, -2)
+        place: Any = (..., *places)
+        each = channels[place].movedim(1, 0).movedim(2, -1).flatten(1, -2)
         yield slice(i * len(each), (i + 1) * len(each)), each
 
 

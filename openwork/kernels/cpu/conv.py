@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -43,13 +42,13 @@ def gemm_conv2d(
         x = whole.to(torch.int16)
     x, y = x.contiguous(), x.new_empty(len(x), named.outputs, *size, dtype=torch.float32)
     if y.numel():
-        narrow = x.shape[3] == form.kernel[1] == 1 and form.padding[1] == 0
-        turn = slice(None, None, -1 if narrow else 1)  # a column of pixels is a row of them
-        shape = (len(x), channels, *x.shape[2:][turn], *size[turn])
+        image = (x.shape[2], x.shape[3])
+        if image[1] == form.kernel[1] == 1 and form.padding[1] == 0:  # a column of pixels is a row of them
+            form, image, size = form.turned, image[::-1], size[::-1]
+        shape = (len(x), channels, *image, *size)
         if form.kernel == form.stride == (1, 1) and form.padding == (0, 0):
             shape = (len(x), channels, 1, math.prod(size), 1, math.prod(size))  # the whole image is one row
-        pairs = (form.stride[turn], form.padding[turn], form.dilation[turn])
-        rest = (form.groups, *itertools.chain(*pairs), form.kernel[turn][1], relu)
+        rest = (form.groups, *form.stride, *form.padding, *form.dilation, form.kernel[1], relu)
         addresses = (address(x), address(input_scales), y.data_ptr(), None)
         call = native.GemmConv2d(weight, *addresses, torch.get_num_threads(), *shape, *rest)
         scratch = x.new_empty(isa.lib.openwork_gemm_conv2d_scratch(isa.kernels, ctypes.byref(call)), dtype=torch.uint8)
