@@ -26,8 +26,6 @@ def read_tensor(file: BinaryIO, stored: Stored, seen: Callable[[Tensor, int], ob
     shows."""
     # Not numpy's memory, which asks for large pages: in a virtual machine these took up to five times as long to get.
     buffer, found, read = torch.empty(stored.stop - stored.start, dtype=torch.uint8).numpy(), 0, 0
-    if not buffer.size:
-        return torch.empty(stored.shape, dtype=stored.dtype)
     tensor = torch.from_numpy(buffer).view(stored.dtype).reshape(stored.shape)
     file.seek(stored.start)
     for piece in pieces(buffer.data):
@@ -43,7 +41,7 @@ def read_tensor(file: BinaryIO, stored: Stored, seen: Callable[[Tensor, int], ob
             f"its bytes have the CRC-32 {as_text(found)} and should have {as_text(stored.crc32)}: the file is damaged, "
             "or was written while it was read; copy or make it anew"
         )
-    if stored.dtype == torch.bool and buffer.max() > 1:
+    if stored.dtype == torch.bool and buffer.size and buffer.max() > 1:
         raise ValueError("a boolean is neither 0 nor 1: the file is damaged")
     return tensor
 

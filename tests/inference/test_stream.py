@@ -116,7 +116,9 @@ def sparse_wins(monkeypatch, kind: str = "gemm") -> dict[str, float]:
 
 def test_it_is_what_deploy_makes(path, saved, monkeypatch):
     sparse_wins(monkeypatch)
-    monkeypatch.setattr(sys.modules["openwork.inference.deploy"], "_whole", lambda *_: {"dense": 2.0, "sparse": 1.0})
+    whole = {"dense": 2.0, "sparse": 1.0}
+    calls = dict.fromkeys(whole, lambda: None)
+    monkeypatch.setattr(sys.modules["openwork.inference.deploy"], "_whole", lambda *_: (whole, calls))
     by_model = ow.deploy(saved, EXAMPLE, pattern=ow.Selection("2:4", exclude=["stem"]))
     by_file = ow.load_deployed(path, Net(), EXAMPLE)
     assert by_file.deployment.chosen == by_model.deployment.chosen == dict.fromkeys(NAMES, "gemm")
