@@ -25,8 +25,9 @@ def read_tensor(file: BinaryIO, stored: Stored, seen: Callable[[Tensor, int], ob
     each time there are more, while these are in the cache. Raises ValueError where the file is damaged, as far as it
     shows."""
     # Not numpy's memory, which asks for large pages: in a virtual machine these took up to five times as long to get.
-    buffer, found, read = torch.empty(stored.stop - stored.start, dtype=torch.uint8).numpy(), 0, 0
-    tensor = torch.from_numpy(buffer).view(stored.dtype).reshape(stored.shape)
+    memory = torch.empty(stored.stop - stored.start, dtype=torch.uint8)
+    tensor, buffer = memory.view(stored.dtype).reshape(stored.shape), memory.numpy()
+    found = read = 0
     file.seek(stored.start)
     for piece in pieces(buffer.data):
         if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
