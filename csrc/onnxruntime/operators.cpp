@@ -1,0 +1,302 @@
+// The operators of domain `openwork`: SparseLinear and SparseConv2d. Inputs: data (float32), `values` and `indices` of the
+// compressed weight (docs/format.md), and optionally `bias`, all but the data constant. Checked and packed when a session is made.
+//
+//   B = rows of input, O = outputs, K = inputs
+#include <cstring>
+#include <mutex>
+
+#include "host.h"
+
+extern "C" {  // gemm.cpp, gemv.cpp, dispatch.cpp
+const openwork::Kernels* openwork_kernels(const char* name);
+int32_t openwork_gemm_columns(const openwork::Kernels* kernels);
+int64_t openwork_gemm_linear_scratch(const openwork::Kernels* kernels, const openwork::GemmLinear* call);
+int32_t openwork_gemm_linear(const openwork::Kernels* kernels, const openwork::GemmLinear* call);
+int64_t openwork_gemm_conv2d_scratch(const openwork::Kernels* kernels, const openwork::GemmConv2d* call);
+int32_t openwork_gemm_conv2d(const openwork::Kernels* kernels, const openwork::GemmConv2d* call);
+int32_t openwork_gemv(const openwork::Kernels* kernels, const openwork::Gemv* gemv, int32_t dtype);
+}
+
+namespace openwork {
+namespace ort {
+namespace {
+
+constexpr int64_t kGemvRows = 8;  // up to so many rows GEMV is the faster kernel: measured, see docs/deploy.md
+constexpr int64_t kMost = INT32_MAX;
+
+void done(int32_t status) {
+  if (status == kNoMemory) throw std::bad_alloc();
+  if (status != kDone) throw Refused("an offset of the packed weight is none of its tile");
+}
+
+const Kernels* kernels_here() {
+  const char* name = std::getenv("OPENWORK_ISA");
+  const Kernels* kernels = openwork_kernels(name && *name ? name : nullptr);
+  if (!kernels) throw Refused("OPENWORK_ISA=" + std::string(name) + ": this machine has no such instruction set");
+  return kernels;
+}
+
+char* scratch_of(int64_t bytes) { return (char*)memory<3>(size_t(parts(bytes, 4))); }
+
+std::string text_of(const std::vector<int64_t>& shape) {
+  std::string text = "(";
+  for (int64_t length : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(length);
+  return text + ")";
+}
+
+// What both operators have.
+struct Sparse {
+  const Table* table;
+  const Kernels* kernels;
+  Compressed weight{};
+  Numbers<float> bias;
+  Activation activation;
+  PackedGemm gemm;
+  std::atomic<bool> seen_threads{false};
+
+  explicit Sparse(const Node& node) : table(node.table), kernels(kernels_here()) {
+    const int64_t relu = node.number("relu");
+    if (relu != 0 && relu != 1) throw Refused("relu = " + std::to_string(relu) + "; needed 0 or 1");
+    activation = relu ? kRelu : kNone;
+  }
+
+  // The weight of `shape`, whose groups run along dim 1.
+  void read(const Node& node, const std::vector<int64_t>& shape) {
+    int64_t rows = 1;
+    for (size_t i = 0; i < shape.size(); i++) {
+      if (shape[i] < 1 || shape[i] > kMost) throw Refused("a weight of shape " + text_of(shape));
+      if (i > 1 && __builtin_mul_overflow(rows, shape[i], &rows)) throw Refused("a weight of shape " + text_of(shape));
+    }
+    const int64_t n = node.number("n"), m = node.number("m");
+    const StoredSizes sizes = stored_sizes(n, m, shape[0], rows, shape[1]);
+    const Tensor values = node.constant(1, "values"), indices = node.constant(2, "indices");
+    if (values.type != kFloat) throw Refused("values have to be float32");
+    std::vector<int64_t> needed = shape;
+    needed.erase(needed.begin() + 1);
+    needed.push_back((shape[1] + m - 1) / m * n);
+    if (values.shape != needed) throw Refused("values " + text_of(values.shape) + "; this weight has " + text_of(needed));
+    if (indices.type != kUint8 || indices.shape != std::vector<int64_t>{sizes.index_bytes})
+      throw Refused("indices " + text_of(indices.shape) + "; this weight has (" + std::to_string(sizes.index_bytes) + ") of uint8");
+    weight.n = int32_t(n), weight.m = int32_t(m);
+    weight.outputs = shape[0], weight.rows = rows, weight.length = shape[1];
+    weight.dtype = kFloat32, weight.values = values.data;
+    read_indices(weight, (const uint8_t*)indices.data);
+    if (!node.has_input(3)) return;
+    const Tensor given = node.constant(3, "bias");
+    if (given.type != kFloat || given.shape != std::vector<int64_t>{shape[0]})
+      throw Refused("bias " + text_of(given.shape) + "; needed (" + std::to_string(shape[0]) + ") of float32");
+    bias = Numbers<float>(shape[0]);
+    std::memcpy(bias.data(), given.data, size_t(shape[0]) * 4);
+  }
+
+  // What was read is not needed once it is packed.
+  void forget() {
+    weight.index = Numbers<uint8_t>();
+    weight.values = nullptr;
+  }
+
+  GemmWeight gemm_weight(int64_t K) const {
+    return {gemm.values.data(), gemm.offsets.data(), nullptr, bias.data(), weight.dtype, weight.n, weight.m, gemm.tile, K, weight.outputs};
+  }
+};
+
+struct Linear : Sparse {
+  PackedGemv gemv;
+
+  explicit Linear(const Node& node) : Sparse(node) {
+    read(node, node.numbers("shape", 2));
+    const int64_t rows = rows_of(node.input_shape(0));  // negative: any
+    const bool few = has_gemv(weight.m) && rows <= kGemvRows, many = rows < 0 || rows > kGemvRows || !has_gemv(weight.m);
+    if (few) gemv = pack_gemv(weight, kernels->lanes);
+    if (many) gemm = pack_gemm(weight, openwork_gemm_columns(kernels));
+    forget();
+  }
+
+  static int64_t rows_of(const std::vector<int64_t>& shape) {
+    if (shape.empty()) return -1;
+    int64_t rows = 1;
+    for (size_t i = 0; i + 1 < shape.size(); i++) {
+      if (shape[i] < 0 || shape[i] > kMost) return -1;
+      if (__builtin_mul_overflow(rows, shape[i], &rows)) return -1;
+    }
+    return rows;
+  }
+
+  void compute(KernelContext* context) {
+    const Value* given = nullptr;
+    check(KernelContext_GetInput::call(table, context, 0, &given));
+    const Tensor x = tensor_of(table, given);
+    const int64_t K = weight.length, O = weight.outputs;
+    if (x.type != kFloat || x.shape.empty() || x.shape.back() != K)
+      throw Refused("input " + text_of(x.shape) + "; needed (..., " + std::to_string(K) + ") of float32");
+    std::vector<int64_t> shape = x.shape;
+    shape.back() = O;
+    float* y = output_of(table, context, shape);
+    const int64_t B = x.size() / K;
+    if (!B) return;
+    const Threads threads(table, context, &seen_threads);
+    const bool few = gemv.blocks && (B <= kGemvRows || !gemm.tile);
+    few ? multiply_few((const float*)x.data, B, y) : multiply((const float*)x.data, B, y);
+  }
+
+  void multiply(const float* x, int64_t B, float* y) {
+    GemmLinear call{gemm_weight(weight.length), x, y, nullptr, B, weight.length, weight.outputs, activation};
+    call.scratch = scratch_of(openwork_gemm_linear_scratch(kernels, &call));
+    done(openwork_gemm_linear(kernels, &call));
+  }
+
+  void multiply_few(const float* x, int64_t B, float* y) {
+    const int64_t K = weight.length, whole = gemv.windows * gemv.window;
+    if (whole != K) {
+      float* padded = (float*)scratch_of(B * whole * 4);
+      for (int64_t b = 0; b < B; b++) {
+        std::memcpy(padded + b * whole, x + b * K, size_t(K) * 4);
+        std::memset(padded + b * whole + K, 0, size_t(whole - K) * 4);
+      }
+      x = padded;
+    }
+    const Gemv call{gemv.values.data(), gemv.indices.data(), gemv.windows, gemv.blocks, gemv.window, gemv.slots, x,
+                    whole, bias.data(), y, weight.outputs, weight.outputs, B, activation};
+    done(openwork_gemv(kernels, &call, kFloat32));
+  }
+};
+
+struct Conv2d : Sparse {
+  std::vector<int64_t> kernel, stride, pads, dilation;  // pads: above, left, below, right
+  int64_t groups, channels;                             // of one group
+
+  explicit Conv2d(const Node& node) : Sparse(node) {
+    const std::vector<int64_t> shape = node.numbers("shape", 4);
+    kernel = {shape[2], shape[3]}, channels = shape[1];
+    stride = positive(node, "strides", 1), dilation = positive(node, "dilations", 1);
+    pads = node.numbers("pads", 4), groups = node.number("group");
+    for (int64_t pad : pads)
+      if (pad < 0 || pad > kMost) throw Refused("pads " + text_of(pads));
+    if (groups < 1 || groups > kMost || shape[0] % groups)
+      throw Refused("group = " + std::to_string(groups) + " of " + std::to_string(shape[0]) + " outputs");
+    read(node, shape);
+    gemm = pack_gemm(weight, openwork_gemm_columns(kernels));
+    forget();
+  }
+
+  static std::vector<int64_t> positive(const Node& node, const char* name, int64_t least) {
+    const std::vector<int64_t> values = node.numbers(name, 2);
+    for (int64_t value : values)
+      if (value < least || value > kMost) throw Refused(std::string(name) + " " + text_of(values));
+    return values;
+  }
+
+  int64_t output_along(int dim, int64_t size) const {
+    const int64_t room = size + pads[dim] + pads[dim + 2] - dilation[dim] * (kernel[dim] - 1) - 1;
+    return room < 0 ? 0 : room / stride[dim] + 1;
+  }
+
+  void compute(KernelContext* context) {
+    const Value* given = nullptr;
+    check(KernelContext_GetInput::call(table, context, 0, &given));
+    const Tensor x = tensor_of(table, given);
+    if (x.type != kFloat || x.shape.size() != 4 || x.shape[1] % groups || x.shape[1] / groups != channels)
+      throw Refused("input " + text_of(x.shape) + "; needed (N, " + std::to_string(channels * groups) + ", H, W) of float32");
+    const int64_t H = x.shape[2], W = x.shape[3], outH = output_along(0, H), outW = output_along(1, W);
+    if (outH < 1 || outW < 1 || outH > kMost || outW > kMost || H > kMost || W > kMost)
+      throw Refused("input " + text_of(x.shape) + " gives no output of kernel " + text_of(kernel) + " with pads " + text_of(pads));
+    float* y = output_of(table, context, {x.shape[0], weight.outputs, outH, outW});
+    if (!x.shape[0]) return;
+    const Threads threads(table, context, &seen_threads);
+    GemmConv2d call = call_of(x, outH, outW);
+    call.y = y;
+    call.scratch = scratch_of(openwork_gemm_conv2d_scratch(kernels, &call));
+    done(openwork_gemm_conv2d(kernels, &call));
+  }
+
+  GemmConv2d call_of(const Tensor& x, int64_t outH, int64_t outW) const {
+    GemmConv2d c{};
+    c.weight = gemm_weight(weight.rows * weight.groups() * weight.m);
+    c.x = x.data, c.threads = seen_threads ? processors() : 1, c.N = x.shape[0], c.channels = channels;
+    c.groups = int32_t(groups), c.activation = activation;
+    const bool narrow = x.shape[3] == 1 && kernel[1] == 1 && !pads[1] && !pads[3];  // a column of pixels is a row of them
+    const int h = narrow ? 1 : 0, w = 1 - h;
+    const int64_t size[] = {x.shape[2], x.shape[3]}, out[] = {outH, outW};
+    c.H = size[h], c.W = size[w], c.outH = out[h], c.outW = out[w];
+    if (kernel[0] * kernel[1] * stride[0] * stride[1] == 1 && pads == std::vector<int64_t>(4, 0))
+      c.H = c.outH = 1, c.W = c.outW = outH * outW;  // the whole image is one row
+    c.stride_h = int32_t(stride[h]), c.stride_w = int32_t(stride[w]), c.pad_h = int32_t(pads[h]), c.pad_w = int32_t(pads[w]);
+    c.dilation_h = int32_t(dilation[h]), c.dilation_w = int32_t(dilation[w]), c.kernel_w = int32_t(kernel[w]);
+    return c;
+  }
+};
+
+template <class Kernel>
+Status* create(const CustomOp*, const Table* table, const KernelInfo* info, void** kernel) {
+  return status_of(table, [&] { *kernel = new Kernel(Node{table, info}); });
+}
+template <class Kernel>
+Status* compute(void* kernel, KernelContext* context) {
+  Kernel& self = *(Kernel*)kernel;
+  return status_of(self.table, [&] { self.compute(context); });
+}
+template <class Kernel>
+void destroy(void* kernel) {
+  delete (Kernel*)kernel;
+}
+
+// Data, values, indices, bias.
+int input_type(const CustomOp*, size_t index) { return index == 2 ? kUint8 : kFloat; }
+
+template <class Kernel>
+CustomOp operator_of(const char* (*name)(const CustomOp*)) {
+  CustomOp op{};
+  op.version = kVersion;
+  op.GetName = name;
+  op.GetExecutionProviderType = [](const CustomOp*) { return (const char*)nullptr; };
+  op.GetInputType = input_type;
+  op.GetInputTypeCount = [](const CustomOp*) { return size_t(4); };
+  op.GetOutputType = [](const CustomOp*, size_t) { return int(kFloat); };
+  op.GetOutputTypeCount = [](const CustomOp*) { return size_t(1); };
+  op.KernelDestroy = destroy<Kernel>;
+  op.GetInputCharacteristic = [](const CustomOp*, size_t index) { return int(index == 3 ? kOptional : kRequired); };
+  op.GetOutputCharacteristic = [](const CustomOp*, size_t) { return int(kRequired); };
+  op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
+  op.GetVariadicInputMinArity = op.GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };
+  op.GetVariadicInputHomogeneity = op.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 1; };
+  op.CreateKernelV2 = create<Kernel>;
+  op.KernelComputeV2 = compute<Kernel>;
+  op.GetStartVersion = [](const CustomOp*) { return 1; };
+  op.GetEndVersion = [](const CustomOp*) { return int(kMost); };
+  return op;
+}
+
+// One domain for all sessions of an ONNX Runtime: it has to outlive them.
+Domain* domain_of(const Table* table) {
+  static const CustomOp operators[] = {operator_of<Linear>([](const CustomOp*) { return "SparseLinear"; }),
+                                       operator_of<Conv2d>([](const CustomOp*) { return "SparseConv2d"; })};
+  static std::mutex mutex;
+  static std::vector<std::pair<const Table*, Domain*>> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const auto& each : known)
+    if (each.first == table) return each.second;
+  Domain* domain = nullptr;
+  check(CreateCustomOpDomain::call(table, "openwork", &domain));
+  for (const CustomOp& each : operators) check(CustomOpDomain_Add::call(table, domain, &each));
+  known.emplace_back(table, domain);
+  return domain;
+}
+
+}  // namespace
+}  // namespace ort
+}  // namespace openwork
+
+// The entry that every ONNX Runtime looks for in a library of operators.
+OPENWORK_API openwork::ort::Status* RegisterCustomOps(openwork::ort::SessionOptions* options, const openwork::ort::ApiBase* base) {
+  using namespace openwork;
+  using namespace openwork::ort;
+  const Table* table = base->GetApi(kVersion);
+  if (!table) {
+    const std::string text = std::string("openwork: its operators need ONNX Runtime 1.17 or newer, this is ") + base->GetVersionString();
+    return CreateStatus::call(base->GetApi(1), kFail, text.c_str());
+  }
+  return status_of(table, [&] {
+    kernels_here();
+    check(AddCustomOpDomain::call(table, options, domain_of(table)));
+  });
+}
