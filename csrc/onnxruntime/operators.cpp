@@ -1,11 +1,13 @@
 // The operators of domain `openwork`: SparseLinear and SparseConv2d. Inputs: data (float32), `values` and `indices` of the
-// compressed weight (docs/format.md), and optionally `bias`, all but the data constant. Checked and packed when a session is made.
+// compressed weight (docs/format.md), optionally `bias`, and `scales` where the values are int8, one an output; all but the data
+// constant. Checked and packed when a session is made. Of int8 the data is quantized as it comes: one scale a row, or an image.
 //
 //   B = rows of input, O = outputs, K = inputs
 #include <cstring>
 #include <mutex>
 
 #include "host.h"
+#include "threads.h"
 
 extern "C" {  // gemm.cpp, gemv.cpp, dispatch.cpp
 const openwork::Kernels* openwork_kernels(const char* name);
@@ -49,7 +51,7 @@ struct Sparse {
   const Table* table;
   const Kernels* kernels;
   Compressed weight{};
-  Numbers<float> bias;
+  Numbers<float> bias, scales;
   Activation activation;
   PackedGemm gemm;
   std::atomic<bool> seen_threads{false};
@@ -70,7 +72,7 @@ struct Sparse {
     const int64_t n = node.number("n"), m = node.number("m");
     const StoredSizes sizes = stored_sizes(n, m, shape[0], rows, shape[1]);
     const Tensor values = node.constant(1, "values"), indices = node.constant(2, "indices");
-    if (values.type != kFloat) throw Refused("values have to be float32");
+    if (values.type != kFloat && values.type != kSigned8) throw Refused("values have to be float32 or int8");
     std::vector<int64_t> needed = shape;
     needed.erase(needed.begin() + 1);
     needed.push_back((shape[1] + m - 1) / m * n);
@@ -79,14 +81,19 @@ struct Sparse {
       throw Refused("indices " + text_of(indices.shape) + "; this weight has (" + std::to_string(sizes.index_bytes) + ") of uint8");
     weight.n = int32_t(n), weight.m = int32_t(m);
     weight.outputs = shape[0], weight.rows = rows, weight.length = shape[1];
-    weight.dtype = kFloat32, weight.values = values.data;
+    weight.dtype = values.type == kFloat ? kFloat32 : kInt8, weight.values = values.data;
     read_indices(weight, (const uint8_t*)indices.data);
-    if (!node.has_input(3)) return;
-    const Tensor given = node.constant(3, "bias");
-    if (given.type != kFloat || given.shape != std::vector<int64_t>{shape[0]})
-      throw Refused("bias " + text_of(given.shape) + "; needed (" + std::to_string(shape[0]) + ") of float32");
-    bias = Numbers<float>(shape[0]);
-    std::memcpy(bias.data(), given.data, size_t(shape[0]) * 4);
+    if (node.has_input(3)) bias = one_an_output(node, 3, "bias");
+    if (weight.dtype == kInt8) scales = one_an_output(node, 4, "scales");
+  }
+
+  Numbers<float> one_an_output(const Node& node, size_t index, const char* name) const {
+    const Tensor given = node.constant(index, name);
+    if (given.type != kFloat || given.shape != std::vector<int64_t>{weight.outputs})
+      throw Refused(name + (" " + text_of(given.shape)) + "; needed (" + std::to_string(weight.outputs) + ") of float32");
+    Numbers<float> copy(weight.outputs);
+    std::memcpy(copy.data(), given.data, size_t(weight.outputs) * 4);
+    return copy;
   }
 
   // What was read is not needed once it is packed.
@@ -96,7 +103,8 @@ struct Sparse {
   }
 
   GemmWeight gemm_weight(int64_t K) const {
-    return {gemm.values.data(), gemm.offsets.data(), nullptr, bias.data(), weight.dtype, weight.n, weight.m, gemm.tile, K, weight.outputs};
+    return {gemm.values.data(), gemm.offsets.data(), scales.data(), bias.data(), weight.dtype, weight.n, weight.m, gemm.tile, K,
+            weight.outputs};
   }
 };
 
@@ -135,8 +143,9 @@ struct Linear : Sparse {
     const int64_t B = x.size() / K;
     if (!B) return;
     const Threads threads(table, context, &seen_threads);
-    const bool few = gemv.blocks && (B <= kGemvRows || !gemm.tile);
-    few ? multiply_few((const float*)x.data, B, y) : multiply((const float*)x.data, B, y);
+    const float* data = (const float*)x.data;
+    if (gemm.tile && (B > kGemvRows || !gemv.blocks)) return multiply(data, B, y);
+    for (int64_t b = 0; b < B; b += kGemvRows) multiply_few(data + b * K, lesser(kGemvRows, B - b), y + b * O);
   }
 
   void multiply(const float* x, int64_t B, float* y) {
@@ -145,8 +154,15 @@ struct Linear : Sparse {
     done(openwork_gemm_linear(kernels, &call));
   }
 
+  Gemv call_of(const void* x, const float* bias, float* y, int64_t B) const {
+    const int64_t O = weight.outputs, whole = gemv.windows * gemv.window;
+    return {gemv.values.data(), gemv.indices.data(), gemv.windows, gemv.blocks, gemv.window, gemv.slots, x, whole, bias, y,
+            O, O, B, activation};
+  }
+
   void multiply_few(const float* x, int64_t B, float* y) {
     const int64_t K = weight.length, whole = gemv.windows * gemv.window;
+    if (weight.dtype == kInt8) return multiply_few_whole(x, B, y);
     if (whole != K) {
       float* padded = (float*)scratch_of(B * whole * 4);
       for (int64_t b = 0; b < B; b++) {
@@ -155,9 +171,29 @@ struct Linear : Sparse {
       }
       x = padded;
     }
-    const Gemv call{gemv.values.data(), gemv.indices.data(), gemv.windows, gemv.blocks, gemv.window, gemv.slots, x,
-                    whole, bias.data(), y, weight.outputs, weight.outputs, B, activation};
+    const Gemv call = call_of(x, bias.data(), y, B);
     done(openwork_gemv(kernels, &call, kFloat32));
+  }
+
+  // int8: the rows as whole numbers in the low halves of 32 bits, and int32 sums that are scaled in place.
+  void multiply_few_whole(const float* x, int64_t B, float* y) {
+    const int64_t K = weight.length, O = weight.outputs, whole = gemv.windows * gemv.window;
+    int32_t* quantized = (int32_t*)scratch_of(B * whole * 4);
+    float x_scales[kGemvRows];
+    std::memset(quantized, 0, size_t(B * whole) * 4);
+    for (int64_t b = 0; b < B; b++) {
+      x_scales[b] = scale_for(kernels->largest(x + b * K, K));
+      for (int64_t k = 0; k < K; k++) quantized[b * whole + k] = nearest(x[b * K + k], x_scales[b]) & 0xFFFF;
+    }
+    const Gemv call = call_of(quantized, nullptr, y, B);
+    done(openwork_gemv(kernels, &call, kInt8));
+    for (int64_t b = 0; b < B; b++)
+      for (int64_t o = 0; o < O; o++) {
+        int32_t sum;
+        std::memcpy(&sum, y + b * O + o, 4);
+        const float value = float(sum) * (x_scales[b] * scales[o]) + (bias.data() ? bias[o] : 0);
+        y[b * O + o] = activation == kRelu && value < 0 ? 0 : value;
+      }
   }
 };
 
@@ -204,9 +240,40 @@ struct Conv2d : Sparse {
     if (!x.shape[0]) return;
     const Threads threads(table, context, &seen_threads);
     GemmConv2d call = call_of(x, outH, outW);
+    if (weight.dtype == kInt8) quantize(x, call);
     call.y = y;
     call.scratch = scratch_of(openwork_gemm_conv2d_scratch(kernels, &call));
     done(openwork_gemm_conv2d(kernels, &call));
+  }
+
+  // int8: the images as whole numbers in 16 bits, one scale each.
+  void quantize(const Tensor& x, GemmConv2d& call) const {
+    constexpr int64_t piece = 1 << 14;
+    const int64_t N = x.shape[0], size = x.size() / N, pieces = parts(size, piece);
+    char* memory_of_all = (char*)memory<4>(size_t(parts(N * (pieces + 1) * 4 + x.size() * 2, 4)));
+    int32_t* largest = (int32_t*)memory_of_all;
+    float* x_scales = (float*)(largest + N * pieces);
+    int16_t* to = (int16_t*)(x_scales + N);
+    const float* from = (const float*)x.data;
+    parallel_for(N * pieces, 2, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; i++) {
+        const int64_t at = i % pieces * piece;
+        largest[i] = kernels->largest(from + i / pieces * size + at, lesser(piece, size - at));
+      }
+    });
+    for (int64_t n = 0; n < N; n++) {
+      int32_t most = 0;
+      for (int64_t i = 0; i < pieces; i++) most = most > largest[n * pieces + i] ? most : largest[n * pieces + i];
+      x_scales[n] = scale_for(most);
+    }
+    parallel_for(N * pieces, 2, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; i++) {
+        const int64_t begin = i / pieces * size, at = i % pieces * piece, end = begin + lesser(at + piece, size);
+        const float scale = x_scales[i / pieces];
+        for (int64_t k = begin + at; k < end; k++) to[k] = int16_t(nearest(from[k], scale));
+      }
+    });
+    call.x = to, call.x_scales = x_scales;
   }
 
   GemmConv2d call_of(const Tensor& x, int64_t outH, int64_t outW) const {
@@ -240,8 +307,8 @@ void destroy(void* kernel) {
   delete (Kernel*)kernel;
 }
 
-// Data, values, indices, bias.
-int input_type(const CustomOp*, size_t index) { return index == 2 ? kUint8 : kFloat; }
+// Data, values, indices, bias, scales.
+int input_type(const CustomOp*, size_t index) { return index == 1 ? kAnyType : index == 2 ? kUint8 : kFloat; }
 
 template <class Kernel>
 CustomOp operator_of(const char* (*name)(const CustomOp*)) {
@@ -250,11 +317,11 @@ CustomOp operator_of(const char* (*name)(const CustomOp*)) {
   op.GetName = name;
   op.GetExecutionProviderType = [](const CustomOp*) { return (const char*)nullptr; };
   op.GetInputType = input_type;
-  op.GetInputTypeCount = [](const CustomOp*) { return size_t(4); };
+  op.GetInputTypeCount = [](const CustomOp*) { return size_t(5); };
   op.GetOutputType = [](const CustomOp*, size_t) { return int(kFloat); };
   op.GetOutputTypeCount = [](const CustomOp*) { return size_t(1); };
   op.KernelDestroy = destroy<Kernel>;
-  op.GetInputCharacteristic = [](const CustomOp*, size_t index) { return int(index == 3 ? kOptional : kRequired); };
+  op.GetInputCharacteristic = [](const CustomOp*, size_t index) { return int(index >= 3 ? kOptional : kRequired); };
   op.GetOutputCharacteristic = [](const CustomOp*, size_t) { return int(kRequired); };
   op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
   op.GetVariadicInputMinArity = op.GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };

@@ -129,7 +129,8 @@ PackedGemv pack_gemv(const Compressed& w, int64_t lanes) {
   packed.windows = parts(w.length, packed.window), packed.blocks = parts(w.outputs, lanes);
   const int64_t bits = index_bits(packed.window), in_word = 32 / bits, slots = packed.slots, of_output = packed.windows * slots;
   const int64_t words = words_of(packed.windows, slots, in_word), in_window = parts(slots, in_word);
-  packed.values = Numbers<float>(packed.blocks * of_output * lanes);
+  const int64_t bytes = w.dtype == kInt8 ? 1 : 4;
+  packed.values = Numbers<char>(packed.blocks * of_output * lanes * bytes);
   packed.indices = Numbers<uint32_t>(packed.blocks * words * lanes);
   const int64_t together = slots > in_word ? 0 : in_word / slots;  // windows in a word
   for (int64_t o = 0; o < packed.blocks * lanes; o++)
@@ -138,7 +139,7 @@ PackedGemv pack_gemv(const Compressed& w, int64_t lanes) {
       int64_t index = at % w.n;  // of what is added to fill up
       if (o < w.outputs && group < w.groups()) {
         const int64_t from = o * w.slots() + slot;
-        packed.values[(place * of_output + slot) * lanes + lane] = ((const float*)w.values)[from];
+        std::memcpy(packed.values.data() + ((place * of_output + slot) * lanes + lane) * bytes, (const char*)w.values + from * bytes, size_t(bytes));
         index = w.index[from];
       }
       index += at / w.n * w.m;

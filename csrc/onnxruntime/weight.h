@@ -68,9 +68,9 @@ struct PackedGemm {
 };
 PackedGemm pack_gemm(const Compressed& weight, int64_t columns);
 
-// As GEMV reads it: bit for bit what openwork.layouts.gemv makes of float32. Of one row an output; `has_gemv` says for which m.
+// As GEMV reads it: bit for bit what openwork.layouts.gemv makes. Of one row an output; `has_gemv` says for which m.
 struct PackedGemv {
-  Numbers<float> values;
+  Numbers<char> values;  // float32 or int8
   Numbers<uint32_t> indices;
   int64_t windows = 0, blocks = 0;
   int32_t window = 0, slots = 0;

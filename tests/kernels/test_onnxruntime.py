@@ -22,6 +22,7 @@ from openwork.layouts.conv import ConvGeometry, conv_rows
 from openwork.nm.groups import Axis
 from openwork.nm.masks import magnitude_mask
 from openwork.nm.pattern import Pattern
+from openwork.nm.quantize import quantize_weight
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -36,16 +37,17 @@ def sparse(shape: tuple[int, ...], pattern: str) -> Tensor:
 
 
 def model(op: str, weight: Tensor, pattern: str, added: Tensor | None, x: list[Any], **changed: Any) -> Any:
-    """One node; `changed` replaces attributes, or initializers by the names values, indices, bias."""
+    """One node; `changed` replaces attributes, or initializers by the names values, indices, bias, scales."""
     n, m = Pattern.parse(pattern).n, Pattern.parse(pattern).m
     values, indices = pack_weight(weight, Pattern.parse(pattern), Axis(1))
     constants: dict[str, Any] = {"values": values.numpy(), "indices": indices.numpy()}
     constants |= {} if added is None else {"bias": added.numpy()}
-    constants |= {name: changed.pop(name) for name in ("values", "indices", "bias") if name in changed}
+    constants |= {name: changed.pop(name) for name in ("values", "indices", "bias", "scales") if name in changed}
+    inputs = ["x", "values", "indices", *(name if name in constants else "" for name in ("bias", "scales"))]
     attributes = {"n": n, "m": m, "shape": list(weight.shape), "relu": 0}
     if op == "SparseConv2d":
         attributes |= {"strides": [1, 1], "pads": [0] * 4, "dilations": [1, 1], "group": 1}
-    node = onnx.helper.make_node(op, ["x", *constants], ["y"], domain="openwork")
+    node = onnx.helper.make_node(op, inputs, ["y"], domain="openwork")
     for name, value in (attributes | changed).items():
         if value is not None:
             node.attribute.append(onnx.helper.make_attribute(name, value))
@@ -112,6 +114,28 @@ def test_convolutions_are_bit_for_bit_what_our_kernels_give(shape, groups, strid
         assert torch.equal(ran(model("SparseConv2d", weight, "2:4", bias, [None] * 4, **given), x, threads), expected)
 
 
+def test_int8_is_bit_for_bit_what_our_kernels_give():
+    pattern, bias = Pattern(2, 4), torch.randn(33)
+    weight, scales = quantize_weight(sparse((33, 50), "2:4"), torch.int8)
+    for rows, kind in ((1, Gemv), (8, Gemv), (9, Gemm), (130, Gemm)):
+        x = torch.randn(rows, 50)
+        expected = kind.pack(weight, scales, pattern, native.vectors()).linear(x, bias, True)
+        file = model("SparseLinear", weight, "2:4", bias, ["b", 50], relu=1, scales=scales.numpy())
+        assert torch.equal(ran(file, x), expected)
+    x[3, 5] = torch.nan
+    assert ran(file, x).isnan().any(1).nonzero().tolist() == [[3]]
+
+
+def test_int8_convolutions_are_bit_for_bit_what_our_kernels_give():
+    weight, scales = quantize_weight(sparse((8, 8, 3, 3), "1:4"), torch.int8)
+    x = torch.randn(3, 8, 30, 90)
+    layout = Gemm.pack(conv_rows(weight, Pattern(1, 4)), scales, Pattern(1, 4), native.vectors())
+    expected = layout.conv2d(x, None, ConvGeometry((3, 3), (1, 1), (0, 0), (1, 1), 1), False)
+    for threads in (1, 3):
+        file = model("SparseConv2d", weight, "1:4", None, [None] * 4, scales=scales.numpy())
+        assert torch.equal(ran(file, x, threads), expected)
+
+
 def test_padding_that_differs_from_side_to_side():
     weight, x = sparse((8, 8, 3, 3), "1:4"), torch.randn(2, 8, 9, 10)
     y = ran(model("SparseConv2d", weight, "1:4", None, [None] * 4, pads=[0, 1, 2, 3]), x)
@@ -127,7 +151,7 @@ HOSTILE: dict[str, tuple[str, dict[str, Any], str]] = {
     "a shape of three": ("SparseLinear", {"shape": [8, 16, 1]}, "buffer|needed 2"),
     "a million attributes": ("SparseLinear", {"shape": [1] * 10**6}, "buffer"),
     "other values": ("SparseLinear", {"values": np.zeros((8, 7), np.float32)}, "this weight has"),
-    "values of float64": ("SparseLinear", {"values": np.zeros((8, 8))}, "tensor"),
+    "values of float64": ("SparseLinear", {"values": np.zeros((8, 8))}, "float32 or int8"),
     "few indices": ("SparseLinear", {"indices": np.zeros(15, np.uint8)}, "this weight has"),
     "indices that do not ascend": ("SparseLinear", {"indices": np.zeros(16, np.uint8)}, "ascending"),
     "spare slots elsewhere": (
@@ -136,6 +160,8 @@ HOSTILE: dict[str, tuple[str, dict[str, Any], str]] = {
         "lowest free",
     ),
     "a short bias": ("SparseLinear", {"bias": np.zeros(7, np.float32)}, "bias"),
+    "int8 without scales": ("SparseLinear", {"values": np.ones((8, 8), np.int8)}, "scales has to be"),
+    "values of int32": ("SparseLinear", {"values": np.ones((8, 8), np.int32)}, "float32 or int8"),
     "relu of 2": ("SparseLinear", {"relu": 2}, "relu"),
     "a stride of zero": ("SparseConv2d", {"strides": [0, 1]}, "strides"),
     "negative pads": ("SparseConv2d", {"pads": [-1, 0, 0, 0]}, "pads"),
