@@ -27,7 +27,7 @@ from openwork.utils.table import aligned
 from openwork.utils.torch_private import tree_map, tree_map_only
 
 FORMS = ("onnx", "onnxruntime", "torch", "aot", "huggingface", "dense")
-_ONNX = ("opset", "input_names", "output_names", "linear")
+_ONNX = ("opset", "input_names", "output_names", "linear", "weight_dtype")
 _BY_SUFFIX = {".onnx": "onnx", ".pt2": "torch", ".safetensors": "dense", "": "huggingface"}
 
 _ABOUT = """\
@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     onnx("--opset", type=int, metavar="VERSION", help="of ONNX's operators")
     onnx("--input-names", nargs="+", metavar="NAME", help="what the file calls its inputs, in order")
     onnx("--output-names", nargs="+", metavar="NAME", help="what the file calls its outputs, in order")
+    onnx("--weight-dtype", choices=["float32", "int8"], help="of compressed weights, with --to onnxruntime (float32)")
     onnx("--linear", choices=get_args(LinearAs), help="operator of linear layers on more than two dims (MatMul)")
     return parser
 
@@ -104,6 +105,7 @@ def _written(form: str, source: Source, selection: Selection | None, asked: argp
     example, shapes = _of_any_size(source.example) if asked.dynamic_batch else (source.example, None)
     if form in ("onnx", "onnxruntime"):
         options = {name: getattr(asked, name) for name in _ONNX if getattr(asked, name) is not None}
+        options["weight_dtype"] = torch.int8 if asked.weight_dtype == "int8" else torch.float32
         options["operators"] = "openwork" if form == "onnxruntime" else "standard"
         done = to.to_onnx(source.model, example, out, pattern=selection, dynamic_shapes=shapes, **options)
         lines = matmul_table(done.matmuls)

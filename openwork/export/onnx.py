@@ -40,6 +40,7 @@ from openwork.utils.deployed import check_not_deployed
 from openwork.utils.example import quiet
 from openwork.utils.torch_private import decompositions, tree_leaves
 
+_INT8_ERROR = 0.2  # of the largest output: a network that is off by more does not stand int8, or something is broken
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes; weights of larger models lie in a second file
 
 
@@ -67,6 +68,7 @@ def to_onnx(
     output_names: Sequence[str] | None = None,
     linear: LinearAs = "MatMul",
     operators: Operators = "standard",
+    weight_dtype: torch.dtype = torch.float32,
 ) -> Exported:
     """Write a model as ONNX, and check the file before it gets its name: the ONNX checker, N:M along the axis that
     each matmul sums over, and ONNX Runtime's outputs for `example`.
@@ -84,6 +86,8 @@ def to_onnx(
     for argument, given, known in (("linear", linear, LinearAs), ("operators", operators, Operators)):
         if given not in get_args(known):
             raise ValueError(f"{argument} has to be {' or '.join(map(repr, get_args(known)))}, not {given!r}")
+    if weight_dtype not in (torch.float32, torch.int8) or (weight_dtype == torch.int8 and operators == "standard"):
+        raise ValueError(f"weight_dtype={weight_dtype}: float32, or int8 with operators='openwork'")
     inner = unwrap(model)
     check_not_deployed(inner, "exporting to ONNX")
     recorded = patterns(inner, masked_by_name(inner), pattern)
@@ -95,7 +99,7 @@ def to_onnx(
     transposed = _finish(exported, linear)
     kept = _kept(exported.model, recorded, transposed)
     if operators == "openwork":
-        write_operators(exported.model, kept)
+        write_operators(exported.model, kept, weight_dtype)
     dense = dense_names(constant_products(exported.model), kept)
     exported.model.metadata_props.update({KEY: as_metadata(kept), DENSE_KEY: as_metadata(dense)})
     target = Path(os.path.realpath(path))
@@ -105,7 +109,7 @@ def to_onnx(
         if data.exists() and target.exists():
             data.chmod(stat.S_IMODE(target.stat().st_mode))  # as secret as the file that is replaced
         matmuls = check_onnx(part)
-        difference = _compare(part, plain, example, operators)
+        difference = _compare(part, plain, example, operators, _INT8_ERROR if weight_dtype == torch.int8 else 0.0)
     _delete_former_weights(target, data)
     return Exported(matmuls, difference, sum(file.stat().st_size for file in (target, data) if file.exists()))
 
@@ -213,7 +217,7 @@ def _save(model: Any, part: Path, data: Path) -> None:
         sync(data)
 
 
-def _compare(path: Path, model: nn.Module, example: Any, operators: Operators) -> float | None:
+def _compare(path: Path, model: nn.Module, example: Any, operators: Operators, allowed: float) -> float | None:
     try:
         import onnxruntime
 
@@ -232,7 +236,7 @@ def _compare(path: Path, model: nn.Module, example: Any, operators: Operators) -
         raise RuntimeError(f"the example has {len(given)} tensors, the file takes {len(needed)}: {', '.join(needed)}")
     feed = {name: _for_onnx(tensor) for name, tensor in zip(needed, given, strict=True)}
     results = [torch.from_numpy(np.asarray(array)) for array in session.run(None, feed)]
-    return check_equal("ONNX Runtime", results, outputs(model, example))
+    return check_equal("ONNX Runtime", results, outputs(model, example), allowed)
 
 
 def _for_onnx(tensor: Tensor) -> Any:

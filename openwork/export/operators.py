@@ -18,6 +18,7 @@ from openwork.files.packing import pack_weight, unpack_weight
 from openwork.nm.groups import Axis
 from openwork.nm.masks import too_dense
 from openwork.nm.pattern import Pattern
+from openwork.nm.quantize import quantize_weight
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -46,10 +47,10 @@ class _Layer:
     relu: bool
 
 
-def write_operators(model: ir.Model, kept: Mapping[str, Pattern]) -> int:
-    """Rewrite what multiplies by the weights of `kept`, by name, and return how many nodes were. Raises ValueError
-    where there is none."""
-    graph, packed = model.graph, dict[str, tuple[Any, Any]]()
+def write_operators(model: ir.Model, kept: Mapping[str, Pattern], dtype: torch.dtype = torch.float32) -> int:
+    """Rewrite what multiplies by the weights of `kept`, by name, and return how many nodes were. `dtype`: float32, or
+    int8 with one scale an output. Raises ValueError where there is none."""
+    graph, packed = model.graph, dict[str, tuple[Any, ...]]()
     written = 0
     for node in list(graph):
         layer = _layer(node)
@@ -61,7 +62,7 @@ def write_operators(model: ir.Model, kept: Mapping[str, Pattern]) -> int:
             continue
         name = str(layer.weight.name)
         if name not in packed:
-            packed[name] = _initializers(graph, name, weight, pattern)
+            packed[name] = _initializers(graph, name, weight, pattern, dtype)
         _replace(graph, layer, pattern, packed[name])
         if not layer.weight.uses() and not layer.weight.is_graph_output():
             graph.initializers.pop(name, None)
@@ -120,8 +121,10 @@ def _is_vector(value: ir.Value, outs: int) -> bool:
     return array is not None and array.dtype == np.float32 and array.shape == (outs,)
 
 
-def _initializers(graph: ir.Graph, name: str, weight: Tensor, pattern: Pattern) -> tuple[ir.Value, ir.Value]:
-    """The values and the indices, added to the graph."""
+def _initializers(
+    graph: ir.Graph, name: str, weight: Tensor, pattern: Pattern, dtype: torch.dtype
+) -> tuple[ir.Value, ...]:
+    """The values and the indices, and of int8 the scales, added to the graph."""
     import onnx_ir as ir
 
     def added(suffix: str, tensor: Tensor) -> ir.Value:
@@ -132,11 +135,13 @@ def _initializers(graph: ir.Graph, name: str, weight: Tensor, pattern: Pattern) 
         graph.register_initializer(value)
         return value
 
-    values, indices = pack_weight(weight, pattern, Axis(1))
-    return added("values", values), added("indices", indices)
+    numbers, scales = quantize_weight(weight, dtype)
+    values, indices = pack_weight(numbers, pattern, Axis(1))
+    packed = added("values", values), added("indices", indices)
+    return packed if scales is None else (*packed, added("scales", scales))
 
 
-def _replace(graph: ir.Graph, layer: _Layer, pattern: Pattern, packed: tuple[ir.Value, ir.Value]) -> None:
+def _replace(graph: ir.Graph, layer: _Layer, pattern: Pattern, packed: tuple[ir.Value, ...]) -> None:
     import onnx_ir as ir
 
     node, last = layer.old[0], layer.old[-1]
@@ -147,7 +152,8 @@ def _replace(graph: ir.Graph, layer: _Layer, pattern: Pattern, packed: tuple[ir.
         for name, default in (("strides", [1, 1]), ("pads", [0] * 4), ("dilations", [1, 1])):
             attributes[name] = [*node.attributes[name].as_ints()] if name in node.attributes else default
         attributes["group"] = _number(node, "group", 1)
-    inputs = [node.inputs[0], *packed, *([] if layer.bias is None else [layer.bias])]
+    inputs = [node.inputs[0], *packed[:2], layer.bias, *packed[2:]]
+    inputs = inputs if inputs[-1] is not None else inputs[:-1]
     new = ir.node("SparseConv2d" if is_conv else "SparseLinear", inputs, attributes, domain=DOMAIN, name=node.name)
     new.doc_string = HINT.partition(" and then ")[0].rstrip(",")
     ir.convenience.replace_nodes_and_values(graph, last, layer.old, [new], last.outputs, new.outputs)

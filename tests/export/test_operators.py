@@ -20,6 +20,7 @@ onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 from openwork.export import check_onnx, to_onnx  # noqa: E402
+from openwork.export.onnx import Exported  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
@@ -54,6 +55,14 @@ def network() -> nn.Module:
     return model
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> tuple[nn.Module, Path, Exported]:
+    """A network, its file, whose batch may vary, and what `to_onnx` said. Nobody changes them."""
+    model, path = network(), tmp_path_factory.mktemp("net") / "net.onnx"
+    shapes = {"x": {0: torch.export.Dim("batch")}}
+    return model, path, to_onnx(model, images(2), path, pattern=CHOICE, dynamic_shapes=shapes, operators="openwork")
+
+
 def images(n: int) -> torch.Tensor:
     return torch.randn(n, 8, 8, 6)
 
@@ -68,10 +77,8 @@ def operators(path: Path) -> list[str]:
     return sorted(node.op_type for node in onnx.load(path).graph.node if node.domain == "openwork")
 
 
-def test_a_network(tmp_path: Path):
-    model, path = network(), tmp_path / "net.onnx"
-    shapes = {"x": {0: torch.export.Dim("batch")}}
-    done = to_onnx(model, images(2), path, pattern=CHOICE, dynamic_shapes=shapes, operators="openwork")
+def test_a_network(exported):
+    model, path, done = exported
     assert done.difference < 1e-5
     assert done.nbytes == path.stat().st_size
     assert operators(path) == ["SparseConv2d"] * 2 + ["SparseLinear"] * 6
@@ -90,27 +97,28 @@ def test_a_network(tmp_path: Path):
     assert relus == 0  # all in our operators
 
 
-def test_the_file_is_smaller_and_what_is_standard_stays_so(tmp_path: Path):
-    model = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256)).eval()
-    ow.project(model, "1:4")
-    to_onnx(model, torch.randn(2, 256), tmp_path / "standard.onnx", pattern="1:4")
-    done = to_onnx(model, torch.randn(2, 256), tmp_path / "ours.onnx", pattern="1:4", operators="openwork")
-    assert done.nbytes < 0.3 * (tmp_path / "standard.onnx").stat().st_size
-    assert operators(tmp_path / "standard.onnx") == []
+def test_int8(tmp_path: Path):
+    model, path = network(), tmp_path / "net.onnx"
+    done = to_onnx(model, images(2), path, pattern=CHOICE, operators="openwork", weight_dtype=torch.int8)
+    assert 1e-4 < done.difference < 0.1
+    assert {each.dtype for each in done.matmuls if each.recorded} == {"int8"}
+    assert "fc.weight.scales" in {each.name for each in onnx.load(path).graph.initializer}
+    with pytest.raises(ValueError, match="int8 with operators='openwork'"):
+        to_onnx(model, images(2), path, pattern=CHOICE, weight_dtype=torch.int8)
 
 
-def test_without_the_library_the_file_says_what_to_install(tmp_path: Path):
+def test_without_the_library_a_small_file_says_what_to_install(tmp_path: Path):
     path = tmp_path / "net.onnx"
-    model = nn.Sequential(nn.Linear(16, 8)).eval()
-    ow.project(model, "2:4")
-    to_onnx(model, torch.randn(2, 16), path, pattern="2:4", operators="openwork")
+    model = nn.Sequential(nn.Linear(256, 256)).eval()
+    ow.project(model, "1:4")
+    done = to_onnx(model, torch.randn(2, 256), path, pattern="1:4", operators="openwork")
+    assert done.nbytes < 0.3 * 256 * 256 * 4
     with pytest.raises(Exception, match=r"openwork.*SparseLinear"):
         runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     file = onnx.load(path)
+    metadata = {each.key: each.value for each in file.metadata_props}
     assert "pip install openwork" in file.doc_string
-    assert (
-        "openwork.onnxruntime_library()" in {each.key: each.value for each in file.metadata_props}["openwork_operators"]
-    )
+    assert "openwork.onnxruntime_library()" in metadata["openwork_operators"]
     assert "pip install openwork" in file.graph.node[0].doc_string
 
 
@@ -122,9 +130,9 @@ def test_nothing_sparse_is_an_error(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_verify_reads_compressed_weights(tmp_path: Path, capsys):
+def test_verify_reads_compressed_weights(exported, tmp_path: Path, capsys):
     path = tmp_path / "net.onnx"
-    to_onnx(network(), images(2), path, pattern=CHOICE, operators="openwork")
+    path.write_bytes(exported[1].read_bytes())
     assert main(["verify", str(path)]) == 0
     assert "verified: 8 of 9 matmuls held" in capsys.readouterr().out
     assert main(["verify", str(path), "--pattern", "1:4"]) != 0
@@ -163,9 +171,9 @@ assert not {"torch", "openwork"} & set(sys.modules)
 """
 
 
-def test_a_process_with_onnxruntime_alone(tmp_path: Path):
-    model, x = network(), images(2)
-    to_onnx(model, x, tmp_path / "net.onnx", pattern=CHOICE, operators="openwork")
+def test_a_process_with_onnxruntime_alone(exported, tmp_path: Path):
+    model, x = exported[0], images(2)
+    (tmp_path / "net.onnx").write_bytes(exported[1].read_bytes())
     np.save(tmp_path / "x.npy", x.numpy())
     library = ow.onnxruntime_library()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
