@@ -129,9 +129,8 @@ def _initializers(
 
     def added(suffix: str, tensor: Tensor) -> ir.Value:
         constant = ir.tensor(tensor.numpy(), name=f"{name}.{suffix}")
-        value = ir.Value(
-            name=constant.name, shape=ir.Shape(constant.shape), type=ir.TensorType(constant.dtype), const_value=constant
-        )
+        kind, shape = ir.TensorType(constant.dtype), ir.Shape(tensor.shape)
+        value = ir.Value(name=constant.name, shape=shape, type=kind, const_value=constant)
         graph.register_initializer(value)
         return value
 
