@@ -47,6 +47,7 @@ ISAS = {
         "avx2": ["-mavx2", "-mfma"],
         "avx512": AVX512,
         "avx512vnni": [*AVX512, "-mavx512vnni"],
+        "avx512vbmi": [*AVX512, "-mavx512vnni", "-mavx512vbmi"],
         "avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16"],
     },
     "aarch64": {"neon": []},

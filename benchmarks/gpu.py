@@ -1,4 +1,4 @@
-"""Check and measure everything that runs on a GPU, and write the GPU tables of docs/performance.md.
+"""Check and measure everything that runs on a GPU, and write the GPU tables of docs/performance-details.md.
 
     python benchmarks/gpu.py                                # all, as far as nine minutes reach
     python benchmarks/gpu.py check masks lists linear --out build/gpu-1    # all, in three calls of some minutes each
@@ -574,7 +574,13 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=30, help=f"times that each variant runs at most (less often after {SECONDS:g} s)")
     add("--minutes", type=float, default=9, help="after so many no other case begins (default: 9)")
     add("--out", type=Path, default=Path("build/gpu"), help="without ending: .csv and .json are written")
-    add("--tables", type=Path, nargs="+", metavar="CSV", help="write docs/performance.md's tables from runs, and stop")
+    add(
+        "--tables",
+        type=Path,
+        nargs="+",
+        metavar="CSV",
+        help="write docs/performance-details.md's tables from runs, and stop",
+    )
     add("--page", type=Path, default=gpu_tables.PAGE, help="for --tables")
     add("--rehearse", action="store_true", help="tiny, on the CPU, to try the script")
     asked = parser.parse_args(words)

@@ -1,4 +1,4 @@
-"""The GPU tables of docs/performance.md, from CSV files of benchmarks/gpu.py."""
+"""The GPU tables of docs/performance-details.md, from CSV files of benchmarks/gpu.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+PAGE = Path(__file__).parent.parent / "docs" / "performance-details.md"
 NONE = "Not yet measured: no GPU was at hand."
 Row = Mapping[str, str]
 

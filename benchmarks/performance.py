@@ -1,10 +1,10 @@
-"""Write the tables and plots of docs/performance.md from the CSV files of `openwork bench`.
+"""Write the tables and plots of docs/performance-details.md from the CSV files of `openwork bench`.
 
     openwork bench masks linear threads growth --threads 1 2 --out build/operators.csv
-    openwork bench resnet50 encoder --patterns 2:4 1:4 --threads 1 2 --out build/models.csv
-    python benchmarks/performance.py build/operators.csv build/models.csv   # needs matplotlib
+    python benchmarks/performance.py build/operators.csv            # needs matplotlib
 
-Tables are printed between the lines `<!-- NAME -->` of the page; plots go to docs/performance-*.svg.
+Whole networks: against_engines.py. Tables are printed between the lines `<!-- NAME -->` of the page;
+plots go to docs/performance-*.svg.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "openwork"}  # text as text, the same ids in every run
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+PAGE = Path(__file__).parent.parent / "docs" / "performance-details.md"
 Row = dict[str, str]
 
 
@@ -77,33 +77,6 @@ def linear(rows: list[Row]) -> list[str]:
 def _kernel(row: Row) -> str:
     """The kernels that lanes of outputs have, by a letter: v for GEMV, d for dot products."""
     return {"gemv": " v", "dot_product": " d"}.get(row["impl"].split()[0], "")
-
-
-def models(rows: list[Row]) -> list[str]:
-    lines = [
-        "| model | threads | variant | ms, p50 [p20, p80] | times the best dense | MB of weights | MB of process |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if row["op"] in ("mask", "linear") or row["op"].startswith("growth"):
-            continue
-        p20, p50, p80 = (float(row[name]) / 1e3 for name in ("p20_us", "p50_us", "p80_us"))
-        lines.append(
-            f"| {row['op']}, {row['shape']} | {row['threads']} | {_variant(row)} "
-            f"| {p50:.1f} [{p20:.1f}, {p80:.1f}] | {ratio(row)} | {_megabytes(row, 'held_bytes')} "
-            f"| {_megabytes(row, 'grown_bytes')} |"
-        )
-    return lines
-
-
-def _variant(row: Row) -> str:
-    """What was run, with its dtype where the name lacks it."""
-    return row["impl"] if row["dtype"] == "float32" or row["dtype"] in row["impl"] else f"{row['impl']} {row['dtype']}"
-
-
-def _megabytes(row: Row, field: str) -> str:
-    value = float(row.get(field) or "nan")
-    return "" if value != value else f"{value / 1e6:.0f}"
 
 
 def plot_bars(rows: list[Row], file: Path) -> None:
@@ -167,7 +140,7 @@ def _threads(count: str) -> str:
 def main() -> None:
     rows = read(sys.argv[1:])
     page = PAGE.read_text()
-    for name, lines in (("masks", masks(rows)), ("linear", linear(rows)), ("models", models(rows))):
+    for name, lines in (("masks", masks(rows)), ("linear", linear(rows))):
         table = "\n".join(lines)
         page = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", page, flags=re.S

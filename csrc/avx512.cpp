@@ -29,7 +29,10 @@ bool supported() {
   if (!__builtin_cpu_supports("avx512vnni")) return false;
 #endif
 #ifdef HAS_DOT_PRODUCT
-  if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512bf16")) return false;
+  if (!__builtin_cpu_supports("avx512vbmi")) return false;
+#endif
+#ifdef __AVX512BF16__
+  if (!__builtin_cpu_supports("avx512bf16")) return false;
 #endif
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -67,7 +70,12 @@ template <> struct Window<32> {
 inline Int pick_pairs(Int x, Int index) { return (Int)_mm512_permutexvar_epi16((__m512i)index, (__m512i)x); }
 inline Int pick_quads(Int x, Int index) { return (Int)_mm512_permutexvar_epi8((__m512i)index, (__m512i)x); }
 inline Float add_pairs(Float sum, Int x, Int value) {
+#ifdef __AVX512BF16__
   return (Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)value);
+#else
+  const Int upper = Int{} + int32_t(0xffff0000);
+  return fma((Float)(x & upper), (Float)(value & upper), fma((Float)(x << 16), (Float)(value << 16), sum));
+#endif
 }
 inline Int add_quads(Int sum, Int x, Int value) {  // x unsigned, value signed
   return (Int)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)value);

@@ -7,8 +7,8 @@
 namespace openwork {
 
 #if defined(__x86_64__)
-extern const Kernels kAvx512BFloat16, kAvx512Vnni, kAvx512, kAvx2, kScalar;
-static const Kernels* const kVariants[] = {&kAvx512BFloat16, &kAvx512Vnni, &kAvx512, &kAvx2, &kScalar};
+extern const Kernels kAvx512BFloat16, kAvx512Vbmi, kAvx512Vnni, kAvx512, kAvx2, kScalar;
+static const Kernels* const kVariants[] = {&kAvx512BFloat16, &kAvx512Vbmi, &kAvx512Vnni, &kAvx512, &kAvx2, &kScalar};
 #elif defined(__aarch64__)
 extern const Kernels kNeon, kScalar;
 static const Kernels* const kVariants[] = {&kNeon, &kScalar};

@@ -20,6 +20,7 @@ from openwork.utils.torchvision_compat import prepare_torchvision
 sys.path.insert(0, str(Path(__file__).parent))
 
 torch.set_num_threads(1)
+os.environ["OPENWORK_NO_ENGINES"] = "1"  # `deploy` would start a process each time; what tests it deletes this
 prepare_torchvision()  # transformers, lightning and timm import it in many tests
 
 
@@ -28,6 +29,13 @@ def seeds():
     random.seed(0)
     numpy.random.seed(0)  # noqa: NPY002
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """torch counts what all tests of a process compile against its limit of recompilations."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @pytest.fixture(scope="session")

@@ -53,12 +53,12 @@ def batches(steps, dtype=torch.float64, size=8):
     ]
 
 
-def keep_by_sorting(weight):
-    """The 2:4 mask along input channels: bool, True is kept. Equal magnitudes keep the lower index."""
+def keep_by_sorting(weight, n=N):
+    """The n:4 mask along input channels: bool, True is kept. Equal magnitudes keep the lower index."""
     last = weight.movedim(1, -1)
     mask = []
     for group in last.reshape(-1, M).tolist():
-        kept = sorted(range(M), key=lambda i: (-abs(group[i]), i))[:N]
+        kept = sorted(range(M), key=lambda i: (-abs(group[i]), i))[:n]
         mask.append([i in kept for i in range(M)])
     return torch.tensor(mask).view(last.shape).movedim(-1, 1)
 
@@ -87,13 +87,18 @@ def _adam_direction(g, state, t):
 UPDATES = {"sgd": sgd, "adam": adam, "adamw": adamw}
 
 
-def plain_loop(start, data, update, *, decay=DECAY, uses=1, clip=None, decoupled=False):
-    """The parameters after one step on each batch, from `start`: a dict of tensors by name."""
+def plain_loop(start, data, update, *, decay=DECAY, uses=1, clip=None, decoupled=False, schedule=None):
+    """The parameters after one step on each batch, from `start`: a dict of tensors by name. `schedule(weight, step)`:
+    the mask when so many steps are done, and what pruned weights are multiplied with."""
     weights = {name: w.detach().clone() for name, w in start.items()}
     states = {name: {} for name in weights}
     for t, (x, y) in enumerate(data, 1):
-        keep = {name: keep_by_sorting(weights[name]) for name in SPARSE}
-        used = {name: (w.where(keep[name], 0 * w) if name in keep else w.clone()) for name, w in weights.items()}
+        rules = {name: schedule(weights[name], t - 1) if schedule else (None, 0) for name in SPARSE}
+        keep = {name: keep_by_sorting(weights[name]) if mask is None else mask for name, (mask, _) in rules.items()}
+        used = {
+            name: (w.where(keep[name], rules[name][1] * w) if name in keep else w.clone())
+            for name, w in weights.items()
+        }
         leaves = [w.requires_grad_() for w in used.values()]
         loss = (plain_net(used, x, uses) - y).square().mean()
         gradients = dict(zip(used, torch.autograd.grad(loss, leaves), strict=True))

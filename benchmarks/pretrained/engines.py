@@ -1,4 +1,4 @@
-"""A dense network on the engines that others would take on a CPU."""
+"""A dense network on the engines that others would take on a CPU, in this process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openwork.engines.case import Case, write_program
+from openwork.engines.onnx_engines import installed
+
 
 def spread(times: Sequence[float]) -> tuple[float, dict[str, float]]:
     """The median, and the 20th and 80th percentiles."""
@@ -20,26 +23,11 @@ def spread(times: Sequence[float]) -> tuple[float, dict[str, float]]:
 
 
 def dense_engines(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Callable[[], Any]]:
-    """Calls of ONNX Runtime and OpenVINO, which return the first output as an array. Shapes are fixed to those of the
-    example, which suits them best, on as many threads as torch has, in float32."""
-    import onnxruntime
-    import openvino
-
-    inputs, threads = {name: tensor.numpy() for name, tensor in example.items()}, torch.get_num_threads()
+    """Calls of OpenVINO and ONNX Runtime, as far as they are installed, which return the first output as an array. On
+    as many threads as torch has, in float32."""
     with tempfile.TemporaryDirectory() as folder:
-        path, how = Path(folder) / "model.onnx", {"dynamo": True, "external_data": True, "verbose": False}
-        torch.onnx.export(model, kwargs=dict(example), f=path, input_names=[*example], **how)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        settings = {
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
-        }
-        request = openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
-    return {
-        "dense: ONNX Runtime": lambda: session.run(None, inputs)[0],
-        "dense: OpenVINO": lambda: request.infer(inputs)[0].copy(),
-    }
+        write_program(Path(folder), model, dict(example))
+        prepared = installed(Case(Path(folder), threads=torch.get_num_threads()))
+    for name, reason in prepared.about["left out"].items():
+        print(f"without {name}: {reason}")
+    return {f"dense: {name}": lambda call=call: call()[0] for name, call in prepared.calls.items()}

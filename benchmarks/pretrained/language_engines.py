@@ -107,7 +107,7 @@ def _generate(model: nn.Module, prompt: Tensor, tokens: int) -> Tensor:
 def _deployed(model: nn.Module, example: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
     """What `deploy` returns, and how its layers are multiplied."""
     with warnings.catch_warnings(record=True):  # that dense won is in the plan
-        deployed: Any = ow.deploy(copy.deepcopy(model), dict(example), weight_dtype=dtype)
+        deployed: Any = ow.deploy(copy.deepcopy(model), dict(example), weight_dtype=dtype, engine_seconds=0)
     plan = deployed.deployment
     return deployed, {
         "returned": plan.returned,

@@ -16,6 +16,8 @@ int64_t openwork_gemm_linear_scratch(const openwork::Kernels* kernels, const ope
 int32_t openwork_gemm_linear(const openwork::Kernels* kernels, const openwork::GemmLinear* call);
 int64_t openwork_gemm_conv2d_scratch(const openwork::Kernels* kernels, const openwork::GemmConv2d* call);
 int32_t openwork_gemm_conv2d(const openwork::Kernels* kernels, const openwork::GemmConv2d* call);
+int64_t openwork_dot_product_scratch(const openwork::Kernels* kernels, const openwork::DotProduct* d, int64_t threads);
+int32_t openwork_dot_product(const openwork::Kernels* kernels, const openwork::DotProduct* d, int32_t dtype, int64_t threads);
 int32_t openwork_gemv(const openwork::Kernels* kernels, const openwork::Gemv* gemv, int32_t dtype);
 }
 
@@ -110,9 +112,15 @@ struct Sparse {
 
 struct Linear : Sparse {
   PackedGemv gemv;
+  PackedDotProduct dots;  // of int8, for any number of rows, where the processor has them
 
   explicit Linear(const Node& node) : Sparse(node) {
     read(node, node.numbers("shape", 2));
+    if (kernels->dot_product && has_dot_product(weight, kernels->lanes)) {
+      dots = pack_dot_product(weight, kernels->lanes);
+      forget();
+      return;
+    }
     const int64_t rows = rows_of(node.input_shape(0));  // negative: any
     const bool few = has_gemv(weight.m) && rows <= kGemvRows, many = rows < 0 || rows > kGemvRows || !has_gemv(weight.m);
     if (few) gemv = pack_gemv(weight, kernels->lanes);
@@ -144,6 +152,7 @@ struct Linear : Sparse {
     if (!B) return;
     const Threads threads(table, context, &seen_threads);
     const float* data = (const float*)x.data;
+    if (dots.blocks) return multiply_dots(data, B, y);
     if (gemm.tile && (B > kGemvRows || !gemv.blocks)) return multiply(data, B, y);
     for (int64_t b = 0; b < B; b += kGemvRows) multiply_few(data + b * K, lesser(kGemvRows, B - b), y + b * O);
   }
@@ -152,6 +161,17 @@ struct Linear : Sparse {
     GemmLinear call{gemm_weight(weight.length), x, y, nullptr, B, weight.length, weight.outputs, activation};
     call.scratch = scratch_of(openwork_gemm_linear_scratch(kernels, &call));
     done(openwork_gemm_linear(kernels, &call));
+  }
+
+  void multiply_dots(const float* x, int64_t B, float* y) {
+    const int64_t K = weight.length, O = weight.outputs, workers = seen_threads ? processors() : 1;
+    DotProduct call{};
+    call.values = dots.values.data(), call.indices = dots.indices.data(), call.windows = dots.windows, call.blocks = dots.blocks;
+    call.x = x, call.x_stride = call.K = K, call.bias = bias.data(), call.scales = scales.data();
+    call.y = y, call.y_stride = call.outputs = O, call.batch = B, call.steps = dots.steps, call.activation = activation;
+    call.packed = scratch_of(openwork_dot_product_scratch(kernels, &call, workers));
+    call.x_scales = memory<4>(size_t(B));
+    done(openwork_dot_product(kernels, &call, kInt8, workers));
   }
 
   Gemv call_of(const void* x, const float* bias, float* y, int64_t B) const {

@@ -151,4 +151,27 @@ PackedGemv pack_gemv(const Compressed& w, int64_t lanes) {
   return packed;
 }
 
+bool has_dot_product(const Compressed& w, int64_t lanes) {
+  const int64_t window = lanes * 4;
+  return w.dtype == kInt8 && w.rows == 1 && has_gemv(w.m) && window % w.m == 0 && window / w.m * w.n % 4 == 0;
+}
+
+PackedDotProduct pack_dot_product(const Compressed& w, int64_t lanes) {
+  PackedDotProduct packed;
+  const int64_t window = lanes * 4, slots = window / w.m * w.n;
+  packed.windows = parts(w.length, window), packed.blocks = parts(w.outputs, lanes), packed.steps = int32_t(slots / 4);
+  const int64_t of_output = packed.windows * slots, all = packed.blocks * lanes * of_output;
+  packed.values = Numbers<int8_t>(all);
+  packed.indices = Numbers<uint8_t>(all);
+  for (int64_t o = 0; o < packed.blocks * lanes; o++)
+    for (int64_t slot = 0; slot < of_output; slot++) {
+      const int64_t group = slot / w.n, step = slot / 4, from = o * w.slots() + slot;  // steps of all windows, one after the other
+      const int64_t to = ((o / lanes * packed.windows * packed.steps + step) * lanes + o % lanes) * 4 + slot % 4;
+      const bool is_stored = o < w.outputs && group < w.groups();
+      if (is_stored) packed.values[to] = ((const int8_t*)w.values)[from];
+      packed.indices[to] = uint8_t((group * w.m + (is_stored ? w.index[from] : slot % w.n)) % window);
+    }
+  return packed;
+}
+
 }  // namespace openwork

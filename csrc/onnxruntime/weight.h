@@ -78,4 +78,15 @@ struct PackedGemv {
 bool has_gemv(int32_t m);
 PackedGemv pack_gemv(const Compressed& weight, int64_t lanes);
 
+// As the dot products of int8 read it: bit for bit what openwork.layouts.dot_product makes. Of one row an output;
+// `has_dot_product` says for which patterns, and how many lanes.
+struct PackedDotProduct {
+  Numbers<int8_t> values;
+  Numbers<uint8_t> indices;
+  int64_t windows = 0, blocks = 0;
+  int32_t steps = 0;
+};
+bool has_dot_product(const Compressed& weight, int64_t lanes);
+PackedDotProduct pack_dot_product(const Compressed& weight, int64_t lanes);
+
 }  // namespace openwork

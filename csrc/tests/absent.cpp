@@ -20,6 +20,10 @@ const Kernels kAvx2 = absent("avx2");
 extern const Kernels kAvx512, kAvx512Vnni;
 const Kernels kAvx512 = absent("avx512"), kAvx512Vnni = absent("avx512vnni");
 #endif
+#ifdef NO_AVX512VBMI
+extern const Kernels kAvx512Vbmi;
+const Kernels kAvx512Vbmi = absent("avx512vbmi");
+#endif
 #ifdef NO_AVX512BF16
 extern const Kernels kAvx512BFloat16;
 const Kernels kAvx512BFloat16 = absent("avx512bf16");

@@ -27,7 +27,9 @@ class BenchRow:
     median over this median: above 1 where this is faster. `bound_us` is what the machine's peak and bandwidth allow,
     the larger of operations over peak and bytes over bandwidth, and `roofline` its share of the median. Of whole models
     `held_bytes` are their parameters and buffers, and `grown_bytes` by how much the peak of a fresh process grew while
-    it loaded the model and ran it once."""
+    it loaded the model and ran it once; `ratio_p20` and `ratio_p80` are percentiles of the ratios of single rounds,
+    `engine` is what ran, with its version, and `difference` how far its outputs are from torch's in float32, as a share
+    of the largest."""
 
     op: str
     shape: str
@@ -50,6 +52,10 @@ class BenchRow:
     date: str
     held_bytes: float = float("nan")
     grown_bytes: float = float("nan")
+    ratio_p20: float = float("nan")
+    ratio_p80: float = float("nan")
+    engine: str = ""
+    difference: float = float("nan")
 
 
 @dataclass(frozen=True)

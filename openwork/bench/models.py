@@ -1,28 +1,18 @@
-"""Benchmarks of whole models: a forward pass, deployed, beside every dense way to run it."""
+"""Networks that `openwork bench` makes itself, and the memory that a network takes."""
 
 from __future__ import annotations
 
-import copy
 import importlib
 import subprocess
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from openwork.bench.measure import BenchRow, alternating, rows
-from openwork.inference.deploy import deploy
-from openwork.inference.fold import fold_batch_norm
 from openwork.inference.packed_weight import bytes_held
-from openwork.inference.plan import Plan
-from openwork.nm.pattern import Pattern
-from openwork.training.sparsify import project
-from openwork.utils.timing import compile_frozen
 from openwork.utils.torchvision_compat import prepare_torchvision
 
 
@@ -58,73 +48,21 @@ class EncoderBlock(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
 
 
-def forward_passes(
-    name: str,
-    build: Callable[[int], tuple[nn.Module, torch.Tensor]],
-    batches: Sequence[int],
-    patterns: Sequence[Pattern],
-    weight_dtypes: Sequence[torch.dtype],
-    *,
-    seconds: float,
-    compiled: bool,
-    dtype: torch.dtype = torch.float32,
-) -> Iterator[BenchRow | Plan]:
-    """Rows of a model in `dtype` and batch, all variants taking turns: dense (eager, channels_last, compiled with
-    frozen weights; where there are int8 weights, linear layers in torch's int8), deployed with weights in each of
-    `weight_dtypes`, and that compiled. `build` gives the model and an example of a batch. Yields the plans of the
-    deployed ones as well. Dense int8 is a baseline of int8 alone."""
-    for batch in batches:
-        torch.compiler.reset()  # some compiled models of one class are too many
-        model, x = build(batch)
-        model, x = model.to(dtype), x.to(dtype)
-        dense = copy.deepcopy(model)
-        fold_batch_norm(dense, x)
-        variants: dict[str, Callable[[], object]] = {"dense eager": partial(dense, x)}
-        if x.ndim == 4:
-            last = copy.deepcopy(dense).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            variants["dense channels_last"] = partial(last, x.to(memory_format=torch.channels_last))
-        if compiled:
-            variants["dense compiled"] = partial(compile_frozen(dense, x), x)
-        baselines = list(variants)
-        about = {name: ("dense", _short(dtype)) for name in baselines}
-        bytes_of = {"dense eager": memory(dense, x)}
-        if torch.int8 in weight_dtypes and dtype == torch.float32 and x.ndim == 3:
-            variants["dense int8"] = partial(_quantized(dense), x)
-            about["dense int8"] = ("dense", "int8")
-        for pattern in patterns:
-            sparse = copy.deepcopy(model)
-            project(sparse, pattern)
-            for weight_dtype in weight_dtypes:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    fast = deploy(sparse, x, pattern=pattern, weight_dtype=weight_dtype)
-                short = f"deployed {pattern} {_short(weight_dtype)}"
-                variants[short], about[short] = partial(fast, x), (str(pattern), _short(weight_dtype))
-                if compiled:
-                    variants[short + " compiled"] = partial(compile_frozen(fast, x), x)
-                    about[short + " compiled"] = about[short]
-                bytes_of[short] = memory(fast, x)
-                yield fast.deployment  # type: ignore[misc]
-        times = alternating(variants, seconds=seconds, flush=False)
-        int8 = {name: each for name, each in times.items() if about[name][1] == "int8"}
-        others = {name: each for name, each in times.items() if name not in int8}
-        yield from rows(name, f"batch {batch}", others, baselines, about, {}, bytes_of)
-        if int8:
-            against = [*baselines, *(name for name in int8 if name.startswith("dense"))]
-            both = rows(name, f"batch {batch}", {**others, **int8}, against, about, {}, bytes_of)
-            yield from (row for row in both if row.dtype == "int8")
+class BertLayers(nn.Module):
+    """Layers of BERT-base as transformers makes them: (B, tokens, 768) of embeddings to the same shape."""
 
+    def __init__(self, layers: int = 6):
+        super().__init__()
+        prepare_torchvision()
+        from transformers import BertConfig, BertModel
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        options: dict[str, Any] = {"attn_implementation": "eager"}  # which the class does not declare
+        config = BertConfig(vocab_size=1000, num_hidden_layers=layers, **options)
+        self.bert = BertModel(config, add_pooling_layer=False)
 
-
-def _quantized(model: nn.Module) -> nn.Module:
-    """Linear layers in torch's int8, inputs quantized as they come."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # to be moved to another package, some day
-        made: nn.Module = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
-    return made
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.bert.encoder(hidden)[0]
+        return found
 
 
 def memory(model: nn.Module, example: torch.Tensor) -> tuple[int, int]:

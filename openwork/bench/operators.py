@@ -149,10 +149,11 @@ def _packed(
 ) -> tuple[Callable[[], Tensor], int]:
     """A matmul with the packed weight, and the bytes of what is packed."""
     sparse = apply_mask(weight, magnitude_mask(weight.abs(), pattern, Axis(1)))
+    dtype = kind.multiplies(weight_dtype)[0]
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    layer.weight = nn.Parameter(sparse, requires_grad=False)
+    layer.weight = nn.Parameter(sparse.to(dtype), requires_grad=False)
     made = pack_layer(layer, pattern, kind, weight_dtype)
-    return partial(made, x.to(kind.multiplies(weight_dtype)[0])), made.packed.nbytes
+    return partial(made, x.to(dtype)), made.packed.nbytes
 
 
 def layers_alternating(seconds: float, pattern: Pattern = Pattern(2, 4)) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +13,21 @@ from openwork.bench.command import bench as run
 from openwork.cli.source import add_arguments, open_model, with_batch
 from openwork.export.outputs import exportable
 
+CALIBRATION = 4
+"""Batches."""
+
 
 def bench(words: Sequence[str]) -> int:
     """Runs the command; returns the exit status."""
     return run(words, _build, add_arguments)
 
 
-def _build(name: str, asked: argparse.Namespace, batch: int) -> tuple[nn.Module, Tensor]:
+def _build(name: str, asked: argparse.Namespace, batch: int) -> tuple[nn.Module, Any, Sequence[Any]]:
+    """Inputs of random weights are random, and four more batches calibrate int8; what has a meaning is repeated."""
     source = open_model(name, model=asked.model, shapes=asked.input)
-    if not isinstance(source.example, Tensor):
-        raise ValueError(f"{name} takes {type(source.example).__name__} of inputs; needed a model of one tensor")
     model = exportable(source.model)  # plain, for the patterns of the benchmark
-    if source.example.is_floating_point() and source.random:
-        torch.manual_seed(0)
-        return model, torch.randn(batch, *source.example.shape[1:])
-    return model, with_batch(source.example, batch)
+    example = with_batch(source.example, batch)
+    if not (isinstance(example, Tensor) and example.is_floating_point() and source.random):
+        return model, example, ()
+    torch.manual_seed(0)
+    return model, torch.randn(example.shape), [torch.randn(example.shape) for _ in range(CALIBRATION)]

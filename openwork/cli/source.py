@@ -40,7 +40,7 @@ SOURCE names a model:
   a compressed file       of ow.save, or what else ow.load reads (a folder, an http(s) address, a name on the Hugging
                           Face Hub), with --model package.module:factory and --input
   a name alone            a model of torchvision with random weights, such as resnet50, at 3x224x224; or encoder,
-                          that of BERT-base and ViT-B at 197 tokens
+                          that of BERT-base and ViT-B at 197 tokens; or bert, 6 layers of BERT-base at 128
 
 --input gives the shape of each argument, with 'x' between sizes, a dtype other than float32 after ':', and a name
 before '=' for keyword arguments: 1x3x224x224, or ids=1x128:int64 mask=1x128:bool. Its numbers are random.
@@ -352,6 +352,10 @@ def _by_name(name: str) -> Source:
         from openwork.bench import models
 
         return Source(name, models.Encoder(), torch.randn(1, 197, 768), random=True)
+    if name == "bert":
+        from openwork.bench import models
+
+        return Source(name, models.BertLayers(), torch.randn(1, 128, 768), random=True)
     from openwork.utils.torchvision_compat import ensure_torchvision
 
     known = ensure_torchvision().models

@@ -29,7 +29,7 @@ from openwork.export.check import (
 )
 from openwork.export.linear import LinearAs
 from openwork.export.operators import Operators, write_operators
-from openwork.export.outputs import arguments, check_equal, folded, outputs
+from openwork.export.outputs import check_equal, folded, outputs
 from openwork.files.model_state import Placed, masked_by_name, patterns
 from openwork.kernels.cpu.onnxruntime_operators import onnxruntime_library
 from openwork.nm.pattern import Pattern
@@ -37,7 +37,7 @@ from openwork.training.parametrize import unwrap
 from openwork.training.selection import PatternChoice, Selection
 from openwork.utils.atomic import atomic_file, sync
 from openwork.utils.deployed import check_not_deployed
-from openwork.utils.example import quiet
+from openwork.utils.example import arguments, quiet
 from openwork.utils.torch_private import decompositions, tree_leaves
 
 _INT8_ERROR = 0.2  # of the largest output: a network that is off by more does not stand int8, or something is broken

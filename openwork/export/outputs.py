@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,15 +41,6 @@ def folded(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
         return plain, {}
     own = copied(plain) if plain is unwrap(model) else plain
     return own, fold_weight_norm(own)
-
-
-def arguments(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """An example as positional and keyword arguments, the latter in the order of the model's signature."""
-    if isinstance(example, Mapping):
-        order = list(inspect.signature(model.forward).parameters)
-        rank = {name: order.index(name) if name in order else len(order) for name in example}
-        return (), {name: example[name] for name in sorted(example, key=rank.__getitem__)}
-    return (example if isinstance(example, tuple) else (example,)), {}
 
 
 def outputs(model: nn.Module, example: Any) -> list[Tensor]:

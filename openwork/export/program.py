@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from openwork.export.outputs import arguments, check_equal, folded, outputs
+from openwork.export.outputs import check_equal, folded, outputs
 from openwork.inference.layers import without_dense_weights
 from openwork.utils.atomic import atomic_file
-from openwork.utils.example import quiet
+from openwork.utils.example import arguments, quiet
 from openwork.utils.torch_private import aot_inductor, tree_leaves
 
 _SUFFIX = ".part.pt2"  # both loaders look at the suffix

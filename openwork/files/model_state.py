@@ -82,7 +82,9 @@ def patterns(
         )
     if sparsified:
         own = {
-            name: (masking.end.pattern, masking.end.axis) for name, masking in masked.items() if masking.method.sparse
+            name: (masking.end.pattern, masking.end.axis)
+            for name, masking in masked.items()
+            if masking.method.ends_sparse
         }
         return recorded_weights(model) | own
     selection = Selection.of(choice)
@@ -142,7 +144,7 @@ def check_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Masked
     """Raise ValueError where the masks of a sparsified model would change a weight of the file."""
     for name in names:
         masking = masked.get(name)
-        if masking is None or not masking.method.sparse:
+        if masking is None or not masking.method.ends_sparse:
             continue
         end = masking.end
         if problem := too_dense(weight, end.pattern, end.axis):
@@ -155,15 +157,29 @@ def check_fits(names: Sequence[str], weight: Tensor, masked: Mapping[str, Masked
                 f"{name} is {end.pattern} along its reduction axis but not along its output axis, and the model was "
                 "sparsified with transposable masks: load into a plain model, or sparsify with ow.SRSTE()"
             )
+        if masking.method.overrides("forward", "fold") and not _is_itself(weight, masking):
+            raise ValueError(
+                f"{name}: {masking.method} would multiply with something else than the finished weight of the file: "
+                "load into a plain model, or sparsify with ow.SRSTE()"
+            )
+
+
+def _is_itself(weight: Tensor, masking: Masked) -> bool:
+    """Whether a method makes of a finished weight that weight."""
+    state = masking.method.state(weight, masking.end)
+    mask = masking.ranked(weight, masking.end, state)
+    folded = masking.method.fold(weight, mask, masking.end, state)
+    return torch.allclose(folded, weight, rtol=0, atol=0, equal_nan=True)
 
 
 @torch.no_grad()
 def fill(names: Sequence[str], weight: Tensor, targets: Mapping[str, Tensor], masked: Mapping[str, Masked]) -> None:
-    """Write a tensor where a model keeps it, under each of its names; fixed masks are chosen anew, from the weight."""
+    """Write a tensor where a model keeps it, under each of its names; what a mask stores is made anew, from the
+    weight."""
     for name in names:
         targets[name].copy_(weight)
-        if name in masked and masked[name].mask is not None:
-            masked[name].choose_mask(targets[name])
+        if name in masked:
+            masked[name].follow(targets[name])
 
 
 def _check_plain_tensor(name: str, tensor: Tensor) -> None:

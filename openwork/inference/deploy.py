@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from openwork.inference.choose import Packed, measure_layers
+from openwork.inference.compare import other_engines
 from openwork.inference.fold import fold_batch_norm, following_relu, replace
 from openwork.inference.layers import PackedConv2d, PackedLayer, pack_layer
 from openwork.inference.plan import MARGIN, Plan, environment
@@ -64,6 +65,7 @@ def deploy(
     pattern: Selection | PatternChoice | None = None,
     weight_dtype: torch.dtype | None = None,
     timed_as: TimedAs = "eager",
+    engine_seconds: float = 60.0,
 ) -> nn.Module:
     """A copy of the model for inference on the CPU or GPU that it is on, each layer dense or sparse, whichever was
     measured faster; arguments as in `plan`. Batch normalization is folded into the layers before it, weight
@@ -77,6 +79,9 @@ def deploy(
     `timed_as` says how the caller will run it, and whole models are timed so: "graph", as a CUDA graph, without what
     launching costs; "compiled", by `torch.compile` with frozen weights (`torch._inductor.config.freezing`, which helps
     dense products), which takes minutes for a large model, and on a CPU a C++ compiler.
+    `engine_seconds`: on a CPU OpenVINO and ONNX Runtime, where they are installed, run the dense network as well, in a
+    process of its own and for so many seconds at most; of one that is faster than what is returned, a warning says so.
+    0 leaves that out (docs/deploy.md has the rule).
     """
     # Not in inference mode, also where the caller is in it: what is made here can be loaded into later.
     with torch.inference_mode(False), on_device(_device(unwrap(model))):
@@ -89,12 +94,17 @@ def deploy(
         measured = Plan(tuple(timing for timing, _ in timings), weight_dtype, environment(_device(dense)))
         sparse = _converted(copy.deepcopy(dense), measured, [packed for _, packed in timings], example)
         models = {"dense": dense, "sparse": sparse} if measured.chosen else {"dense": dense}
-        whole = _whole(models, example, timed_as)
+        whole, calls = _whole(models, example, timed_as)
         best = _winner(whole)
+        fastest_call = calls.pop(best)
+        calls.clear()  # and the copies that they hold
         result = dense if best.startswith("dense") else sparse
         result = _channels_last(result) if best.endswith("channels_last") else result
         difference = largest_difference(expected, _outputs(result, example))
-    measured = dataclasses.replace(measured, whole=whole, difference=difference, returned=best)
+        engines = other_engines(dense, example, fastest_call, weight_dtype, engine_seconds)
+    measured = dataclasses.replace(measured, whole=whole, difference=difference, returned=best, engines=engines)
+    if engines and engines.faster:
+        warnings.warn(f"{engines.faster} (see model.deployment)", stacklevel=2)
     if result is dense:
         why = "sparse is not faster than dense here: the dense model is returned (see model.deployment)"
         warnings.warn(why, stacklevel=2)
@@ -203,9 +213,11 @@ def _check_timed_as(timed_as: str, device: torch.device) -> None:
         raise ValueError(f"timed_as='graph' for a model on {device}; needed one on a GPU: model.to('cuda')")
 
 
-def _whole(models: Mapping[str, nn.Module], example: Any, timed_as: str) -> dict[str, float]:
-    """Median seconds of one forward of whole models: compiled where the caller will compile them; else images also in
-    channels_last."""
+def _whole(
+    models: Mapping[str, nn.Module], example: Any, timed_as: str
+) -> tuple[dict[str, float], dict[str, Callable[[], object]]]:
+    """Median seconds of one forward of whole models, and the calls: compiled where the caller will compile them; else
+    images also in channels_last."""
     ready = dict(models)
     if timed_as == "compiled":
         ready = {f"{name}, compiled": compile_frozen(each, example) for name, each in models.items()}
@@ -216,7 +228,7 @@ def _whole(models: Mapping[str, nn.Module], example: Any, timed_as: str) -> dict
         if _device(models["dense"]).type == "cuda":
             graph = timed_as == "graph"
             variants = {name: finished(as_graph(each) if graph else each) for name, each in variants.items()}
-        return fastest(variants, seconds=1.0)
+        return fastest(variants, seconds=1.0), variants
 
 
 def _channels_last(model: nn.Module) -> nn.Module:

@@ -41,10 +41,47 @@ class LayerTiming:
 
 
 @dataclass(frozen=True)
+class OtherEngines:
+    """Other software that runs the dense network on this CPU, beside the model that `deploy` returned, in turns:
+    `times`, the median seconds of one forward by name, version and precision, and `returned`, that model's in the same
+    rounds. `left_out`: why one was not compared, by name."""
+
+    times: Mapping[str, float] = field(default_factory=dict)
+    returned: float = 0.0
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def faster(self) -> str:
+        """Empty, or the sentence that says which of them is faster than what was returned, by more than noise.
+
+        >>> OtherEngines({"OpenVINO 2026.4, int8": 0.02}, 0.03).faster
+        'OpenVINO 2026.4, int8, runs the dense network in 20.00 ms, 1.50 times as fast as what is returned (30.00 ms)'
+        >>> OtherEngines({"OpenVINO 2026.4, int8": 0.0298}, 0.03).faster
+        ''
+        """
+        best = min(self.times, key=lambda name: self.times[name], default="")
+        if not best or self.times[best] >= MARGIN * self.returned:
+            return ""
+        ratio = self.returned / self.times[best]
+        return (
+            f"{best}, runs the dense network in {self.times[best] * 1e3:.2f} ms, {ratio:.2f} times as fast as what is "
+            f"returned ({self.returned * 1e3:.2f} ms)"
+        )
+
+    def lines(self) -> list[str]:
+        """What was compared, and what was not and why."""
+        found = [f"dense in {name}: {seconds * 1e3:.2f} ms" for name, seconds in self.times.items()]
+        found += [f"what is returned, in turns with that: {self.returned * 1e3:.2f} ms"] if found else []
+        found += [f"not compared with {name}: {reason}" for name, reason in self.left_out.items()]
+        return [*found, *([self.faster] if self.faster else [])]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `plan` measured, layer by layer. `str()` is a table. Only `deploy` measures the rest: `whole` are the times
     of whole models in seconds, `returned` names the one that it returned, and `difference` is how far its outputs are
-    from those of the model it got, on the example: the largest difference over the largest magnitude."""
+    from those of the model it got, on the example: the largest difference over the largest magnitude. `engines`: how
+    long other software takes, None where that was not asked or the model is on a GPU."""
 
     layers: tuple[LayerTiming, ...]
     weight_dtype: torch.dtype
@@ -52,6 +89,7 @@ class Plan:
     whole: Mapping[str, float] = field(default_factory=dict)
     difference: float | None = None
     returned: str = ""
+    engines: OtherEngines | None = None
 
     @property
     def chosen(self) -> dict[str, str]:
@@ -67,6 +105,7 @@ class Plan:
         summary = f"{len(self.chosen)} of {len(self.layers)} weights run sparse, stored in {self.weight_dtype}"
         if self.difference is not None:
             whole.append(f"outputs differ from the given model's by {self.difference:.1g} of the largest")
+        whole += self.engines.lines() if self.engines else []
         return "\n".join([self.environment, *aligned(header, lines), summary, *whole])
 
 

@@ -18,7 +18,7 @@ from openwork.training.record import sparsity_records, unfinished_weights
 
 def save_compressed(model: nn.Module, folder: str | Path, file: str = FILE) -> None:
     """Write the weights that the forward pass uses, compressed, as `folder`/model.openwork.safetensors; `ow.load`
-    reads it. Nothing is written for `ow.Dense`, which has no zeros."""
+    reads it. Nothing is written where a method keeps every weight in the end."""
     if is_sparsified(model):
         Path(folder).mkdir(parents=True, exist_ok=True)
         ow.save(model, Path(folder) / file)
@@ -41,7 +41,7 @@ def verify_recorded(model: nn.Module) -> None:
 
 
 def is_sparsified(model: nn.Module) -> bool:
-    return any(record.method.sparse for _, _, record in sparsity_records(model))
+    return any(record.method.ends_sparse for _, _, record in sparsity_records(model))
 
 
 class Scalars:

@@ -64,7 +64,7 @@ class DotProduct(Layout):
         if request.conv is not None and request.conv.groups > 1:
             return f"a convolution in {request.conv.groups} groups: dot products are for one"
         if not request.vectors.dot_product:
-            return "this CPU has no dot products of bfloat16 and int8 (AVX-512 with BF16, VBMI and VNNI)"
+            return "this CPU has no dot products of bfloat16 and int8 (AVX-512 with VBMI and VNNI)"
         return step_refusal(request.weight_dtype, request.pattern, request.vectors.lanes)
 
     @classmethod

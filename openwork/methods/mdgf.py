@@ -10,8 +10,7 @@ reaches 0, so the last step cuts it off; k is such that a thousandth is left the
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from openwork.methods.method import Method, State
 from openwork.methods.schedule import Phase, Schedule
+from openwork.methods.schedules import MaskDecay
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,3 @@ class MdGf(Method):
             return gradient
         decays = isinstance(phase.beta, Tensor)  # at the end an infinite gradient times 0 would be NaN
         return torch.where(mask, gradient, gradient * phase.beta if decays else 0.0)
-
-
-@dataclass(frozen=True)
-class MaskDecay(Schedule):
-    """The share of the pruned weights that is still there: 1 at the start, 0 after `steps`."""
-
-    linear: bool = False
-
-    def at(self, step: int, end: Phase) -> Phase:
-        done = step / self.steps
-        return replace(end, beta=1 - done if self.linear else math.exp(-math.log(1000) * done))

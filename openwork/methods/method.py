@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from openwork.methods.schedule import EVERY_FORWARD, Phase
+from openwork.methods.groups import dense_groups
+from openwork.methods.schedule import EVERY_FORWARD, Phase, Schedule, shown
 from openwork.nm.masks import apply_mask
 from openwork.ops import foreach_mask, foreach_transposable_mask
 
@@ -69,6 +70,13 @@ class Method:
     """True where the mask is chosen once, from trained weights: `openwork compare` then trains twice."""
     elementwise: ClassVar[bool] = True
     """False where `forward` looks at whole groups: weights whose groups are spread over processes are then refused."""
+    whole: ClassVar[bool] = False
+    """True where `forward` looks at the whole weight (`elementwise` is False then): one that is sharded is refused."""
+    shared_state: ClassVar[bool] = False
+    """True where the state is of the weight as a whole, such as one scale: each process that has a shard keeps it.
+    Otherwise weights that are sharded are refused."""
+    refused_schedules: ClassVar[tuple[type[Schedule], ...]] = ()
+    """Schedules under which its formulas mean nothing."""
 
     # Without annotations, so that a subclass may make a field of each, with a default or without.
     decay = 0.0
@@ -80,6 +88,16 @@ class Method:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls._own = frozenset(rule for rule in _RULES if getattr(cls, rule) is not getattr(Method, rule))
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, Schedule):
+            raise TypeError(f"schedule={self.schedule!r}; needed a schedule, such as ow.MaskDecay(1000)")
+        for part in self.schedule.parts:
+            if isinstance(part, self.refused_schedules):
+                raise ValueError(f"{type(self).__name__} with {part}, which it cannot follow: use another schedule")
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     def state(self, weight: Tensor, phase: Phase) -> State:
         """What to keep for a weight, from its values when it is sparsified, and again when its pattern is changed;
@@ -94,7 +112,8 @@ class Method:
         """Which weights are kept."""
         if phase.output_axis:
             return foreach_transposable_mask([score], phase.pattern, [phase.axis], [phase.output_axis])[0]
-        return foreach_mask([score], phase.pattern, [phase.axis])[0]
+        mask = foreach_mask([score], phase.pattern, [phase.axis])[0]
+        return mask if phase.is_pattern else mask | dense_groups(score, phase)
 
     def forward(self, weight: Tensor, mask: Tensor, phase: Phase, state: State) -> Tensor:
         """The weight that the layer multiplies with. What is pruned ends as +0.0: files take -0.0 for a weight."""
@@ -110,10 +129,14 @@ class Method:
         """The weight of the finished model, which `finalize` and files keep; `phase` is that of the schedule's end."""
         return self.forward(weight, mask, phase, state)
 
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Raise ValueError where the method cannot go with an optimizer; `attach` asks."""
+
     def before_step(self, optimizer: Optimizer, weights: Sequence[TrainedWeight]) -> None:
         """Called when the gradients of a step are there and the decay was added: before a step that is skipped for
         overflow too, and again after each evaluation of a closure. What it writes into `weight.grad` is for the
-        optimizer alone: that is a copy, and the gradient is put back after the step."""
+        optimizer alone: that is a copy, and the gradient is put back after the step. None in its place: the optimizer
+        leaves the weight alone in this step."""
 
     def after_step(self, optimizer: Optimizer, weights: Sequence[TrainedWeight]) -> None:
         """Called after each optimizer step that was not skipped."""
@@ -121,6 +144,11 @@ class Method:
     def overrides(self, *rules: str) -> bool:
         """Whether a method has formulas of its own, by name."""
         return not self._own.isdisjoint(rules)
+
+    @property
+    def ends_sparse(self) -> bool:
+        """Whether the finished model is N:M."""
+        return self.sparse and not self.schedule.ends_dense
 
     @property
     def acts_in_step(self) -> bool:

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from openwork.methods.method import Method
+from openwork.methods.schedule import Schedule, every_forward
 from openwork.ops.masks import check_rate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SRSTE(Method):
     """STE that shrinks the pruned weights, so that the mask converges. `decay` 0 is STE.
 
@@ -32,11 +33,10 @@ class SRSTE(Method):
 
     decay: float = 2e-4
     decoupled: bool = field(default=False, kw_only=True)
+    schedule: Schedule = field(default_factory=every_forward, kw_only=True)
 
     name: ClassVar[str] = "sr-ste"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_rate("decay", self.decay)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__qualname__}(decay={self.decay}{', decoupled=True' if self.decoupled else ''})"

@@ -6,14 +6,17 @@ for N:M in Zhou et al., ICLR 2021, arXiv:2102.04010, the baseline there).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from openwork.methods.method import Method
+from openwork.methods.schedule import Schedule, every_forward
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class STE(Method):
     """Train from scratch; pruned weights keep learning and may come back."""
+
+    schedule: Schedule = field(default_factory=every_forward, kw_only=True)
 
     name: ClassVar[str] = "ste"

@@ -57,6 +57,7 @@ class ClassificationConfig(Config):
     model: str = flag("resnet8", "resnet8, resnet20, ... (small images), any torchvision name, timm/NAME")
     dropout: float = flag(0.0, "before the last layer (resnet8, resnet20, ...)")
     image_size: int = flag(224, "side of the images (imagefolder)")
+    hold_out: int = flag(0, "validate on so many training samples, left out of training: to choose options by")
     out: str = default("out", "runs/classification")
 
 
@@ -67,7 +68,7 @@ class Classification(DistillableTask):
 
     def load_data(self, config: ClassificationConfig) -> Data:
         source, folder = source_of(config)
-        limits = {"limit": config.limit, "limit_val": config.limit_val}
+        limits = {"limit": config.limit, "limit_val": config.limit_val, "hold_out": config.hold_out}
         if folder is None:
             return images.digits(**limits)
         if source == "cifar10":  # whose files torchvision knows by their checksums
@@ -76,6 +77,10 @@ class Classification(DistillableTask):
             how: dict[str, Any] = {"skip_bad": config.skip_bad, "follow_links": config.follow_links, **limits}
             return images.imagefolder(folder, config.image_size, config.workers, **how)
         return images.fashion_mnist(folder, **limits, follow_links=config.follow_links)
+
+    def notes(self, config: ClassificationConfig, data: Data) -> dict[str, str]:
+        held = f"{data.val_count} training samples that were left out of training (--hold_out)"
+        return {"validation samples": held} if config.hold_out else {}
 
     def build(self, config: ClassificationConfig, data: Data) -> nn.Module:
         return build_model(config.model, classes=data.info.classes, channels=data.info.channels, dropout=config.dropout)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from itertools import product
@@ -20,12 +21,15 @@ from openwork.methods import METHODS
 from openwork.recipes.config import CompareConfig, Config, differences, values_of
 from openwork.recipes.json_files import to_json
 from openwork.recipes.lock import locked
-from openwork.recipes.method_flags import DENSE, defaults_of, is_sparse, options_of, starts_trained
+from openwork.recipes.method_flags import DENSE, defaults_of, is_sparse, names_of, options_of, starts_trained
 from openwork.recipes.report import write_report
 from openwork.recipes.rundir import RunDir, write_text
 from openwork.recipes.summary import SummaryRow, headline, metrics_of, summary_rows
+from openwork.recipes.task import Metric
 from openwork.recipes.yaml_files import write_yaml
 from openwork.utils.signals import Interrupted, interruptions
+
+_ALSO = ("sad_start", "flip_rate", "density", "seconds")  # of each run, beside its scores
 
 
 def planned_runs(config: CompareConfig) -> list[Config]:
@@ -60,22 +64,47 @@ def _choices(config: CompareConfig) -> list[dict[str, Any]]:
     """Method, pattern, options and seed of each run, in the order of the registry; a comparison cut short has whole
     seeds."""
     needs_dense = any(map(starts_trained, config.methods))
+    found = [best_options(Path(folder)) for folder in config.options_from]
+    best = {key: options for each in found for key, options in each.items()}
     methods = [name for name in METHODS if name in config.methods or (name == DENSE and needs_dense)]
     choices = []
     for seed, method in product(config.seeds, methods):
         patterns = config.patterns if is_sparse(method) else config.patterns[:1]
-        values = {name: config.method_options.get(name, [value]) for name, value in defaults_of(method).items()}
+        given = {name: values for name, values in config.method_options.items() if name in names_of(method)}
+        values = {name: [value] for name, value in defaults_of(method).items()} | given
         for pattern, *options in product(patterns, *values.values()):
             named = dict(zip(values, options, strict=True))
+            if config.options_from and named:
+                named = _found(best, method, pattern, config.options_from)
             choices.append({"method": method, "pattern": pattern, "method_options": named, "seed": seed})
     return choices
+
+
+def best_options(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The options with the best score in a finished comparison, by method and pattern."""
+    path = folder / "results.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"--options_from {folder}: there is no {path.name}; let it finish there")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    metric = Metric(**found["metrics"][0])
+    told = [row for row in found["rows"] if row["scores"][metric.key] is not None]
+    told.sort(key=lambda row: row["scores"][metric.key], reverse=not metric.higher_is_better)  # the best is the last
+    return {(row["method"], row["pattern"]): row["options"] for row in told}
+
+
+def _found(best: Mapping[tuple[str, str], dict[str, Any]], method: str, pattern: str, places: Any) -> dict[str, Any]:
+    if (options := best.get((method, pattern))) is None:
+        there = ", ".join(" ".join(key) for key in best)
+        where = f"--options_from {' '.join(places)}"
+        raise ValueError(f"{where}: no {method} {pattern} has a score there; there are {there}")
+    return options
 
 
 def _folder(config: CompareConfig, choice: dict[str, Any]) -> str:
     method, options = choice["method"], choice["method_options"]
     parts = [method, choice["pattern"].replace(":", "of")] if is_sparse(method) else [method]
     said = {name: name if value is True else value for name, value in options.items() if value is not False}
-    parts += [f"{value:g}" if isinstance(value, float) else str(value) for value in said.values()]
+    parts += [f"{value:g}" if isinstance(value, float) else str(value).replace(":", "-") for value in said.values()]
     return str(Path(config.out) / "-".join([*parts, f"seed{choice['seed']}"]))
 
 
@@ -146,7 +175,7 @@ def _document(
     runs = []
     for r in results:
         chosen = {key: r["config"][key] for key in ("method", "pattern", "seed")}
-        runs.append({**chosen, **options_of(r["config"]), **{key: r[key] for key in keys}})
+        runs.append({**chosen, **options_of(r["config"]), **{key: r[key] for key in (*keys, *_ALSO)}})
     return {
         "config": values_of(config),
         **{key: results[0][key] for key in ("environment", "metrics", "notes")},

@@ -86,9 +86,15 @@ def shift_and_flip(images: Tensor, draws: np.ndarray, pad: int, flip: bool) -> T
     return crops.permute(0, 3, 1, 2).contiguous()
 
 
-def in_memory(arrays: Sequence[np.ndarray], pad: int, flip: bool, limit: int, limit_val: int) -> Data:
-    """Training images and labels, validation images and labels; the first of each part where there is a limit."""
+def in_memory(
+    arrays: Sequence[np.ndarray], pad: int, flip: bool, limit: int, limit_val: int, hold_out: int = 0
+) -> Data:
+    """Training images and labels, validation images and labels; the first of each part where there is a limit.
+    `hold_out`: the last training samples, so many, are those for validation."""
     train_x, train_y, val_x, val_y = (torch.from_numpy(np.ascontiguousarray(a)) for a in arrays)
+    if hold_out:
+        kept = _all_but(hold_out, len(train_y))
+        train_x, train_y, val_x, val_y = train_x[:kept], train_y[:kept], train_x[kept:], train_y[kept:]
     channels = range(train_x.shape[1])
     mean = [float(train_x[:, c].double().mean()) for c in channels]
     std = [float(train_x[:, c].double().std()) for c in channels]
@@ -98,11 +104,18 @@ def in_memory(arrays: Sequence[np.ndarray], pad: int, flip: bool, limit: int, li
     return Data(train, val, _as_it_is, info=ImageInfo(int(train_y.max()) + 1, len(channels)))
 
 
+def _all_but(hold_out: int, count: int) -> int:
+    """How many samples are left to train on."""
+    if hold_out >= count:
+        raise ValueError(f"hold_out is {hold_out}, and there are {count} training samples: hold out fewer")
+    return count - hold_out
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def digits(limit: int = 0, limit_val: int = 0) -> Data:
+def digits(limit: int = 0, limit_val: int = 0, hold_out: int = 0) -> Data:
     """scikit-learn's 1,797 handwritten digits, 8x8, in a fixed stratified split of 1,437 and 360."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -112,7 +125,7 @@ def digits(limit: int = 0, limit_val: int = 0) -> Data:
     train_x, val_x, train_y, val_y = train_test_split(
         x, data.target, test_size=360, stratify=data.target, random_state=0
     )
-    return in_memory((train_x, train_y, val_x, val_y), 1, False, limit, limit_val)
+    return in_memory((train_x, train_y, val_x, val_y), 1, False, limit, limit_val, hold_out)
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -132,7 +145,9 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(raw, np.uint8).reshape(shape).copy()
 
 
-def fashion_mnist(folder: Path, limit: int = 0, limit_val: int = 0, *, follow_links: bool = False) -> Data:
+def fashion_mnist(
+    folder: Path, limit: int = 0, limit_val: int = 0, hold_out: int = 0, *, follow_links: bool = False
+) -> Data:
     """Fashion-MNIST, 28x28 grey, 60,000 and 10,000 images, from its four .gz files."""
     paths = [folder / name for name in FASHION.split(", ")]
     if missing := [path.name for path in paths if not path.exists()]:
@@ -140,10 +155,10 @@ def fashion_mnist(folder: Path, limit: int = 0, limit_val: int = 0, *, follow_li
     for path in paths:
         DataFolder(folder, follow_links).check(path)
     train_x, train_y, val_x, val_y = map(read_idx, paths)
-    return in_memory((train_x[:, None], train_y, val_x[:, None], val_y), 2, True, limit, limit_val)
+    return in_memory((train_x[:, None], train_y, val_x[:, None], val_y), 2, True, limit, limit_val, hold_out)
 
 
-def cifar10(folder: Path, limit: int = 0, limit_val: int = 0) -> Data:
+def cifar10(folder: Path, limit: int = 0, limit_val: int = 0, hold_out: int = 0) -> Data:
     """CIFAR-10, 32x32 colour, 50,000 and 10,000 images, by torchvision, which knows the files by their checksums."""
     ensure_torchvision()
     from torchvision.datasets import CIFAR10
@@ -156,10 +171,18 @@ def cifar10(folder: Path, limit: int = 0, limit_val: int = 0) -> Data:
             "as they are published; a file is missing or is another one"
         ) from error
     arrays = [array for part in parts for array in (part.data.transpose(0, 3, 1, 2), np.array(part.targets))]
-    return in_memory(arrays, 4, True, limit, limit_val)
+    return in_memory(arrays, 4, True, limit, limit_val, hold_out)
 
 
 # In folders
+
+
+def _without(samples: list[tuple[str, int]], hold_out: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """What is left to train on, and what is held out: so many, evenly spaced."""
+    _all_but(hold_out, len(samples))
+    held = [*spaced(samples, hold_out)]
+    names = {name for name, _ in held}
+    return [sample for sample in samples if sample[0] not in names], held
 
 
 def open_image(path: Path | str) -> Any:
@@ -201,12 +224,14 @@ def imagefolder(
     skip_bad: bool = False,
     limit: int = 0,
     limit_val: int = 0,
+    hold_out: int = 0,
     follow_links: bool = False,
 ) -> Data:
     """DIR/train/CLASS/* and DIR/val/CLASS/*; the classes are the sorted folder names of train.
 
     Training: random resized crop and mirror; validation: shorter side to 8/7 of `size`, centre crop. `skip_bad` decodes
-    every image once and leaves out those that cannot be.
+    every image once and leaves out those that cannot be. `hold_out`: so many training images, evenly spaced, are those
+    for validation.
     """
     ensure_torchvision()
     from torchvision.datasets import ImageFolder
@@ -226,8 +251,9 @@ def imagefolder(
     last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(PIXEL_MEAN, PIXEL_STD)]
     augment = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *last])
     centre = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *last])
+    parts = _without(train.samples, hold_out) if hold_out else (train.samples, val.samples)
     sets, skipped = [], 0
-    for files, most, transform in ((train.samples, limit, augment), (val.samples, limit_val, centre)):
+    for files, most, transform in zip(parts, (limit, limit_val), (augment, centre), strict=True):
         good = readable(ImageFiles(files, np.array, root), workers) if skip_bad else range(len(files))
         skipped += len(files) - len(good)
         sets.append(ImageFiles(spaced([files[i] for i in good], most), transform, root))

@@ -1,4 +1,5 @@
-"""Methods as flags: any that `openwork.methods.METHODS` lists, the fields of its dataclass being its own flags."""
+"""Methods as flags: any that `openwork.methods.METHODS` lists, the fields of its dataclass being its own flags. The
+field `schedule` is the flag `mask_schedule`, since `schedule` is that of the learning rate; it may be absent."""
 
 from __future__ import annotations
 
@@ -7,8 +8,11 @@ from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
 from openwork.methods import METHODS, Dense
+from openwork.recipes.mask_schedules import FORM, parse_schedule
 
 DENSE = Dense.name
+MASK_SCHEDULE = "mask_schedule"
+_FIELD = "schedule"
 
 
 def check_methods(names: Iterable[str]) -> None:
@@ -17,18 +21,25 @@ def check_methods(names: Iterable[str]) -> None:
 
 
 def defaults_of(method: str) -> dict[str, Any]:
-    """The options of a method with their defaults (None where it has none); none of an unknown method."""
-    listed = fields(METHODS[method]) if method in METHODS else ()
+    """The options of a method with their defaults (None where it has none); none of an unknown method. Without
+    `mask_schedule`."""
+    listed = [field for field in fields(METHODS[method]) if field.name != _FIELD] if method in METHODS else []
     return {field.name: None if field.default is MISSING else field.default for field in listed}
+
+
+def names_of(method: str) -> list[str]:
+    """The names of all options of a method; none of an unknown one."""
+    listed = fields(METHODS[method]) if method in METHODS else ()
+    return [*defaults_of(method), *[MASK_SCHEDULE for field in listed if field.name == _FIELD]]
 
 
 def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The options in a stored configuration."""
-    return {name: config[name] for name in defaults_of(config["method"]) if name in config}
+    return {name: config[name] for name in names_of(config["method"]) if name in config}
 
 
 def check_options(options: Iterable[str], methods: Iterable[str]) -> None:
-    known = dict.fromkeys(name for method in methods for name in defaults_of(method))
+    known = dict.fromkeys(name for method in methods for name in names_of(method))
     if unknown := [name for name in options if name not in known]:
         has = f"has {', '.join(f'--{name}' for name in known)}" if known else "has none"
         raise ValueError(f"--{unknown[0]} is no option of {', '.join(methods)}, which {has}")
@@ -43,11 +54,21 @@ def option_flags() -> dict[str, tuple[type, str]]:
         for name, value in defaults_of(method).items():
             types.setdefault(name, hints[name])
             texts.setdefault(name, []).append(f"{method} (default: {value})")
-    return {name: (kind, f"option of {', '.join(texts[name])}") for name, kind in types.items()}
+    flags = {name: (kind, f"option of {', '.join(texts[name])}") for name, kind in types.items()}
+    scheduled = ", ".join(method for method in METHODS if MASK_SCHEDULE in names_of(method))
+    return {**flags, MASK_SCHEDULE: (str, f"option of {scheduled}: {FORM}")}
 
 
 def build_method(name: str, options: Mapping[str, Any]) -> Any:
-    return METHODS[name](**options)
+    given = dict(options)
+    schedule = {_FIELD: parse_schedule(given.pop(MASK_SCHEDULE))} if MASK_SCHEDULE in given else {}
+    return METHODS[name](**given, **schedule)
+
+
+def ends_sparse(config: Mapping[str, Any]) -> bool:
+    """Whether the network of a stored configuration is N:M in the end."""
+    sparse: bool = build_method(config["method"], options_of(config)).ends_sparse
+    return sparse
 
 
 def is_sparse(method: str) -> bool:

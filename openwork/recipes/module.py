@@ -22,6 +22,7 @@ from openwork.recipes.config import Config
 from openwork.recipes.data import Data
 from openwork.recipes.divergence import Diverged, bad_weights, first_cause, is_finite
 from openwork.recipes.draws import batch_indices, seed_step
+from openwork.recipes.mask_schedules import in_force
 from openwork.recipes.models import allow_torchvision
 from openwork.recipes.parallel import build_strategy, shard, share_statistics
 from openwork.recipes.rundir import RunDir
@@ -77,8 +78,6 @@ class TaskModule(pl.LightningModule):
         self._losses: list[Tensor] = []
         self._restored: dict[str, Any] = {}
         self._sharded = False
-
-    # data
 
     def train_dataloader(self) -> Any:
         c, world, rank = self.config, self.trainer.world_size, self.trainer.global_rank
@@ -179,7 +178,7 @@ class TaskModule(pl.LightningModule):
         # Lightning divides each micro-batch's loss by their number, so the sum is the step's mean.
         loss = self.trainer.strategy.reduce(torch.stack(self._losses).sum(), reduce_op="mean")
         rate = self.config.lr * self._lr_factor(self.step - 1)  # of the step just done: the schedule has moved on
-        record = {**self._place, "train_loss": float(loss), "lr": rate}
+        record = {**self._place, "train_loss": float(loss), "lr": rate, **in_force(self.net)}
         self._write("metrics.jsonl", record)
         self._write("times.jsonl", {"step": self.step, "seconds": self._seconds})
         self._seconds = []

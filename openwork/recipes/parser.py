@@ -13,7 +13,7 @@ import jsonargparse
 import yaml
 
 from openwork.recipes.config import DEPENDENT, CompareConfig, Config, default_of
-from openwork.recipes.method_flags import defaults_of, option_flags
+from openwork.recipes.method_flags import names_of, option_flags
 from openwork.recipes.yaml_files import load_yaml, read_yaml
 
 T = TypeVar("T", Config, CompareConfig)
@@ -60,7 +60,7 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, about: str) -> T:
 
 def _preset_options(values: Any, preset: dict[str, Any]) -> dict[str, Any]:
     """The options in a preset that a chosen method has; those of other methods do not matter here."""
-    known = {name for method in values.get("methods") or [values.get("method")] for name in defaults_of(method)}
+    known = {name for method in values.get("methods") or [values.get("method")] for name in names_of(method)}
     options = {name: value for name, value in preset.items() if name in known}
     return {name: [value] for name, value in options.items()} if "methods" in values else options
 

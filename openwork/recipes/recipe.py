@@ -24,7 +24,8 @@ from openwork.recipes.data import Data
 from openwork.recipes.divergence import Diverged
 from openwork.recipes.json_files import finite
 from openwork.recipes.lock import locked
-from openwork.recipes.method_flags import build_method, is_sparse, mask_steps
+from openwork.recipes.mask_schedules import check_length
+from openwork.recipes.method_flags import build_method, ends_sparse, mask_steps
 from openwork.recipes.module import TaskModule, build_trainer
 from openwork.recipes.parallel import full_copy, gather
 from openwork.recipes.report import write_report
@@ -43,6 +44,8 @@ _MASK = 32, 96  # rows and columns of the mask in the report
 def prepare(task: Task, config: Config) -> tuple[Data, nn.Module, ow.Report]:
     """Data, the network with its initial weights and masks, and the report on them: the same for the same config."""
     data = task.load_data(config)
+    method = build_method(config.method, config.method_options)
+    check_length(method.schedule, config.epochs * (data.train_count // config.batch_size))
     torch.manual_seed(config.seed)
     net = task.build(config, data)
     if config.init:
@@ -50,7 +53,7 @@ def prepare(task: Task, config: Config) -> tuple[Data, nn.Module, ow.Report]:
     report = ow.sparsify(
         net,
         config.pattern,
-        build_method(config.method, config.method_options),
+        method,
         exclude=config.exclude,
         remainder=cast(Remainder, config.remainder),
         example=task.example(data),
@@ -168,7 +171,7 @@ def train_in(
         module, trainer = fit(task, config, data, net, run, callbacks, interruption, teacher)
         net = module.net = gather(net, full)
         mask = {"layer": layer, "start": start, "end": mask_rows(net, layer)}
-        if is_sparse(config.method):
+        if ends_sparse(values_of(config)):
             ow.verify(net)
         ow.finalize(net)
         task.before_last_validation(config, net)
@@ -273,7 +276,7 @@ def summary(config: Config, report: ow.Report, net: nn.Module, run: RunDir) -> d
         "config": values,
         "density": sum(int(w.count_nonzero()) for w in sparse) / sum(w.numel() for w in sparse),
         "macs_dense": report.macs_dense,
-        "macs": report.macs_sparse if is_sparse(config.method) else report.macs_dense,
+        "macs": report.macs_sparse if ends_sparse(values) else report.macs_dense,
         "sad_start": topology[-1]["sad_start"] / topology[-1]["weights"] if topology else None,
         "flip_rate": statistics.fmean(flip_rates(topology, mask_steps(values))) if topology else None,
         "seconds_per_step": statistics.median(steps) if steps else None,

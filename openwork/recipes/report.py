@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from openwork.recipes.charts import COLORS, MASK_KINDS, line_chart, mask_picture
 from openwork.recipes.method_flags import (
+    MASK_SCHEDULE,
     is_sparse,
     label_of,
     mask_steps,
@@ -33,6 +35,7 @@ Result = dict[str, Any]
 Runs = Sequence[tuple[Path, Result]]
 Records = list[dict[str, Any]]
 Values = Callable[[Records, Result], list[float | None]]
+_SCHEDULED = {"kept": "Share of weights that the schedule keeps", "mask_decay": "Mask decay beta"}
 _LAYERS = ("weight", "shape", "pattern", "density", "magnitude at start", "weights", "MACs dense", "MACs sparse", "")
 
 
@@ -60,7 +63,9 @@ def write_report(path: Path) -> Path:
 
 def _rank(config: dict[str, Any]) -> tuple[Any, ...]:
     n, m = map(int, config["pattern"].split(":"))
-    return -n / m, m, rank_of(config["method"]), *options_of(config).values(), config["seed"]
+    options = options_of(config)
+    schedule = options.pop(MASK_SCHEDULE, "")  # which not every run has
+    return -n / m, m, rank_of(config["method"]), *options.values(), schedule, config["seed"]
 
 
 def build_page(runs: Runs) -> str:
@@ -138,6 +143,11 @@ def charts(runs: Runs, metrics: Sequence[Metric], labels: Sequence[str]) -> list
         *map(metric_chart, others),
         chart("SAD from the start, share of weights", "topology.jsonl", sad, **shares),
         chart("Flip rate, share of weights a step", "topology.jsonl", _flip_rates, **shares),
+        *[
+            chart(title, "metrics.jsonl", partial(_each, methodcaller("get", key)), **shares)
+            for key, title in _SCHEDULED.items()
+            if any(record.get(key) for run, _ in runs for record in read_lines(run / "metrics.jsonl"))
+        ],
     ]
 
 

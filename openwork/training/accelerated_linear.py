@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from openwork.kernels.cuda.stream import capturing
+from openwork.nm.pattern import within_2_4
 from openwork.training.forward_cache import change_of
 from openwork.training.parametrize import masked_weights
 from openwork.training.shared_class import shared_class
@@ -55,6 +56,8 @@ class SparseMatmul:
             self._warn(dtype)
             return nn.functional.linear(x, weight, bias)
         _, masked, latent = masked_weights(layer)[0]
+        if not (masked.phase.is_pattern and within_2_4(masked.phase.pattern)):
+            return nn.functional.linear(x, weight, bias)  # while a schedule says so
         key = (change_of(latent), id(latent), masked.mask._version if masked.mask is not None else 0, dtype)
         weight, bias, rows = (
             weight.to(dtype),

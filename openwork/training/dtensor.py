@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from openwork.methods import Method, Phase
@@ -86,7 +85,12 @@ def _spread(local: Tensor, weight: Any) -> Tensor:
 
 
 def check_whole_groups(weight: Any, method: Method, phase: Phase) -> None:
-    """Raises ValueError where sharding cuts groups apart that a method needs whole."""
+    """Raises ValueError where sharding cuts apart what a method needs whole: groups, or the weight."""
+    if method.whole and is_sharded(weight) and not all(placement.is_replicate() for placement in weight.placements):
+        raise ValueError(
+            f"{method} needs whole weights, and one of {tuple(weight.shape)} is sharded {weight.placements}: it can be "
+            "read in a forward under fully_shard, or once its full state dict is loaded into a model sparsified alike"
+        )
     if cuts_groups(weight, phase.axis, phase.pattern.m):
         raise ValueError(
             f"{method} needs whole groups of {phase.pattern.m}, and sharding {weight.placements} of a "
@@ -98,4 +102,5 @@ def differ(before: Tensor, after: Tensor) -> bool:
     """Whether the values of two tensors differ, wherever each lies."""
     if before.is_meta or after.is_meta:
         return before.is_meta != after.is_meta
-    return not torch.equal(before.to(after.device), after)
+    before = before.to(after)
+    return bool(((before != after) & ~(before.isnan() & after.isnan())).any())

@@ -32,6 +32,14 @@ def masks_of(weights: Iterable[SparseWeight]) -> list[Tensor]:
     return [masks[i] if i in masks else sparse.masked.mask_of(sparse.weight) for i, sparse in enumerate(weights)]
 
 
+def masks_at_end(weights: Iterable[SparseWeight]) -> list[Tensor]:
+    """The mask that each weight has at its pattern: the one in force, or, while a schedule has another or where it ends
+    dense, the one that would be."""
+    weights = list(weights)
+    in_force = iter(masks_of(each for each in weights if not each.masked.schedule.length))
+    return [each.masked.mask_at_end(each.weight) if each.masked.schedule.length else next(in_force) for each in weights]
+
+
 def prune_ahead(root: nn.Module) -> None:
     """What a forward of the root begins with: prunes the weights on a GPU that the last forward used.
 

@@ -19,7 +19,7 @@ from openwork import kernels
 from openwork.methods import Method, Phase
 from openwork.methods.autograd import masked, straight_through
 from openwork.methods.method import State
-from openwork.nm.masks import apply_mask, too_dense
+from openwork.nm.masks import apply_mask
 from openwork.nm.pattern import Pattern
 from openwork.training.dtensor import by_groups, check_whole_groups, differ, elementwise, full_tensor, placed_like
 from openwork.training.forward_cache import ForwardCache
@@ -36,8 +36,8 @@ class Masked(nn.Module):
     steps since a stored mask was chosen. `seen_dtype` is the dtype in which the forward pass saw the weight (FSDP2 may
     hand it in bfloat16): the mask is a function of the weight rounded to it, so that the optimizer step and `verify`
     find the same mask. `reuses_mask`: the optimizer step takes the mask of the forward. Not of a sharded weight: each
-    process ranks its part once more, instead of holding the masks of all layers. `lost`: the stored mask went with the
-    values of the model (`to_empty`); until the model's next forward, which stores one, it follows the weight.
+    process ranks its part once more, instead of holding the masks of all layers. `lost`: the stored mask and state went
+    with the values of the model (`to_empty`); until its next forward, which stores both, they follow the weight.
     """
 
     mask: Tensor | None
@@ -75,8 +75,10 @@ class Masked(nn.Module):
         return {**self.__dict__, "replaced": None}
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Masked:
-        """What `to`, `half` and `to_empty` do to buffers; a mask whose values did not survive is lost."""
+        """What `to`, `half` and `to_empty` do to buffers; a mask or a state whose values did not survive is lost."""
+        before = self.state
         super()._apply(function, recurse)
+        self.lost = self.lost or any(differ(tensor, self.state[name]) for name, tensor in before.items())
         if (mask := self.mask) is not None:
             self.mask = function(mask)
             if type(self.mask) is Tensor:
@@ -89,13 +91,20 @@ class Masked(nn.Module):
         """What the method keeps for the weight."""
         return {name: getattr(self, f"state_{name}") for name in self.state_names} if self.state_names else {}
 
+    def state_of(self, weight: Tensor) -> State:
+        """The state, or the one that the weight would get now where it is lost."""
+        lost = self.lost and bool(self.state_names)
+        return self.method.state(full_tensor(weight.detach()), self.end) if lost else self.state
+
     @property
     def unfinished(self) -> str:
         """What the weight is while the method's schedule runs; empty once it has ended."""
-        steps = self.schedule.steps
-        if self.step >= steps:
+        length = self.schedule.length
+        if self.step >= length:
             return ""
-        return f"{self.phase}: not yet {self.end.pattern} (step {self.step} of {steps})"
+        if self.schedule.ends_dense:
+            return f"{self.phase}: dense from step {length} on (step {self.step})"
+        return f"{self.phase}: not yet {self.end.pattern} (step {self.step} of {length})"
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """What torch asks when it registers a parametrization: the dense weight is the weight. Once: who moves it to
@@ -120,16 +129,18 @@ class Masked(nn.Module):
 
     def ranked(self, weight: Tensor, phase: Phase, state: State | None = None) -> Tensor:
         """The mask that `weight` has by the method's score."""
-        kept = self.state if state is None else state
+        kept = self.state_of(weight) if state is None else state
 
         def choose(plain: Tensor) -> Tensor:
             return self.method.mask(self.method.score(plain, kept), phase)
 
-        return by_groups(choose, weight, phase.axis, phase.pattern.m, gathered=phase.output_axis is not None)
+        gathered = phase.output_axis is not None or isinstance(phase.dense_groups, Tensor)
+        return by_groups(choose, weight, phase.axis, phase.pattern.m, gathered=gathered)
 
     def mask_at_end(self, weight: Tensor) -> Tensor:
-        """The mask in force, or the one that the end of the schedule would give this weight."""
-        if self.mask is not None and not self.lost and not self.unfinished:
+        """The mask in force, or the one that the weight would have where it is pruned to its pattern."""
+        in_force = not self.unfinished and not self.schedule.ends_dense
+        if self.mask is not None and not self.lost and in_force:
             return self.mask_of(weight)
         return self.ranked(weight.detach().to(self.seen_dtype), self.end)
 
@@ -187,7 +198,7 @@ class Masked(nn.Module):
             self.cache.remember(self, weight, mask)
         if not self.method.elementwise:
             check_whole_groups(weight, self.method, self.phase)
-        phase, state = self.phase, self.state
+        phase, state = self.phase, self.state_of(weight)
         return elementwise(lambda w, m: masked(self.method, w, m, phase, state), weight, mask)
 
     def _traced(self, weight: Tensor) -> Tensor:
@@ -200,26 +211,27 @@ class Masked(nn.Module):
             )
         with untraced():
             mask = self.mask_of(weight).clone()
-        return self.method.forward(weight, mask, self.phase, self.state)
+        return self.method.forward(weight, mask, self.phase, self.state_of(weight))
 
     def is_fused(self, weight: Tensor) -> bool:
         """Whether a kernel does the forward in one pass, mask included: it is that of every method."""
-        return self._straight_through and not isinstance(self.phase.beta, Tensor) and self.is_ranked_fused(weight)
+        return self._straight_through and self.phase.is_pattern and self.is_ranked_fused(weight)
 
     def is_ranked_fused(self, weight: Tensor) -> bool:
         """Whether a kernel finds the mask on the way: it is that of the largest magnitudes in the weight's own dtype,
         and is not stored."""
         ranked = self._ranks_by_magnitude and self.mask is None and self.phase.output_axis is None
+        ranked = ranked and not isinstance(self.phase.dense_groups, Tensor)
         return ranked and self.seen_dtype == weight.dtype and kernels.fuses(weight)
 
     @torch.no_grad()
     def fold(self, weight: Tensor) -> Tensor:
         """The weight of the finished model: what the forward uses, or would use at the end of the schedule."""
-        if not self.method.sparse:
+        if not self.method.ends_sparse:
             return weight
         if not self.method.elementwise:
             check_whole_groups(weight, self.method, self.phase)
-        state = self.state
+        state = self.state_of(weight)
         return elementwise(lambda w, m: self.method.fold(w, m, self.end, state), weight, self.mask_at_end(weight))
 
     # --- the optimizer step ----------------------------------------------------------------------------------------
@@ -234,15 +246,16 @@ class Masked(nn.Module):
     @torch.no_grad()
     def count_step(self, weight: Tensor) -> None:
         """An optimizer step is done: the schedule goes on; a stored mask that has served its time is chosen anew."""
-        schedule, pattern = self.schedule, self.phase.pattern
-        if schedule.steps:
+        schedule, before = self.schedule, self.phase
+        if schedule.length:
             self.go_to(self.step + 1)
         if self.mask is None or not schedule.counts_steps:
             return
         if self.lost:
             self._make_anew(weight)
         self.age += 1
-        if self.phase.pattern != pattern or 0 < (schedule.refresh_every or 0) <= self.age:
+        ramped = isinstance(before.dense_groups, Tensor) and not isinstance(self.phase.dense_groups, Tensor)
+        if self.phase.pattern != before.pattern or ramped or 0 < (schedule.refresh_every or 0) <= self.age:
             self.choose_mask(weight)
 
     @torch.no_grad()
@@ -252,23 +265,20 @@ class Masked(nn.Module):
         self.end, self.changed = replace(self.end, pattern=pattern), True
         self.go_to(self.step)
         if weight is not None:
-            for name, tensor in self.method.state(full_tensor(weight.detach()), self.end).items():
-                self.state[name].copy_(tensor)
-            if self.mask is not None:
-                self.choose_mask(weight)
+            self.follow(weight)
+
+    @torch.no_grad()
+    def follow(self, weight: Tensor) -> None:
+        """Make what is stored anew, from the weight."""
+        for name, tensor in self.method.state(full_tensor(weight.detach()), self.end).items():
+            self.state[name].copy_(tensor)
+        if self.mask is not None:
+            self.choose_mask(weight)
 
     def go_to(self, step: int) -> None:
-        """Set the schedule to where it is after so many optimizer steps. While the pattern stays and the mask decays,
-        its beta is a tensor that is written to, so that compiled code stays as it is."""
+        """Set the schedule to where it is after so many optimizer steps."""
         self.step = step
-        now = self.schedule.phase(step, self.end)
-        beta = self.phase.beta
-        if now.beta and isinstance(beta, Tensor) and now.pattern == self.phase.pattern:
-            beta.fill_(now.beta)
-        else:
-            with torch.inference_mode(False):  # it is written to in training, whoever loads
-                number = torch.tensor(now.beta, dtype=torch.float64, device="cpu") if now.beta else 0.0
-            self.phase = replace(now, beta=number)
+        self.phase = self.phase.followed_by(self.schedule.phase(step, self.end))
 
     # --- the state dict --------------------------------------------------------------------------------------------
 
@@ -283,7 +293,7 @@ class Masked(nn.Module):
         schedule = self.schedule
         masks = {} if self.mask is None else {"mask": self.mask.detach()}
         ages = {"mask_age": torch.tensor(self.age)} if self.mask is not None and schedule.refresh_every else {}
-        steps = {"step": torch.tensor(self.step)} if schedule.steps else {}
+        steps = {"step": torch.tensor(self.step)} if schedule.length else {}
         pattern = self.end.pattern
         return masks | ages | steps | ({"pattern": torch.tensor([pattern.n, pattern.m])} if self.changed else {})
 
@@ -291,24 +301,12 @@ class Masked(nn.Module):
         """Everything that is saved beside the weight, by what follows its name."""
         return {key: getattr(self, name) for key, name in self.buffers_saved.items()} | self.others_saved
 
-    def take_mask(self, mask: Tensor, assign: bool) -> None:
-        """The stored mask of a state dict, in place of the one here. Raises ValueError where it has another shape."""
-        assert self.mask is not None
-        if mask.shape != self.mask.shape:
-            raise ValueError(f"found shape {tuple(mask.shape)}, needed {tuple(self.mask.shape)}")
-        if not mask.is_meta and (problem := too_dense(full_tensor(mask), self.phase.pattern, self.phase.axis)):
-            raise ValueError(f"{problem}: call ow.change_pattern, or sparsify, at the pattern of the checkpoint first")
-        if assign:
-            self.mask = mask.detach().bool()
-        else:
-            self.mask.copy_(placed_like(mask, self.mask))
-
     def restart(self, weight: Tensor) -> dict[str, Tensor]:
         """Begin anew with another dense weight, and return the mask and state that belong to it, by what follows its
         name in a state dict."""
         self.age, self.lost = 0, False
         self.go_to(0)
-        state = dict(self.method.state(weight, self.end))
+        state = dict(self.method.state(full_tensor(weight), self.end))
         return state if self.mask is None else {**state, "mask": self.ranked(weight, self.phase, state)}
 
     def extra_repr(self) -> str:

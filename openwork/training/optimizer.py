@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from openwork.training.dtensor import full_tensor, is_sharded
-from openwork.training.foreach import masks_of
-from openwork.training.optimizer_checks import check_own_state, check_rates, check_supported, replaced, unwrapped
+from openwork.training.foreach import masks_at_end
+from openwork.training.optimizer_checks import check_methods, check_own_state, check_supported, replaced, unwrapped
 from openwork.training.optimizer_hooks import Hooks, call_hooks
 from openwork.training.optimizer_watch import no_longer_held, same_or_around
 from openwork.training.parametrize import SparseWeight, masked_modules, unwrap
@@ -159,10 +159,10 @@ class Handle:
         return weights_of(self._model, [record for _, record in self._records])
 
     def _masks(self) -> dict[str, Tensor]:
-        """Copies of the masks, gathered where they are spread over processes: one byte a weight travels, in recorded
-        steps only."""
+        """Copies of the masks that the weights have at their patterns, wherever a schedule is. Gathered where they are
+        spread over processes: one byte a weight travels, in recorded steps only."""
         weights = self._weights()
-        masks = zip(weights, masks_of(weights), strict=True)
+        masks = zip(weights, masks_at_end(weights), strict=True)
         return {each.name: full_tensor(mask.clone() if mask is each.masked.mask else mask) for each, mask in masks}
 
     def _check_held(self, optimizer: Optimizer, weights: list[SparseWeight], trained: list[SparseWeight]) -> None:
@@ -220,10 +220,10 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
             "build it from model.parameters() of this very model"
         )
     check_supported(optimizer)
-    check_rates(optimizer, [sparse.masked.method for sparse in trained])
+    check_methods(optimizer, [sparse.masked.method for sparse in trained])
     check_own_state(optimizer)
     for sparse in trained:
-        if is_sharded(sparse.weight) and sparse.masked.state_names:
+        if is_sharded(sparse.weight) and sparse.masked.state_names and not sparse.masked.method.shared_state:
             raise ValueError(
                 f"{sparse.name} is sharded, and {sparse.masked.method} keeps {', '.join(sparse.masked.state_names)} "
                 "for each weight, which is not spread with it: train without fully_shard, or with another method"

@@ -26,8 +26,10 @@ def check_supported(optimizer: Optimizer) -> None:
         )
 
 
-def check_rates(optimizer: Optimizer, methods: Sequence[Method]) -> None:
-    """Raise ValueError where a decoupled decay has no learning rate to go by."""
+def check_methods(optimizer: Optimizer, methods: Sequence[Method]) -> None:
+    """Raise ValueError where a method cannot go with the optimizer, or its decoupled decay has no learning rate."""
+    for method in {id(each): each for each in methods}.values():
+        method.check_optimizer(optimizer)
     decoupled = [method for method in methods if method.decoupled and method.decay]
     if decoupled and not all("lr" in group for group in optimizer.param_groups):
         raise ValueError(

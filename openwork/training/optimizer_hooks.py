@@ -171,7 +171,7 @@ class LentGradients:
     """Gradients that an optimizer steps with in place of the weights' own."""
 
     def __init__(self) -> None:
-        self._lent: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._lent: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
         self._versions: list[int | None] = []  # of the copies, when the optimizer got them
 
     def lend(self, weight: nn.Parameter, lent: Tensor | None = None) -> None:
@@ -184,8 +184,9 @@ class LentGradients:
         weight.grad = lent
 
     def seal(self) -> None:
-        """The copies are as the optimizer gets them."""
-        self._versions = [_version(copy) for *_, copy in self._lent]
+        """The copies are as the optimizer gets them. A hook may have put another one in the place of one, or None."""
+        self._lent = [(weight, own, weight.grad) for weight, own, _ in self._lent]
+        self._versions = [None if copy is None else _version(copy) for *_, copy in self._lent]
 
     def give_back(self, divisor: Tensor | None = None) -> None:
         """Put the own gradients in their places again, where the copies still are: a closure or an optimizer may have
@@ -195,7 +196,7 @@ class LentGradients:
         versions, self._versions = self._versions, []
         for (weight, own, copy), version in zip(lent, versions or [None] * len(lent), strict=True):
             if weight.grad is copy:
-                if version is not None and version != _version(copy) and not copy.any():
+                if copy is not None and version is not None and version != _version(copy) and not copy.any():
                     own.detach().zero_()
                 if divisor is not None:
                     own.div_(divisor.to(own.device))

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
+from openwork.nm.masks import too_dense
 from openwork.nm.pattern import Pattern
-from openwork.training.dtensor import is_sharded, placed_like
+from openwork.training.dtensor import full_tensor, is_sharded, placed_like
 from openwork.training.masked import Masked
 from openwork.training.shared_class import plain_class, shared_class
 from openwork.utils.names import join
@@ -194,6 +195,8 @@ def _to_dense_names(module: nn.Module, state: dict[str, Any], prefix: str, _: ob
     for name, masked, weight in masked_weights(module):
         masked.follow_average(weight)
         state |= {f"{prefix}{name}_{key}": tensor for key, tensor in masked.others_saved.items()}
+        if masked.lost:
+            state |= {f"{prefix}{name}_{key}": tensor for key, tensor in masked.state_of(weight).items()}
         if masked.lost and masked.mask is not None:
             state[f"{prefix}{name}_mask"] = masked.mask_of(weight)
     order = [prefix + name for name in module.__dict__["_openwork"][0]]
@@ -236,11 +239,25 @@ def _take_mask(
     if key not in state:
         missing.append(key)
         return
-    try:
-        with torch.no_grad():
-            masked.take_mask(state.pop(key), assigns)
-    except ValueError as error:
-        errors.append(f"{key}: {error}")
+    mask, own = state.pop(key), masked.mask
+    assert own is not None
+    if problem := _unfit(mask, masked):
+        errors.append(f"{key}: {problem}")
+    elif assigns:
+        masked.mask = mask.detach().bool()
+    else:
+        own.copy_(placed_like(mask, own))
+
+
+def _unfit(mask: Tensor, masked: Masked) -> str:
+    """Why the mask of a state dict cannot be that of a weight."""
+    phase, shape, needed = masked.phase, tuple(mask.shape), tuple(masked.mask.shape)  # type: ignore[union-attr]
+    if shape != needed:
+        return f"found shape {shape}, needed {needed}"
+    checked = not mask.is_meta and not isinstance(phase.dense_groups, Tensor)
+    if checked and (problem := too_dense(full_tensor(mask), phase.pattern, phase.axis)):
+        return f"{problem}: call ow.change_pattern, or sparsify, at the pattern of the checkpoint first"
+    return ""
 
 
 def _take_counters(masked: Masked, state: dict[str, Any], name: str) -> None:
@@ -252,13 +269,13 @@ def _take_counters(masked: Masked, state: dict[str, Any], name: str) -> None:
         what = f"{kind} masks were chosen anew" if masked.mask is not None else "what the method keeps was made anew"
         warnings.warn(f"the checkpoint is dense: {what}, from its weights", stacklevel=3)
         state |= {f"{name}_{key}": tensor for key, tensor in masked.restart(state[name]).items()}
-    masked.lost = masked.lost and f"{name}_mask" not in state
+    masked.lost = masked.lost and any(f"{name}_{key}" not in state for key in keys)
     if (pattern := state.pop(f"{name}_pattern", None)) is not None:
         masked.change_pattern(Pattern(*pattern.tolist()), None)
     if (age := state.pop(f"{name}_mask_age", None)) is not None:
         masked.age = int(age)
     step = int(state.pop(f"{name}_step", 0))  # of a method without a running schedule it means nothing
-    if name in state and masked.method.schedule.steps:
+    if name in state and masked.method.schedule.length:
         masked.go_to(step)
 
 

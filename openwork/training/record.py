@@ -68,12 +68,12 @@ def weights_of(model: nn.Module, records: Collection[SparsityRecord]) -> list[Sp
 
 
 def recorded_weights(model: nn.Module) -> dict[str, tuple[Pattern, Axis]]:
-    """The (pattern, axis) that was recorded of each weight by its name in the plain model; none of methods that only
-    watch."""
+    """The (pattern, axis) that was recorded of each weight by its name in the plain model; none of methods that keep
+    every weight in the end."""
     return {
         join(plain_name(prefix), name): placed
         for prefix, _, record in sparsity_records(model)
-        if record.method.sparse
+        if record.method.ends_sparse
         for name, placed in record.weights.items()
     }
 
@@ -83,6 +83,7 @@ def recorded_output_axes(model: nn.Module) -> dict[str, Axis]:
     return {
         join(plain_name(prefix), name): axis
         for prefix, _, record in sparsity_records(model)
+        if record.method.ends_sparse
         for name, axis in record.output_axes.items()
     }
 

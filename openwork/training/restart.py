@@ -33,6 +33,11 @@ def restart(
     for each in masked.values():
         if not each.method.sparse or each.schedule.refresh_every is None:
             raise ValueError(f"dense= with {each.method}, whose mask does not move: leave it out, or use ow.SRSTE()")
+        if each.method.overrides("forward"):
+            raise ValueError(
+                f"dense= with {each.method}, which multiplies with something else than the pruned weight, so that the "
+                "first forward would not be the pruned network's: use ow.SRSTE()"
+            )
     values = _dense_values(candidates, masked, dense)
     for name, candidate in candidates.items():
         weight = candidate.weight.detach()

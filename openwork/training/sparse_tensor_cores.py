@@ -22,6 +22,7 @@ from openwork.kernels.cuda import cusparselt
 from openwork.kernels.cuda.cusparselt import BACKENDS
 from openwork.kernels.cuda.stream import on_device
 from openwork.layouts.layout import Algorithm
+from openwork.nm.masks import apply_mask
 from openwork.nm.pattern import within_2_4
 from openwork.training.accelerated_linear import Engine, SparseMatmul, accelerated_class
 from openwork.training.masked import Masked
@@ -101,7 +102,7 @@ def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
     with on_device(device):
         for layer in layers.values():
             if not layer.reason:
-                engine.check(layer.masked.effective(layer.weight))
+                engine.check(apply_mask(layer.weight.detach(), layer.masked.mask_at_end(layer.weight)))
         return accelerate_with(engine, model, layers, example)
 
 

@@ -36,6 +36,7 @@ from openwork.training.selection import AxisChoice, PatternChoice, Remainder, Se
 from openwork.training.shared_class import plain_class
 from openwork.training.try_masks import Tried, try_masks
 
+_ENDS_DENSE = "the model ends dense: the table says what is pruned before"
 _ONLY_WATCHED = "ow.Dense masks nothing: the table says what its mask would keep"
 
 
@@ -81,7 +82,7 @@ def sparsify(
     decided = decide(model, selection, example=example)
     title, cache = f"{type(model).__name__}, {method.name}", ForwardCache(prune_ahead)
     masked = {candidate.name: _masked(candidate, method, cache) for candidate in decided if candidate.pattern}
-    masks = {name: each.mask_at_end for name, each in masked.items() if method.sparse}
+    masks = {name: each.mask_at_end for name, each in masked.items() if method.ends_sparse}
     excluded = tuple(selection.exclude)
     tried = Tried(decided) if example is None else try_masks(model, example, decided, masks, excluded)
     decided = tried.decided
@@ -104,9 +105,9 @@ def sparsify(
 def finalize(model: nn.Module) -> nn.Module:
     """Make a sparsified model plain again, in place, and return it: original classes, exact zeros, dense names.
 
-    Parameters keep their identity. A model trained with `ow.Dense` keeps all its weights. A model that FSDP2 has
-    sharded is finalized on its gathered state dict instead. Where the method's schedule still runs, the weights are
-    pruned as at its end. Raises ValueError when nothing is sparsified.
+    Parameters keep their identity. A model trained with `ow.Dense`, or with a schedule that ends dense, keeps all its
+    weights. A model that FSDP2 has sharded is finalized on its gathered state dict instead. Where the method's schedule
+    still runs, the weights are pruned as at its end. Raises ValueError when nothing is sparsified.
     """
     inner = unwrap(model)
     modules = [module for _, module in masked_modules(inner)]
@@ -216,7 +217,9 @@ def _check_whole(model: nn.Module, remedy: str) -> None:
 
 def notes_on(model: nn.Module, method: Method) -> tuple[str, ...]:
     running = sorted(set(unfinished_weights(model).values()))
-    return tuple(running) if method.sparse else (_ONLY_WATCHED, *running)
+    if not method.sparse:
+        return (_ONLY_WATCHED, *running)
+    return (_ENDS_DENSE, *running) if method.schedule.ends_dense else tuple(running)
 
 
 def report_on(

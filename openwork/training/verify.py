@@ -122,7 +122,10 @@ def _held(model: nn.Module, pattern: Selection | PatternChoice | None, example: 
         raise NotSparse(running)
     recorded = recorded_weights(model)
     if not recorded:
-        raise ValueError("the model trains with ow.Dense, which keeps every weight: there is nothing to verify")
+        raise ValueError(
+            "the model trains with ow.Dense, or with a schedule that ends dense, and keeps every weight: there is "
+            "nothing to verify"
+        )
     return _Held(recorded, recorded_output_axes(model), _left_alone(model), recorded_excludes(model))
 
 

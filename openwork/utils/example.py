@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,17 @@ def run(model: nn.Module, example: Any) -> Any:
     if isinstance(example, Mapping):
         return model(**example)
     return model(*example) if isinstance(example, tuple) else model(example)
+
+
+def arguments(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An example as positional and keyword arguments, the latter in the order of the model's signature."""
+    if isinstance(example, Call):
+        return example.args, dict(example.kwargs)
+    if isinstance(example, Mapping):
+        order = list(inspect.signature(model.forward).parameters)
+        rank = {name: order.index(name) if name in order else len(order) for name in example}
+        return (), {name: example[name] for name in sorted(example, key=rank.__getitem__)}
+    return (example if isinstance(example, tuple) else (example,)), {}
 
 
 def tensors_of(example: Any) -> list[Tensor]:

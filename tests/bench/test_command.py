@@ -9,12 +9,14 @@ import types
 
 import pytest
 import torch
+from in_process import InProcess
 from torch import nn
 
 import openwork as ow
-from openwork.bench import command, models, operators
+from openwork.bench import command, forward, models, operators
 from openwork.bench.measure import BenchRow, Roofline, alternating, quantile, rows, write_csv
 from openwork.cli.main import main
+from openwork.engines.engine import ENGINES
 from openwork.kernels.cpu import native
 
 
@@ -96,12 +98,16 @@ def test_without_the_library_nothing_is_timed_that_does_nothing(monkeypatch):
     assert "prune" not in {row["impl"] for row in read("bench.csv")}
 
 
+TORCH = ("--engines", "eager", "channels_last")
+
+
 def test_whole_models(monkeypatch, capsys):
     def net():
         return nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
 
     monkeypatch.setitem(sys.modules, "made", types.SimpleNamespace(net=net))
     monkeypatch.setattr(models, "memory", lambda model, example: (1_000_000, 2_000_000))
+    monkeypatch.setattr(forward, "Worker", InProcess)
     words = [
         "bench",
         "made:net",
@@ -118,7 +124,7 @@ def test_whole_models(monkeypatch, capsys):
         "0",
         "--no-compile",
     ]
-    assert main([*words, "--no-compile", "--weight-dtype", "float32", "int8"]) == 0
+    assert main([*words, *TORCH, "--memory", "--precision", "float32", "int8"]) == 0
     found = read("bench.csv")
     assert [(row["op"], row["shape"]) for row in found] == [("made:net", "batch 1")] * 4 + [("made:net", "batch 2")] * 4
     assert [row["impl"] for row in found[:4]] == [
@@ -135,19 +141,108 @@ def test_whole_models(monkeypatch, capsys):
 
 
 def test_whole_models_in_bfloat16_and_with_torchs_int8(monkeypatch):
-    monkeypatch.setattr(models, "memory", lambda model, example: (1, 2))
+    monkeypatch.setattr(forward, "Worker", InProcess)
     made = types.SimpleNamespace(net=lambda: nn.Sequential(nn.Linear(32, 16)))
     monkeypatch.setitem(sys.modules, "made", made)
     words = ["bench", "made:net", "--input", "1x4x32", "--patterns", "2:4", "--batches", "1"]
-    words += ["--threads", "1", "--seconds", "0", "--no-compile"]
-    assert main([*words, "--dtype", "bfloat16"]) == 0
+    words += ["--threads", "1", "--seconds", "0", "--no-compile", *TORCH]
+    assert main([*words, "--precision", "bfloat16"]) == 0
     found = {row["impl"]: row for row in read("bench.csv")}
-    assert set(found) == {"dense eager", "deployed 2:4 bfloat16"}
+    assert set(found) == {"dense eager bfloat16", "deployed 2:4 bfloat16"}
     assert {row["dtype"] for row in found.values()} == {"bfloat16"}
-    assert main([*words, "--weight-dtype", "float32", "int8"]) == 0
+    assert main([*words, "--precision", "float32", "int8"]) == 0
     found = {row["impl"]: row for row in read("bench.csv")}
-    assert set(found) == {"dense eager", "deployed 2:4 float32", "dense int8", "deployed 2:4 int8"}
+    assert set(found) == {"dense eager", "deployed 2:4 float32", "dense eager int8", "deployed 2:4 int8"}
     assert found["deployed 2:4 float32"]["baseline"] == "dense eager"  # int8 rounds more
+    assert found["dense eager"]["difference"] == "0"
+    assert 0 < float(found["dense eager int8"]["difference"]) < 0.05
+    assert found["dense eager"]["engine"] == f"torch {torch.__version__}"
+    assert found["deployed 2:4 int8"]["engine"] == f"openwork {ow.__version__}"
+
+
+def test_engines_that_are_not_there_are_said_and_others_measured(monkeypatch, capsys):
+    monkeypatch.setattr(forward, "Worker", InProcess)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "made", types.SimpleNamespace(net=lambda: nn.Sequential(nn.Linear(32, 16))))
+    words = ["bench", "made:net", "--input", "4x32", "--patterns", "2:4", "--batches", "1", "--threads", "1"]
+    assert main([*words, "--seconds", "0", "--no-compile"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "made:net, batch 1: OpenVINO is not installed: pip install openvino onnx onnxscript" in lines
+    assert "made:net, batch 1: ONNX Runtime is not installed: pip install onnxruntime onnx onnxscript" in lines
+    assert "made:net, batch 1: dense channels_last: for networks with Conv2d, and this has none" in lines
+    assert [row["impl"] for row in read("bench.csv")] == ["dense eager", "deployed 2:4 float32"]
+
+
+@pytest.mark.slow
+def test_every_engine_in_a_process_of_its_own(tmp_path, monkeypatch):
+    """Of a class in the current folder, as a user would have it."""
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Sequential):\n"
+        "    def __init__(self):\n        super().__init__(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))\n"
+    )
+    words = ["bench", "mine:Net", "--input", "4x32", "--patterns", "2:4", "--batches", "1", "--threads", "1"]
+    assert main([*words, "--seconds", "0", "--no-compile"]) == 0
+    found = {row["impl"]: row for row in read("bench.csv")}
+    installed = [each.name for each in ENGINES if each.reads_onnx and not each.missing()]
+    assert {*found} == {"dense eager", "deployed 2:4 float32", *(f"dense {name}" for name in installed)}
+    assert all(float(row["difference"]) < 1e-5 for row in found.values())
+    assert [found[f"dense {name}"]["engine"].rpartition(" ")[0] for name in installed] == installed
+
+
+def test_mistakes_are_told_before_anything_runs(monkeypatch, capsys):
+    monkeypatch.setattr(forward, "Worker", None)
+    assert main(["bench", "resnet50", "--engines", "TensorRT"]) == 2
+    assert "there is no engine TensorRT; needed some of eager, " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "resnet50", "--precision", "float64"])
+    assert "--precision: invalid choice: 'float64'" in capsys.readouterr().err
+
+
+class Said:
+    """A worker that says what it measured."""
+
+    version, difference = "made 1.0", {"": 0.25}
+
+
+def entry(impl, pattern, precision):
+    return forward.Entry(impl, pattern, precision, Said())
+
+
+def test_dense_is_the_fastest_engine_that_rounds_no_more():
+    entries = [entry("dense eager", "dense", "float32"), entry("dense OpenVINO", "dense", "float32")]
+    entries += [entry("dense OpenVINO int8", "dense", "int8")]
+    entries += [entry("deployed 2:4 float32", "2:4", "float32"), entry("deployed 2:4 int8", "2:4", "int8")]
+    times = {
+        "dense eager": [[8.0], [8.0], [9.0]],
+        "dense OpenVINO": [[4.0], [4.0], [6.0]],
+        "dense OpenVINO int8": [[1.0, 1.2], [1.0], [1.0]],
+        "deployed 2:4 float32": [[2.0], [4.0], [2.0]],
+        "deployed 2:4 int8": [[2.0], [2.0], [2.0]],
+    }
+    job = forward.Job("net", "batch 1", nn.Identity(), None, [], ["float32", "int8"])
+    found = {row.impl: row for row in forward.as_rows(job, entries, times)}
+    assert list(found) == [
+        "dense eager",
+        "dense OpenVINO",
+        "deployed 2:4 float32",
+        "dense OpenVINO int8",
+        "deployed 2:4 int8",
+    ]
+    assert {name: row.baseline for name, row in found.items()} == {
+        "dense eager": "dense OpenVINO",
+        "dense OpenVINO": "dense OpenVINO",
+        "deployed 2:4 float32": "dense OpenVINO",
+        "dense OpenVINO int8": "dense OpenVINO int8",
+        "deployed 2:4 int8": "dense OpenVINO int8",
+    }
+    fast = found["deployed 2:4 float32"]
+    assert (fast.ratio, fast.ratio_p20, fast.ratio_p80) == (2.0, 1.0, 3.0)  # round by round: 2, 1 and 3
+    assert (fast.engine, fast.difference) == ("made 1.0", 0.25)
+    slow = {**times, "dense OpenVINO int8": [[5.0], [5.0], [5.0]]}
+    rows = {row.impl: row.baseline for row in forward.as_rows(job, entries, slow)}
+    assert rows["deployed 2:4 int8"] == "dense OpenVINO"  # an int8 engine that loses to float32 is no baseline
+    with pytest.raises(ValueError, match="no engine runs net dense in float32"):
+        list(forward.as_rows(job, entries[2:], slow))
 
 
 def test_each_precision_is_compared_with_those_that_round_no_more():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_process import InProcess
 from torch import nn
 
 import openwork as ow
@@ -150,10 +151,11 @@ def test_verify_what_a_model_multiplies(bert, compressed, capsys):
 
 
 def test_bench(compressed, threads, monkeypatch):
-    from openwork.bench import models
+    from openwork.bench import forward
 
-    monkeypatch.setattr(models, "memory", lambda model, example: (1, 2))
+    monkeypatch.setattr(forward, "Worker", InProcess)
     words = ["--patterns", "2:4", "--batches", "1", "--threads", "1", "--seconds", "0", "--no-compile"]
+    words += ["--engines", "eager"]
     assert main(["bench", "net.safetensors", "--model", "my_net:network", "--input", "1x16", *words]) == 0
     assert "net.safetensors" in Path("bench.csv").read_text()
     assert main(["bench", "my_net:sparsified", "--input", "1x16", *words]) == 0

@@ -102,7 +102,7 @@ def test_it_compiles_whole(sparse_wins):
             torch.testing.assert_close(compiled(X), fast(X))
 
 
-@pytest.mark.skipif(not ow.kernels.vectors().dot_product, reason="needs AVX-512 with BF16, VBMI and VNNI")
+@pytest.mark.skipif(not ow.kernels.vectors().dot_product, reason="needs AVX-512 with VBMI and VNNI")
 def test_a_model_in_bfloat16(monkeypatch):
     """Everything but the grouped convolution by dot products; outputs as far from float64's as the dense model's."""
     say(monkeypatch, gemm=0.8, gemv=0.8, dot_product=0.5, sparse=0.5)

@@ -68,7 +68,7 @@ def test_a_margin_is_left_for_noise(monkeypatch, sparse, kind, reason):
     assert (conv.kind, conv.reason, conv.sparse) == (kind, reason, sparse)
 
 
-@pytest.mark.skipif(not ow.kernels.vectors().dot_product, reason="needs AVX-512 with BF16, VBMI and VNNI")
+@pytest.mark.skipif(not ow.kernels.vectors().dot_product, reason="needs AVX-512 with VBMI and VNNI")
 def test_dot_products_are_for_layers_in_bfloat16_and_for_int8(monkeypatch):
     """A convolution in the better memory format, as a dense one; by default weights stay in the model's dtype."""
     half = net().bfloat16()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import openwork as ow
 from openwork.files.packing import pack_weight
 from openwork.kernels.cpu import native, onnxruntime_operators
-from openwork.layouts import Gemm, Gemv
+from openwork.layouts import DotProduct, Gemm, Gemv
 from openwork.layouts.conv import ConvGeometry, conv_rows
 from openwork.nm.groups import Axis
 from openwork.nm.masks import magnitude_mask
@@ -117,8 +117,9 @@ def test_convolutions_are_bit_for_bit_what_our_kernels_give(shape, groups, strid
 def test_int8_is_bit_for_bit_what_our_kernels_give():
     pattern, bias = Pattern(2, 4), torch.randn(33)
     weight, scales = quantize_weight(sparse((33, 50), "2:4"), torch.int8)
-    for rows, kind in ((1, Gemv), (8, Gemv), (9, Gemm), (130, Gemm)):
-        x = torch.randn(rows, 50)
+    dots = native.vectors().dot_product
+    for rows, kind in ((1, Gemv), (8, Gemv), (9, Gemm), (130, Gemm), (700, Gemm)):
+        x, kind = torch.randn(rows, 50), DotProduct if dots else kind
         expected = kind.pack(weight, scales, pattern, native.vectors()).linear(x, bias, True)
         file = model("SparseLinear", weight, "2:4", bias, ["b", 50], relu=1, scales=scales.numpy())
         assert torch.equal(ran(file, x), expected)

@@ -49,6 +49,39 @@ def test_asp_brings_its_dense_run_and_starts_from_it():
     assert runs[1].init == runs[0].out
 
 
+def finished(folder, rows, key="val_accuracy", higher=True):
+    """A comparison of which only the table is left: (method, pattern, options, score) each."""
+    metric = {"key": key, "label": "", "unit": "", "scale": 1, "digits": 1, "higher_is_better": higher}
+    rows = [{"method": m, "pattern": p, "options": o, "scores": {key: score}} for m, p, o, score in rows]
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps({"metrics": [metric], "rows": rows}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(("higher", "best"), [(True, 0.2), (False, 0.02)])
+def test_each_method_gets_the_options_that_were_best_at_its_pattern(tmp_path, higher, best):
+    scores = {0.02: 0.5, 0.2: 0.7, 2.0: None}
+    rows = [("sr-ste", "2:4", {"decay": d, "decoupled": False}, score) for d, score in scores.items()]
+    first = finished(tmp_path / "a", [*rows, ("dense", "-", {}, 0.9)], higher=higher)
+    other = finished(tmp_path / "b", [("mdgf", "2:4", {"steps": 7, "linear": True, "straight_through": False}, 1.0)])
+    config = CompareConfig(methods=["ste", "sr-ste", "mdgf"], seeds=[0, 1], options_from=[first, other], out="o")
+    options = [(run.method, run.method_options) for run in planned_runs(config)]
+    runs = [(method, each.get("decay"), each.get("steps")) for method, each in options]
+    assert runs == [("ste", None, None), ("sr-ste", best, None), ("mdgf", None, 7)] * 2
+
+
+def test_options_that_nobody_looked_for_are_refused(tmp_path):
+    folder = finished(tmp_path / "a", [("sr-ste", "2:4", {"decay": 0.5, "decoupled": False}, 0.5)])
+    for fields, said in (
+        ({"patterns": ["1:4"], "options_from": [folder]}, "no sr-ste 1:4 has a score there; there are sr-ste 2:4"),
+        ({"options_from": [str(tmp_path)]}, r"there is no results.json"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            names(methods=["sr-ste"], **fields)
+    with pytest.raises(ValueError, match="--options_from and --decay: give one of them"):
+        CompareConfig(methods=["sr-ste"], options_from=[folder], method_options={"decay": [0.1]})
+
+
 def test_jobs_share_the_threads():
     assert {run.threads for run in planned_runs(CompareConfig(threads=8, jobs=4))} == {2}
     assert jobs_of(CompareConfig(jobs=3), 10) == 3
@@ -76,6 +109,9 @@ def test_a_comparison_end_to_end(compared):
         "asp",
         "sr-ste",
     ]
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    assert [run["flip_rate"] for run in runs] == [row.flip_rate for row in rows]  # of one seed
+    assert all(run["sad_start"] > 0 for run in runs if run["method"] != "asp")
     page = (out / "report.html").read_text()
     assert page.count('<g class="run">') == 18  # 3 runs, 6 charts
     assert "://" not in page

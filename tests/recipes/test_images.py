@@ -35,6 +35,19 @@ def test_digits_split_is_fixed_and_stratified():
     assert data.val.labels.bincount().max() - data.val.labels.bincount().min() <= 2
 
 
+def test_held_out_samples_are_validated_on_and_not_trained_on():
+    whole, data = digits(), digits(hold_out=200)
+    assert (data.train_count, data.val_count) == (1237, 200)
+    for part, kept in ((data.train, whole.train.images[:1237]), (data.val, whole.train.images[1237:])):
+        assert torch.equal(part.images, kept)
+    assert not data.val.pad  # no augmentation
+    limited = digits(limit=100, limit_val=50, hold_out=200)
+    assert torch.equal(limited.train.images, digits(limit=100).train.images)
+    assert torch.equal(limited.val.images, data.val.images[:50])
+    with pytest.raises(ValueError, match="hold_out is 1437, and there are 1437 training samples"):
+        digits(hold_out=1437)
+
+
 def test_training_images_are_a_pure_function_of_seed_epoch_and_index():
     data = digits()
     batches = batch_indices(0, 3, data.train_count, 64)
@@ -146,6 +159,17 @@ def test_image_folder(folder):
     assert images.shape == (4, 3, 32, 32)
     assert labels.tolist() == [0, 0, 1, 1]
     assert imagefolder(folder, 32, workers=0, limit=2).train.files == [data.train.files[i] for i in (0, 3)]
+
+
+def test_held_out_files_are_of_all_classes(folder):
+    whole, data = (imagefolder(folder, 32, workers=0, hold_out=count) for count in (0, 2))
+    assert data.val.files == [whole.train.files[i] for i in (0, 3)]
+    assert data.train.files == [whole.train.files[i] for i in (1, 2, 4, 5)]
+    images, labels = one_batch(data.val_batches([np.arange(2)]))
+    assert labels.tolist() == [0, 1]
+    assert torch.equal(images, one_batch(data.val_batches([np.arange(2)]))[0])  # cut out of the middle
+    with pytest.raises(ValueError, match="hold_out is 6, and there are 6"):
+        imagefolder(folder, 32, workers=0, hold_out=6)
 
 
 def test_image_folder_draws_depend_on_the_sample_and_leave_torchs_generator_alone(folder):

@@ -60,6 +60,10 @@ METHODS = [
     Scaled(),
     SdGf(),
     SdGf(refresh_every=2),
+    ow.SSTE(),
+    ow.SdGf(6),
+    ow.SRSTE(DECAY, schedule=ow.DenseWarmup(2, ow.Ramp(4))),
+    ow.TransposableSRSTE(DECAY, 3, schedule=ow.MaskDecay(6)),
 ]
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 

@@ -10,7 +10,20 @@ from typing import ClassVar
 
 import pytest
 import torch
-from plain_loop import BETAS, DECAY, EPS, LR, MOMENTUM, UPDATES, WEIGHT_DECAY, Net, batches, distance, plain_loop
+from plain_loop import (
+    BETAS,
+    DECAY,
+    EPS,
+    LR,
+    MOMENTUM,
+    UPDATES,
+    WEIGHT_DECAY,
+    Net,
+    batches,
+    distance,
+    keep_by_sorting,
+    plain_loop,
+)
 from torch.nn.utils import clip_grad_norm_
 
 import openwork as ow
@@ -228,6 +241,51 @@ def test_every_loop_takes_the_same_steps_when_decoupled(way, kind):
 def test_decoupled_in_single_precision_takes_the_same_steps(name, kind):
     start, end = trained(WAYS[name], kind, method=DECOUPLED, dtype=torch.float32)
     assert distance(end, reference(WAYS[name], kind, start, decoupled=True)) < 2e-5
+
+
+# --- schedules: the step that a mask is of is the number of steps that were taken -----------------------------------
+
+
+def linear(weight, step, steps=6):
+    return keep_by_sorting(weight), max(0.0, 1 - step / steps)
+
+
+def ramp(weight, step):
+    """Of the groups of four those with the smallest sums of magnitudes stay dense."""
+    groups = weight.movedim(1, -1).reshape(-1, 4).abs().sum(-1).tolist()
+    stay = sorted(range(len(groups)), key=lambda i: groups[i])[: int(max(0.0, 1 - step / 6) * len(groups))]
+    dense = torch.tensor([i in stay for i in range(len(groups))]).repeat_interleave(4)
+    last = weight.movedim(1, -1).shape
+    return keep_by_sorting(weight) | dense.view(last).movedim(-1, 1), 0.0
+
+
+SCHEDULES = {
+    "mask decay": (ow.MaskDecay(6, linear=True), linear),
+    "structure decay": (ow.StructureDecay(4), lambda w, step: (keep_by_sorting(w, 3 if step < 4 else 2), 0.0)),
+    "ramp": (ow.Ramp(6), ramp),
+    "dense, then mask decay": (
+        ow.DenseWarmup(3, ow.MaskDecay(4, linear=True)),
+        lambda w, step: linear(w, step - 3, 4) if step >= 3 else (keep_by_sorting(w, 4), 0.0),
+    ),
+    "dense in the end": (ow.DenseTail(6), lambda w, step: (keep_by_sorting(w, 2 if step < 6 else 4), 0.0)),
+}
+SCHEDULED_WAYS = {"plain": False, "scaler, overflow": True, "fused, all at once": False, "compiled": True}
+
+
+@pytest.mark.parametrize(("way", "decoupled"), SCHEDULED_WAYS.items())
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_goes_by_the_steps_that_were_taken(name, way, decoupled):
+    schedule, rule = SCHEDULES[name]
+    kind = "adamw" if decoupled else "sgd"
+    method = ow.SRSTE(decay=DECAY, decoupled=decoupled, schedule=schedule)
+    start, end = trained(WAYS[way], kind, method=method)
+    added = {tensor for tensor in end if tensor not in dict(sparsified(WAYS[way]).state_dict())}
+    assert {int(end.pop(tensor)) for tensor in added} == {10}
+    start = {tensor: value for tensor, value in start.items() if tensor in end}
+    right = reference(WAYS[way], kind, start, decoupled=decoupled, schedule=rule)
+    assert distance(end, right) < 1e-11
+    late = reference(WAYS[way], kind, start, decoupled=decoupled, schedule=lambda w, step: rule(w, step + 1))
+    assert distance(late, right) > 1e-4
 
 
 def test_decoupled_ends_elsewhere_than_coupled_under_adam():

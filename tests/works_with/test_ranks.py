@@ -68,6 +68,15 @@ def test_groups_that_the_shards_cut_are_right(row, two, name):
     row("Two processes", name, difference={"one layer": max(each for each, _ in two[0]["cut"][name])}, tolerance=1e-6)
 
 
+@pytest.mark.parametrize("name", ranks.METHODS)
+def test_a_method_on_shards_is_that_of_one_process(row, two, name):
+    for found in two:
+        difference, same_topology = found["methods"][name]
+        assert difference < 1e-6
+        assert same_topology
+    row("Two processes", name, difference={"one layer": two[0]["methods"][name][0]}, tolerance=1e-6)
+
+
 def test_a_process_holds_no_masks_of_whole_layers_for_the_step(two):
     unsharded = 0 if ow.kernels.status().isa else 2  # a kernel finds the mask again on the way
     for found in two:

@@ -1,0 +1,67 @@
+"""The dense network in other engines that are installed, beside what `deploy` returns."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from openwork.engines.case import Case, Refused, first_line, in_dtype, write_program
+from openwork.engines.engine import ENGINES
+from openwork.engines.worker import Worker, in_rounds, medians, timed
+from openwork.inference.packed_weight import bytes_held
+from openwork.inference.plan import OtherEngines
+
+MOST_BYTES = 2**30
+"""Of a larger network the files and copies that engines need are too much to make unasked."""
+
+OFF = "OPENWORK_NO_ENGINES"
+"""Set to 1 in the environment it turns all of this off."""
+
+
+def other_engines(
+    dense: nn.Module, example: Any, returned: Callable[[], object], weight_dtype: torch.dtype, seconds: float
+) -> OtherEngines | None:
+    """Time a dense network on a CPU in OpenVINO and ONNX Runtime, as far as they are installed, in turns with
+    `returned`, in the precision of `weight_dtype` or else float32 (int8: static scales, of the example alone, so for
+    speed only). They run in a process of its own that is given the network as a program, within so many seconds.
+
+    None where it is not to be done. What cannot be compared is told in `left_out`."""
+    on_cpu = all(each.device.type == "cpu" for each in (*dense.parameters(), *dense.buffers()))
+    if seconds <= 0 or os.environ.get(OFF, "0") != "0" or not on_cpu:
+        return None
+    engines = [engine for engine in ENGINES if engine.reads_onnx]
+    missing = {engine.name: engine.missing() for engine in engines if engine.missing()}
+    names = ", ".join(engine.name for engine in engines if engine.name not in missing)
+    if not names:
+        return OtherEngines(left_out=missing)
+    if bytes_held(dense) > MOST_BYTES:
+        return OtherEngines(left_out={**missing, names: f"more than {MOST_BYTES >> 20} MiB of weights"})
+    precision, end = str(weight_dtype).removeprefix("torch."), time.monotonic() + seconds
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            plain = dense if all(each.dtype == torch.float32 for each in dense.parameters()) else _in_float32(dense)
+            write_program(Path(folder), plain, in_dtype(example, torch.float32))
+            case = Case(Path(folder), precision, torch.get_num_threads())
+            with Worker("openwork.engines.onnx_engines:installed", case, end - time.monotonic()) as worker:
+                left = end - time.monotonic()
+                turns = {name: partial(worker.turn, name, most=left) for name in worker.names}
+                with torch.inference_mode():
+                    found = medians(in_rounds({**turns, "": partial(timed, returned)}, seconds=1.0, rounds=3))
+                ours = found.pop("")
+                return OtherEngines(found, ours, {**missing, **worker.about["left out"]})
+    except (Refused, OSError, RuntimeError) as error:  # a full disk is one or the other
+        reason = str(error) if isinstance(error, Refused) else first_line(error)
+        return OtherEngines(left_out={**missing, names: reason})
+
+
+def _in_float32(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).float()
