@@ -34,7 +34,7 @@ _ABOUT = """\
 Write a trained network in the form that other software loads.
 
 --to dense needs the weights alone, all others the model around them. --to onnxruntime writes ONNX with operators of
-openwork and compressed weights, which ONNX Runtime runs, faster than dense, with the library that openwork brings.
+openwork and compressed weights, which ONNX Runtime runs with the library that openwork brings.
 
 """
 
