@@ -145,14 +145,14 @@ def test_verify_reads_compressed_weights(exported, tmp_path: Path, capsys):
 
 
 def test_the_command_line(tmp_path: Path, capsys, monkeypatch):
-    (tmp_path / "net.py").write_text(
+    (tmp_path / "sparse_net.py").write_text(
         "import torch, openwork as ow\ndef network():\n    torch.manual_seed(0)\n"
         "    model = torch.nn.Sequential(torch.nn.Linear(16, 8)).eval()\n    ow.project(model, '2:4')\n"
         "    return model\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    words = ["net:network", "--input", "1x16", "--out", "net.onnx", "--pattern", "2:4"]
+    words = ["sparse_net:network", "--input", "1x16", "--out", "net.onnx", "--pattern", "2:4"]
     assert main(["export", *words, "--to", "onnxruntime", "--dynamic-batch"]) == 0
     out = capsys.readouterr().out
     assert "SparseLinear" in out
