@@ -1,4 +1,5 @@
-"""Builds `openwork/kernels/cpu/libopenwork.so`, the native library, from csrc/: C++17, no headers of Python or torch.
+"""Builds `openwork/kernels/cpu/libopenwork.so`, the native library, from csrc/, and `libopenwork_ort.so` beside it, the
+same kernels as operators of ONNX Runtime: C++17, no headers of Python, torch or ONNX Runtime.
 
 Everything else is in pyproject.toml. Each file of an instruction set gets its own flags; the library chooses at run
 time. A compiler that fails is an error. Without any, or with OPENWORK_NO_NATIVE=1, the package is installed without the
@@ -61,6 +62,13 @@ SOURCES = {
     "scalar": [],
     **ISAS.get(MACHINE, {}),
 }
+ORT = "openwork.kernels.cpu.libopenwork_ort"
+# Of ONNX Runtime's operators, which are linked with the same kernels and export one function.
+ORT_SOURCES: dict[str, list[str]] = {f"onnxruntime/{name}": [] for name in ("weight", "host", "operators")}
+ORT_EXPORTS = {
+    "linux": ["-Wl,--version-script=csrc/onnxruntime/exports.map"],
+    "darwin": ["-Wl,-exported_symbol,_RegisterCustomOps"],
+}.get(sys.platform, [])
 
 
 class BuildNative(build_ext):
@@ -75,17 +83,26 @@ class BuildNative(build_ext):
         if reason := self._no_native():
             say_last(f"warning: openwork is installed without its native library; everything works, slower: {reason}")
             return
+        is_ort = extension.name == ORT
         try:
-            with ThreadPoolExecutor(2) as pool:
-                objects = [path for paths in pool.map(self._compile, SOURCES.items()) for path in paths]
+            objects = self._objects(SOURCES) + (self._objects(ORT_SOURCES) if is_ort else [])
+            flags = ["-pthread", *(ORT_EXPORTS if is_ort else [])]
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.compiler.link_shared_object(objects, str(target), target_lang="c++", extra_postargs=["-pthread"])
+            self.compiler.link_shared_object(objects, str(target), target_lang="c++", extra_postargs=flags)
             add_checksum(target)
         except (CompileError, LinkError) as error:  # the compiler has printed its own message
             raise type(error)(
                 f"{error}: the native library was not built, see the compiler's message above; it takes a C++17 "
                 "compiler (gcc 9, clang 12 or newer). CXX names another; OPENWORK_NO_NATIVE=1 installs without, slower"
             ) from error
+
+    def _objects(self, sources: dict[str, list[str]]) -> list[str]:
+        """Compiled, each once for both libraries."""
+        compiled = self.__dict__.setdefault("_compiled", {})
+        missing = [(name, flags) for name, flags in sources.items() if name not in compiled]
+        with ThreadPoolExecutor(2) as pool:
+            compiled.update(zip((name for name, _ in missing), pool.map(self._compile, missing), strict=True))
+        return [path for name in sources for path in compiled[name]]
 
     def _no_native(self) -> str:
         """Why nothing is compiled, or nothing."""
@@ -98,7 +115,7 @@ class BuildNative(build_ext):
 
     def _compile(self, source: tuple[str, list[str]]) -> list[str]:
         name, flags = source
-        options = {"include_dirs": ["csrc"], "depends": [str(path) for path in Path("csrc").iterdir()]}
+        options = {"include_dirs": ["csrc"], "depends": [str(path) for path in Path("csrc").rglob("*")]}
         try:
             return self.compiler.compile([f"csrc/{name}.cpp"], self.build_temp, extra_postargs=FLAGS + flags, **options)
         except CompileError:
@@ -139,6 +156,9 @@ class AnyPython(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("openwork.kernels.cpu.libopenwork", [f"csrc/{name}.cpp" for name in SOURCES])],
+    ext_modules=[
+        Extension("openwork.kernels.cpu.libopenwork", [f"csrc/{name}.cpp" for name in SOURCES]),
+        Extension(ORT, [f"csrc/{name}.cpp" for name in {**SOURCES, **ORT_SOURCES}]),
+    ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
 )

@@ -18,7 +18,7 @@ extern const Kernels kScalar;
 static const Kernels* const kVariants[] = {&kScalar};
 #endif
 
-ParallelFor parallel_for_of_torch = nullptr;  // set once, when the library is loaded
+ParallelFor parallel_for_of_host = nullptr;  // set once, when the library is loaded
 
 constexpr int64_t kGrain = 32768;  // weights a thread is worth waking for
 
@@ -64,7 +64,7 @@ using namespace openwork;
 // The version of this interface; the loader refuses another.
 OPENWORK_API int32_t openwork_abi() { return 6; }
 
-OPENWORK_API void openwork_use_threads(ParallelFor parallel_for) { parallel_for_of_torch = parallel_for; }
+OPENWORK_API void openwork_use_threads(ParallelFor parallel_for) { parallel_for_of_host = parallel_for; }
 
 // The kernels of an instruction set of this machine by name, or of the best for null; null where it has none of the name.
 // They never change.

@@ -10,6 +10,7 @@ from openwork.inference.deploy import deploy as deploy
 from openwork.inference.deploy import plan as plan
 from openwork.inference.plan import Plan as Plan
 from openwork.inference.stream import load_deployed as load_deployed
+from openwork.kernels.cpu.onnxruntime_operators import onnxruntime_library as onnxruntime_library
 from openwork.methods import ASP as ASP
 from openwork.methods import SRSTE as SRSTE
 from openwork.methods import SSTE as SSTE

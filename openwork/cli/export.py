@@ -15,6 +15,7 @@ from openwork.cli.source import FORMS as FORMS_OF_SOURCE
 from openwork.cli.source import Source, add_arguments, open_model
 from openwork.export.check import TENSORRT_SPARSE, MatMul
 from openwork.export.linear import LinearAs
+from openwork.export.operators import OPERATORS
 from openwork.export.outputs import exportable
 from openwork.files.checkpoint import load_state_dict
 from openwork.files.container import write_tensors
@@ -25,14 +26,15 @@ from openwork.utils.deployed import DEPLOYED
 from openwork.utils.table import aligned
 from openwork.utils.torch_private import tree_map, tree_map_only
 
-FORMS = ("onnx", "torch", "aot", "huggingface", "dense")
-_ONNX = ("opset", "input_names", "output_names", "linear")
+FORMS = ("onnx", "onnxruntime", "torch", "aot", "huggingface", "dense")
+_ONNX = ("opset", "input_names", "output_names", "linear", "weight_dtype")
 _BY_SUFFIX = {".onnx": "onnx", ".pt2": "torch", ".safetensors": "dense", "": "huggingface"}
 
 _ABOUT = """\
 Write a trained network in the form that other software loads.
 
---to dense needs the weights alone, all others the model around them.
+--to dense needs the weights alone, all others the model around them. --to onnxruntime writes ONNX with operators of
+openwork and compressed weights, which ONNX Runtime runs with the library that openwork brings.
 
 """
 
@@ -41,7 +43,11 @@ def export(words: Sequence[str]) -> int:
     """Runs the command; returns the exit status."""
     asked = _parser().parse_args(words)
     form = asked.to or _BY_SUFFIX.get(Path(asked.out).suffix, "")
-    if form and form != "onnx" and (given := [name for name in _ONNX if getattr(asked, name) is not None]):
+    if (
+        form
+        and form not in ("onnx", "onnxruntime")
+        and (given := [name for name in _ONNX if getattr(asked, name) is not None])
+    ):
         raise ValueError(f"--{given[0].replace('_', '-')} is for ONNX, and {asked.out} becomes {form}; leave it out")
     if not form:
         raise ValueError(f"--out {asked.out} does not say the form by its suffix; add --to {{{','.join(FORMS)}}}")
@@ -86,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     onnx("--opset", type=int, metavar="VERSION", help="of ONNX's operators")
     onnx("--input-names", nargs="+", metavar="NAME", help="what the file calls its inputs, in order")
     onnx("--output-names", nargs="+", metavar="NAME", help="what the file calls its outputs, in order")
+    onnx("--weight-dtype", choices=["float32", "int8"], help="of compressed weights, with --to onnxruntime (float32)")
     onnx("--linear", choices=get_args(LinearAs), help="operator of linear layers on more than two dims (MatMul)")
     return parser
 
@@ -96,13 +103,25 @@ def _written(form: str, source: Source, selection: Selection | None, asked: argp
     if form == "huggingface":
         return to.to_huggingface(source.model, out, pattern=selection, method=source.method)
     example, shapes = _of_any_size(source.example) if asked.dynamic_batch else (source.example, None)
-    if form == "onnx":
+    if form in ("onnx", "onnxruntime"):
         options = {name: getattr(asked, name) for name in _ONNX if getattr(asked, name) is not None}
+        options["weight_dtype"] = torch.int8 if asked.weight_dtype == "int8" else torch.float32
+        options["operators"] = "openwork" if form == "onnxruntime" else "standard"
         done = to.to_onnx(source.model, example, out, pattern=selection, dynamic_shapes=shapes, **options)
         lines = matmul_table(done.matmuls)
-        return "\n".join([*lines, f"{out}: valid ONNX; {_compared('ONNX Runtime', done.difference)}"])
+        lines.append(f"{out}: valid ONNX; {_compared('ONNX Runtime', done.difference)}")
+        return "\n".join([*lines, *(_how_to_load(out, done.nbytes) if form == "onnxruntime" else [])])
     write = to.to_torch_export if form == "torch" else to.to_aot_inductor
     return f"{out}: {_compared('it', write(source.model, example, out, dynamic_shapes=shapes))}"
+
+
+def _how_to_load(out: str, nbytes: int) -> list[str]:
+    return [
+        f"{nbytes / 1e6:.1f} MB; it needs a library, a file that may be copied to where there is no openwork:",
+        "  options = onnxruntime.SessionOptions()",
+        "  options.register_custom_ops_library(openwork.onnxruntime_library())",
+        f"  session = onnxruntime.InferenceSession({out!r}, options)",
+    ]
 
 
 def _of_any_size(example: Any) -> tuple[Any, Any]:
@@ -123,7 +142,7 @@ def matmul_table(matmuls: Sequence[MatMul]) -> list[str]:
     """A table of the matmuls of an ONNX file; a pattern that the file does not record is marked "(inferred)"."""
     rows = [_cells(matmul) for matmul in matmuls]
     lines = aligned(("weight", "shape", "dtype", "operator", "pattern", "density"), rows)
-    other = [matmul.name for matmul in matmuls if matmul.pattern and matmul.op not in TENSORRT_SPARSE]
+    other = [each.name for each in matmuls if each.pattern and each.op not in (*TENSORRT_SPARSE, *OPERATORS)]
     if other:
         lines.append(f"not MatMul, Gemm or Conv, so TensorRT takes no sparse tactic: {', '.join(other)}")
     return lines

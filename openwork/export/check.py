@@ -16,6 +16,7 @@ from torch import Tensor
 
 from openwork.export.constants import Constant, Constants, is_matrix
 from openwork.export.onnx_operands import Place, is_harmless, places, zeros_of
+from openwork.export.operators import DOMAIN, compressed
 from openwork.files.reader import open_files
 from openwork.files.recognize import recognized
 from openwork.files.strict_json import is_text_mapping, strict_json
@@ -239,6 +240,9 @@ def constant_products(model: Any) -> Iterator[ConstantProduct]:
 
 def _products(node: Any, constants: Constants) -> Iterator[ConstantProduct]:
     """What a node multiplies that has data to multiply with."""
+    if node.domain == DOMAIN:
+        yield _compressed(node, constants)
+        return
     found = places(node)
     for place in found:
         constant = constants.of(node.inputs[place.index]) if place.index < len(node.inputs) else None
@@ -263,6 +267,20 @@ def _product(node: Any, place: Place, constant: Constant, constants: Constants) 
     mask = torch.from_numpy(zeros_of(constant.array, zero.array if zero else None, place))
     axis, share = place.axis(mask.ndim), float(mask.float().mean())
     return MatMul(node.op_type, constant.name, tuple(mask.shape), str(constant.array.dtype), axis, share), mask
+
+
+def _compressed(node: Any, constants: Constants) -> ConstantProduct:
+    """Of an operator of ours; raises ValueError where its weight is none of docs/format.md."""
+    values, indices = (constants.of(value) for value in node.inputs[1:3])
+    name = str(node.inputs[1].name).removesuffix(".values")
+    if values is None or indices is None or values.array is None or indices.array is None:
+        return Unfollowed(MatMul(node.op_type, name, (), "", Axis(1), 1.0), "its numbers cannot be read")
+    try:
+        mask = compressed(node, values.array, indices.array)[0] != 0
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{name} of {node.op_type} is damaged: {error}") from error
+    density = float(mask.float().mean())
+    return MatMul(node.op_type, name, tuple(mask.shape), str(values.array.dtype), Axis(1), density), mask
 
 
 def _unfollowed(node: Any, value: Any, constant: Constant) -> Iterator[Unfollowed]:

@@ -83,7 +83,7 @@ def _to_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value, transposed: boo
     if transposed:
         K, outs = outs, K
     inputs, old = [matmul.inputs[0], weight], [matmul]
-    add = _add_of_bias(matmul.outputs[0], outs)
+    add = add_of_bias(matmul.outputs[0], outs)
     if add is not None:
         inputs.append(next(value for value in add.inputs if value is not matmul.outputs[0]))
         old.append(add)
@@ -91,7 +91,7 @@ def _to_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value, transposed: boo
     ir.convenience.replace_nodes_and_values(graph, old[-1], old, new, old[-1].outputs, new[-1].outputs)
 
 
-def _add_of_bias(value: ir.Value, outs: int) -> ir.Node | None:
+def add_of_bias(value: ir.Value, outs: int) -> ir.Node | None:
     """The node that adds a constant vector to a value which nothing else uses."""
     uses = list(value.uses())
     if len(uses) != 1 or value.is_graph_output():

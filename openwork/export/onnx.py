@@ -28,8 +28,10 @@ from openwork.export.check import (
     dense_names,
 )
 from openwork.export.linear import LinearAs
+from openwork.export.operators import Operators, write_operators
 from openwork.export.outputs import check_equal, folded, outputs
 from openwork.files.model_state import Placed, masked_by_name, patterns
+from openwork.kernels.cpu.onnxruntime_operators import onnxruntime_library
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
 from openwork.training.selection import PatternChoice, Selection
@@ -38,17 +40,20 @@ from openwork.utils.deployed import check_not_deployed
 from openwork.utils.example import arguments, quiet
 from openwork.utils.torch_private import decompositions, tree_leaves
 
+_INT8_ERROR = 0.2  # of the largest output: a network that is off by more does not stand int8, or something is broken
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes; weights of larger models lie in a second file
 
 
 @dataclass(frozen=True)
 class Exported:
     """What was written. `matmuls`: each matmul and convolution by a constant weight. `difference`: the largest
-    difference of ONNX Runtime's outputs to the model's, as a share of the largest output; None where onnxruntime is not
-    installed."""
+    difference of ONNX Runtime's outputs to the model's, as a share of the largest output; None where onnxruntime, or
+    the library of our operators, is not installed. `nbytes`: of the file, and of the one beside it that holds large
+    weights."""
 
     matmuls: tuple[MatMul, ...]
     difference: float | None
+    nbytes: int = 0
 
 
 def to_onnx(
@@ -62,6 +67,8 @@ def to_onnx(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     linear: LinearAs = "MatMul",
+    operators: Operators = "standard",
+    weight_dtype: torch.dtype = torch.float32,
 ) -> Exported:
     """Write a model as ONNX, and check the file before it gets its name: the ONNX checker, N:M along the axis that
     each matmul sums over, and ONNX Runtime's outputs for `example`.
@@ -73,11 +80,14 @@ def to_onnx(
     `opset` is the version of ONNX's operators (default: torch's choice), `input_names` and `output_names` what the
     file calls each tensor that goes in and comes out, in order. `linear`: the operator of linear layers on more than
     two dims, "MatMul", or "Gemm" between two Reshapes (see docs/deploy.md on TensorRT).
-    Raises NotSparse, ValueError for names and versions that do not fit and from the checker, RuntimeError for other
-    outputs, and what torch.onnx.export raises.
+    Raises NotSparse, ValueError for names and versions that do not fit, where no layer is one for our operators, and
+    from the checker, RuntimeError for other outputs, and what torch.onnx.export raises.
     """
-    if linear not in get_args(LinearAs):
-        raise ValueError(f"linear has to be {' or '.join(map(repr, get_args(LinearAs)))}, not {linear!r}")
+    for argument, given, known in (("linear", linear, LinearAs), ("operators", operators, Operators)):
+        if given not in get_args(known):
+            raise ValueError(f"{argument} has to be {' or '.join(map(repr, get_args(known)))}, not {given!r}")
+    if weight_dtype not in (torch.float32, torch.int8) or (weight_dtype == torch.int8 and operators == "standard"):
+        raise ValueError(f"weight_dtype={weight_dtype}: float32, or int8 with operators='openwork'")
     inner = unwrap(model)
     check_not_deployed(inner, "exporting to ONNX")
     recorded = patterns(inner, masked_by_name(inner), pattern)
@@ -88,6 +98,8 @@ def to_onnx(
     _rename(exported.model.graph, input_names, output_names)
     transposed = _finish(exported, linear)
     kept = _kept(exported.model, recorded, transposed)
+    if operators == "openwork":
+        write_operators(exported.model, kept, weight_dtype)
     dense = dense_names(constant_products(exported.model), kept)
     exported.model.metadata_props.update({KEY: as_metadata(kept), DENSE_KEY: as_metadata(dense)})
     target = Path(os.path.realpath(path))
@@ -97,9 +109,9 @@ def to_onnx(
         if data.exists() and target.exists():
             data.chmod(stat.S_IMODE(target.stat().st_mode))  # as secret as the file that is replaced
         matmuls = check_onnx(part)
-        difference = _compare(part, plain, example)
+        difference = _compare(part, plain, example, operators, _INT8_ERROR if weight_dtype == torch.int8 else 0.0)
     _delete_former_weights(target, data)
-    return Exported(matmuls, difference)
+    return Exported(matmuls, difference, sum(file.stat().st_size for file in (target, data) if file.exists()))
 
 
 def _exported(model: nn.Module, example: Any, dynamic_shapes: Any, opset: int | None) -> Any:
@@ -205,13 +217,18 @@ def _save(model: Any, part: Path, data: Path) -> None:
         sync(data)
 
 
-def _compare(path: Path, model: nn.Module, example: Any) -> float | None:
+def _compare(path: Path, model: nn.Module, example: Any, operators: Operators, allowed: float) -> float | None:
     try:
         import onnxruntime
-    except ImportError:
-        warnings.warn("onnxruntime is not installed: the outputs of the file were not compared", stacklevel=3)
+
+        options = onnxruntime.SessionOptions()
+        if operators == "openwork":
+            options.register_custom_ops_library(onnxruntime_library())
+    except (ImportError, RuntimeError) as error:  # the latter of a library that was not built
+        reason = "onnxruntime is not installed" if isinstance(error, ImportError) else str(error)
+        warnings.warn(f"{reason}: the outputs of the file were not compared", stacklevel=3)
         return None
-    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     args, kwargs = arguments(model, example)
     given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     needed = [value.name for value in session.get_inputs()]
@@ -219,7 +236,7 @@ def _compare(path: Path, model: nn.Module, example: Any) -> float | None:
         raise RuntimeError(f"the example has {len(given)} tensors, the file takes {len(needed)}: {', '.join(needed)}")
     feed = {name: _for_onnx(tensor) for name, tensor in zip(needed, given, strict=True)}
     results = [torch.from_numpy(np.asarray(array)) for array in session.run(None, feed)]
-    return check_equal("ONNX Runtime", results, outputs(model, example))
+    return check_equal("ONNX Runtime", results, outputs(model, example), allowed)
 
 
 def _for_onnx(tensor: Tensor) -> Any:

@@ -11,12 +11,18 @@ import pytest
 import torch
 
 from openwork.cli.main import main
+from openwork.kernels.cpu import onnxruntime_operators
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
 FIRST, *SECTIONS = re.split(r"^## ", PAGE, flags=re.MULTILINE)
 BLOCKS = {part.split("\n")[0]: re.findall(r"```(python|console)\n(.*?)```", part, re.DOTALL) for part in SECTIONS}
-NEEDS = {"ONNX Runtime": "onnxruntime", "OpenVINO": "openvino", "llama.cpp and GGUF": "gguf"}
+NEEDS = {
+    "ONNX Runtime": "onnxruntime",
+    "ONNX Runtime with our kernels": "onnxruntime",
+    "OpenVINO": "openvino",
+    "llama.cpp and GGUF": "gguf",
+}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
@@ -30,6 +36,7 @@ def test_the_page_has_what_this_file_runs():
         "The compressed file",
         "This CPU, without the dense model",
         "ONNX Runtime",
+        "ONNX Runtime with our kernels",
         "OpenVINO",
         "torch.export and AOTInductor",
         "Hugging Face",
@@ -49,6 +56,8 @@ def run(line: str) -> None:
 def test_a_section_runs(section, tmp_path, monkeypatch):
     if section in NEEDS:
         pytest.importorskip(NEEDS[section])
+    if section == "ONNX Runtime with our kernels" and not onnxruntime_operators._FILE.exists():
+        pytest.skip("needs the library of operators")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "net", raising=False)

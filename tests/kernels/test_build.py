@@ -193,5 +193,6 @@ def test_a_wheel_serves_every_python(source: Path, tmp_path: Path) -> None:
     assert "-py3-none-" in path.name
     assert not path.name.endswith("-any.whl")
     with zipfile.ZipFile(path) as archive:
-        assert [name for name in archive.namelist() if name.endswith(".so")] == ["openwork/kernels/cpu/libopenwork.so"]
+        libraries = [f"openwork/kernels/cpu/libopenwork{suffix}.so" for suffix in ("", "_ort")]
+        assert sorted(name for name in archive.namelist() if name.endswith(".so")) == libraries
         assert not [name for name in archive.namelist() if name.endswith((".cpp", ".inl", ".h"))]
