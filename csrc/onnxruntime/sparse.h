@@ -47,7 +47,7 @@ inline std::string text_of(const std::vector<int64_t>& shape) {
 struct Sparse {
   const Table* table;
   const Kernels* kernels;
-  Compressed weight{};
+  CompressedWeight weight{};
   Numbers<float> bias, scales;
   Activation activation;
   PackedGemm gemm;

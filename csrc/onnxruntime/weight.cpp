@@ -56,7 +56,7 @@ void check_spare(const bool* is_zero, const uint8_t* index, int32_t n, int64_t l
   }
 }
 
-int32_t tile_of(const Compressed& w, int64_t columns, int64_t row) {
+int32_t tile_of(const CompressedWeight& w, int64_t columns, int64_t row) {
   const double density = double(w.n) / w.m, sparse = kCache * std::pow(0.25 / density, 1.5);
   const double wanted = columns > 64 ? kCacheWide : kCache, cache = sparse > wanted ? sparse : wanted;
   const int64_t inputs = int64_t(cache < 0xFFFF ? cache : 0xFFFF) / row / w.m * w.m;
@@ -77,7 +77,7 @@ StoredSizes stored_sizes(int64_t n, int64_t m, int64_t outputs, int64_t rows, in
   return {times(groups, n), bits / 8 + (bits % 8 != 0)};
 }
 
-void read_indices(Compressed& w, const uint8_t* codes) {
+void read_indices(CompressedWeight& w, const uint8_t* codes) {
   const int64_t all = w.outputs * w.rows * w.groups();
   const int32_t bits = code_bits(w.n, w.m);
   const int64_t end = all * bits;
@@ -97,7 +97,7 @@ void read_indices(Compressed& w, const uint8_t* codes) {
   }
 }
 
-PackedGemm pack_gemm(const Compressed& w, int64_t columns) {
+PackedGemm pack_gemm(const CompressedWeight& w, int64_t columns) {
   const bool int8 = w.dtype == kInt8;
   const int64_t row = columns * (int8 ? 2 : 4), all = w.rows * w.groups(), value_bytes = int8 ? 2 : 4;
   PackedGemm packed;
@@ -123,7 +123,7 @@ PackedGemm pack_gemm(const Compressed& w, int64_t columns) {
 
 bool has_gemv(int32_t m) { return m == 2 || m == 4 || m == 8 || m == 16 || m == 32; }
 
-PackedGemv pack_gemv(const Compressed& w, int64_t lanes) {
+PackedGemv pack_gemv(const CompressedWeight& w, int64_t lanes) {
   PackedGemv packed;
   packed.window = window_of(w.m), packed.slots = packed.window / w.m * w.n;
   packed.windows = parts(w.length, packed.window), packed.blocks = parts(w.outputs, lanes);
@@ -151,12 +151,12 @@ PackedGemv pack_gemv(const Compressed& w, int64_t lanes) {
   return packed;
 }
 
-bool has_dot_product(const Compressed& w, int64_t lanes) {
+bool has_dot_product(const CompressedWeight& w, int64_t lanes) {
   const int64_t window = lanes * 4;
   return w.dtype == kInt8 && w.rows == 1 && has_gemv(w.m) && window % w.m == 0 && window / w.m * w.n % 4 == 0;
 }
 
-PackedDotProduct pack_dot_product(const Compressed& w, int64_t lanes) {
+PackedDotProduct pack_dot_product(const CompressedWeight& w, int64_t lanes) {
   PackedDotProduct packed;
   const int64_t window = lanes * 4, slots = window / w.m * w.n;
   packed.windows = parts(w.length, window), packed.blocks = parts(w.outputs, lanes), packed.steps = int32_t(slots / 4);

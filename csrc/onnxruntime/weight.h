@@ -39,7 +39,7 @@ class Numbers {
 };
 
 // One output has `rows` rows (the kernel positions of a convolution, else one) of `length` weights, cut into groups of m.
-struct Compressed {
+struct CompressedWeight {
   int32_t n, m;
   int64_t outputs, rows, length;
   Dtype dtype;             // float32 or int8
@@ -58,7 +58,7 @@ StoredSizes stored_sizes(int64_t n, int64_t m, int64_t outputs, int64_t rows, in
 
 // Fills `weight.index` from the codes of a file of `index_bytes` bytes. Every rule on one weight of docs/format.md is checked: raises
 // Refused.
-void read_indices(Compressed& weight, const uint8_t* codes);
+void read_indices(CompressedWeight& weight, const uint8_t* codes);
 
 // As GEMM reads it: bit for bit what openwork.layouts.gemm makes.
 struct PackedGemm {
@@ -66,7 +66,7 @@ struct PackedGemm {
   Numbers<uint16_t> offsets;  // (T * O + 1)
   int32_t tile = 0;
 };
-PackedGemm pack_gemm(const Compressed& weight, int64_t columns);
+PackedGemm pack_gemm(const CompressedWeight& weight, int64_t columns);
 
 // As GEMV reads it: bit for bit what openwork.layouts.gemv makes. Of one row an output; `has_gemv` says for which m.
 struct PackedGemv {
@@ -76,7 +76,7 @@ struct PackedGemv {
   int32_t window = 0, slots = 0;
 };
 bool has_gemv(int32_t m);
-PackedGemv pack_gemv(const Compressed& weight, int64_t lanes);
+PackedGemv pack_gemv(const CompressedWeight& weight, int64_t lanes);
 
 // As the dot products of int8 read it: bit for bit what openwork.layouts.dot_product makes. Of one row an output;
 // `has_dot_product` says for which patterns, and how many lanes.
@@ -86,7 +86,7 @@ struct PackedDotProduct {
   int64_t windows = 0, blocks = 0;
   int32_t steps = 0;
 };
-bool has_dot_product(const Compressed& weight, int64_t lanes);
-PackedDotProduct pack_dot_product(const Compressed& weight, int64_t lanes);
+bool has_dot_product(const CompressedWeight& weight, int64_t lanes);
+PackedDotProduct pack_dot_product(const CompressedWeight& weight, int64_t lanes);
 
 }  // namespace openwork
