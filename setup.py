@@ -80,10 +80,13 @@ class BuildNative(build_ext):
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name))
         target.unlink(missing_ok=True)  # of an earlier build: never older than the sources
-        if reason := self._no_native():
-            say_last(f"warning: openwork is installed without its native library; everything works, slower: {reason}")
-            return
         is_ort = extension.name == ORT
+        if reason := self._no_native():
+            if not is_ort:  # once for both
+                say_last(
+                    f"warning: openwork is installed without its native library; everything works, slower: {reason}"
+                )
+            return
         try:
             objects = self._objects(SOURCES) + (self._objects(ORT_SOURCES) if is_ort else [])
             flags = ["-pthread", *(ORT_EXPORTS if is_ort else [])]
