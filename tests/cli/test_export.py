@@ -166,7 +166,10 @@ def test_a_run_knows_its_network(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["net.safetensors", "--out", "net.tflite"], "does not say the form by its suffix; add --to {onnx,onnxruntime,torch,aot"),
+        (
+            ["net.safetensors", "--out", "net.tflite"],
+            "say the form by its suffix; add --to {onnx,onnxruntime,torch,aot",
+        ),
         (
             ["net.safetensors", "--out", "net.onnx"],
             "is weights and no model: add --model MODULE:FACTORY",
