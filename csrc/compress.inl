@@ -53,10 +53,6 @@ inline uint64_t filled_up(uint64_t bits, int n) {
   return bits;
 }
 
-inline int width_of(int m) { return m > 1 ? 32 - __builtin_clz(uint32_t(m - 1)) : 0; }
-inline bool uses_bitmask(int n, int m) { return m < n * width_of(m); }
-inline int code_bits(int n, int m) { return uses_bitmask(n, m) ? m : n * width_of(m); }
-
 inline uint64_t code_of(uint64_t slots, int n, int m) {
   if (uses_bitmask(n, m)) return slots;
   uint64_t code = 0;

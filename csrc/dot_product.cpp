@@ -1,6 +1,7 @@
 // Matmuls with inputs as short as the weights, bfloat16 or int8: groups of rows and blocks of outputs, shared among threads.
 #include "api.h"
 #include "memory.h"
+#include "quantize.h"
 #include "threads.h"
 
 using namespace openwork;
@@ -49,33 +50,12 @@ OPENWORK_API int32_t openwork_dot_product(const Kernels* kernels, const DotProdu
   });
 }
 
-// (N, count) numbers as whole ones plus 128, one scale for each of N. bits: N * pieces of memory.
-static void quantize(const Kernels* kernels, const float* x, int64_t N, int64_t count, uint8_t* to, float* scales, int32_t* bits) {
-  constexpr int64_t piece = 1 << 14;
-  const int64_t pieces = parts(count, piece);
-  parallel_for(N * pieces, 2, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) {
-      const int64_t at = i % pieces * piece;
-      bits[i] = kernels->largest(x + i / pieces * count + at, lesser(piece, count - at));
-    }
-  });
-  for (int64_t n = 0; n < N; n++) {
-    int32_t most = 0;
-    for (int64_t i = 0; i < pieces; i++) most = most > bits[n * pieces + i] ? most : bits[n * pieces + i];
-    scales[n] = scale_for(most);
-  }
-  parallel_for(N * pieces, 2, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) {
-      const int64_t n = i / pieces, at = n * count + i % pieces * piece;
-      kernels->quantize(x + at, lesser(piece, (n + 1) * count - at), scales[n], to + at);
-    }
-  });
-}
-
+// (N, count) numbers as whole ones plus 128, one scale for each of N. bits: N * quantize_pieces(count) of memory.
 OPENWORK_API int32_t openwork_quantize(const Kernels* kernels, const float* x, int64_t N, int64_t count, uint8_t* to, float* scales,
                                        int32_t* bits) {
   return status_of([&] {
-    quantize(kernels, x, N, count, to, scales, bits);
+    quantize_images(*kernels, x, N, count, scales, bits,
+                    [=](int64_t at, int64_t some, float scale) { kernels->quantize(x + at, some, scale, to + at); });
     return kDone;
   });
 }

@@ -143,6 +143,11 @@ static inline int64_t words_of(int64_t windows, int64_t slots, int64_t in_word) 
   return (windows + together - 1) / together;
 }
 
+// How a file says which N of M are stored (docs/format.md): by one bit each where that is shorter, else by N indices.
+static inline int width_of(int m) { return m > 1 ? 32 - __builtin_clz(uint32_t(m - 1)) : 0; }  // bits of one index
+static inline bool uses_bitmask(int n, int m) { return m < n * width_of(m); }
+static inline int code_bits(int n, int m) { return uses_bitmask(n, m) ? m : n * width_of(m); }
+
 struct Kernels {
   const char* name;
   int32_t lanes;          // float32 in a vector

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <mutex>
 
+#include "quantize.h"
 #include "sparse.h"
 #include "threads.h"
 
@@ -173,30 +174,14 @@ struct Conv2d : Sparse {
 
   // int8: the images as whole numbers in 16 bits, one scale each.
   void quantize(const Tensor& x, GemmConv2d& call) const {
-    constexpr int64_t piece = 1 << 14;
-    const int64_t N = x.shape[0], size = x.size() / N, pieces = parts(size, piece);
+    const int64_t N = x.shape[0], size = x.size() / N, pieces = quantize_pieces(size);
     char* memory_of_all = (char*)memory<4>(size_t(parts(N * (pieces + 1) * 4 + x.size() * 2, 4)));
     int32_t* largest = (int32_t*)memory_of_all;
     float* x_scales = (float*)(largest + N * pieces);
     int16_t* to = (int16_t*)(x_scales + N);
     const float* from = (const float*)x.data;
-    parallel_for(N * pieces, 2, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; i++) {
-        const int64_t at = i % pieces * piece;
-        largest[i] = kernels->largest(from + i / pieces * size + at, lesser(piece, size - at));
-      }
-    });
-    for (int64_t n = 0; n < N; n++) {
-      int32_t most = 0;
-      for (int64_t i = 0; i < pieces; i++) most = most > largest[n * pieces + i] ? most : largest[n * pieces + i];
-      x_scales[n] = scale_for(most);
-    }
-    parallel_for(N * pieces, 2, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; i++) {
-        const int64_t begin = i / pieces * size, at = i % pieces * piece, end = begin + lesser(at + piece, size);
-        const float scale = x_scales[i / pieces];
-        for (int64_t k = begin + at; k < end; k++) to[k] = int16_t(nearest(from[k], scale));
-      }
+    quantize_images(*kernels, from, N, size, x_scales, largest, [=](int64_t at, int64_t some, float scale) {
+      for (int64_t k = at; k < at + some; k++) to[k] = int16_t(nearest(from[k], scale));
     });
     call.x = to, call.x_scales = x_scales;
   }

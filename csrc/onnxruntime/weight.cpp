@@ -8,14 +8,6 @@ namespace {
 
 constexpr double kCache = 20 * 1024, kCacheWide = 28 * 1024;  // as in openwork/layouts/gemm.py, which says why
 
-int32_t width_of(int32_t m) {  // bits of one index
-  int32_t bits = 0;
-  while ((1 << bits) < m) bits++;
-  return bits;
-}
-bool is_bitmask(int32_t n, int32_t m) { return m < n * width_of(m); }
-int32_t code_bits(int32_t n, int32_t m) { return is_bitmask(n, m) ? m : n * width_of(m); }
-
 int64_t times(int64_t a, int64_t b) {
   int64_t product;
   if (__builtin_mul_overflow(a, b, &product) || product > INT64_MAX / 64) throw Refused("sizes of the weight that no memory holds");
@@ -30,7 +22,7 @@ uint64_t bits_at(const uint8_t* codes, int64_t at, int32_t count) {
 
 // The indices of one group.
 void read_group(int32_t n, int32_t m, uint64_t bitmask, const uint8_t* codes, int64_t at, uint8_t* index) {
-  if (is_bitmask(n, m)) {
+  if (uses_bitmask(n, m)) {
     if (__builtin_popcountll(bitmask) != n) throw Refused("a bitmask of the indices has not N bits set: the file is damaged");
     for (int32_t i = 0; i < n; i++, bitmask &= bitmask - 1) index[i] = uint8_t(__builtin_ctzll(bitmask));
     return;
@@ -85,7 +77,7 @@ void read_indices(CompressedWeight& w, const uint8_t* codes) {
   w.index = Numbers<uint8_t>(all * w.n);
   for (int64_t g = 0; g < all; g++) {
     uint8_t* index = w.index.data() + g * w.n;
-    read_group(w.n, w.m, is_bitmask(w.n, w.m) ? bits_at(codes, g * bits, w.m) : 0, codes, g * bits, index);
+    read_group(w.n, w.m, uses_bitmask(w.n, w.m) ? bits_at(codes, g * bits, w.m) : 0, codes, g * bits, index);
     bool is_zero[64];
     for (int32_t i = 0; i < w.n; i++) {
       int32_t value = 0;
