@@ -1,6 +1,7 @@
 // The operators of domain `openwork`: SparseLinear and SparseConv2d. Inputs: data (float32), `values` and `indices` of the
-// compressed weight (docs/format.md), optionally `bias`, and `scales` where the values are int8, one an output; all but the data
-// constant. Checked and packed when a session is made. Of int8 the data is quantized as it comes: one scale a row, or an image.
+// compressed weight (docs/format.md), optionally `bias`, and `scales` where the values are int8, one an output, all constant; and of
+// a convolution `added`, of the output's shape, as a residual connection adds it. Weights are checked and packed when a session is
+// made. Of int8 the data is quantized as it comes: one scale a row, or an image.
 //
 //   B = rows of input, O = outputs, K = inputs
 #include <cstring>
@@ -17,20 +18,21 @@ namespace {
 constexpr int64_t kGemvRows = 16;  // at so many GEMV still takes half of GEMM's time (1024 x 1024, 2:4 and 1:8, AVX-512)
 
 struct Linear : Sparse {
+  static constexpr size_t kInputs = 5;
   PackedGemv gemv;
   PackedDotProduct dots;  // of int8, for any number of rows, where the processor has them
 
   explicit Linear(const Node& node) : Sparse(node) {
     read(node, node.numbers("shape", 2));
-    if (kernels->dot_product && has_dot_product(weight, kernels->lanes)) {
-      dots = pack_dot_product(weight, kernels->lanes);
+    if (has_dot_product(*kernels, weight)) {
+      dots = pack_dot_product(*kernels, weight);
       forget();
       return;
     }
     const int64_t rows = rows_of(node.input_shape(0));  // negative: any
     const bool few = has_gemv(weight.m) && rows <= kGemvRows, many = rows < 0 || rows > kGemvRows || !has_gemv(weight.m);
-    if (few) gemv = pack_gemv(weight, kernels->lanes);
-    if (many) gemm = pack_gemm(weight, openwork_gemm_columns(kernels));
+    if (few) gemv = pack_gemv(*kernels, weight);
+    if (many) gemm = pack_gemm(*kernels, weight);
     forget();
   }
 
@@ -124,8 +126,10 @@ struct Linear : Sparse {
 };
 
 struct Conv2d : Sparse {
+  static constexpr size_t kInputs = 6;
   std::vector<int64_t> kernel, stride, pads, dilation;  // pads: above, left, below, right
   int64_t groups, channels;                             // of one group
+  bool has_added;
 
   explicit Conv2d(const Node& node) : Sparse(node) {
     const std::vector<int64_t> shape = node.numbers("shape", 4);
@@ -137,7 +141,8 @@ struct Conv2d : Sparse {
     if (groups < 1 || groups > kMost || shape[0] % groups)
       throw Refused("group = " + std::to_string(groups) + " of " + std::to_string(shape[0]) + " outputs");
     read(node, shape);
-    gemm = pack_gemm(weight, openwork_gemm_columns(kernels));
+    gemm = pack_gemm(*kernels, weight);
+    has_added = node.has_input(5);
     forget();
   }
 
@@ -162,7 +167,9 @@ struct Conv2d : Sparse {
     const int64_t H = x.shape[2], W = x.shape[3], outH = output_along(0, H), outW = output_along(1, W);
     if (outH < 1 || outW < 1 || outH > kMost || outW > kMost || H > kMost || W > kMost)
       throw Refused("input " + text_of(x.shape) + " gives no output of kernel " + text_of(kernel) + " with pads " + text_of(pads));
-    float* y = output_of(table, context, {x.shape[0], weight.outputs, outH, outW});
+    const std::vector<int64_t> shape{x.shape[0], weight.outputs, outH, outW};
+    const float* added = has_added ? added_of(context, shape) : nullptr;
+    float* y = output_of(table, context, shape);
     if (!x.shape[0]) return;
     const Threads threads(table, context, &seen_threads);
     GemmConv2d call = call_of(x, outH, outW);
@@ -170,6 +177,25 @@ struct Conv2d : Sparse {
     call.y = y;
     call.scratch = scratch_of(openwork_gemm_conv2d_scratch(kernels, &call));
     done(openwork_gemm_conv2d(kernels, &call));
+    if (added) add(added, x.shape[0] * weight.outputs * outH * outW, y);
+  }
+
+  const float* added_of(KernelContext* context, const std::vector<int64_t>& shape) const {
+    const Value* given = nullptr;
+    check(KernelContext_GetInput::call(table, context, 5, &given));
+    const Tensor added = tensor_of(table, given);
+    if (added.type != kFloat || added.shape != shape) throw Refused("added " + text_of(added.shape) + "; the output has " + text_of(shape));
+    return (const float*)added.data;
+  }
+
+  // One pass instead of one each for the sum and the activation, which then is not the kernel's.
+  void add(const float* added, int64_t count, float* y) const {
+    parallel_for(count, 1 << 15, [=](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; i++) {
+        const float sum = y[i] + added[i];
+        y[i] = activation == kRelu && sum < 0 ? 0 : sum;
+      }
+    });
   }
 
   // int8: the images as whole numbers in 16 bits, one scale each.
@@ -190,7 +216,7 @@ struct Conv2d : Sparse {
     GemmConv2d c{};
     c.weight = gemm_weight(weight.rows * weight.groups() * weight.m);
     c.x = x.data, c.threads = seen_threads ? processors() : 1, c.N = x.shape[0], c.channels = channels;
-    c.groups = int32_t(groups), c.activation = activation;
+    c.groups = int32_t(groups), c.activation = has_added ? kNone : activation;
     const bool narrow = x.shape[3] == 1 && kernel[1] == 1 && !pads[1] && !pads[3];  // a column of pixels is a row of them
     const int h = narrow ? 1 : 0, w = 1 - h;
     const int64_t size[] = {x.shape[2], x.shape[3]}, out[] = {outH, outW};
@@ -217,7 +243,7 @@ void destroy(void* kernel) {
   delete (Kernel*)kernel;
 }
 
-// Data, values, indices, bias, scales.
+// Data, values, indices, bias, scales, added.
 int input_type(const CustomOp*, size_t index) { return index == 1 ? kAnyType : index == 2 ? kUint8 : kFloat; }
 
 template <class Kernel>
@@ -227,7 +253,7 @@ CustomOp operator_of(const char* (*name)(const CustomOp*)) {
   op.GetName = name;
   op.GetExecutionProviderType = [](const CustomOp*) { return (const char*)nullptr; };
   op.GetInputType = input_type;
-  op.GetInputTypeCount = [](const CustomOp*) { return size_t(5); };
+  op.GetInputTypeCount = [](const CustomOp*) { return Kernel::kInputs; };
   op.GetOutputType = [](const CustomOp*, size_t) { return int(kFloat); };
   op.GetOutputTypeCount = [](const CustomOp*) { return size_t(1); };
   op.KernelDestroy = destroy<Kernel>;

@@ -8,7 +8,6 @@
 
 extern "C" {  // gemm.cpp, gemv.cpp, dispatch.cpp
 const openwork::Kernels* openwork_kernels(const char* name);
-int32_t openwork_gemm_columns(const openwork::Kernels* kernels);
 int64_t openwork_gemm_linear_scratch(const openwork::Kernels* kernels, const openwork::GemmLinear* call);
 int32_t openwork_gemm_linear(const openwork::Kernels* kernels, const openwork::GemmLinear* call);
 int64_t openwork_gemm_conv2d_scratch(const openwork::Kernels* kernels, const openwork::GemmConv2d* call);
@@ -47,7 +46,7 @@ inline std::string text_of(const std::vector<int64_t>& shape) {
 struct Sparse {
   const Table* table;
   const Kernels* kernels;
-  CompressedWeight weight{};
+  Weight weight{};
   Numbers<float> bias, scales;
   Activation activation;
   PackedGemm gemm;
@@ -78,8 +77,8 @@ struct Sparse {
       throw Refused("indices " + text_of(indices.shape) + "; this weight has (" + std::to_string(sizes.index_bytes) + ") of uint8");
     weight.n = int32_t(n), weight.m = int32_t(m);
     weight.outputs = shape[0], weight.rows = rows, weight.length = shape[1];
-    weight.dtype = values.type == kFloat ? kFloat32 : kInt8, weight.values = values.data;
-    read_indices(weight, (const uint8_t*)indices.data);
+    weight.dtype = values.type == kFloat ? kFloat32 : kInt8;
+    expand(*kernels, weight, values.data, (const uint8_t*)indices.data);
     if (node.has_input(3)) bias = one_an_output(node, 3, "bias");
     if (weight.dtype == kInt8) scales = one_an_output(node, 4, "scales");
   }
@@ -94,10 +93,7 @@ struct Sparse {
   }
 
   // What was read is not needed once it is packed.
-  void forget() {
-    weight.index = Numbers<uint8_t>();
-    weight.values = nullptr;
-  }
+  void forget() { weight.dense = Numbers<char>(); }
 
   GemmWeight gemm_weight(int64_t K) const {
     return {gemm.values.data(), gemm.offsets.data(), scales.data(), bias.data(), weight.dtype, weight.n, weight.m, gemm.tile, K,

@@ -3,6 +3,12 @@
 #include <cmath>
 #include <cstring>
 
+extern "C" {  // dispatch.cpp
+int32_t openwork_expand(const openwork::Kernels* kernels, const openwork::Compressed* c, int64_t from, int64_t to, int32_t* sound);
+int32_t openwork_slots(const openwork::Kernels* kernels, const openwork::Slots* s, int64_t* crowded);
+int32_t openwork_gemm_columns(const openwork::Kernels* kernels);
+}
+
 namespace openwork {
 namespace {
 
@@ -14,45 +20,34 @@ int64_t times(int64_t a, int64_t b) {
   return product;
 }
 
-uint64_t bits_at(const uint8_t* codes, int64_t at, int32_t count) {
-  uint64_t found = 0;
-  for (int32_t i = 0; i < count; i++, at++) found |= uint64_t(codes[at / 8] >> (at % 8) & 1) << i;
-  return found;
+// The slots of a weight, filled up with zeros to `outputs` rows of `length` inputs: tile by tile, in each output by output.
+struct Slotted {
+  Numbers<char> values;       // float32, or int16 for int8
+  Numbers<uint16_t> offsets;  // of an input in its tile, times `step`; one more than there are values
+};
+Slotted slots_of(const Kernels& kernels, const Weight& w, int64_t outputs, int64_t length, int64_t tile, int64_t step, bool even) {
+  const int64_t own = w.rows * w.groups() * w.m, bytes = w.bytes();
+  Numbers<char> wider;
+  if (outputs != w.outputs || length != own) {
+    wider = Numbers<char>(outputs * length * bytes);
+    for (int64_t o = 0; o < w.outputs; o++)
+      std::memcpy(wider.data() + o * length * bytes, w.dense.data() + o * own * bytes, size_t(lesser(own, length) * bytes));
+  }
+  const auto stored = [&](int64_t inputs) { return up(parts(inputs, w.m) * w.n, even ? 2 : 1); };
+  const int64_t total = outputs * (length / tile * stored(tile) + stored(length % tile));
+  Slotted made{Numbers<char>(total * bytes), Numbers<uint16_t>(total + 1)};
+  const Slots call{wider.data() ? wider.data() : w.dense.data(), made.values.data(), made.offsets.data(), outputs, length, tile,
+                   ~uint64_t(0), w.n, w.m, int32_t(bytes), int32_t(step), even};
+  int64_t crowded = 0;
+  if (openwork_slots(&kernels, &call, &crowded) != kDone) throw std::bad_alloc();
+  return made;
 }
 
-// The indices of one group.
-void read_group(int32_t n, int32_t m, uint64_t bitmask, const uint8_t* codes, int64_t at, uint8_t* index) {
-  if (uses_bitmask(n, m)) {
-    if (__builtin_popcountll(bitmask) != n) throw Refused("a bitmask of the indices has not N bits set: the file is damaged");
-    for (int32_t i = 0; i < n; i++, bitmask &= bitmask - 1) index[i] = uint8_t(__builtin_ctzll(bitmask));
-    return;
-  }
-  const int32_t width = width_of(m);
-  for (int32_t i = 0; i < n; i++) {
-    index[i] = uint8_t(bits_at(codes, at + i * width, width));
-    if (index[i] >= m || (i && index[i] <= index[i - 1]))
-      throw Refused("indices are not ascending, or not below M: the file is damaged");
-  }
-}
-
-// Zeros fill up a group at its lowest free indices, and nothing else is past the end of a row.
-void check_spare(const bool* is_zero, const uint8_t* index, int32_t n, int64_t left) {
-  uint64_t free = ~uint64_t(0);
-  for (int32_t i = 0; i < n; i++)
-    if (!is_zero[i]) free &= ~(uint64_t(1) << index[i]);
-  for (int32_t i = 0; i < n; i++) {
-    if (!is_zero[i] && index[i] >= left) throw Refused("a value lies past the end of its row: the file is damaged");
-    if (!is_zero[i]) continue;
-    if (!free || index[i] != __builtin_ctzll(free)) throw Refused("a spare slot is not at the lowest free index: the file is damaged");
-    free &= free - 1;
-  }
-}
-
-int32_t tile_of(const CompressedWeight& w, int64_t columns, int64_t row) {
+int64_t tile_of(const Weight& w, int64_t columns, int64_t row) {
   const double density = double(w.n) / w.m, sparse = kCache * std::pow(0.25 / density, 1.5);
   const double wanted = columns > 64 ? kCacheWide : kCache, cache = sparse > wanted ? sparse : wanted;
   const int64_t inputs = int64_t(cache < 0xFFFF ? cache : 0xFFFF) / row / w.m * w.m;
-  return int32_t(inputs > w.m ? inputs : w.m);
+  return inputs > w.m ? inputs : w.m;
 }
 
 int32_t window_of(int32_t m) { return m == 2 ? 4 : m; }
@@ -66,103 +61,83 @@ StoredSizes stored_sizes(int64_t n, int64_t m, int64_t outputs, int64_t rows, in
   if (outputs < 1 || rows < 1 || length < 1) throw Refused("a weight without outputs or inputs");
   const int64_t groups = times(times(outputs, rows), (times(length, 2) / 2 + m - 1) / m);
   const int64_t bits = times(groups, code_bits(int32_t(n), int32_t(m)));
+  times(groups, m);
   return {times(groups, n), bits / 8 + (bits % 8 != 0)};
 }
 
-void read_indices(CompressedWeight& w, const uint8_t* codes) {
-  const int64_t all = w.outputs * w.rows * w.groups();
-  const int32_t bits = code_bits(w.n, w.m);
-  const int64_t end = all * bits;
-  if (end % 8 && codes[end / 8] >> (end % 8)) throw Refused("the indices have bits set after the last group: the file is damaged");
-  w.index = Numbers<uint8_t>(all * w.n);
-  for (int64_t g = 0; g < all; g++) {
-    uint8_t* index = w.index.data() + g * w.n;
-    read_group(w.n, w.m, uses_bitmask(w.n, w.m) ? bits_at(codes, g * bits, w.m) : 0, codes, g * bits, index);
-    bool is_zero[64];
-    for (int32_t i = 0; i < w.n; i++) {
-      int32_t value = 0;
-      if (w.dtype == kInt8) value = ((const int8_t*)w.values)[g * w.n + i];
-      else std::memcpy(&value, (const float*)w.values + g * w.n + i, 4);
-      is_zero[i] = value == 0;
-    }
-    check_spare(is_zero, index, w.n, w.length - g % w.groups() * w.m);
-  }
+void expand(const Kernels& kernels, Weight& w, const void* values, const uint8_t* indices) {
+  const int64_t padded = w.groups() * w.m, all = w.outputs * w.rows, bytes = w.dtype == kInt8 ? 1 : 4;
+  Numbers<char> dense(all * padded * bytes);
+  const Compressed call{dense.data(), (void*)values, (uint8_t*)indices, all, padded, w.n, w.m, int32_t(bytes), kAsItIs};
+  int32_t sound = 0;
+  if (openwork_expand(&kernels, &call, 0, all * w.groups(), &sound) != kDone) throw std::bad_alloc();
+  if (!sound)
+    throw Refused("indices that are not ascending and below M, a spare slot that is not at the lowest free index, or bits after "
+                  "the last group: the file is damaged");
+  for (int64_t row = 0; row < all; row++)
+    for (int64_t i = (row * padded + w.length) * bytes; i < (row + 1) * padded * bytes; i++)
+      if (dense[i]) throw Refused("a value lies past the end of its row: the file is damaged");
+  if (w.dtype == kFloat32) return void(w.dense = std::move(dense));
+  w.dense = Numbers<char>(all * padded * 2);
+  for (int64_t i = 0; i < all * padded; i++) ((int16_t*)w.dense.data())[i] = ((const int8_t*)dense.data())[i];
 }
 
-PackedGemm pack_gemm(const CompressedWeight& w, int64_t columns) {
-  const bool int8 = w.dtype == kInt8;
-  const int64_t row = columns * (int8 ? 2 : 4), all = w.rows * w.groups(), value_bytes = int8 ? 2 : 4;
-  PackedGemm packed;
-  packed.tile = tile_of(w, columns, row);
-  const int64_t tile_groups = packed.tile / w.m;
-  const auto stored = [&](int64_t groups) { return up(groups * w.n, int8 ? 2 : 1); };
-  const int64_t total = w.outputs * (all / tile_groups * stored(tile_groups) + stored(all % tile_groups));
-  packed.values = Numbers<char>(total * value_bytes);
-  packed.offsets = Numbers<uint16_t>(total + 1);
-  int64_t to = 0;
-  for (int64_t first = 0; first < all; first += tile_groups) {
-    const int64_t groups = lesser(tile_groups, all - first), padded = stored(groups);
-    for (int64_t o = 0; o < w.outputs; o++, to += padded)
-      for (int64_t i = 0; i < groups * w.n; i++) {
-        const int64_t from = (o * all + first) * w.n + i;
-        packed.offsets[to + i] = uint16_t((i / w.n * w.m + w.index[from]) * row);
-        if (int8) ((int16_t*)packed.values.data())[to + i] = ((const int8_t*)w.values)[from];
-        else std::memcpy((float*)packed.values.data() + to + i, (const float*)w.values + from, 4);
-      }
-  }
-  return packed;
+PackedGemm pack_gemm(const Kernels& kernels, const Weight& w) {
+  const int64_t columns = openwork_gemm_columns(&kernels), row = columns * w.bytes(), tile = tile_of(w, columns, row);
+  Slotted made = slots_of(kernels, w, w.outputs, w.rows * w.groups() * w.m, tile, row, w.dtype == kInt8);
+  return {std::move(made.values), std::move(made.offsets), int32_t(tile)};
 }
 
 bool has_gemv(int32_t m) { return m == 2 || m == 4 || m == 8 || m == 16 || m == 32; }
 
-PackedGemv pack_gemv(const CompressedWeight& w, int64_t lanes) {
+PackedGemv pack_gemv(const Kernels& kernels, const Weight& w) {
   PackedGemv packed;
-  packed.window = window_of(w.m), packed.slots = packed.window / w.m * w.n;
-  packed.windows = parts(w.length, packed.window), packed.blocks = parts(w.outputs, lanes);
-  const int64_t bits = index_bits(packed.window), in_word = 32 / bits, slots = packed.slots, of_output = packed.windows * slots;
+  const int64_t lanes = kernels.lanes, window = window_of(w.m), slots = window / w.m * w.n;
+  packed.window = int32_t(window), packed.slots = int32_t(slots);
+  packed.windows = parts(w.length, window), packed.blocks = parts(w.outputs, lanes);
+  const int64_t bits = index_bits(packed.window), in_word = 32 / bits, of_output = packed.windows * slots, outputs = packed.blocks * lanes;
   const int64_t words = words_of(packed.windows, slots, in_word), in_window = parts(slots, in_word);
-  const int64_t bytes = w.dtype == kInt8 ? 1 : 4;
-  packed.values = Numbers<char>(packed.blocks * of_output * lanes * bytes);
+  const bool int8 = w.dtype == kInt8;
+  packed.values = Numbers<char>(outputs * of_output * (int8 ? 1 : 4));
   packed.indices = Numbers<uint32_t>(packed.blocks * words * lanes);
+  const Slotted from = slots_of(kernels, w, outputs, packed.windows * window, window, 1, false);
   const int64_t together = slots > in_word ? 0 : in_word / slots;  // windows in a word
-  for (int64_t o = 0; o < packed.blocks * lanes; o++)
-    for (int64_t slot = 0; slot < of_output; slot++) {
-      const int64_t at = slot % slots, group = slot / w.n, place = o / lanes, lane = o % lanes;
-      int64_t index = at % w.n;  // of what is added to fill up
-      if (o < w.outputs && group < w.groups()) {
-        const int64_t from = o * w.slots() + slot;
-        std::memcpy(packed.values.data() + ((place * of_output + slot) * lanes + lane) * bytes, (const char*)w.values + from * bytes, size_t(bytes));
-        index = w.index[from];
+  int64_t at = 0;
+  for (int64_t window_at = 0; window_at < packed.windows; window_at++)
+    for (int64_t o = 0; o < outputs; o++)
+      for (int64_t slot = 0, block = o / lanes, lane = o % lanes; slot < slots; slot++, at++) {
+        const int64_t to = (block * of_output + window_at * slots + slot) * lanes + lane;
+        if (int8) packed.values[to] = char(((const int16_t*)from.values.data())[at]);
+        else std::memcpy(packed.values.data() + to * 4, from.values.data() + at * 4, 4);
+        const int64_t word = together ? window_at / together : window_at * in_window + slot / in_word;
+        const int64_t nth = together ? window_at % together * slots + slot : slot % in_word;
+        packed.indices[(block * words + word) * lanes + lane] |= uint32_t(from.offsets[at]) << (nth * bits);
       }
-      index += at / w.n * w.m;
-      const int64_t window = slot / slots;
-      const int64_t word = together ? window / together : window * in_window + at / in_word;
-      const int64_t nth = together ? window % together * slots + at : at % in_word;
-      packed.indices[(place * words + word) * lanes + lane] |= uint32_t(index) << (nth * bits);
-    }
   return packed;
 }
 
-bool has_dot_product(const CompressedWeight& w, int64_t lanes) {
-  const int64_t window = lanes * 4;
-  return w.dtype == kInt8 && w.rows == 1 && has_gemv(w.m) && window % w.m == 0 && window / w.m * w.n % 4 == 0;
+bool has_dot_product(const Kernels& kernels, const Weight& w) {
+  const int64_t window = kernels.lanes * 4;
+  return kernels.dot_product && w.dtype == kInt8 && w.rows == 1 && has_gemv(w.m) && window % w.m == 0 && window / w.m * w.n % 4 == 0;
 }
 
-PackedDotProduct pack_dot_product(const CompressedWeight& w, int64_t lanes) {
+PackedDotProduct pack_dot_product(const Kernels& kernels, const Weight& w) {
   PackedDotProduct packed;
-  const int64_t window = lanes * 4, slots = window / w.m * w.n;
+  const int64_t lanes = kernels.lanes, window = lanes * 4, slots = window / w.m * w.n;
   packed.windows = parts(w.length, window), packed.blocks = parts(w.outputs, lanes), packed.steps = int32_t(slots / 4);
-  const int64_t of_output = packed.windows * slots, all = packed.blocks * lanes * of_output;
+  const int64_t outputs = packed.blocks * lanes, all = outputs * packed.windows * slots;
   packed.values = Numbers<int8_t>(all);
   packed.indices = Numbers<uint8_t>(all);
-  for (int64_t o = 0; o < packed.blocks * lanes; o++)
-    for (int64_t slot = 0; slot < of_output; slot++) {
-      const int64_t group = slot / w.n, step = slot / 4, from = o * w.slots() + slot;  // steps of all windows, one after the other
-      const int64_t to = ((o / lanes * packed.windows * packed.steps + step) * lanes + o % lanes) * 4 + slot % 4;
-      const bool is_stored = o < w.outputs && group < w.groups();
-      if (is_stored) packed.values[to] = ((const int8_t*)w.values)[from];
-      packed.indices[to] = uint8_t((group * w.m + (is_stored ? w.index[from] : slot % w.n)) % window);
-    }
+  const Slotted from = slots_of(kernels, w, outputs, packed.windows * window, window, 1, false);
+  int64_t at = 0;
+  for (int64_t window_at = 0; window_at < packed.windows; window_at++)
+    for (int64_t o = 0; o < outputs; o++)
+      for (int64_t slot = 0; slot < slots; slot++, at++) {
+        const int64_t step = (o / lanes * packed.windows + window_at) * packed.steps + slot / 4;
+        const int64_t to = (step * lanes + o % lanes) * 4 + slot % 4;
+        packed.values[to] = int8_t(((const int16_t*)from.values.data())[at]);
+        packed.indices[to] = uint8_t(from.offsets[at]);
+      }
   return packed;
 }
 

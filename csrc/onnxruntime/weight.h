@@ -39,34 +39,33 @@ class Numbers {
 };
 
 // One output has `rows` rows (the kernel positions of a convolution, else one) of `length` weights, cut into groups of m.
-struct CompressedWeight {
+struct Weight {
   int32_t n, m;
   int64_t outputs, rows, length;
-  Dtype dtype;             // float32 or int8
-  const void* values;      // (O, T)
-  Numbers<uint8_t> index;  // (O, T): where each is in its group
+  Dtype dtype;          // float32 or int8
+  Numbers<char> dense;  // (O, rows, groups * m) float32, or int16 for int8: what is added to fill up a row is 0
 
-  int64_t groups() const { return (length + m - 1) / m; }     // of a row
-  int64_t slots() const { return rows * groups() * n; }       // of an output
+  int64_t groups() const { return (length + m - 1) / m; }  // of a row
+  int32_t bytes() const { return dtype == kInt8 ? 2 : 4; }
 };
 
-// Sizes that fit one another, and what the file must hold of them. Raises Refused.
+// How many values and bytes of indices a file holds of such a weight. Raises Refused where its sizes do not fit one another.
 struct StoredSizes {
   int64_t values, index_bytes;
 };
 StoredSizes stored_sizes(int64_t n, int64_t m, int64_t outputs, int64_t rows, int64_t length);
 
-// Fills `weight.index` from the codes of a file of `index_bytes` bytes. Every rule on one weight of docs/format.md is checked: raises
-// Refused.
-void read_indices(CompressedWeight& weight, const uint8_t* codes);
+// Fills `weight.dense` from the values and indices of a file, of stored_sizes. Every rule on one weight of docs/format.md is
+// checked: raises Refused.
+void expand(const Kernels& kernels, Weight& weight, const void* values, const uint8_t* indices);
 
 // As GEMM reads it: bit for bit what openwork.layouts.gemm makes.
 struct PackedGemm {
-  Numbers<char> values;      // (T * O) float32, or int16 for int8
+  Numbers<char> values;       // (T * O) float32, or int16 for int8
   Numbers<uint16_t> offsets;  // (T * O + 1)
   int32_t tile = 0;
 };
-PackedGemm pack_gemm(const CompressedWeight& weight, int64_t columns);
+PackedGemm pack_gemm(const Kernels& kernels, const Weight& weight);
 
 // As GEMV reads it: bit for bit what openwork.layouts.gemv makes. Of one row an output; `has_gemv` says for which m.
 struct PackedGemv {
@@ -76,17 +75,17 @@ struct PackedGemv {
   int32_t window = 0, slots = 0;
 };
 bool has_gemv(int32_t m);
-PackedGemv pack_gemv(const CompressedWeight& weight, int64_t lanes);
+PackedGemv pack_gemv(const Kernels& kernels, const Weight& weight);
 
 // As the dot products of int8 read it: bit for bit what openwork.layouts.dot_product makes. Of one row an output;
-// `has_dot_product` says for which patterns, and how many lanes.
+// `has_dot_product` says for which weights.
 struct PackedDotProduct {
   Numbers<int8_t> values;
   Numbers<uint8_t> indices;
   int64_t windows = 0, blocks = 0;
   int32_t steps = 0;
 };
-bool has_dot_product(const CompressedWeight& weight, int64_t lanes);
-PackedDotProduct pack_dot_product(const CompressedWeight& weight, int64_t lanes);
+bool has_dot_product(const Kernels& kernels, const Weight& weight);
+PackedDotProduct pack_dot_product(const Kernels& kernels, const Weight& weight);
 
 }  // namespace openwork

@@ -38,5 +38,6 @@ void test_dot_product(const Kernels& kernels, Random& random);
 void test_quantize(const Kernels& kernels, Random& random);
 void test_linear(const Kernels& kernels, Random& random);
 void test_conv(const Kernels& kernels, Random& random);
+void test_onnxruntime(const Kernels& kernels, Random& random);
 
 }  // namespace openwork_tests

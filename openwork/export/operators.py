@@ -38,11 +38,12 @@ MOST = 0.5  # the densest pattern that is written so: denser ones are faster den
 @dataclass(frozen=True)
 class _Layer:
     """A node that multiplies by the constant `weight`, as (O, K) or (O, C, R, S): `old` are the nodes of which the
-    first multiplies and the others add the bias and cut off negative numbers."""
+    first multiplies and the others add the bias and `added`, of the output's shape, and cut off negative numbers."""
 
     weight: ir.Value
     dense: np.ndarray[Any, Any]
     bias: ir.Value | None
+    added: ir.Value | None
     old: tuple[ir.Node, ...]
     relu: bool
 
@@ -109,11 +110,25 @@ def _finished(node: ir.Node, weight: ir.Value, dense: np.ndarray[Any, Any], bias
     if bias is None and (add := add_of_bias(node.outputs[0], outs)) is not None:
         bias = next(value for value in add.inputs if value is not node.outputs[0])
         old.append(add)
+    added, add = _residual(old[-1].outputs[0]) if node.op_type == "Conv" else (None, None)
+    if add is not None:
+        old.append(add)
     uses = list(old[-1].outputs[0].uses())
     relu = len(uses) == 1 and uses[0].node.op_type == "Relu" and not old[-1].outputs[0].is_graph_output()
     if relu:
         old.append(uses[0].node)
-    return _Layer(weight, np.ascontiguousarray(dense), bias, tuple(old), relu)
+    return _Layer(weight, np.ascontiguousarray(dense), bias, added, tuple(old), relu)
+
+
+def _residual(value: ir.Value) -> tuple[ir.Value, ir.Node] | tuple[None, None]:
+    """What is added to a value which nothing else uses, of its shape, and by which node."""
+    uses = list(value.uses())
+    node = uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+    other = next((each for each in node.inputs if each is not value), None) if node is not None else None
+    if node is None or node.op_type != "Add" or other is None or other.const_value is not None:
+        return None, None
+    same = value.shape is not None and None not in value.shape.dims and value.shape == other.shape
+    return (other, node) if same and value.dtype == other.dtype else (None, None)
 
 
 def _is_vector(value: ir.Value, outs: int) -> bool:
@@ -151,8 +166,9 @@ def _replace(graph: ir.Graph, layer: _Layer, pattern: Pattern, packed: tuple[ir.
         for name, default in (("strides", [1, 1]), ("pads", [0] * 4), ("dilations", [1, 1])):
             attributes[name] = [*node.attributes[name].as_ints()] if name in node.attributes else default
         attributes["group"] = _number(node, "group", 1)
-    inputs = [node.inputs[0], *packed[:2], layer.bias, *packed[2:]]
-    inputs = inputs if inputs[-1] is not None else inputs[:-1]
+    inputs = [node.inputs[0], *packed[:2], layer.bias, *(packed[2:] or [None]), layer.added]
+    while inputs[-1] is None:
+        inputs.pop()
     new = ir.node("SparseConv2d" if is_conv else "SparseLinear", inputs, attributes, domain=DOMAIN, name=node.name)
     new.doc_string = HINT.partition(" and then ")[0].rstrip(",")
     ir.convenience.replace_nodes_and_values(graph, last, layer.old, [new], last.outputs, new.outputs)

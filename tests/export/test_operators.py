@@ -97,6 +97,36 @@ def test_a_network(exported):
     assert relus == 0  # all in our operators
 
 
+class Residual(nn.Module):
+    """Sums of convolutions: with what is as large, with what is broadcast, of one used twice, of two."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(5))
+
+    def forward(self, x):
+        x = (self.a(x) + x).relu()
+        x = self.b(x) + x.mean((2, 3), keepdim=True)
+        y = self.c(x)
+        x = y + x
+        return (self.d(x) + self.e(x)).relu() + y
+
+
+def test_residual_connections(tmp_path: Path):
+    model, path = Residual().eval(), tmp_path / "net.onnx"
+    ow.project(model, "1:4")
+    shapes = ({0: torch.export.Dim("batch"), 2: torch.export.Dim("height")},)
+    x = torch.randn(2, 8, 9, 7)
+    assert to_onnx(model, x, path, pattern="1:4", operators="openwork", dynamic_shapes=shapes).difference < 1e-5
+    nodes = [node for node in onnx.load(path).graph.node if node.op_type in ("SparseConv2d", "Add", "Relu")]
+    assert [node.op_type for node in nodes].count("Relu") == 0
+    with_sum = [node.input[1].split(".")[0] for node in nodes if len(node.input) == 6]
+    assert with_sum in (["a", "d"], ["a", "e"])
+    x = torch.randn(3, 8, 5, 7)
+    y = torch.from_numpy(session(path).run(None, {"x": x.numpy()})[0])
+    torch.testing.assert_close(y, model(x), atol=1e-4, rtol=1e-4)
+
+
 def test_int8(tmp_path: Path):
     model, path = network(), tmp_path / "net.onnx"
     done = to_onnx(model, images(2), path, pattern=CHOICE, operators="openwork", weight_dtype=torch.int8)

@@ -11,62 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 import openwork as ow
-from openwork.files.packing import pack_weight
 from openwork.kernels.cpu import native, onnxruntime_operators
 from openwork.layouts import DotProduct, Gemm, Gemv
 from openwork.layouts.conv import ConvGeometry, conv_rows
-from openwork.nm.groups import Axis
-from openwork.nm.masks import magnitude_mask
 from openwork.nm.pattern import Pattern
 from openwork.nm.quantize import quantize_weight
 
-onnx = pytest.importorskip("onnx")
-runtime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+from one_operator import model, ran, session, sparse
+
 pytestmark = pytest.mark.skipif(
     native.library() is None or not onnxruntime_operators._FILE.exists(), reason="needs the native libraries"
 )
-
-
-def sparse(shape: tuple[int, ...], pattern: str) -> Tensor:
-    weight = torch.randn(shape)
-    return weight * magnitude_mask(weight.abs(), Pattern.parse(pattern), Axis(1)) + 0.0
-
-
-def model(op: str, weight: Tensor, pattern: str, added: Tensor | None, x: list[Any], **changed: Any) -> Any:
-    """One node; `changed` replaces attributes, or initializers by the names values, indices, bias, scales."""
-    n, m = Pattern.parse(pattern).n, Pattern.parse(pattern).m
-    values, indices = pack_weight(weight, Pattern.parse(pattern), Axis(1))
-    constants: dict[str, Any] = {"values": values.numpy(), "indices": indices.numpy()}
-    constants |= {} if added is None else {"bias": added.numpy()}
-    constants |= {name: changed.pop(name) for name in ("values", "indices", "bias", "scales") if name in changed}
-    inputs = ["x", "values", "indices", *(name if name in constants else "" for name in ("bias", "scales"))]
-    attributes = {"n": n, "m": m, "shape": list(weight.shape), "relu": 0}
-    if op == "SparseConv2d":
-        attributes |= {"strides": [1, 1], "pads": [0] * 4, "dilations": [1, 1], "group": 1}
-    node = onnx.helper.make_node(op, inputs, ["y"], domain="openwork")
-    for name, value in (attributes | changed).items():
-        if value is not None:
-            node.attribute.append(onnx.helper.make_attribute(name, value))
-    made = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items() if array is not None]
-    data = [onnx.helper.make_tensor_value_info(name, 1, [None] * len(x) if name == "y" else x) for name in "xy"]
-    graph = onnx.helper.make_graph([node], "one", data[:1], data[1:], made)
-    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("openwork", 1)]
-    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-
-
-def session(file: Any, threads: int = 1) -> Any:
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 4
-    options.register_custom_ops_library(ow.onnxruntime_library())
-    return runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-
-def ran(file: Any, x: Tensor, threads: int = 1) -> Tensor:
-    return torch.from_numpy(session(file, threads).run(None, {"x": x.numpy()})[0])
 
 
 @pytest.mark.parametrize(
@@ -143,6 +103,20 @@ def test_padding_that_differs_from_side_to_side():
     torch.testing.assert_close(y, F.conv2d(F.pad(x, (1, 3, 0, 2)), weight), atol=1e-4, rtol=1e-4)
 
 
+def test_what_a_convolution_adds():
+    weight, bias, x = sparse((8, 16, 3, 3), "2:4"), torch.randn(8), torch.randn(2, 16, 40, 30)
+    added = torch.randn(2, 8, 38, 28)
+    for relu, threads in ((0, 1), (1, 3)):
+        plain = ran(model("SparseConv2d", weight, "2:4", bias, [None] * 4), x)
+        file = model("SparseConv2d", weight, "2:4", bias, [None] * 4, added=[None] * 4, relu=relu)
+        made = session(file, threads)
+        y = torch.from_numpy(made.run(None, {"x": x.numpy(), "added": added.numpy()})[0])
+        assert torch.equal(y, (plain + added).relu() if relu else plain + added)
+    for shape in ((2, 8, 38, 27), (1, 8, 38, 28), (0, 0, 0, 0)):
+        with pytest.raises(Exception, match=r"added \(.*; the output has \(2, 8, 38, 28\)"):
+            made.run(None, {"x": x.numpy(), "added": np.zeros(shape, np.float32)})
+
+
 HOSTILE: dict[str, tuple[str, dict[str, Any], str]] = {
     "n above m": ("SparseLinear", {"n": 5}, "needed 1 <= n <= m <= 64"),
     "a huge m": ("SparseLinear", {"m": 2**62}, "needed 1 <= n <= m <= 64"),
@@ -167,6 +141,20 @@ HOSTILE: dict[str, tuple[str, dict[str, Any], str]] = {
     "a stride of zero": ("SparseConv2d", {"strides": [0, 1]}, "strides"),
     "negative pads": ("SparseConv2d", {"pads": [-1, 0, 0, 0]}, "pads"),
     "groups that do not divide": ("SparseConv2d", {"group": 3}, "group"),
+    "data in float16": ("SparseLinear", {"dtype": 10}, "[Tt]ype"),
+    "data in int8": ("SparseConv2d", {"dtype": 3}, "[Tt]ype"),
+    "a bias in float64": ("SparseLinear", {"bias": np.zeros(8)}, "[Tt]ype"),
+    "a bias in two dims": ("SparseLinear", {"bias": np.zeros((1, 8), np.float32)}, r"bias \(1, 8\); needed \(8\)"),
+    "indices in int8": ("SparseLinear", {"indices": np.zeros(16, np.int8)}, "[Tt]ype"),
+    "few scales": (
+        "SparseLinear",
+        {"values": np.ones((8, 8), np.int8), "scales": np.ones(7, np.float32)},
+        r"scales \(7\); needed \(8\)",
+    ),
+    "a value past the end": ("SparseLinear", {"shape": [8, 15]}, "past the end"),
+    "bits after the last group": ("SparseLinear", {"shape": [1, 4]}, "this weight has"),
+    "a huge kernel": ("SparseConv2d", {"shape": [8, 16, 2**31 - 1, 2**31 - 1]}, "weight"),
+    "a huge dilation": ("SparseConv2d", {"dilations": [2**40, 1]}, "dilations"),
     "values that are no constant": ("SparseLinear", {"values": None}, "constant|invalid|input"),
 }
 
@@ -177,7 +165,8 @@ def test_hostile_files_are_refused_when_a_session_is_made(name):
     shape = (8, 16, 3, 3) if op == "SparseConv2d" else (8, 16)
     if "indices" in changed and "values" not in changed:
         changed = {**changed, "values": np.ones((8, 8), np.float32)}
-    file = model(op, sparse(shape, "2:4"), "2:4", None, [None] * len(shape), **changed)
+    weight = torch.ones(8, 16) * torch.tensor([0, 0, 1, 1]).repeat(4) if "past" in name else sparse(shape, "2:4")
+    file = model(op, weight, "2:4", None, [None] * len(shape), **changed)
     with pytest.raises(Exception, match=message):
         session(file)
 
@@ -223,7 +212,7 @@ run = lambda: session.run(None, {"x": x})[0]
 numpy.save(sys.argv[4], run())
 for _ in range(500): run()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for _ in range(5000): run()
+for _ in range(10000): run()
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 assert grown < 2000, f"memory grew by {grown} KiB"
 assert not {"torch", "openwork"} & set(sys.modules)
