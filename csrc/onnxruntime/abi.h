@@ -49,6 +49,7 @@ typedef Entry<60, Status*, const ShapeInfo*, int*> GetTensorElementType;
 typedef Entry<61, Status*, const ShapeInfo*, size_t*> GetDimensionsCount;
 typedef Entry<62, Status*, const ShapeInfo*, int64_t*, size_t> GetDimensions;
 typedef Entry<65, Status*, const Value*, ShapeInfo**> GetTensorTypeAndShape;
+typedef Entry<85, Status*, const KernelInfo*, const char*, float*> KernelInfoGetAttribute_float;
 typedef Entry<86, Status*, const KernelInfo*, const char*, int64_t*> KernelInfoGetAttribute_int64;
 typedef Entry<90, Status*, const KernelContext*, size_t, const Value**> KernelContext_GetInput;
 typedef Entry<91, Status*, KernelContext*, size_t, const int64_t*, size_t, Value**> KernelContext_GetOutput;
@@ -59,6 +60,7 @@ typedef Entry<99, void, ShapeInfo*> ReleaseTensorTypeAndShapeInfo;
 typedef Entry<163, Status*, const KernelInfo*, const char*, int64_t*, size_t*> KernelInfoGetAttributeArray_int64;
 // Since version 14.
 typedef Entry<230, Status*, const KernelInfo*, size_t*> KernelInfo_GetInputCount;
+typedef Entry<231, Status*, const KernelInfo*, size_t*> KernelInfo_GetOutputCount;
 typedef Entry<232, Status*, const KernelInfo*, size_t, char*, size_t*> KernelInfo_GetInputName;
 typedef Entry<234, Status*, const KernelInfo*, size_t, TypeInfo**> KernelInfo_GetInputTypeInfo;
 // Since version 15.

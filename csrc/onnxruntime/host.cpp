@@ -78,10 +78,10 @@ Tensor tensor_of(const Table* table, const Value* value) {
   return tensor;
 }
 
-float* output_of(const Table* table, KernelContext* context, const std::vector<int64_t>& shape) {
+float* output_of(const Table* table, KernelContext* context, const std::vector<int64_t>& shape, size_t index) {
   Value* value = nullptr;
   void* data = nullptr;
-  check(KernelContext_GetOutput::call(table, context, 0, shape.data(), shape.size(), &value));
+  check(KernelContext_GetOutput::call(table, context, index, shape.data(), shape.size(), &value));
   check(GetTensorMutableData::call(table, value, &data));
   return (float*)data;
 }

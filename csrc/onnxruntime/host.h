@@ -48,7 +48,7 @@ struct Tensor {
   }
 };
 Tensor tensor_of(const Table* table, const Value* value);
-float* output_of(const Table* table, KernelContext* context, const std::vector<int64_t>& shape);
+float* output_of(const Table* table, KernelContext* context, const std::vector<int64_t>& shape, size_t index = 0);
 
 // A node while its kernel is made.
 struct Node {

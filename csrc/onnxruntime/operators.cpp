@@ -1,4 +1,4 @@
-// The operators of domain `openwork`: SparseLinear and SparseConv2d. Inputs: data (float32), `values` and `indices` of the
+// The operators of domain `openwork`: SparseLinear and SparseConv2d, and AddLayerNormalization (normalize.h). Inputs: data (float32), `values` and `indices` of the
 // compressed weight (docs/format.md), optionally `bias`, and `scales` where the values are int8, one an output, all constant; and of
 // a convolution `added`, of the output's shape, as a residual connection adds it. Weights are checked and packed when a session is
 // made. Of int8 the data is quantized as it comes: one scale a row, or an image.
@@ -7,6 +7,7 @@
 #include <cstring>
 #include <mutex>
 
+#include "normalize.h"
 #include "quantize.h"
 #include "sparse.h"
 #include "threads.h"
@@ -18,7 +19,7 @@ namespace {
 constexpr int64_t kGemvRows = 16;  // at so many GEMV still takes half of GEMM's time (1024 x 1024, 2:4 and 1:8, AVX-512)
 
 struct Linear : Sparse {
-  static constexpr size_t kInputs = 5;
+  static constexpr size_t kInputs = 5, kOutputs = 1;
   PackedGemv gemv;
   PackedDotProduct dots;  // of int8, for any number of rows, where the processor has them
 
@@ -126,7 +127,7 @@ struct Linear : Sparse {
 };
 
 struct Conv2d : Sparse {
-  static constexpr size_t kInputs = 6;
+  static constexpr size_t kInputs = 6, kOutputs = 1;
   std::vector<int64_t> kernel, stride, pads, dilation;  // pads: above, left, below, right
   int64_t groups, channels;                             // of one group
   bool has_added;
@@ -243,22 +244,19 @@ void destroy(void* kernel) {
   delete (Kernel*)kernel;
 }
 
-// Data, values, indices, bias, scales, added.
-int input_type(const CustomOp*, size_t index) { return index == 1 ? kAnyType : index == 2 ? kUint8 : kFloat; }
-
 template <class Kernel>
 CustomOp operator_of(const char* (*name)(const CustomOp*)) {
   CustomOp op{};
   op.version = kVersion;
   op.GetName = name;
   op.GetExecutionProviderType = [](const CustomOp*) { return (const char*)nullptr; };
-  op.GetInputType = input_type;
+  op.GetInputType = Kernel::input_type;
   op.GetInputTypeCount = [](const CustomOp*) { return Kernel::kInputs; };
   op.GetOutputType = [](const CustomOp*, size_t) { return int(kFloat); };
-  op.GetOutputTypeCount = [](const CustomOp*) { return size_t(1); };
+  op.GetOutputTypeCount = [](const CustomOp*) { return Kernel::kOutputs; };
   op.KernelDestroy = destroy<Kernel>;
   op.GetInputCharacteristic = [](const CustomOp*, size_t index) { return int(index >= 3 ? kOptional : kRequired); };
-  op.GetOutputCharacteristic = [](const CustomOp*, size_t) { return int(kRequired); };
+  op.GetOutputCharacteristic = [](const CustomOp*, size_t index) { return int(index ? kOptional : kRequired); };
   op.GetInputMemoryType = [](const CustomOp*, size_t) { return 0; };
   op.GetVariadicInputMinArity = op.GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };
   op.GetVariadicInputHomogeneity = op.GetVariadicOutputHomogeneity = [](const CustomOp*) { return 1; };
@@ -272,7 +270,8 @@ CustomOp operator_of(const char* (*name)(const CustomOp*)) {
 // One domain for all sessions of an ONNX Runtime: it has to outlive them.
 Domain* domain_of(const Table* table) {
   static const CustomOp operators[] = {operator_of<Linear>([](const CustomOp*) { return "SparseLinear"; }),
-                                       operator_of<Conv2d>([](const CustomOp*) { return "SparseConv2d"; })};
+                                       operator_of<Conv2d>([](const CustomOp*) { return "SparseConv2d"; }),
+                                       operator_of<AddLayerNormalization>([](const CustomOp*) { return "AddLayerNormalization"; })};
   static std::mutex mutex;
   static std::vector<std::pair<const Table*, Domain*>> known;
   const std::lock_guard<std::mutex> lock(mutex);

@@ -44,6 +44,9 @@ inline std::string text_of(const std::vector<int64_t>& shape) {
 
 // What both operators have.
 struct Sparse {
+  // Data, values, indices, bias, scales, and what is added.
+  static int input_type(const CustomOp*, size_t index) { return index == 1 ? kAnyType : index == 2 ? kUint8 : kFloat; }
+
   const Table* table;
   const Kernels* kernels;
   Weight weight{};

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openwork.export.constants import Constant, Constants, is_matrix
 from openwork.export.onnx_operands import Place, is_harmless, places, zeros_of
-from openwork.export.operators import DOMAIN, compressed
+from openwork.export.operators import DOMAIN, OPERATORS, compressed
 from openwork.files.reader import open_files
 from openwork.files.recognize import recognized
 from openwork.files.strict_json import is_text_mapping, strict_json
@@ -240,7 +240,7 @@ def constant_products(model: Any) -> Iterator[ConstantProduct]:
 
 def _products(node: Any, constants: Constants) -> Iterator[ConstantProduct]:
     """What a node multiplies that has data to multiply with."""
-    if node.domain == DOMAIN:
+    if node.domain == DOMAIN and node.op_type in OPERATORS:
         yield _compressed(node, constants)
         return
     found = places(node)

@@ -34,7 +34,8 @@ def places(node: Any) -> list[Place]:
 
 def is_harmless(node: Any) -> bool:
     """Whether an operator adds, moves, looks up or scales one by one what it is given, and sums no products."""
-    return node.domain in ("", "ai.onnx", "com.microsoft") and node.op_type in _HARMLESS
+    known = _HARMLESS if node.domain in ("", "ai.onnx", "com.microsoft") else {("openwork", "AddLayerNormalization")}
+    return node.op_type in known or (node.domain, node.op_type) in known
 
 
 def zeros_of(array: Array, zero: Array | None, place: Place) -> Array:

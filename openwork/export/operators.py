@@ -1,6 +1,6 @@
 """Matmuls and convolutions of an ONNX graph as our operators, `SparseLinear` and `SparseConv2d` of the domain
-`openwork`, with the weight compressed: its values and indices (docs/format.md) under its name. csrc/onnxruntime has
-what runs them.
+`openwork`, with the weight compressed: its values and indices (docs/format.md) under its name; and what is around them
+(`normalization`). csrc/onnxruntime has what runs them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from openwork.export.linear import add_of_bias
+from openwork.export.normalization import same_shape, write_normalizations
 from openwork.files.packing import pack_weight, unpack_weight
 from openwork.nm.groups import Axis
 from openwork.nm.masks import too_dense
@@ -73,6 +74,7 @@ def write_operators(model: ir.Model, kept: Mapping[str, Pattern], dtype: torch.d
             "operators='openwork': no linear layer or 2-d convolution in float32 has a pattern that keeps half of its "
             "weights or fewer, so nothing would be sparse: give pattern='2:4' or leave operators out"
         )
+    write_normalizations(graph, DOMAIN)
     graph.opset_imports[DOMAIN] = VERSION
     model.doc_string = HINT
     model.metadata_props[HINT_KEY] = HINT
@@ -127,8 +129,7 @@ def _residual(value: ir.Value) -> tuple[ir.Value, ir.Node] | tuple[None, None]:
     other = next((each for each in node.inputs if each is not value), None) if node is not None else None
     if node is None or node.op_type != "Add" or other is None or other.const_value is not None:
         return None, None
-    same = value.shape is not None and None not in value.shape.dims and value.shape == other.shape
-    return (other, node) if same and value.dtype == other.dtype else (None, None)
+    return (other, node) if same_shape(value, other) else (None, None)
 
 
 def _is_vector(value: ir.Value, outs: int) -> bool:

@@ -81,7 +81,7 @@ def test_a_network(exported):
     model, path, done = exported
     assert done.difference < 1e-5
     assert done.nbytes == path.stat().st_size
-    assert operators(path) == ["SparseConv2d"] * 2 + ["SparseLinear"] * 6
+    assert operators(path) == ["AddLayerNormalization"] * 2 + ["SparseConv2d"] * 2 + ["SparseLinear"] * 6
     found = {each.name: (each.op, str(each.pattern), each.recorded) for each in done.matmuls}
     assert found["conv.weight"] == ("SparseConv2d", "2:4", True)
     assert found["fc.weight"] == ("SparseLinear", "2:4", True)
@@ -125,6 +125,43 @@ def test_residual_connections(tmp_path: Path):
     x = torch.randn(3, 8, 5, 7)
     y = torch.from_numpy(session(path).run(None, {"x": x.numpy()})[0])
     torch.testing.assert_close(y, model(x), atol=1e-4, rtol=1e-4)
+
+
+class Norms(nn.Module):
+    """Normalized sums: alone, before a residual connection, of other shapes, not over the last dim, of a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(40, 40)
+        self.a, self.b, self.c, self.d = (nn.LayerNorm(40) for _ in range(4))
+        self.e, self.f = nn.LayerNorm([3, 40]), nn.LayerNorm(40, bias=False)
+        self.table = nn.Parameter(torch.randn(1, 3, 40))
+
+    def forward(self, x):
+        x = self.a(self.fc(x) + x)
+        x = x + torch.tanh(x)
+        x = x + self.b(x)
+        x = self.c(x + x.mean(1, keepdim=True)) * self.d(self.table + x)
+        return self.e(x + torch.exp(-x)), self.f(x + x.sin())
+
+
+def test_normalized_sums(tmp_path: Path):
+    model, path = Norms().eval(), tmp_path / "net.onnx"
+    model.a.weight.data, model.b.bias.data, model.f.weight.data = torch.randn(3, 40)
+    ow.project(model, "2:4", exclude=["table"])
+    shapes = ({0: torch.export.Dim("batch")},)
+    choice = ow.Selection("2:4", exclude=["table"])
+    done = to_onnx(model, torch.randn(2, 3, 40), path, pattern=choice, operators="openwork", dynamic_shapes=shapes)
+    assert done.difference < 1e-5
+    nodes = list(onnx.load(path).graph.node)
+    ours = [
+        (node.input[2].split(".")[0], len(node.output)) for node in nodes if node.op_type == "AddLayerNormalization"
+    ]
+    assert ours == [("a", 1), ("b", 2), ("f", 1)]
+    assert [node.op_type for node in nodes].count("LayerNormalization") == 3
+    x = torch.randn(5, 3, 40)
+    for found, expected in zip(session(path).run(None, {"x": x.numpy()}), model(x), strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_int8(tmp_path: Path):
