@@ -49,12 +49,16 @@ def _order(row: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def with_tables(page: str) -> str:
-    """The page with the table of each file that it names between `<!-- onnxruntime NAME -->` and `<!-- end -->`."""
+    """The page with the table of each file that it names between `<!-- onnxruntime NAME -->` and `<!-- end -->`; what
+    was not measured stays as it is."""
     start, end = "<!-- onnxruntime ", "<!-- end -->"
     parts = page.split(start)
     for i, part in enumerate(parts[1:], 1):
         name, rest = part.split(" -->", 1)
-        lines = list(csv.DictReader((RESULTS / f"onnxruntime-{name}.csv").open(newline="")))
+        path = RESULTS / f"onnxruntime-{name}.csv"
+        if not path.exists():
+            continue
+        lines = list(csv.DictReader(path.open(newline="")))
         parts[i] = f"{name} -->\n\n{table(lines)}\n\n{end}{rest.split(end, 1)[1]}"
     return start.join(parts)
 
