@@ -156,7 +156,7 @@ def first_outputs(row: Row, asked: argparse.Namespace) -> dict[str, float]:
         DENSE[0]: [IN_ONNX_RUNTIME, str(file), inputs, threads],
         DEPLOYED: [IN_TORCH, str(sparse / "deployed.pt"), threads],
     }
-    return {way: first_output(f"{row}, {way}", words) for way, words in commands.items()}
+    return {way: first_output(f"{row}, {way}", words, 1 if way == DEPLOYED else 3) for way, words in commands.items()}
 
 
 # --- a row -----------------------------------------------------------------------------------------------------------

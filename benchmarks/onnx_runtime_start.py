@@ -40,12 +40,12 @@ with torch.inference_mode(): model(**example) if isinstance(example, dict) else 
 """File of a deployed network with its example, threads: packed already, nothing is timed."""
 
 
-def first_output(what: str, words: Sequence[str]) -> float:
-    """Seconds from the start of a process to its first output, the median of three; files are in the page cache. NaN
+def first_output(what: str, words: Sequence[str], times: int = 3) -> float:
+    """Seconds from the start of a process to its first output, the median of some; files are in the page cache. NaN
     where it fails, which is told."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     seconds = []
-    for _ in range(3):
+    for _ in range(times):
         start = time.perf_counter()
         done = subprocess.run([sys.executable, "-c", *words], capture_output=True, text=True, env=environment)
         seconds.append(time.perf_counter() - start)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import sys
 import threading
@@ -69,26 +68,6 @@ def test_one_session_that_several_threads_run():
     for thread in threads:
         thread.join()
     assert right == [True] * len(inputs)
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux tells them")
-def test_it_runs_on_the_threads_of_onnx_runtime():
-    weight, x = sparse((512, 512), "2:4"), np.zeros((256, 512), np.float32)
-    made = session(model("SparseLinear", weight, "2:4", None, ["b", 512]), 3)
-    started = threading.Event()
-
-    def work() -> None:
-        started.wait()
-        for _ in range(30):
-            made.run(None, {"x": x})
-
-    own = threading.Thread(target=work)
-    own.start()
-    before = most = len(os.listdir("/proc/self/task"))
-    started.set()
-    while own.is_alive():
-        most = max(most, len(os.listdir("/proc/self/task")))
-    assert most == before
 
 
 _MANY = """
