@@ -53,7 +53,7 @@ def test_an_older_onnx_runtime_is_told_what_is_needed():
 
 def test_one_session_that_several_threads_run():
     weight = sparse((300, 256), "1:4")
-    inputs = [torch.randn(rows, 256) for rows in (1, 3, 20, 70, 200, 16)]
+    inputs = [torch.randn(rows, 256) for rows in (1, 700, 20, 900, 500, 16)]
     file = model("SparseLinear", weight, "1:4", None, ["b", 256])
     shared, right = session(file, 2), []
     expected = [ran(file, x).numpy() for x in inputs]
@@ -71,7 +71,8 @@ def test_one_session_that_several_threads_run():
 
 
 _MANY = """
-import sys, resource, numpy, onnxruntime
+import sys, numpy, onnxruntime
+def kib(): return int(open("/proc/self/statm").read().split()[1]) * 4  # not the peak, which a process inherits
 options = onnxruntime.SessionOptions()
 options.register_custom_ops_library(sys.argv[1])
 options.intra_op_num_threads = 1
@@ -80,13 +81,14 @@ def once():
     session = onnxruntime.InferenceSession(sys.argv[2], options, providers=["CPUExecutionProvider"])
     session.run(None, {"x": x})
 for _ in range(30): once()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = kib()
 for _ in range(150): once()
-grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-assert grown < 4000, f"memory grew by {grown} KiB"
+grown = kib() - before
+assert grown < 8000, f"memory grew by {grown} KiB"
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads what Linux tells of a process")
 def test_sessions_that_are_closed_leave_nothing(tmp_path: Path):
     # 150 packed weights would be 120 MB.
     (tmp_path / "net.onnx").write_bytes(model("SparseLinear", sparse((512, 512), "2:4"), "2:4", None, ["b", 512]))
