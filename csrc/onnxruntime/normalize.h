@@ -1,5 +1,5 @@
 // AddLayerNormalization: LayerNormalization over the last dim of a sum, as residual connections have it. ONNX Runtime fuses the two as
-// well, but adds up a row number by number: that took as long as a fifth of a 2:4 encoder in int8.
+// well, but adds up a row number by number: that took a fifth of a 2:4 encoder in int8.
 #pragma once
 
 #include <cmath>
