@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -130,11 +131,15 @@ def compare(config: CompareConfig, say: Callable[[str], None]) -> list[SummaryRo
 def train_all(runs: Sequence[Config], jobs: int, say: Callable[[str], None]) -> None:
     """Every run, those that start from others last. Where this raises, no run goes on in the background."""
     later = [run for run in runs if starts_trained(run.method)]
-    workers = Workers()
+    workers, done = Workers(), itertools.count(1)
+
+    def tell(line: str) -> None:
+        say(f"{next(done):{len(str(len(runs)))}} of {len(runs)}  {line}")
+
     for stage in ([run for run in runs if run not in later], later):
         pool = ThreadPoolExecutor(jobs)
         try:
-            list(pool.map(lambda run: run_one(run, say, workers), stage))
+            list(pool.map(lambda run: run_one(run, tell, workers), stage))
         except BaseException:
             workers.stop()
             raise

@@ -28,7 +28,7 @@ from openwork.recipes.method_flags import (
 from openwork.recipes.pages import render
 from openwork.recipes.rundir import RunDir, read_lines, write_text
 from openwork.recipes.stored_result import read_finished, read_samples
-from openwork.recipes.summary import flip_rates, metrics_of, notes, summary_rows, table_of
+from openwork.recipes.summary import flip_rates, meanings, metrics_of, notes, summary_rows, table_of
 from openwork.recipes.task import Metric
 
 Result = dict[str, Any]
@@ -36,6 +36,7 @@ Runs = Sequence[tuple[Path, Result]]
 Records = list[dict[str, Any]]
 Values = Callable[[Records, Result], list[float | None]]
 _SCHEDULED = {"kept": "Share of weights that the schedule keeps", "mask_decay": "Mask decay beta"}
+_TOGETHER, _TIMES = "\u00a0±\u00a0", "\u00a0x\u00a0"  # a cell of the results breaks elsewhere
 _LAYERS = ("weight", "shape", "pattern", "density", "magnitude at start", "weights", "MACs dense", "MACs sparse", "")
 
 
@@ -79,7 +80,8 @@ def build_page(runs: Runs) -> str:
         "report.html.j2",
         title=f"{config['model']} on {config['data'].partition('=')[0]}",
         subtitle=f"{len(runs)} run{'s' * (len(runs) > 1)} of {config['epochs']} epochs on {environment['device']}",
-        results=(header, lines),
+        results=(header, [[cell.replace(" ± ", _TOGETHER).replace(" x ", _TIMES) for cell in line] for line in lines]),
+        meanings=meanings(metrics),
         notes=" ".join(notes(metrics)),
         diverged=[f"{run.name}: {told['what']}" for run, result in runs if (told := result.get("diverged"))],
         legend_entries=[(label, COLORS[i % len(COLORS)]) for i, label in enumerate(labels)],
