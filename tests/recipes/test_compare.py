@@ -115,6 +115,8 @@ def test_a_comparison_end_to_end(compared):
     page = (out / "report.html").read_text()
     assert page.count('<g class="run">') == 18  # 3 runs, 6 charts
     assert "://" not in page
+    assert '<abbr title="paired t-test of that difference, with 3 seeds or more">p</abbr>' in page
+    assert "<details><summary>What the columns mean</summary>" in page
 
 
 def test_methods_of_a_seed_start_from_the_same_weights_and_samples(compared):
@@ -145,6 +147,7 @@ def test_a_second_call_reuses_finished_runs(compared):
     again = compare(CompareConfig(**SMALL, out=str(out), methods=["dense", "asp", "sr-ste"]), said.append)
     assert again == rows
     assert all("finished before" in line for line in said)
+    assert [line.partition("  ")[0] for line in said] == ["1 of 3", "2 of 3", "3 of 3"]
 
 
 def test_another_configuration_is_refused(compared):
