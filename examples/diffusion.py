@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import openwork as ow
 
 torch.manual_seed(0)
-STEPS, BATCH, TIMES = 900, 256, 30
+STEPS, BATCH, TIMES = 700, 256, 30
 kept = torch.linspace(0.999, 0.7, TIMES).cumprod(0)  # the share of the signal's power at each time
 
 
@@ -37,7 +37,7 @@ def spiral(count):
 
 model = Denoiser()
 print(ow.sparsify(model, {"blocks": "2:4"}, ow.SRSTE(decay=2, decoupled=True)))
-optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 ow.attach(optimizer, model)
 average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
 
@@ -49,7 +49,7 @@ for step in range(STEPS):
     optimizer.step()
     optimizer.zero_grad()
     average.update_parameters(model)
-    if step % 300 == 0:
+    if step % 100 == 0:
         print(f"step {step}: loss {loss.item():.3f}")
 
 denoiser = ow.finalize(average.module)  # the average is 2:4 as well

@@ -55,7 +55,12 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+QUICK = {"plain_loop", "accelerate_loop"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS]
+)
 def test_a_script_runs(name, tmp_path, monkeypatch):
     needed, file = SCRIPTS[name]
     pytest.importorskip(needed)

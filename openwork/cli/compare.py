@@ -38,7 +38,7 @@ def _table(rows: Sequence[Any], metrics: Sequence[Any]) -> list[str]:
         "",
         *fitted(*table_of(rows, metrics), 100),
         "",
-        "±: standard deviation over the seeds; delta, p: difference to dense of the same seeds, paired t-test;",
+        "±: standard deviation over the seeds; delta, p: difference to dense of the same seeds, t-test;",
         "SAD: share of the sparse weights that changed sides from start to end.",
         "",
     ]

@@ -36,7 +36,6 @@ Runs = Sequence[tuple[Path, Result]]
 Records = list[dict[str, Any]]
 Values = Callable[[Records, Result], list[float | None]]
 _SCHEDULED = {"kept": "Share of weights that the schedule keeps", "mask_decay": "Mask decay beta"}
-_TOGETHER, _TIMES = "\u00a0±\u00a0", "\u00a0x\u00a0"  # a cell of the results breaks elsewhere
 _LAYERS = ("weight", "shape", "pattern", "density", "magnitude at start", "weights", "MACs dense", "MACs sparse", "")
 
 
@@ -80,7 +79,7 @@ def build_page(runs: Runs) -> str:
         "report.html.j2",
         title=f"{config['model']} on {config['data'].partition('=')[0]}",
         subtitle=f"{len(runs)} run{'s' * (len(runs) > 1)} of {config['epochs']} epochs on {environment['device']}",
-        results=(header, [[cell.replace(" ± ", _TOGETHER).replace(" x ", _TIMES) for cell in line] for line in lines]),
+        results=(header, [list(map(_unbroken, line)) for line in lines]),
         meanings=meanings(metrics),
         notes=" ".join(notes(metrics)),
         diverged=[f"{run.name}: {told['what']}" for run, result in runs if (told := result.get("diverged"))],
@@ -96,6 +95,11 @@ def build_page(runs: Runs) -> str:
         masks=mask_pictures(shown),
         facts=facts(results),
     )
+
+
+def _unbroken(cell: str) -> str:
+    """A cell of the results, which the page may break before a parenthesis and between options, and nowhere else."""
+    return cell if "=" in cell else cell.replace(" ", "\u00a0").replace("\u00a0(", " (")
 
 
 def shown_run(results: Sequence[Result]) -> Result:

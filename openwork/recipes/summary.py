@@ -192,7 +192,8 @@ def notes(metrics: Sequence[Metric]) -> list[str]:
     ]
 
 
-_LEAST = ("steps", "density", "ms/step", "time s", "flip rate %/step", "epochs")  # left out first, in this order
+_LEAST = ("steps", "density", "ms/step", "time s")  # left out first, in this order, then further scores, then these
+_LESS = ("flip rate %/step", "epochs", "p", "MACs", "options")
 
 
 def fitted(header: Sequence[str], lines: Sequence[Sequence[str]], width: int) -> list[str]:
@@ -202,8 +203,8 @@ def fitted(header: Sequence[str], lines: Sequence[Sequence[str]], width: int) ->
     ['method  SAD %', 'dense   26.6']
     """
     columns = dict(zip(header, zip(*lines, strict=True), strict=True))
-    others = [name for name in header[6:] if name not in (*_LEAST, "SAD %", "MACs")]  # further scores
-    for name in ("", *_LEAST[:4], *reversed(others), *_LEAST[4:]):
+    others = [name for name in header[6:] if name not in (*_LEAST, *_LESS, "SAD %")]
+    for name in ("", *_LEAST, *reversed(others), *_LESS):
         columns.pop(name, None)
         text = aligned(list(columns), [*zip(*columns.values(), strict=True)])
         if max(map(len, text)) <= width:
