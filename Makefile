@@ -81,7 +81,7 @@ clean: ## remove what the targets made, but not runs/
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "error: Openwork needs Python 3.10 or newer, but '$(PYTHON) --version' says: $$($(PYTHON) --version 2>&1)." >&2; \
 	  echo "       Name a newer one: make PYTHON=python3.11 ..." >&2; exit 1; }
-	@echo "installing torch and torchvision into .venv, once; without CUDA: make ... TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+	@echo "installing torch and torchvision into .venv, once$(if $(TORCH_INDEX),,; without CUDA: make ... TORCH_INDEX=https://download.pytorch.org/whl/cpu)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) -qq $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) torch torchvision
 	@touch $@
