@@ -59,9 +59,12 @@ class Protocol:
         ]
 
 
-_IMAGES = "--model resnet20-s2 --epochs 4 --batch_size 128 --warmup 0.2 --optimizer adamw --betas 0.9 0.95"
+_IMAGES = (
+    "--model resnet20-s2 --limit 6000 --epochs 20 --batch_size 128 --warmup 1 --channels_last true "
+    "--optimizer adamw --lr 2e-3 --betas 0.9 0.95 --weight_decay 0.05"
+)
 PROTOCOLS = {
-    "classification": Protocol("classification", _IMAGES, "--hold_out 10000", "2:4 1:16", 1872, "2e-4 2e-3 2e-2"),
+    "classification": Protocol("classification", _IMAGES, "--hold_out 10000", "2:4 1:16", 920, "2e-4 2e-3 2e-2"),
 }
 
 

@@ -100,6 +100,7 @@ class Common:
         None, "epochs after which the schedule steps divides the rate by ten (default: at 1/2 and 3/4 of the epochs)"
     )
     precision: str = flag("32-true", "Lightning's precision: 32-true, bf16-mixed, 16-mixed, ...")
+    channels_last: bool = flag(False, "convolutions with the channels last in memory: quicker, with other roundings")
     accumulate: int = flag(1, "micro-batches per optimizer step")
     devices: int = flag(1, "processes or GPUs of each machine")
     nodes: int = flag(1, "machines, each with --devices processes")

@@ -50,6 +50,8 @@ def prepare(task: Task, config: Config) -> tuple[Data, nn.Module, ow.Report]:
     net = task.build(config, data)
     if config.init:
         load_weights(net, Path(config.init))
+    if config.channels_last:
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     report = ow.sparsify(
         net,
         config.pattern,
