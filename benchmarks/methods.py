@@ -60,7 +60,7 @@ class Protocol:
 
 
 _IMAGES = (
-    "--model resnet20-s2 --limit 6000 --epochs 20 --batch_size 128 --warmup 1 --channels_last true "
+    "--model resnet20-s2 --limit 6000 --epochs 20 --batch_size 128 --warmup 1 --channels_last "
     "--optimizer adamw --lr 2e-3 --betas 0.9 0.95 --weight_decay 0.05"
 )
 PROTOCOLS = {
