@@ -1,6 +1,6 @@
 """Do the changes of the mask tell how good the network will be? Accuracy against SAD and flip rate, over many runs.
 
-    python benchmarks/mask_changes.py methods-fashion.json methods-language.json
+    python benchmarks/mask_changes.py classification-methods.json language-methods.json
 
 The files are results of `openwork compare`, in benchmarks/results. Each point is one sparse run: its score less that
 of the dense run of its seed (positive: better), beside the SAD since the start and the mean flip rate a step. Runs

@@ -111,11 +111,15 @@ def with_tables(page: str) -> str:
 
 def without_folders(document: dict[str, Any]) -> dict[str, Any]:
     """The same without the places of the data and of the runs on the machine that made it."""
-    name, has_folder, _ = document["config"]["data"].partition("=")
-    return document | {"config": document["config"] | {"data": f"{name}=DIR" if has_folder else name, "out": "runs"}}
+    config = document["config"]
+    name, has_folder, _ = config["data"].partition("=")
+    found = {"data": f"{name}=DIR" if has_folder else name, "out": "runs"}
+    if chosen := config.get("options_from"):
+        found["options_from"] = [f"runs/{Path(folder).name}" for folder in chosen]
+    return document | {"config": config | found}
 
 
-def main() -> None:
+def write_page() -> None:
     for path in RESULTS.glob("*.json"):
         document = without_folders(json.loads(path.read_text(encoding="utf-8")))
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -123,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write_page()
