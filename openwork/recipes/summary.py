@@ -41,10 +41,10 @@ class SummaryRow:
 
 
 def summary_rows(results: Sequence[dict[str, Any]]) -> list[SummaryRow]:
-    """Groups results by method, pattern and options; order as given."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    """Groups results by method, pattern, options and length; order as given."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for result in results:
-        groups.setdefault(label_of(result["config"]), []).append(result)
+        groups.setdefault((label_of(result["config"]), result["config"]["epochs"]), []).append(result)
     key = metrics_of(results)[0].key
     dense = {r["config"]["seed"]: r[key] for r in results if r["config"]["method"] == DENSE}
     return [_row(group, dense) for group in groups.values()]
@@ -173,7 +173,8 @@ def meanings(metrics: Sequence[Metric]) -> dict[str, str]:
         "flip rate %/step": "the share that changes in one step, mean of the recorded steps; "
         "dense: of the mask it would have",
         "time s": "of all training steps, without validation",
-        "epochs": "ASP starts from the dense run of its seed, so its budget is two trainings",
+        "epochs": "ASP starts from a dense run of its seed, so its budget is two trainings of the epochs that stand "
+        "there",
     }
 
 
