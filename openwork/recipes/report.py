@@ -98,8 +98,8 @@ def build_page(runs: Runs) -> str:
 
 
 def _unbroken(cell: str) -> str:
-    """A cell of the results, which the page may break before a parenthesis and between options, and nowhere else."""
-    return cell if "=" in cell else cell.replace(" ", "\u00a0").replace("\u00a0(", " (")
+    """A cell with a parenthesis, which the page may break before that and nowhere else."""
+    return cell.replace(" ", "\u00a0").replace("\u00a0(", " (") if "(" in cell else cell
 
 
 def shown_run(results: Sequence[Result]) -> Result:
