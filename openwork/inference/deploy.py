@@ -49,6 +49,12 @@ def plan(
     `weight_dtype` is the dtype that sparse kernels keep weights in, by default the model's own. On a CPU float32, or
     bfloat16 or int8, which are smaller, and round. On a GPU the model's own dtype, or float16, bfloat16, int8,
     float8_e4m3fn.
+
+    >>> import torch, openwork as ow
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    >>> _ = ow.project(model, "1:4")
+    >>> [layer.name for layer in ow.plan(model, torch.randn(1, 64), pattern="1:4").layers]
+    ['0.weight']
     """
     with torch.inference_mode(False), on_device(_device(unwrap(model))):
         ready, patterns, weight_dtype = _ready(model, pattern, weight_dtype)
@@ -82,6 +88,13 @@ def deploy(
     `engine_seconds`: on a CPU OpenVINO and ONNX Runtime, where they are installed, run the dense network as well, in a
     process of its own and for so many seconds at most; of one that is faster than what is returned, a warning says so.
     0 leaves that out (docs/deploy.md has the rule).
+
+    >>> import torch, openwork as ow
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    >>> _ = ow.project(model, "1:4")
+    >>> fast = ow.deploy(model, torch.randn(1, 64), pattern="1:4", engine_seconds=0)
+    >>> fast.deployment.difference < 1e-3
+    True
     """
     # Not in inference mode, also where the caller is in it: what is made here can be loaded into later.
     with torch.inference_mode(False), on_device(_device(unwrap(model))):

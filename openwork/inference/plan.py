@@ -81,7 +81,15 @@ class Plan:
     """What `plan` measured, layer by layer. `str()` is a table. Only `deploy` measures the rest: `whole` are the times
     of whole models in seconds, `returned` names the one that it returned, and `difference` is how far its outputs are
     from those of the model it got, on the example: the largest difference over the largest magnitude. `engines`: how
-    long other software takes, None where that was not asked or the model is on a GPU."""
+    long other software takes, None where that was not asked or the model is on a GPU.
+
+    >>> import torch, openwork as ow
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    >>> _ = ow.project(model, "1:4")
+    >>> found = ow.plan(model, torch.randn(1, 64), pattern="1:4")
+    >>> set(found.chosen) <= {"0.weight"}, found.weight_dtype
+    (True, torch.float32)
+    """
 
     layers: tuple[LayerTiming, ...]
     weight_dtype: torch.dtype

@@ -50,6 +50,15 @@ def load_deployed(
     with their kernels, the `deployment.chosen` of an earlier result, all others dense. The whole model is not compared
     with the dense one, which never exists here: `ow.deploy` does that. Where no layer is faster sparse, the result is
     dense, and a warning says so. Raises ValueError where file and model, or `chosen`, do not fit.
+
+    >>> import tempfile
+    >>> import openwork as ow
+    >>> _ = ow.project(model := nn.Sequential(nn.Linear(64, 8)), "1:4")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     ow.save(model, path := f"{folder}/net.safetensors", pattern="1:4")
+    ...     fast = ow.load_deployed(path, model, torch.randn(1, 64), chosen={"0.weight": "gemm"})
+    >>> fast.deployment.chosen
+    {'0.weight': 'gemm'}
     """
     model = unwrap(model)
     elsewhere = {str(x.device) for x in tree_leaves(example) if isinstance(x, Tensor) and x.device.type != "cpu"}

@@ -19,7 +19,17 @@ from openwork.nm.masks import apply_mask
 
 @dataclass(frozen=True)
 class ASP(Method):
-    """One-shot magnitude pruning with a fixed mask. Load the trained dense weights before `sparsify`."""
+    """One-shot magnitude pruning with a fixed mask. Load the trained dense weights before `sparsify`. Source: Mishra et
+    al., 2021, arXiv:2104.08378.
+
+    >>> import torch, openwork as ow
+    >>> layer = torch.nn.Linear(4, 1, bias=False)
+    >>> _ = layer.weight.data.copy_(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
+    >>> _ = ow.sparsify(layer, "2:4", ow.ASP())
+    >>> layer(torch.ones(1, 4)).backward()
+    >>> next(layer.parameters()).grad
+    tensor([[1., 1., 0., 0.]])
+    """
 
     name: ClassVar[str] = "asp"
     prunes_trained: ClassVar[bool] = True

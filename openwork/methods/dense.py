@@ -16,7 +16,15 @@ from openwork.methods.schedule import Phase
 
 @dataclass(frozen=True)
 class Dense(Method):
-    """No zeros; `Topology` records how the magnitude mask would move."""
+    """The dense twin: no zeros; `Topology` records how the magnitude mask would move.
+
+    >>> import torch, openwork as ow
+    >>> layer = torch.nn.Linear(4, 1, bias=False)
+    >>> _ = layer.weight.data.copy_(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
+    >>> _ = ow.sparsify(layer, "2:4", ow.Dense())
+    >>> layer.weight.detach(), ow.masks(layer)["weight"]
+    (tensor([[4., 3., 2., 1.]]), tensor([[ True,  True, False, False]]))
+    """
 
     name: ClassVar[str] = "dense"
     sparse: ClassVar[bool] = False

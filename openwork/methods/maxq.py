@@ -31,9 +31,16 @@ from openwork.ops.masks import check_rate
 class MaxQ(Method):
     """SR-STE whose groups become N:M one after the other in `steps` optimizer steps, with kept weights multiplied by 1
     to 3, by their ranks. `curve`: that of `ow.Ramp`. For linear layers and convolutions of two dims or more.
+    Source: Xiang et al., CVPR 2024, arXiv:2312.07061.
 
     The queries look at whole weights: a weight that is spread over processes cannot be read outside of a forward that
     gathers it (FSDP2 does), and not under tensor parallelism.
+
+    >>> import torch, openwork as ow
+    >>> model = torch.nn.Linear(16, 4)
+    >>> _ = ow.sparsify(model, "1:4", ow.MaxQ(100))
+    >>> ow.attach(torch.optim.AdamW(model.parameters()), model).unfinished
+    '100.0% of the groups dense: not yet 1:4 (step 0 of 100)'
     """
 
     steps: int

@@ -24,7 +24,15 @@ from openwork.methods.schedules import MaskDecay
 @dataclass(frozen=True)
 class MdGf(Method):
     """STE with a mask that decays in over `steps` optimizer steps; N:M only from then on. `linear`: beta falls in a
-    line, instead of exponentially, which the authors found best."""
+    line, instead of exponentially, which the authors found best. `straight_through`: pass the whole gradient, as their
+    torch code does, instead of beta times it. Source: Bambhaniya et al., 2024, arXiv:2402.04744.
+
+    >>> import torch, openwork as ow
+    >>> model = torch.nn.Linear(16, 4)
+    >>> _ = ow.sparsify(model, "2:4", ow.MdGf(100))
+    >>> ow.attach(torch.optim.AdamW(model.parameters()), model).unfinished
+    'mask decay beta = 1: not yet 2:4 (step 0 of 100)'
+    """
 
     steps: int
     linear: bool = False

@@ -60,6 +60,14 @@ class Method:
 
     The engine (`openwork.training`) does the rest: it stores masks, counts steps, saves and resumes all of it, and
     takes the kernel that reads a weight once where `score`, `mask`, `forward` and `backward` are those of this class.
+
+    >>> import torch, openwork as ow
+    >>> class FirstOnes(ow.Method):
+    ...     name = "first-ones"
+    ...     score = lambda self, weight, state: torch.arange(weight.shape[-1], 0, -1.0).expand_as(weight)
+    >>> _ = ow.sparsify(layer := torch.nn.Linear(4, 1), "2:4", FirstOnes())
+    >>> ow.masks(layer)["weight"]
+    tensor([[ True,  True, False, False]])
     """
 
     name: ClassVar[str]

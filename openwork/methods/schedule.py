@@ -75,6 +75,11 @@ class Schedule:
     `refresh_every` says when masks are chosen instead: after so many optimizer steps, or, where it is None, only once,
     by `sparsify`. Such masks are stored, and are part of the state dict. A schedule with `steps` changes what is in
     force: it defines `at`, which is asked before step `steps` is done; from then on what `sparsify` was given holds.
+
+    >>> import torch, openwork as ow
+    >>> _ = ow.sparsify(layer := torch.nn.Linear(8, 4), "2:4", ow.STE(schedule=ow.Schedule(refresh_every=100)))
+    >>> sorted(layer.state_dict())
+    ['bias', 'weight', 'weight_mask', 'weight_mask_age']
     """
 
     steps: int = 0

@@ -23,7 +23,15 @@ _LARGEST_M = 64
 @dataclass(frozen=True, repr=False)
 class MaskDecay(Schedule):
     """The mask comes slowly: of the pruned weights a share is still there, 1 at the start, 0 after `steps`. An
-    exponential, unless `linear`; it never reaches 0, so the last step cuts it off, where a thousandth is left."""
+    exponential, unless `linear`; it never reaches 0, so the last step cuts it off, where a thousandth is left. Source:
+    MdGf, arXiv:2402.04744.
+
+    >>> import torch, openwork as ow
+    >>> model = torch.nn.Linear(16, 4)
+    >>> _ = ow.sparsify(model, "2:4", ow.STE(schedule=ow.MaskDecay(100)))
+    >>> ow.attach(torch.optim.AdamW(model.parameters()), model).unfinished
+    'mask decay beta = 1: not yet 2:4 (step 0 of 100)'
+    """
 
     steps: int
     linear: bool = False
@@ -40,7 +48,13 @@ class StructureDecay(Schedule):
     """The pattern tightens by stages: (M-1):M, M/2:M, M/4:M, ... in frames of equal length, N:M after `steps`.
 
     `geometric`: kN:kM instead, k = 8, 4, 2, as far as kM <= 64: the density of the end, in larger groups. The authors
-    give N:M a frame of the same length, so go on for as long at least.
+    give N:M a frame of the same length, so go on for as long at least. Source: SdGf, arXiv:2402.04744.
+
+    >>> import torch, openwork as ow
+    >>> model = torch.nn.Linear(16, 4)
+    >>> _ = ow.sparsify(model, "1:16", ow.STE(schedule=ow.StructureDecay(100)))
+    >>> ow.attach(torch.optim.AdamW(model.parameters()), model).unfinished
+    'pattern 15:16: not yet 1:16 (step 0 of 100)'
     """
 
     steps: int
@@ -78,9 +92,16 @@ _CURVES: dict[str, Callable[[float], float]] = {
 @dataclass(frozen=True, repr=False)
 class Ramp(Schedule):
     """One group after the other becomes N:M: a share of them, those with the smallest L1 norm of each weight, stays
-    dense, all at the start, none after `steps`. `curve`: how it falls; linear, cubic, cosine or exponential.
+    dense, all at the start, none after `steps`. `curve`: how it falls; linear, cubic, cosine or exponential. Source:
+    MaxQ, arXiv:2312.07061.
 
     To rank all groups of a weight that is spread over processes, it is gathered in each forward until the end.
+
+    >>> import torch, openwork as ow
+    >>> model = torch.nn.Linear(16, 4)
+    >>> _ = ow.sparsify(model, "1:4", ow.SRSTE(schedule=ow.Ramp(100)))
+    >>> ow.attach(torch.optim.AdamW(model.parameters()), model).unfinished
+    '100.0% of the groups dense: not yet 1:4 (step 0 of 100)'
     """
 
     steps: int
@@ -99,7 +120,14 @@ class Ramp(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class DenseWarmup(Schedule):
-    """Dense for `steps` optimizer steps; from then on `then`, whose steps count from there."""
+    """Dense for `steps` optimizer steps; from then on `then`, whose steps count from there.
+
+    >>> import torch, openwork as ow
+    >>> model = torch.nn.Linear(16, 4)
+    >>> _ = ow.sparsify(model, "2:4", ow.STE(schedule=ow.DenseWarmup(10, ow.MaskDecay(100))))
+    >>> ow.attach(torch.optim.AdamW(model.parameters()), model).unfinished
+    'pattern 4:4: not yet 2:4 (step 0 of 110)'
+    """
 
     steps: int
     then: Schedule = field(default_factory=every_forward)
@@ -129,7 +157,14 @@ class DenseWarmup(Schedule):
 @dataclass(frozen=True, repr=False)
 class DenseTail(Schedule):
     """Sparse for `steps` optimizer steps, as `before` says, and dense from then on: the model ends dense. For training
-    that sparse tensor cores make faster, not for a sparse model: `ow.verify` and `ow.save` hold it to no pattern."""
+    that sparse tensor cores make faster, not for a sparse model: `ow.verify` and `ow.save` hold it to no pattern.
+
+    >>> import torch, openwork as ow
+    >>> model = torch.nn.Linear(16, 4)
+    >>> _ = ow.sparsify(model, "2:4", ow.STE(schedule=ow.DenseTail(100)))
+    >>> ow.attach(torch.optim.AdamW(model.parameters()), model).unfinished
+    'pattern 2:4: dense from step 100 on (step 0)'
+    """
 
     steps: int
     before: Schedule = field(default_factory=every_forward)

@@ -19,7 +19,14 @@ from openwork.methods.schedules import StructureDecay
 @dataclass(frozen=True)
 class SdGf(Method):
     """STE at patterns that tighten over `steps` optimizer steps; N:M only from then on. `geometric`: kN:kM with a
-    falling k instead, as far as kM <= 64."""
+    falling k instead, as far as kM <= 64. Source: Bambhaniya et al., 2024, arXiv:2402.04744.
+
+    >>> import torch, openwork as ow
+    >>> model = torch.nn.Linear(16, 4)
+    >>> _ = ow.sparsify(model, "1:16", ow.SdGf(100))
+    >>> ow.attach(torch.optim.AdamW(model.parameters()), model).unfinished
+    'pattern 15:16: not yet 1:16 (step 0 of 100)'
+    """
 
     steps: int
     geometric: bool = False

@@ -24,11 +24,22 @@ from openwork.ops.masks import check_rate
 
 @dataclass(frozen=True, repr=False)
 class SRSTE(Method):
-    """STE that shrinks the pruned weights, so that the mask converges. `decay` 0 is STE.
+    """STE that shrinks the pruned weights, so that the mask converges. `decay` 0 is STE. Source: Zhou et al., ICLR
+    2021, arXiv:2102.04010.
 
     The default is the authors' for 600,000 steps of ImageNet. Where decay times the summed learning rate is far
     below 1 it has no effect, so short runs want more: 0.02 suited a thousand steps (docs/topology.md). `decoupled`: the
     decay does not pass through the optimizer's moments; `docs/methods.md` says what to choose under Adam.
+
+    >>> import torch, openwork as ow
+    >>> layer = torch.nn.Linear(4, 1, bias=False)
+    >>> _ = layer.weight.data.copy_(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
+    >>> _ = ow.sparsify(layer, "2:4", ow.SRSTE(decay=0.5))
+    >>> _ = ow.attach(optimizer := torch.optim.SGD(layer.parameters(), lr=0.1), layer)
+    >>> (0 * layer(torch.ones(1, 4))).backward()
+    >>> optimizer.step()
+    >>> next(layer.parameters()).data
+    tensor([[4.0000, 3.0000, 1.9000, 0.9500]])
     """
 
     decay: float = 2e-4

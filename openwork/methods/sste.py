@@ -28,7 +28,16 @@ from openwork.methods.schedules import MaskDecay, Ramp, StructureDecay
 @dataclass(frozen=True, repr=False)
 class SSTE(Method):
     """Train from scratch with a soft threshold; no number to choose. Sparsify after the weights are initialized: their
-    scale is that of the first weights. `schedule`: only dense or N:M, because the scale is that of one pattern."""
+    scale is that of the first weights. `schedule`: only dense or N:M, because the scale is that of one pattern. Source:
+    Hu et al., NeurIPS 2024, arXiv:2409.09099.
+
+    >>> import torch, openwork as ow
+    >>> layer = torch.nn.Linear(4, 1, bias=False)
+    >>> _ = layer.weight.data.copy_(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
+    >>> _ = ow.sparsify(layer, "2:4", ow.SSTE())
+    >>> layer.weight.detach()
+    tensor([[4.4000, 2.2000, 0.0000, 0.0000]])
+    """
 
     schedule: Schedule = field(default_factory=every_forward, kw_only=True)
 

@@ -29,11 +29,17 @@ from openwork.methods.schedules import DenseWarmup
 @dataclass(frozen=True)
 class STEP(Method):
     """Dense until Adam's second moment has settled, `steps` optimizer steps at the latest, then STE with that moment.
-    For `torch.optim.Adam` and `AdamW`.
+    For `torch.optim.Adam` and `AdamW`. Source: Lu et al., ICML 2023, arXiv:2302.01172.
 
     `earliest`: T_min, no change until then (0: a fifth of `steps`; T_min and T_max are 10 % and 50 % of a run).
     `window`: T_w, how many steps have to have settled on average; 1 / (1 - beta2), so 20 for a beta2 of 0.95. A change
     early in the warm-up of the learning rate, when moments are tiny, makes for steps that are too long.
+
+    >>> import torch, openwork as ow
+    >>> model = torch.nn.Linear(16, 4)
+    >>> _ = ow.sparsify(model, "2:4", ow.STEP(100))
+    >>> ow.attach(torch.optim.AdamW(model.parameters()), model).unfinished
+    'pattern 4:4: not yet 2:4 (step 0 of 100)'
     """
 
     steps: int

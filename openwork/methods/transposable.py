@@ -23,11 +23,18 @@ from openwork.ops.masks import check_rate
 
 @dataclass(frozen=True, repr=False)
 class TransposableSRSTE(Method):
-    """SR-STE with masks that are N:M in the transposed weight too, chosen anew every `refresh_every` steps.
+    """SR-STE with masks that are N:M in the transposed weight too, chosen anew every `refresh_every` steps. Source: Hu
+    et al., ICML 2024, arXiv:2404.01847.
 
     Defaults are those of Hu et al.: masks every 40 steps; decays between 6e-5 and 2e-4, by the size of the network. As
     in SR-STE, short runs want more. Masks and the steps since they were chosen are part of the state dict. Hu et al.
     train dense in the end: `schedule=ow.DenseTail(steps)`.
+
+    >>> import torch, openwork as ow
+    >>> _ = ow.sparsify(layer := torch.nn.Linear(8, 8), "2:4", ow.TransposableSRSTE())
+    >>> mask = ow.masks(layer)["weight"]
+    >>> mask.view(-1, 4).sum(1).unique(), mask.T.reshape(-1, 4).sum(1).unique()
+    (tensor([2]), tensor([2]))
     """
 
     decay: float = 2e-4

@@ -20,6 +20,10 @@ class Axis:
     `dim` is the axis itself. `blocks` > 1 says that `dim` holds that many independent reductions one
     after the other (ConvTranspose keeps all its `groups` in dim 0). `flat` is the grouping of the
     published results, over the flattened weight: for reproducing old numbers only, no kernel runs it.
+
+    >>> import torch
+    >>> to_rows(torch.nn.ConvTranspose2d(8, 4, 3).weight, Axis(0)).shape  # outputs and taps, inputs
+    torch.Size([4, 3, 3, 8])
     """
 
     dim: int = 1

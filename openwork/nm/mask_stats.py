@@ -13,7 +13,8 @@ from openwork.nm.pattern import Pattern
 
 
 def sad(a: Tensor, b: Tensor) -> int:
-    """Sparse architecture divergence ||a - b||_1: positions whose membership differs. Unit: weights.
+    """Sparse architecture divergence ||a - b||_1 of two masks, bool of one shape: positions whose membership differs.
+    Unit: weights. Source: Zhou et al., ICLR 2021, arXiv:2102.04010.
 
     Masks with equally many kept weights differ in pairs (one leaves, one enters), so SAD is even.
 

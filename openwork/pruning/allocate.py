@@ -57,7 +57,14 @@ class Choice:
 class Allocation(dict[str, Pattern]):
     """Weight -> pattern, as `sparsify` and `prune` take it; what is not in it stays dense. `str()` is a table.
 
-    `cost`: of the chosen patterns, as a share of all dense; `choices`: what there was to choose from, by weight."""
+    `cost`: of the chosen patterns, as a share of all dense; `choices`: what there was to choose from, by weight.
+
+    >>> import torch, openwork as ow
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16))
+    >>> found = ow.allocate(model, [torch.randn(64, 16)], budget=0.5, of="bytes")
+    >>> found.cost <= 0.5, found.error > 0
+    (True, True)
+    """
 
     def __init__(self, chosen: Mapping[str, Choice], choices: Mapping[str, Sequence[Choice]], of: str):
         super().__init__({name: choice.pattern for name, choice in chosen.items() if choice.pattern})

@@ -22,7 +22,13 @@ from openwork.pruning.wanda import Wanda
 
 @dataclass(frozen=True)
 class Refit(Solver):
-    """Another solver's mask with the weights that are best for it. `steps`: at most so many of conjugate gradients."""
+    """Another solver's mask with the weights that are best for it. `steps`: at most so many of conjugate gradients.
+
+    >>> import torch, openwork as ow
+    >>> model, batch = torch.nn.Sequential(torch.nn.Linear(16, 8)), torch.randn(64, 16)
+    >>> 0 < ow.prune(model, "2:4", [batch], solver=ow.Refit(ow.Magnitude())).error < 1
+    True
+    """
 
     mask_from: Solver = field(default_factory=Wanda)
     damp: float = 0.01

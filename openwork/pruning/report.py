@@ -33,7 +33,14 @@ class PrunedWeight:
 @dataclass(frozen=True)
 class PruneReport:
     """What `prune` did. `str()` is a table of the weights, `report` the one that `sparsify` gives as well: what is
-    sparse, what is not and why."""
+    sparse, what is not and why.
+
+    >>> import torch, openwork as ow
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 3))
+    >>> report = ow.prune(model, "2:4", [torch.randn(64, 16)], exclude=["1"])
+    >>> list(report.errors), report.skipped
+    (['0.weight'], {'1.weight': "excluded by '1'"})
+    """
 
     layers: tuple[PrunedWeight, ...]
     report: Report

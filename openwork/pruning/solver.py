@@ -48,7 +48,17 @@ class Groups:
 
 @dataclass(frozen=True)
 class Solver:
-    """How one layer is pruned."""
+    """How one layer is pruned. A solver is a subclass with a `solve`; what it returns is checked to be N:M.
+
+    >>> import torch, openwork as ow
+    >>> class FirstOnes(ow.Solver):
+    ...     def solve(self, weight, gram, groups):
+    ...         return weight * (torch.arange(weight.shape[1]) % 4 < 2)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8))
+    >>> _ = ow.prune(model, "2:4", [torch.randn(64, 16)], solver=FirstOnes())
+    >>> int((model[0].weight[:, :2] != 0).sum())
+    16
+    """
 
     needs_gram: ClassVar[bool] = True
     """Whether it takes the whole Gram matrix, not its diagonal alone."""

@@ -16,7 +16,14 @@ from openwork.pruning.solver import Groups, Solver, diagonal
 
 @dataclass(frozen=True)
 class Wanda(Solver):
-    """Keep the N largest |w| times norm of the input of each group; the kept weights stay as they are."""
+    """Keep the N largest |w| times norm of the input of each group; the kept weights stay as they are. Source: Sun et
+    al., ICLR 2024, arXiv:2306.11695.
+
+    >>> import torch, openwork as ow
+    >>> model, batch = torch.nn.Sequential(torch.nn.Linear(16, 8)), torch.randn(64, 16)
+    >>> 0 < ow.prune(model, "2:4", [batch], solver=ow.Wanda()).error < 1
+    True
+    """
 
     needs_gram: ClassVar[bool] = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -34,18 +35,33 @@ _ALSO = ("sad_start", "flip_rate", "density", "seconds")  # of each run, beside 
 
 def planned_runs(config: CompareConfig) -> list[Config]:
     """Every run of a comparison. Dense comes once per seed, also where only ASP needs it; ASP starts from it, and all
-    others from --init."""
+    others from --init. With `equal_budget` ASP is half as long, and starts from a run of `half_runs`."""
     names = {field.name for field in fields(config.run)} - {"method_options"}
     shared = {name: value for name, value in asdict(config).items() if name in names}
     choices = _choices(config)
     threads = max(1, (config.threads or _cores()) // jobs_of(config, len(choices)))
     runs = []
     for choice in choices:
+        trained = starts_trained(choice["method"])
+        halved = trained and config.equal_budget
         start = {**choice, "method": DENSE, "pattern": config.patterns[0], "method_options": {}}
-        init = _folder(config, start) if starts_trained(choice["method"]) else config.init
-        place = {"threads": threads, "progress": False, "init": init, "out": _folder(config, choice)}
-        runs.append(config.run(**{**shared, **choice, **place}))
+        init = _folder(config, start, halved) if trained else config.init
+        place = {"threads": threads, "progress": False, "init": init, "out": _folder(config, choice, halved)}
+        runs.append(config.run(**{**shared, **choice, **place, **(_half_of(config) if halved else {})}))
     return runs
+
+
+def half_runs(config: CompareConfig, runs: Sequence[Config]) -> list[Config]:
+    """The dense runs of half the length that those of equal budget start from. They are no rows of the table."""
+    starts = {run.init: run for run in runs if config.equal_budget and starts_trained(run.method)}
+    dense: dict[str, Any] = {"method": DENSE, "pattern": config.patterns[0], "method_options": {}, "init": config.init}
+    return [replace(run, **dense, out=folder) for folder, run in starts.items()]
+
+
+def _half_of(config: CompareConfig) -> dict[str, Any]:
+    """The length and schedule of a run of half the length."""
+    milestones = config.milestones and [at / 2 for at in config.milestones]
+    return {"epochs": config.epochs // 2, "warmup": config.warmup / 2, "milestones": milestones}
 
 
 def _cores() -> int:
@@ -63,7 +79,7 @@ def jobs_of(config: CompareConfig, runs: int) -> int:
 def _choices(config: CompareConfig) -> list[dict[str, Any]]:
     """Method, pattern, options and seed of each run, in the order of the registry; a comparison cut short has whole
     seeds."""
-    needs_dense = any(map(starts_trained, config.methods))
+    needs_dense = not config.equal_budget and any(map(starts_trained, config.methods))
     found = [best_options(Path(folder)) for folder in config.options_from]
     best = {key: options for each in found for key, options in each.items()}
     methods = [name for name in METHODS if name in config.methods or (name == DENSE and needs_dense)]
@@ -74,7 +90,7 @@ def _choices(config: CompareConfig) -> list[dict[str, Any]]:
         values = {name: [value] for name, value in defaults_of(method).items()} | given
         for pattern, *options in product(patterns, *values.values()):
             named = dict(zip(values, options, strict=True))
-            if config.options_from and named:
+            if config.options_from and (named or (method, pattern) in best):
                 named = _found(best, method, pattern, config.options_from)
             choices.append({"method": method, "pattern": pattern, "method_options": named, "seed": seed})
     return choices
@@ -100,23 +116,30 @@ def _found(best: Mapping[tuple[str, str], dict[str, Any]], method: str, pattern:
     return options
 
 
-def _folder(config: CompareConfig, choice: dict[str, Any]) -> str:
+def _folder(config: CompareConfig, choice: dict[str, Any], halved: bool = False) -> str:
+    """Where a run goes; a dense one of half the length one level below, where the report does not look for rows."""
     method, options = choice["method"], choice["method_options"]
     parts = [method, choice["pattern"].replace(":", "of")] if is_sparse(method) else [method]
     said = {name: name if value is True else value for name, value in options.items() if value is not False}
     parts += [f"{value:g}" if isinstance(value, float) else str(value).replace(":", "-") for value in said.values()]
-    return str(Path(config.out) / "-".join([*parts, f"seed{choice['seed']}"]))
+    place = Path(config.out)
+    if halved and is_sparse(method):
+        parts.append("half")
+    elif halved:
+        place /= "half"
+    return str(place / "-".join([*parts, f"seed{choice['seed']}"]))
 
 
 def compare(config: CompareConfig, say: Callable[[str], None]) -> list[SummaryRow]:
     """Trains what is not there yet, writes results.json and report.html, returns the table's rows."""
     runs = planned_runs(config)
-    for run in runs:
+    every = [*half_runs(config, runs), *runs]
+    for run in every:
         check_reusable(run)
     with interruptions(), locked(Path(config.out)):
         start = time.perf_counter()
         try:
-            train_all(runs, jobs_of(config, len(runs)), say)
+            train_all(every, jobs_of(config, len(runs)), say)
         except Interrupted as stop:
             raise Interrupted(stop.signum, f"{stop}; its runs too: the same command goes on with them") from None
         results = [_result(run) for run in runs]
@@ -130,11 +153,15 @@ def compare(config: CompareConfig, say: Callable[[str], None]) -> list[SummaryRo
 def train_all(runs: Sequence[Config], jobs: int, say: Callable[[str], None]) -> None:
     """Every run, those that start from others last. Where this raises, no run goes on in the background."""
     later = [run for run in runs if starts_trained(run.method)]
-    workers = Workers()
+    workers, done = Workers(), itertools.count(1)
+
+    def tell(line: str) -> None:
+        say(f"{next(done):{len(str(len(runs)))}} of {len(runs)}  {line}")
+
     for stage in ([run for run in runs if run not in later], later):
         pool = ThreadPoolExecutor(jobs)
         try:
-            list(pool.map(lambda run: run_one(run, say, workers), stage))
+            list(pool.map(lambda run: run_one(run, tell, workers), stage))
         except BaseException:
             workers.stop()
             raise

@@ -100,6 +100,7 @@ class Common:
         None, "epochs after which the schedule steps divides the rate by ten (default: at 1/2 and 3/4 of the epochs)"
     )
     precision: str = flag("32-true", "Lightning's precision: 32-true, bf16-mixed, 16-mixed, ...")
+    channels_last: bool = flag(False, "convolutions with the channels last in memory: quicker, with other roundings")
     accumulate: int = flag(1, "micro-batches per optimizer step")
     devices: int = flag(1, "processes or GPUs of each machine")
     nodes: int = flag(1, "machines, each with --devices processes")
@@ -191,6 +192,7 @@ class CompareConfig(Common):
     patterns: list[str] = flag(["2:4"], "one or several N:M")
     method_options: dict[str, list[Any]] = flag({}, "of the methods")
     options_from: list[str] = flag([], "comparisons (directories) whose best options each method gets")
+    equal_budget: bool = flag(False, "asp trains for half of the epochs dense and half sparse, not all of them twice")
     seeds: list[int] = flag([0, 1, 2], "one run per seed")
     jobs: int = flag(0, "runs at a time, each with threads/jobs threads (0: one per core; with a GPU, one)")
     out: str = flag("runs/compare", "directory of the comparison, one subdirectory per run")
@@ -206,6 +208,8 @@ class CompareConfig(Common):
             raise ValueError("methods, patterns, seeds and options of methods each need at least one value")
         if self.options_from and self.method_options:
             raise ValueError(f"--options_from and --{next(iter(self.method_options))}: give one of them")
+        if self.equal_budget and self.epochs % 2:
+            raise ValueError(f"--equal_budget halves the epochs, and {self.epochs} is odd; give an even number")
         if self.jobs < 0:
             raise ValueError(f"jobs is {self.jobs}; it must be at least 1, or 0 for one per core")
         self.run.check(cast(Config, self))

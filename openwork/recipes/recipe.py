@@ -50,6 +50,8 @@ def prepare(task: Task, config: Config) -> tuple[Data, nn.Module, ow.Report]:
     net = task.build(config, data)
     if config.init:
         load_weights(net, Path(config.init))
+    if config.channels_last:
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     report = ow.sparsify(
         net,
         config.pattern,
@@ -73,7 +75,11 @@ def load_run(folder: Path) -> tuple[nn.Module, Any, Config]:
 def evaluate(folder: Path, net: nn.Module) -> dict[str, float]:
     """The metrics of a network on the validation samples of a run."""
     task, config = read_run(folder)
-    data = task.load_data(config)
+    return scores(task, config, net, task.load_data(config))
+
+
+def scores(task: Task, config: Config, net: nn.Module, data: Data) -> dict[str, float]:
+    """The metrics of a network on the validation samples of `data`."""
     task.before_last_validation(config, net)
     with quiet(net):
         batches = data.all_val_batches(task.eval_batch)
@@ -82,8 +88,9 @@ def evaluate(folder: Path, net: nn.Module) -> dict[str, float]:
 
 
 def read_run(folder: Path) -> tuple[Task, Config]:
-    """The task and the configuration that a run directory was started with."""
-    values = RunDir(folder).read_config()
+    """The task and the configuration that a run directory was started with, wherever it is now: what words a network
+    knows lies there too."""
+    values = RunDir(folder).read_config() | {"out": str(folder)}
     task = find(values["task"])
     return task, task.config.from_values(values)
 

@@ -28,7 +28,7 @@ from openwork.recipes.method_flags import (
 from openwork.recipes.pages import render
 from openwork.recipes.rundir import RunDir, read_lines, write_text
 from openwork.recipes.stored_result import read_finished, read_samples
-from openwork.recipes.summary import flip_rates, metrics_of, notes, summary_rows, table_of
+from openwork.recipes.summary import flip_rates, meanings, metrics_of, notes, summary_rows, table_of
 from openwork.recipes.task import Metric
 
 Result = dict[str, Any]
@@ -79,7 +79,8 @@ def build_page(runs: Runs) -> str:
         "report.html.j2",
         title=f"{config['model']} on {config['data'].partition('=')[0]}",
         subtitle=f"{len(runs)} run{'s' * (len(runs) > 1)} of {config['epochs']} epochs on {environment['device']}",
-        results=(header, lines),
+        results=(header, [list(map(_unbroken, line)) for line in lines]),
+        meanings=meanings(metrics),
         notes=" ".join(notes(metrics)),
         diverged=[f"{run.name}: {told['what']}" for run, result in runs if (told := result.get("diverged"))],
         legend_entries=[(label, COLORS[i % len(COLORS)]) for i, label in enumerate(labels)],
@@ -94,6 +95,11 @@ def build_page(runs: Runs) -> str:
         masks=mask_pictures(shown),
         facts=facts(results),
     )
+
+
+def _unbroken(cell: str) -> str:
+    """A cell with a parenthesis, which the page may break before that and nowhere else."""
+    return cell.replace(" ", "\u00a0").replace("\u00a0(", " (") if "(" in cell else cell
 
 
 def shown_run(results: Sequence[Result]) -> Result:

@@ -9,6 +9,7 @@ from typing import Any
 
 from openwork.recipes.method_flags import DENSE, budget_of, label_of, option_texts, options_of
 from openwork.recipes.task import Metric
+from openwork.utils.table import aligned
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ class SummaryRow:
 
 
 def summary_rows(results: Sequence[dict[str, Any]]) -> list[SummaryRow]:
-    """Groups results by method, pattern and options; order as given."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    """Groups results by method, pattern, options and length; order as given."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for result in results:
-        groups.setdefault(label_of(result["config"]), []).append(result)
+        groups.setdefault((label_of(result["config"]), result["config"]["epochs"]), []).append(result)
     key = metrics_of(results)[0].key
     dense = {r["config"]["seed"]: r[key] for r in results if r["config"]["method"] == DENSE}
     return [_row(group, dense) for group in groups.values()]
@@ -160,16 +161,53 @@ def flip_rates(records: Sequence[Mapping[str, Any]], mask_steps: int) -> list[fl
     ]
 
 
-def notes(metrics: Sequence[Metric]) -> list[str]:
+def meanings(metrics: Sequence[Metric]) -> dict[str, str]:
+    """What the columns of the table mean, by heading."""
     first = metrics[0]
     better = "higher" if first.higher_is_better else "lower"
+    return {
+        first.heading: f"of the finalized network on the validation samples ({better} is better)",
+        "delta vs dense": "mean difference to the dense runs of the seeds",
+        "p": "paired t-test of that difference, with 3 seeds or more",
+        "SAD %": "share of the sparse layers' weights whose membership at the end differs from the start",
+        "flip rate %/step": "the share that changes in one step, mean of the recorded steps; "
+        "dense: of the mask it would have",
+        "time s": "of all training steps, without validation",
+        "epochs": "ASP starts from a dense run of its seed, so its budget is two trainings of the epochs that stand "
+        "there",
+    }
+
+
+def notes(metrics: Sequence[Metric]) -> list[str]:
+    """The same as lines of text, with what the cells say."""
+    told = meanings(metrics)
     return [
-        f"{first.label}: of the finalized network on the validation samples ({better} is better);",
-        "±: sample standard deviation over the seeds; delta vs dense: mean difference to the dense runs of the seeds;",
-        "p: paired t-test of that difference, with 3 seeds or more;",
-        "SAD: share of the sparse layers' weights whose membership at the end differs from the start;",
-        "flip rate: the share that changes in one step, mean of the recorded steps; dense: of the mask it would have;",
+        f"{metrics[0].label}: {told[metrics[0].heading]};",
+        f"±: sample standard deviation over the seeds; delta vs dense: {told['delta vs dense']};",
+        f"p: {told['p']};",
+        f"SAD: {told['SAD %']};",
+        f"flip rate: {told['flip rate %/step']};",
         "of masks that stay for some steps (transposable): the change from record to record, over the steps between;",
-        "time: of all training steps, without validation;",
-        "ASP starts from the dense run of its seed, so its budget is two trainings.",
+        f"time: {told['time s']};",
+        f"{told['epochs']}.",
     ]
+
+
+_LEAST = ("steps", "density", "ms/step", "time s")  # left out first, in this order, then further scores, then these
+_LESS = ("flip rate %/step", "epochs", "p", "MACs", "options")
+
+
+def fitted(header: Sequence[str], lines: Sequence[Sequence[str]], width: int) -> list[str]:
+    """The table as lines of text, without the columns that are too many for a width, the least important first.
+
+    >>> fitted(["method", "steps", "SAD %"], [["dense", "330", "26.6"]], 15)
+    ['method  SAD %', 'dense   26.6']
+    """
+    columns = dict(zip(header, zip(*lines, strict=True), strict=True))
+    others = [name for name in header[6:] if name not in (*_LEAST, *_LESS, "SAD %")]
+    for name in ("", *_LEAST, *reversed(others), *_LESS):
+        columns.pop(name, None)
+        text = aligned(list(columns), [*zip(*columns.values(), strict=True)])
+        if max(map(len, text)) <= width:
+            break
+    return text

@@ -36,7 +36,17 @@ from openwork.utils.caller import outside
 class Handle:
     """What `attach` returns. `steps` counts optimizer steps that were not skipped. To ask a GPU whether one was is to
     wait for it, so that is put off until somebody wants to know. It serves what was sparsified when it was attached:
-    what is finalized it lets go of, and what is sparsified later has another handle."""
+    what is finalized it lets go of, and what is sparsified later has another handle.
+
+    >>> import torch, openwork as ow
+    >>> _ = ow.sparsify(model := torch.nn.Linear(8, 4), "2:4")
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> handle = ow.attach(optimizer, model)
+    >>> model(torch.randn(2, 8)).sum().backward()
+    >>> optimizer.step()
+    >>> handle.steps, handle.weights
+    (1, ['weight'])
+    """
 
     def __init__(
         self,
@@ -191,11 +201,18 @@ def attach(optimizer: Optimizer, model: nn.Module, *, topology: Topology | None 
     """Let `optimizer.step()` do the method's part for the weights of `model` that the optimizer holds.
 
     Call it after `sparsify` and once per optimizer; the training loop stays as it is. `model` may be wrapped in DDP or
-    compiled, `optimizer` may be wrapped by Accelerate. Where a further part of the model was sparsified since, attach
-    that part: each handle serves its own. `finalize` ends what a handle does. Raises ValueError when the model is not
-    sparsified, the optimizer holds none of its sparse weights, is attached already, has the state of other weights, has
-    no learning rate where the decay is decoupled, or is LBFGS with a line search (which evaluates losses that lack the
-    decay).
+    compiled, `optimizer` may be wrapped by Accelerate. `topology`: what records SAD at these steps. Where a further
+    part of the model was sparsified since, attach that part: each handle serves its own. `finalize` ends what a handle
+    does. Raises ValueError when the model is not sparsified, the optimizer holds none of its sparse weights, is
+    attached already, has the state of other weights, has no learning rate where the decay is decoupled, or is LBFGS
+    with a line search (which evaluates losses that lack the decay).
+
+    >>> import torch, openwork as ow
+    >>> _ = ow.sparsify(model := torch.nn.Linear(8, 4), "2:4", ow.SRSTE(decay=0.02))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> handle = ow.attach(optimizer, model, topology=ow.Topology(every=100))
+    >>> handle.weights
+    ['weight']
     """
     model, optimizer = unwrap(model), unwrapped(optimizer)
     records = sparsity_records(model)

@@ -89,6 +89,12 @@ class Report:
     `other_parameters` counts what is no candidate (biases, norms); `other_macs` the multiply-adds that no
     candidate weight takes part in, such as attention's. `products` is what `verify` saw multiplied, None where nothing
     was run.
+
+    >>> import torch, openwork as ow
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    >>> report = ow.sparsify(model, "2:4", exclude=["2"], example=torch.randn(1, 8))
+    >>> report.sparse, report.skipped, report.macs_sparse
+    ({'0.weight': Pattern(n=2, m=4)}, {'2.weight': "excluded by '2'"}, 112)
     """
 
     rows: tuple[Row, ...]

@@ -39,7 +39,11 @@ _MULTIPLE = 16  # of rows and columns that it takes in 16-bit types
 @dataclass(frozen=True)
 class Acceleration:
     """What `accelerate` did: `sparse` layers, with (dense, sparse) seconds a step where they were timed, and layers
-    left `dense`, with the reason."""
+    left `dense`, with the reason.
+
+    >>> ow.accelerate(model).dense  # doctest: +SKIP
+    {'head.weight': 'excluded'}
+    """
 
     sparse: dict[str, tuple[float, float] | None]
     dense: dict[str, str]
@@ -93,6 +97,10 @@ def accelerate(model: nn.Module, example: Any = None) -> Acceleration:
 
     Nothing else changes: masks, decay, checkpoints and results but for rounding are those of the same training without
     it. Raises ValueError where no layer can be accelerated, RuntimeError where there are no sparse tensor cores.
+
+    >>> _ = ow.sparsify(model, "2:4", ow.TransposableSRSTE())  # doctest: +SKIP
+    >>> ow.accelerate(model, example).sparse  # doctest: +SKIP
+    {'0.weight': (0.0021, 0.0016)}
     """
     model = unwrap(model)
     layers = _layers(model)

@@ -110,6 +110,12 @@ def finalize(model: nn.Module) -> nn.Module:
     Parameters keep their identity. A model trained with `ow.Dense`, or with a schedule that ends dense, keeps all its
     weights. A model that FSDP2 has sharded is finalized on its gathered state dict instead. Where the method's schedule
     still runs, the weights are pruned as at its end. Raises ValueError when nothing is sparsified.
+
+    >>> import torch
+    >>> model = nn.Linear(8, 4)
+    >>> _ = sparsify(model, "2:4")
+    >>> type(finalize(model).weight).__name__, int((model.weight != 0).sum())
+    ('Parameter', 16)
     """
     inner = unwrap(model)
     modules = [module for _, module in masked_modules(inner)]
@@ -140,6 +146,12 @@ def project(
     """Zero the smallest weights of a plain model until it is N:M, in place: after averaging, merging, editing.
 
     Arguments, errors and report as in `sparsify`; `example` only shows the axes of weights of unknown modules.
+
+    >>> import torch
+    >>> model = nn.Linear(4, 1)
+    >>> _ = model.weight.data.copy_(torch.tensor([[4.0, -3.0, 2.0, 1.0]]))
+    >>> project(model, "2:4").sparse, model.weight.data
+    ({'weight': Pattern(n=2, m=4)}, tensor([[ 4., -3.,  0.,  0.]]))
     """
     model = unwrap(model)
     check_plain(model)
@@ -165,7 +177,15 @@ def magnitude_mask(candidate: Candidate) -> Tensor:
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
     """The masks that a sparsified model has now, by weight: bool, the weight's shape, True means kept. A method that
-    refreshes its masks writes into the stored ones, so they are copied."""
+    refreshes its masks writes into the stored ones, so they are copied.
+
+    >>> import torch
+    >>> model = nn.Linear(4, 1)
+    >>> _ = model.weight.data.copy_(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
+    >>> _ = sparsify(model, "2:4")
+    >>> masks(model)
+    {'weight': tensor([[ True,  True, False, False]])}
+    """
     sparse = list(sparse_weights(unwrap(model)))
     return {
         weight.name: mask if weight.masked.mask is None else mask.clone()

@@ -34,6 +34,15 @@ class Topology:
     the masks of every record are kept, at one bit a weight, and `between` compares any two of them.
 
     One recorder is for one model and, at a time, one optimizer. Attached again, it goes on counting from `steps`.
+
+    >>> import torch, openwork as ow
+    >>> _ = ow.sparsify(model := torch.nn.Linear(8, 4), "2:4")
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> handle = ow.attach(optimizer, model, topology=(topology := ow.Topology(every=1)))
+    >>> model(torch.randn(2, 8)).sum().backward()
+    >>> optimizer.step()
+    >>> topology.records[-1]["step"], topology.records[-1]["weights"], sorted(topology.scalars())
+    (1, 32, ['flip_rate/last', 'flip_rate/start', 'flip_rate/step', 'sad/last', 'sad/start', 'sad/step'])
     """
 
     def __init__(self, every: int = 100, *, keep: bool = False):

@@ -42,7 +42,15 @@ _EXCLUDE = "layers that are to stay dense are left out by pattern=ow.Selection('
 
 class NotSparse(ValueError):
     """Raised by `verify`. `layers`: name of each weight that is denser than its pattern, and of each product that is
-    not accounted for -> what was found. `unaccounted`: which of them are products. `advice` says what to do."""
+    not accounted for -> what was found. `unaccounted`: which of them are products. `advice` says what to do.
+
+    >>> import torch, openwork as ow
+    >>> try:
+    ...     ow.verify(torch.nn.Linear(4, 1), pattern="2:4")
+    ... except ow.NotSparse as error:
+    ...     list(error.layers)
+    ['weight']
+    """
 
     def __init__(self, layers: dict[str, str], advice: str = "", unaccounted: Collection[str] = ()):
         self.layers, self.unaccounted = layers, frozenset(unaccounted)

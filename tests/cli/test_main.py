@@ -30,7 +30,7 @@ def test_help_needs_nothing_of_the_training_extra():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trian"], "there is no command 'trian'; use one of train, compare, prune, report, inspect, verify, export"),
+        (["trian"], "there is no command 'trian'; use one of train, compare, prune, evaluate, report, inspect, "),
         (["train"], "a task is missing; write openwork train {classification,detection,flow,language,segmentation,"),
         (["compare", "clasification"], "there is no task 'clasification'"),
         (["train", "classification", "--model", "resnet19"], "close names: "),

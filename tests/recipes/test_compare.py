@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from openwork.recipes.classification import ClassificationConfig
-from openwork.recipes.compare import compare, jobs_of, planned_runs
+from openwork.recipes.compare import compare, half_runs, jobs_of, planned_runs
 from openwork.recipes.config import comparison, values_of
 from openwork.recipes.rundir import RunDir, read_lines
 
@@ -49,6 +49,28 @@ def test_asp_brings_its_dense_run_and_starts_from_it():
     assert runs[1].init == runs[0].out
 
 
+def test_an_equal_budget_halves_dense_training_and_asp():
+    config = CompareConfig(
+        out="o", methods=["dense", "asp"], patterns=["2:4", "1:4"], seeds=[5], equal_budget=True, epochs=6, warmup=1,
+        schedule="steps", milestones=[2, 4],
+    )  # fmt: skip
+    runs = planned_runs(config)
+    assert [(run.out, run.epochs, run.warmup, run.milestones) for run in runs] == [
+        ("o/dense-seed5", 6, 1, [2, 4]),
+        ("o/asp-2of4-half-seed5", 3, 0.5, [1, 2]),
+        ("o/asp-1of4-half-seed5", 3, 0.5, [1, 2]),
+    ]
+    (start,) = half_runs(config, runs)
+    assert {run.init for run in runs[1:]} == {start.out} == {"o/half/dense-seed5"}
+    assert (start.method, start.epochs, start.warmup, start.milestones, start.init) == ("dense", 3, 0.5, [1, 2], "")
+    assert start.seed == 5
+
+
+def test_an_odd_number_of_epochs_has_no_half():
+    with pytest.raises(ValueError, match="--equal_budget halves the epochs, and 5 is odd"):
+        CompareConfig(epochs=5, equal_budget=True)
+
+
 def finished(folder, rows, key="val_accuracy", higher=True):
     """A comparison of which only the table is left: (method, pattern, options, score) each."""
     metric = {"key": key, "label": "", "unit": "", "scale": 1, "digits": 1, "higher_is_better": higher}
@@ -68,6 +90,13 @@ def test_each_method_gets_the_options_that_were_best_at_its_pattern(tmp_path, hi
     options = [(run.method, run.method_options) for run in planned_runs(config)]
     runs = [(method, each.get("decay"), each.get("steps")) for method, each in options]
     assert runs == [("ste", None, None), ("sr-ste", best, None), ("mdgf", None, 7)] * 2
+
+
+def test_a_schedule_that_was_best_is_found_too(tmp_path):
+    rows = [("ste", "2:4", {"mask_schedule": f"ramp={steps}"}, steps / 10) for steps in (2, 5, 3)]
+    found = finished(tmp_path / "a", rows)
+    (run,) = planned_runs(CompareConfig(methods=["ste"], seeds=[0], options_from=[found], out="o"))
+    assert run.method_options == {"mask_schedule": "ramp=5"}
 
 
 def test_options_that_nobody_looked_for_are_refused(tmp_path):
@@ -115,6 +144,8 @@ def test_a_comparison_end_to_end(compared):
     page = (out / "report.html").read_text()
     assert page.count('<g class="run">') == 18  # 3 runs, 6 charts
     assert "://" not in page
+    assert '<abbr title="paired t-test of that difference, with 3 seeds or more">p</abbr>' in page
+    assert "<details><summary>What the columns mean</summary>" in page
 
 
 def test_methods_of_a_seed_start_from_the_same_weights_and_samples(compared):
@@ -145,6 +176,18 @@ def test_a_second_call_reuses_finished_runs(compared):
     again = compare(CompareConfig(**SMALL, out=str(out), methods=["dense", "asp", "sr-ste"]), said.append)
     assert again == rows
     assert all("finished before" in line for line in said)
+    assert [line.partition("  ")[0] for line in said] == ["1 of 3", "2 of 3", "3 of 3"]
+
+
+def test_both_budgets_of_asp_stand_side_by_side(compared):
+    out, (dense, *_) = compared
+    rows = compare(CompareConfig(**SMALL, out=str(out), methods=["dense", "asp"], equal_budget=True), lambda line: None)
+    assert rows[0] == dense
+    assert [(row.method, row.epochs, row.steps, row.budget) for row in rows] == [("dense", 2, 10, 1), ("asp", 1, 5, 2)]
+    start = json.loads((out / "half" / "dense-seed0" / "result.json").read_text())["mask"]
+    assert start["end"] == json.loads((out / "asp-2of4-half-seed0" / "result.json").read_text())["mask"]["start"]
+    page = (out / "report.html").read_text()  # of all that is there: 2 x 1 epochs beside 2 x 2
+    assert page.count("2 x 1</td>") == page.count("2 x 2</td>") == 1
 
 
 def test_another_configuration_is_refused(compared):

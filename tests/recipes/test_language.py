@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,17 @@ def trained(tmp_path_factory):
 def test_it_learns_more_than_how_often_tokens_come(trained):
     alone = float(trained[1]["notes"]["perplexity without context"].partition(":")[0])
     assert trained[1]["val_perplexity"] < alone / 3
+
+
+def test_a_run_that_was_moved_knows_the_same_words(trained, tmp_path, capsys):
+    out, result = trained
+    shutil.copytree(out, tmp_path / "moved")
+    out.rename(out.with_name("elsewhere"))
+    try:
+        assert main(["evaluate", str(tmp_path / "moved"), "--limit", "10", "--json"]) == 0  # from 10 lines: other words
+    finally:
+        out.with_name("elsewhere").rename(out)
+    assert json.loads(capsys.readouterr().out)["val_perplexity"] == pytest.approx(result["val_perplexity"])
 
 
 def test_the_run_ends_sparse_and_is_scored_as_the_result_says(trained):

@@ -1,6 +1,6 @@
 import pytest
 
-from openwork.recipes.summary import flip_rates, paired_p, summary_rows, table_of
+from openwork.recipes.summary import fitted, flip_rates, meanings, notes, paired_p, summary_rows, table_of
 from openwork.recipes.task import description_of, percent
 
 METRICS = [percent("val_accuracy", "accuracy")]
@@ -68,3 +68,18 @@ def test_patterns_and_decays_are_rows_of_their_own_and_asp_costs_two_trainings()
         ("asp", "2:4", {}),
     ]
     assert table_of(rows, METRICS)[1][-1][-2:] == ["2 x 300", "2 x 5"]
+
+
+def test_a_terminal_of_100_columns_has_the_important_ones():
+    rows = summary_rows([*DENSE, *SPARSE, *(result("transposable-sr-ste", seed, 0.9) for seed in range(3))])
+    header, *lines = fitted(*table_of(rows, METRICS), 100)
+    assert max(map(len, (header, *lines))) <= 100
+    assert all(name in header for name in ("method", "pattern", "accuracy %", "delta vs dense", "SAD %", "p"))
+    assert "ms/step" not in header
+    assert "ms/step" in fitted(*table_of(rows, METRICS), 300)[0]
+
+
+def test_what_columns_mean_is_said_of_columns_that_are_there():
+    header, _ = table_of(summary_rows(DENSE), METRICS)
+    assert meanings(METRICS).keys() <= {*header}
+    assert notes(METRICS)[0] == "accuracy: of the finalized network on the validation samples (higher is better);"

@@ -12,7 +12,7 @@ import openwork as ow
 from openwork.recipes.classification import TASK
 from openwork.recipes.classification import ClassificationConfig as Config
 from openwork.recipes.module import lr_factor
-from openwork.recipes.recipe import prepare, read_run, train
+from openwork.recipes.recipe import evaluate, load_run, prepare, read_run, train
 from openwork.recipes.rundir import read_lines
 from openwork.recipes.weights import read_weights
 
@@ -88,6 +88,19 @@ def test_the_report_loads_nothing_from_elsewhere(trained):
     assert not re.search(r"https?:|//|<script|<link|<img|@import|url\((?!#)", page.replace("</", "<"))
     for expected in ("Validation accuracy", "layer3.0.conv2.weight", 'class="run"', "At the start", "topology_every"):
         assert expected in page
+
+
+def test_channels_last_changes_how_weights_lie_and_nothing_else(trained, tmp_path):
+    config = Config(**SMALL, out=str(tmp_path / "run"), exclude=["fc"], channels_last=True)
+    weights = [each for each in prepare(TASK, config)[1].parameters() if each.ndim == 4]
+    last = [each for each in weights if not each.is_contiguous()]
+    assert len(last) == sum(each.shape[1] > 1 and each.shape[2] > 1 for each in weights) > 2
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in last)
+    result = train(config)
+    assert result["mask"]["start"] == trained[1]["mask"]["start"]
+    assert result["val_loss"] == pytest.approx(trained[1]["val_loss"], rel=0.05)
+    net, _, _ = load_run(tmp_path / "run")
+    assert evaluate(tmp_path / "run", net)["val_accuracy"] == result["val_accuracy"]
 
 
 def test_an_occupied_directory_is_refused(trained):

@@ -13,6 +13,9 @@ def onnxruntime_library() -> str:
     """The path of the library with which ONNX Runtime runs files of `to_onnx(..., operators="openwork")`:
     `options.register_custom_ops_library(ow.onnxruntime_library())`. It needs nothing else of this package, so the file
     may be copied. Raises RuntimeError where it was not built or is damaged.
+
+    >>> onnxruntime_library()  # doctest: +SKIP
+    '.../openwork/kernels/cpu/libopenwork_ort.so'
     """
     if not _FILE.exists():
         raise RuntimeError(
