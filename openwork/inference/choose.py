@@ -41,7 +41,7 @@ def measure_layers(
 
     `patterns`: weight name -> its pattern, or the reason why it has none. `formats`: sparse convolutions, like dense
     ones, count in the better memory format, since the whole model will be tried in both."""
-    inputs = _inputs(model, example)
+    inputs = inputs_of(model, example)
     measured: dict[Any, LayerTiming] = {}
     for name, pattern in patterns.items():
         module_name, _, tensor_name = name.rpartition(".")
@@ -189,7 +189,7 @@ def _call(function: Callable[[Tensor], object], x: Tensor) -> Callable[[], objec
     return lambda: function(x)
 
 
-def _inputs(model: nn.Module, example: Any) -> dict[str, list[Tensor]]:
+def inputs_of(model: nn.Module, example: Any) -> dict[str, list[Tensor]]:
     """What each layer is called with, by its name."""
     seen: dict[str, list[Tensor]] = {}
 
