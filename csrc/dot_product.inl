@@ -13,6 +13,13 @@ inline Float some(const float* from, int64_t count) {  // zeros behind the last
   return v;
 }
 
+// `count` bytes, often those of a vector; of images of three channels, four.
+inline void copy(char* to, const char* from, int64_t count) {
+  if (count == VECTOR_BYTES) __builtin_memcpy(to, from, VECTOR_BYTES);
+  else if (count == 4) __builtin_memcpy(to, from, 4);
+  else __builtin_memcpy(to, from, count);
+}
+
 struct Pairs {  // bfloat16
   typedef Float Sum;
   typedef uint16_t Out;
@@ -56,14 +63,12 @@ struct Quads {  // int8
   }
 };
 
-typedef uint8_t Byte __attribute__((vector_size(kLanes)));
-
 // The nearest whole numbers of 0 to 255: as `nearest`, after which the lowest byte is all.
 inline Byte whole_bytes(Float v) {
   const Float least = v > Float{} ? v : Float{}, both = least < broadcast(255) ? least : broadcast(255);
-  return __builtin_convertvector((Int)(both + broadcast(12582912.0f)), Byte);
+  return low_bytes((Int)(both + broadcast(12582912.0f)));
 }
-inline Float floats_of(Byte bytes) { return __builtin_convertvector(__builtin_convertvector(bytes, Int), Float); }
+inline Float floats_of(Byte bytes) { return __builtin_convertvector(widened(bytes), Float); }
 inline Byte bytes_at(const uint8_t* from, int64_t count) {
   Byte bytes{};
   if (count >= kLanes) __builtin_memcpy(&bytes, from, kLanes);
@@ -109,23 +114,25 @@ __attribute__((noinline)) void finish_rows(const DotProduct& d, int64_t output, 
 
 template <>
 __attribute__((noinline)) void finish_rows<ByteQuads>(const DotProduct& d, int64_t output, int64_t row, int64_t count, const Int* sums) {
-  const Requantize r = *d.requantize;
+  const Requantize r = *d.requantize;  // copies: a byte that is written may be anything
   const Activation activation = d.activation;
-  const int64_t left = d.outputs - output, stride = d.y_stride;
+  const int64_t left = d.outputs - output, stride = d.y_stride, some_left = left < kLanes ? left : kLanes, start = row * stride + output;
   const Float bias = d.bias ? some(d.bias + output, left) : Float{}, scale = some(d.scales + output, left);
-  const Float residual_zero = broadcast(float(r.residual_zero)), zero = broadcast(float(r.y_zero));
-  for (int64_t b = 0, at = row * stride + output; b < count; b++, at += stride) {
+  const Float residual_zero = broadcast(float(r.residual_zero)), residual_scale = broadcast(r.residual_scale);
+  const Float inverse = broadcast(r.y_inverse), zero = broadcast(float(r.y_zero));
+  const uint8_t* added = (const uint8_t*)r.residual + start;
+  const float* added_floats = (const float*)r.residual + start;
+  uint8_t* bytes = (uint8_t*)d.y + start;
+  float* floats = (float*)d.y + start;
+  for (int64_t b = 0; b < count; b++, added += stride, added_floats += stride, bytes += stride, floats += stride) {
     Float y = fma(__builtin_convertvector(sums[b], Float), scale, bias);
-    if (r.residual && r.residual_is_float) y += some((const float*)r.residual + at, left);
-    else if (r.residual)
-      y = fma(floats_of(bytes_at((const uint8_t*)r.residual + at, left)) - residual_zero, broadcast(r.residual_scale), y);
+    if (r.residual && r.residual_is_float) y += some(added_floats, left);
+    else if (r.residual) y = fma(floats_of(bytes_at(added, left)) - residual_zero, residual_scale, y);
     y = activation == kGelu ? gelu(y) : activated(y, activation);
-    if (r.y_is_float) __builtin_memcpy((float*)d.y + at, &y, left < kLanes ? 4 * left : sizeof y);
-    else {
-      const Byte bytes = whole_bytes(fma(y, broadcast(r.y_inverse), zero));
-      if (left >= kLanes) __builtin_memcpy((uint8_t*)d.y + at, &bytes, kLanes);
-      else __builtin_memcpy((uint8_t*)d.y + at, &bytes, left);
-    }
+    const Byte whole = whole_bytes(fma(y, inverse, zero));
+    if (r.y_is_float) copy((char*)floats, (const char*)&y, 4 * some_left);
+    else if (left >= kLanes) __builtin_memcpy(bytes, &whole, kLanes);
+    else __builtin_memcpy(bytes, &whole, some_left);
   }
 }
 
@@ -239,12 +246,6 @@ void pack_group(const DotProduct& d, int64_t row, int64_t count, int64_t window,
       if (left < window) __builtin_memset(vector, zero, VECTOR_BYTES);
       fill(row + b, at * window, left < window ? left : window, vector);
     }
-}
-
-// `count` bytes, often those of a vector.
-inline void copy(char* to, const char* from, int64_t count) {
-  if (count == VECTOR_BYTES) __builtin_memcpy(to, from, VECTOR_BYTES);
-  else __builtin_memcpy(to, from, count);
 }
 
 // Gemv of pixels: stretches of channels, kernel position by kernel position, or zeros where that is outside of the image.

@@ -64,14 +64,20 @@ def measure_layers(
 
 
 def request_of(
-    module: Any, tensor_name: str, pattern: Pattern, weight_dtype: torch.dtype, inputs: Sequence[Tensor]
+    module: Any,
+    tensor_name: str,
+    pattern: Pattern,
+    weight_dtype: torch.dtype,
+    inputs: Sequence[Tensor],
+    *,
+    dense: bool = False,
 ) -> Request | str:
-    """What a layer asks of a kernel, or why no kernel is asked."""
+    """What a layer asks of a kernel, or why no kernel is asked. `dense`: one that prunes nothing is, too."""
     if tensor_name != "weight" or not is_known(module):
         return f"no kernel for {type(module).__name__}.{tensor_name}"
     if not as_it_was_made(module):
         return "it has hooks, or a forward of its own, which no kernel runs"
-    if pattern.n == pattern.m:
+    if pattern.n == pattern.m and not dense:
         return "the pattern is dense"
     try:
         form = form_of(module, pattern)

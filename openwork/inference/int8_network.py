@@ -8,6 +8,7 @@ those of the others fit, then the network is measured as it is, and more are lef
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from openwork.ops.bytes import MOST_TERMS
 from openwork.utils.example import arguments, run
 from openwork.utils.torch_private import tree_leaves
 
+_DENSE = Pattern(4, 4)
 MOST_ERROR = 0.1
 """Of the size of the outputs: layers of which more would come stay float32."""
 
@@ -58,7 +60,7 @@ def int8_network(
     `dense`: plain, in eval mode, batch normalization folded. `batches`: examples to calibrate by."""
     layers, reasons = _packed(dense, example, patterns)
     if not layers:
-        why = next(iter(reasons.values()), "no layer is sparse")
+        why = next(iter(reasons.values()), "it has no linear layer and no two-dimensional convolution")
         return None, Int8Network(reason=f"no layer is for dot products of int8: {why}")
     try:
         graph = traced(dense, example)
@@ -80,17 +82,19 @@ def int8_network(
 def _packed(
     dense: nn.Module, example: Any, patterns: Mapping[str, Pattern | str]
 ) -> tuple[dict[str, Packed], dict[str, str]]:
-    """The layers that dot products of int8 take, and why they do not take others."""
+    """The layers that dot products of int8 take, and why they do not take others. Dense ones too: as groups of four
+    with none pruned."""
     inputs, found, reasons = inputs_of(dense, example), {}, {}
-    for name, pattern in patterns.items():
-        path, _, key = name.rpartition(".")
-        if isinstance(pattern, str) or not path:
+    names = Counter(id(each) for module in dense.modules() for each in module._parameters.values())
+    for path, module in dense.named_modules():
+        if not path or type(module) not in (nn.Linear, nn.Conv2d):
             continue
-        module: Any = dense.get_submodule(path)
-        request = request_of(module, key, pattern, torch.int8, inputs.get(path, []))
+        pattern = patterns.get(f"{path}.weight")
+        pattern = pattern if isinstance(pattern, Pattern) and pattern.n < pattern.m else _DENSE
+        request = request_of(module, "weight", pattern, torch.int8, inputs.get(path, []), dense=True)
         reason = request if isinstance(request, str) else refusal_of(DotProduct, request)
-        if not reason and type(module) not in (nn.Linear, nn.Conv2d):
-            reason = f"{type(module).__name__}: linear layers and two-dimensional convolutions stay on bytes"
+        if names[id(module.weight)] > 1:
+            reason = "its weight is that of another layer too"
         if not reason and module.weight[0].numel() * pattern.n // pattern.m > MOST_TERMS:
             reason = f"sums of more than {MOST_TERMS} products exceed 32 bits"
         if reason:
@@ -141,11 +145,12 @@ def _assembled(
     """The model itself, its layers packed, the program its forward; layers that stay float32 are sparse where that is
     faster."""
     model, dense = copy.deepcopy(network.dense), network.dense
-    floats = {f"{name}.weight": patterns[f"{name}.weight"] for name in report.float32}
+    floats = {f"{name}.weight": patterns[f"{name}.weight"] for name in report.float32 if f"{name}.weight" in patterns}
     measured = list(measure_layers(dense, example, floats, torch.float32)) if floats else []
     packed: dict[str, Packed] = {timing.name.rpartition(".")[0]: layer for timing, layer in measured if layer is not None}
-    chosen = {**report.chosen, **{f"{name}.weight": layer.kind for name, layer in packed.items()}}
     int8 = {name: layer for name, layer in network.layers.items() if f"{name}.weight" in report.chosen}
+    sparse = {name: layer for name, layer in {**packed, **int8}.items() if layer.pattern != _DENSE}
+    chosen = {f"{name}.weight": layer.kind for name, layer in sparse.items()}
     for name, layer in {**packed, **int8}.items():
         replace(model, model.get_submodule(name), layer)
     for module in model.modules():
