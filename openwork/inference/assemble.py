@@ -1,4 +1,4 @@
-"""A program of a network's graph: chains of layers on bytes, everything else as it is, and what turns one into the other."""
+"""A program of a network's graph: chains of layers on bytes, everything else as it is, and what is between the two."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def program_of(graph: Traced, model: nn.Module, layers: Mapping[str, Any], range
 
 
 class _Assembly:
-    """Steps as they are found. A value may be had as it is, as bytes, or as both: (node, whether bytes) -> its place."""
+    """Steps as they are found. A value may be had as it is, as bytes, or both: (node, whether bytes) -> its place."""
 
     def __init__(self, graph: Traced, model: nn.Module, layers: Mapping[str, Any], ranges: Mapping[Node, Range]):
         self.graph, self.model, self.layers, self.ranges = graph, model, layers, ranges

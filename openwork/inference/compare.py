@@ -36,8 +36,8 @@ def other_engines(
     calibration: Sequence[Any] = (),
 ) -> OtherEngines | None:
     """Time a dense network on a CPU in OpenVINO and ONNX Runtime, as far as they are installed, in turns with
-    `returned`, in the precision of `weight_dtype` or else float32 (int8: static scales of `calibration`, or of the example
-    alone). They run in a process of its own that is given the network as a program, within so many seconds.
+    `returned`, in the precision of `weight_dtype` or else float32 (int8: static scales of `calibration`, or of the
+    example alone). They run in a process of its own that is given the network as a program, within so many seconds.
 
     None where it is not to be done. What cannot be compared is told in `left_out`."""
     on_cpu = all(each.device.type == "cpu" for each in (*dense.parameters(), *dense.buffers()))

@@ -75,7 +75,9 @@ def int8_network(
         return None, Int8Network(reason="no product of its sparse layers is in the graph")
     report = _chosen(network, batches[0], unknown)
     if not report.chosen:
-        return None, Int8Network(report.errors, report.error, MOST_ERROR, report.float32, reason="every layer costs too much")
+        return None, Int8Network(
+            report.errors, report.error, MOST_ERROR, report.float32, reason="every layer costs too much"
+        )
     return _assembled(network, report, example, patterns)
 
 
@@ -136,7 +138,9 @@ def _chosen(network: _Network, example: Any, unknown: Mapping[str, str]) -> Int8
         out.append(left.pop())
     reasons = {name: f"in int8 it alone costs {errors[name]:.2g}" for name in out}
     chosen = {f"{name}.weight": DotProduct.name for name in network.layers if name in left}
-    return Int8Network({**errors, **dict.fromkeys(unknown, float("inf"))}, error, MOST_ERROR, {**reasons, **unknown}, chosen)
+    return Int8Network(
+        {**errors, **dict.fromkeys(unknown, float("inf"))}, error, MOST_ERROR, {**reasons, **unknown}, chosen
+    )
 
 
 def _assembled(
@@ -147,7 +151,9 @@ def _assembled(
     model, dense = copy.deepcopy(network.dense), network.dense
     floats = {f"{name}.weight": patterns[f"{name}.weight"] for name in report.float32 if f"{name}.weight" in patterns}
     measured = list(measure_layers(dense, example, floats, torch.float32)) if floats else []
-    packed: dict[str, Packed] = {timing.name.rpartition(".")[0]: layer for timing, layer in measured if layer is not None}
+    packed: dict[str, Packed] = {
+        timing.name.rpartition(".")[0]: layer for timing, layer in measured if layer is not None
+    }
     int8 = {name: layer for name, layer in network.layers.items() if f"{name}.weight" in report.chosen}
     sparse = {name: layer for name, layer in {**packed, **int8}.items() if layer.pattern != _DENSE}
     chosen = {f"{name}.weight": layer.kind for name, layer in sparse.items()}

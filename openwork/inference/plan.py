@@ -82,8 +82,8 @@ class OtherEngines:
 
 @dataclass(frozen=True)
 class Int8Network:
-    """The network in int8 as a whole, from static scales: what was found. `errors`: by layer, how far the outputs of the
-    network are off where this layer alone is int8, as a share of their size (root of sums of squares), on the first
+    """The network in int8 as a whole, from static scales: what was found. `errors`: by layer, how far the network's
+    outputs are off where this layer alone is int8, as a share of their size (root of sums of squares), on the first
     calibration batch; `error`, with all layers that are int8 in the end, and `most_error`, what is allowed. `float32`:
     the layers that stay so, and why. `reason`: why there is no such network; empty where there is one."""
 
@@ -98,8 +98,9 @@ class Int8Network:
         """What was found, in sentences."""
         if self.reason:
             return [f"no int8 network, {self.reason}"]
-        found = f"int8 network: {len(self.errors) - len(self.float32)} of {len(self.errors)} layers on bytes, outputs off by"
-        lines = [f"{found} {self.error:.2g} of their size on calibration data"]
+        count = len(self.errors) - len(self.float32)
+        found = f"int8 network: {count} of {len(self.errors)} layers on bytes"
+        lines = [f"{found}, outputs off by {self.error:.2g} of their size on calibration data"]
         return lines + [f"{name} stays float32: {why}" for name, why in self.float32.items()]
 
 

@@ -1,7 +1,7 @@
 """What runs in the place of a network's forward: a list of steps, in which activations stay bytes between layers.
 
-A step is a function and its arguments; some of these are what earlier steps gave. Weights are looked up in the layers at
-each call, so whatever is loaded into them counts.
+A step is a function and its arguments; some of these are what earlier steps gave. Weights are looked up in the layers
+at each call, so whatever is loaded into them counts.
 """
 
 from __future__ import annotations
@@ -161,6 +161,12 @@ class Program:
         with torch.no_grad():
             return self._run(given)  # type: ignore[arg-type]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "result_tree": _numbered(self.result_tree)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({**state, "result_tree": tree_flatten(state["result_tree"])[1]})
+
     def _run(self, given: list[Tensor]) -> Any:
         values: list[Any] = [*given, *[None] * (self.places - len(given))]
         for step in self.steps:
@@ -207,6 +213,12 @@ class Call:
         _, kwargs = tree_unflatten(list(leaves), tree)
         return cls(tree, forms, tuple(kwargs), any_batch)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "tree": _numbered(self.tree)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({**state, "tree": tree_flatten(state["tree"])[1]})
+
     def tensors(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor] | str:
         """The tensors of a call, or why it is none of these."""
         ordered = {name: kwargs[name] for name in self.keywords if name in kwargs}
@@ -221,13 +233,18 @@ class Call:
                 continue
             if not isinstance(form, tuple) or x.dtype != form[1] or len(x.shape) != len(form[0]):
                 return f"an input is {tuple(x.shape)} of {x.dtype}, in the example {form}"
-            if tuple(x.shape[first:]) != form[0][first:] or (first and x.shape[0] != leaves_batch(leaves)):
+            if tuple(x.shape[first:]) != form[0][first:] or (first and x.shape[0] != _batch_of(leaves)):
                 return f"an input is {tuple(x.shape)}, in the example {form[0]}"
             given.append(x)
         return given
 
 
-def leaves_batch(leaves: list[Any]) -> int:
+def _numbered(tree: Any) -> Any:
+    """A tree as what it is a tree of, numbers in the places of leaves: torch warns where its own form is pickled."""
+    return tree_unflatten(list(range(tree.num_leaves)), tree)
+
+
+def _batch_of(leaves: list[Any]) -> int:
     """The length of dim 0 of the first tensor."""
     return next(int(each.shape[0]) for each in leaves if isinstance(each, Tensor))
 
@@ -235,4 +252,3 @@ def leaves_batch(leaves: list[Any]) -> int:
 def is_program(model: nn.Module) -> bool:
     """Whether a model's forward is a program."""
     return isinstance(model.__dict__.get("forward"), Program)
-

@@ -110,7 +110,7 @@ def traced(model: nn.Module, example: Any) -> Traced:
 def chains(graph: Traced, layers: Mapping[str, Any]) -> dict[Node, Chain]:
     """By its last node, each product of these layers with what its kernel takes in; each node is in one at most."""
     found: dict[Node, Chain] = {}
-    taken: set[Node] = set(result for result in graph.results if isinstance(result, Node))
+    taken: set[Node] = {result for result in graph.results if isinstance(result, Node)}
     for node in graph.nodes:
         name = graph.layer_of(node)
         if name in layers:
@@ -151,7 +151,9 @@ def _alike(a: Node, b: Node) -> bool:
     """Whether two nodes give float32 tensors of one shape, so that nothing is broadcast."""
     x, y = a.meta.get("val"), b.meta.get("val")
     plain = isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype == y.dtype == torch.float32
-    return plain and len(x.shape) == len(y.shape) and all(str(i) == str(j) for i, j in zip(x.shape, y.shape, strict=True))
+    return (
+        plain and len(x.shape) == len(y.shape) and all(str(i) == str(j) for i, j in zip(x.shape, y.shape, strict=True))
+    )
 
 
 def _exported(model: nn.Module, example: Any, any_batch: bool) -> Traced:
@@ -177,7 +179,10 @@ def _read(program: Any, call: Any, any_batch: bool) -> Traced:
     if tree != program.call_spec.in_spec:
         raise NotTraced("torch.export takes its arguments in another order")
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    constants = {**signature.inputs_to_lifted_tensor_constants, **getattr(signature, "inputs_to_lifted_custom_objs", {})}
+    constants = {
+        **signature.inputs_to_lifted_tensor_constants,
+        **getattr(signature, "inputs_to_lifted_custom_objs", {}),
+    }
     stored: dict[Node, str | Tensor] = {}
     by_name = {}
     for node in program.graph.nodes:

@@ -1,4 +1,4 @@
-"""Products that take bytes and give bytes: activations that stay int8 from layer to layer. Schema, reference, fake kernel.
+"""Products that take bytes and give bytes, so that activations stay int8 from layer to layer.
 
 A byte q, of 0 to 255, stands for (q - zero) * scale. One product, each line rounded once, to float32:
 

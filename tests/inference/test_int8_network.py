@@ -1,4 +1,4 @@
-"""A network in int8 as a whole: bytes from layer to layer, a module like any other, and float32 where int8 costs much."""
+"""A network in int8 as a whole: bytes from layer to layer, a module like any other, float32 where int8 costs much."""
 
 from __future__ import annotations
 
@@ -117,8 +117,10 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_activations_stay_bytes_from_layer_to_layer(int8_wins: None) -> None:
     model = network(ResNet)
     fast = deployed(model)
-    assert fast.deployment.returned == "int8 network" and type(fast) is ResNet
-    assert len(fast.deployment.chosen) == 6 and len(fast.deployment.network.chosen) == 6  # without the stem, which is not sparse
+    assert fast.deployment.returned == "int8 network"
+    assert type(fast) is ResNet
+    assert len(fast.deployment.chosen) == 6
+    assert len(fast.deployment.network.chosen) == 6
     # One way in; out of the last convolution, and into the head.
     assert [len(steps(fast, each)) for each in (ops.to_bytes.default, ops.from_bytes.default)] == [2, 0]
     names = {id(each): name for name, each in fast.named_modules()}
@@ -144,11 +146,12 @@ def test_an_encoder_quantizes_what_layers_share_once(int8_wins: None) -> None:
     assert len(steps(fast, ops.to_bytes.default)) == 2  # query and key; what goes up
     assert [each.whole[3] for each in products(fast)] == [0, 0, 2, 0]
     found, expected = fast(mask=TOKENS["mask"], x=TOKENS["x"]), model(**TOKENS)
-    assert list(found) == ["y"] and apart(found["y"], expected["y"]) < 0.05
+    assert list(found) == ["y"]
+    assert apart(found["y"], expected["y"]) < 0.05
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind, example", [(ResNet, IMAGES), (Encoder, TOKENS)])
+@pytest.mark.parametrize(("kind", "example"), [(ResNet, IMAGES), (Encoder, TOKENS)])
 def test_kernels_and_references_give_the_same(
     kind: type[nn.Module], example: Any, int8_wins: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,11 +215,13 @@ def test_it_is_copied_pickled_and_saved_like_a_model(int8_wins: None) -> None:
     torch.save(fast, file)
     file.seek(0)
     for each in (again, copied, torch.load(file, weights_only=False)):
-        assert isinstance(each.forward, Program) and each.forward.model is each
+        assert isinstance(each.forward, Program)
+        assert each.forward.model is each
         assert each.blocks[0].conv1 in each.forward.layers
         torch.testing.assert_close(each(IMAGES), expected, rtol=0, atol=0)
     assert list(fast.state_dict()) == list(model.state_dict())
-    assert type(fast.blocks[0].conv1) is PackedConv2d and type(fast.head) is PackedLinear
+    assert type(fast.blocks[0].conv1) is PackedConv2d
+    assert type(fast.head) is PackedLinear
     torch.testing.assert_close(fast.blocks[0].conv1.weight.shape, model.blocks[0].conv1.weight.shape)
     with pytest.raises(ValueError, match="deploy"):
         ow.save(fast, io.BytesIO())
@@ -244,8 +249,10 @@ def test_a_layer_that_costs_much_stays_float32(int8_wins: None) -> None:
     ow.project(model, "2:4")
     fast = deployed(model, x)
     found = fast.deployment.network
-    assert found.errors["0"] > MOST_ERROR > found.error and found.errors["2"] < MOST_ERROR
-    assert list(found.float32) == ["0"] and "it alone costs" in found.float32["0"]
+    assert found.errors["0"] > MOST_ERROR > found.error
+    assert found.errors["2"] < MOST_ERROR
+    assert list(found.float32) == ["0"]
+    assert "it alone costs" in found.float32["0"]
     assert found.chosen == fast.deployment.chosen == {"2.weight": "dot_product"}
     assert "0 stays float32" in str(fast.deployment)
     assert apart(fast(x), model(x)) == pytest.approx(found.error)
@@ -261,7 +268,8 @@ def test_a_network_that_is_no_graph_runs_layer_by_layer(int8_wins: None) -> None
     model = network(Branches)
     with pytest.warns(UserWarning, match=r"no int8 network, layer by layer instead: torch\.export does not take it"):
         fast = ow.deploy(model, IMAGES, pattern=PATTERNS, weight_dtype=torch.int8, calibrate=[IMAGES], engine_seconds=0)
-    assert fast.deployment.returned.startswith("sparse") and not isinstance(fast.__dict__.get("forward"), Program)
+    assert fast.deployment.returned.startswith("sparse")
+    assert not isinstance(fast.__dict__.get("forward"), Program)
     assert "torch.export does not take it" in str(fast.deployment)
 
 
@@ -269,7 +277,8 @@ def test_a_network_that_is_no_graph_runs_layer_by_layer(int8_wins: None) -> None
 def test_what_is_faster_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     say(monkeypatch, int8=0.6, sparse=0.5, dot_product=0.1)
     fast = deployed(network(ResNet))
-    assert fast.deployment.returned.startswith("sparse") and "forward" not in fast.__dict__
+    assert fast.deployment.returned.startswith("sparse")
+    assert "forward" not in fast.__dict__
     assert "int8 network" in fast.deployment.whole
     assert len(fast.deployment.chosen) == 6  # without the stem, which is not sparse
 
@@ -284,11 +293,12 @@ def test_without_dot_products_it_says_so(int8_wins: None) -> None:
         found, report = int8_network(model, IMAGES, {"head.weight": Pattern(2, 4)}, [IMAGES])
     finally:
         kernels.use_isa(before.name)
-    assert found is None and "this CPU has no dot products" in report.reason
+    assert found is None
+    assert "this CPU has no dot products" in report.reason
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"weight_dtype": torch.float32}, "weight_dtype=torch.float32 on cpu; it is for weight_dtype=torch.int8"),
         ({"calibrate": []}, "at least one"),
