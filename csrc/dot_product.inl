@@ -116,24 +116,28 @@ template <>
 __attribute__((noinline)) void finish_rows<ByteQuads>(const DotProduct& d, int64_t output, int64_t row, int64_t count, const Int* sums) {
   const Requantize r = *d.requantize;  // copies: a byte that is written may be anything
   const Activation activation = d.activation;
-  const int64_t left = d.outputs - output, stride = d.y_stride, some_left = left < kLanes ? left : kLanes, start = row * stride + output;
+  const int64_t left = d.outputs - output, stride = d.y_stride, start = row * stride + output;
   const Float bias = d.bias ? some(d.bias + output, left) : Float{}, scale = some(d.scales + output, left);
   const Float residual_zero = broadcast(float(r.residual_zero)), residual_scale = broadcast(r.residual_scale);
   const Float inverse = broadcast(r.y_inverse), zero = broadcast(float(r.y_zero));
-  const uint8_t* added = (const uint8_t*)r.residual + start;
-  const float* added_floats = (const float*)r.residual + start;
-  uint8_t* bytes = (uint8_t*)d.y + start;
-  float* floats = (float*)d.y + start;
-  for (int64_t b = 0; b < count; b++, added += stride, added_floats += stride, bytes += stride, floats += stride) {
-    Float y = fma(__builtin_convertvector(sums[b], Float), scale, bias);
-    if (r.residual && r.residual_is_float) y += some(added_floats, left);
-    else if (r.residual) y = fma(floats_of(bytes_at(added, left)) - residual_zero, residual_scale, y);
-    y = activation == kGelu ? gelu(y) : activated(y, activation);
-    const Byte whole = whole_bytes(fma(y, inverse, zero));
-    if (r.y_is_float) copy((char*)floats, (const char*)&y, 4 * some_left);
-    else if (left >= kLanes) __builtin_memcpy(bytes, &whole, kLanes);
-    else __builtin_memcpy(bytes, &whole, some_left);
-  }
+  const auto each = [&](auto is_whole) {
+    const int64_t some_left = is_whole ? kLanes : left;
+    const uint8_t* added = (const uint8_t*)r.residual + start;
+    const float* added_floats = (const float*)r.residual + start;
+    uint8_t* bytes = (uint8_t*)d.y + start;
+    float* floats = (float*)d.y + start;
+    for (int64_t b = 0; b < count; b++, added += stride, added_floats += stride, bytes += stride, floats += stride) {
+      Float y = fma(__builtin_convertvector(sums[b], Float), scale, bias);
+      if (r.residual && r.residual_is_float) y += some(added_floats, some_left);
+      else if (r.residual) y = fma(floats_of(bytes_at(added, some_left)) - residual_zero, residual_scale, y);
+      y = activation == kGelu ? gelu(y) : activated(y, activation);
+      const Byte whole = whole_bytes(fma(y, inverse, zero));
+      if (r.y_is_float) __builtin_memcpy(floats, &y, 4 * some_left);
+      else __builtin_memcpy(bytes, &whole, some_left);
+    }
+  };
+  if (left >= kLanes) each(std::true_type());
+  else each(std::false_type());
 }
 
 // Some outputs: two blocks, or one.
@@ -222,17 +226,22 @@ void quantize(const float* x, int64_t count, float scale, uint8_t* to) {
 }
 
 void to_bytes(const float* x, int64_t count, float inverse, int32_t zero, uint8_t* to) {
-  for (; count > 0; count -= kLanes, x += kLanes, to += kLanes) {
-    const Byte bytes = whole_bytes(fma(some(x, count), broadcast(inverse), broadcast(float(zero))));
-    __builtin_memcpy(to, &bytes, count < kLanes ? count : kLanes);
+  const auto one = [&](int64_t many) { return whole_bytes(fma(some(x, many), broadcast(inverse), broadcast(float(zero)))); };
+  for (; count >= kLanes; count -= kLanes, x += kLanes, to += kLanes) {
+    const Byte bytes = one(kLanes);
+    __builtin_memcpy(to, &bytes, kLanes);
   }
+  if (!count) return;
+  const Byte bytes = one(count);
+  __builtin_memcpy(to, &bytes, count);
 }
 
 void from_bytes(const uint8_t* x, int64_t count, float scale, int32_t zero, float* to) {
-  for (; count > 0; count -= kLanes, x += kLanes, to += kLanes) {
-    const Float y = (floats_of(bytes_at(x, count)) - broadcast(float(zero))) * broadcast(scale);
-    __builtin_memcpy(to, &y, 4 * (count < kLanes ? count : kLanes));
-  }
+  const auto one = [&](int64_t many) { return (floats_of(bytes_at(x, many)) - broadcast(float(zero))) * broadcast(scale); };
+  for (; count >= kLanes; count -= kLanes, x += kLanes, to += kLanes) store(to, one(kLanes));
+  if (!count) return;
+  const Float y = one(count);
+  __builtin_memcpy(to, &y, 4 * count);
 }
 
 // Gemv [row, row + count) as (windows, count, vector): `fill(b, at, inputs, to)` writes inputs [at, at + inputs) of row b.

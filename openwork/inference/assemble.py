@@ -75,9 +75,9 @@ class _Assembly:
         args: tuple[Any, ...] = (self._bytes(chain.x),)
         form = Form(zero=x.zero, activation=chain.activation)
         if chain.residual is not None:
-            of, has_bytes = self.ranges.get(chain.residual), (chain.residual, True) in self.places
-            args += (self._bytes(chain.residual) if has_bytes else self._floats(chain.residual),)
-            if of is not None and has_bytes:
+            args += (self._any(chain.residual),)
+            if (chain.residual, False) not in self.places:
+                of = self.ranges[chain.residual]
                 form = form._replace(residual_zero=of.zero, residual_scale=of.scale)
         if as_bytes := self._is_wanted_as_bytes(node):
             form = form._replace(y_zero=self.ranges[node].zero, y_scale=self.ranges[node].scale)
