@@ -138,7 +138,7 @@ def _totals(
     better memory format."""
     times: dict[str, list[float]] = {}
     for x, count in zip(examples, calls, strict=True):
-        variants = _dense_variants(module, x)
+        variants = dense_variants(module, x)
         for name, layer in layers.items():
             variants[name] = _call(layer, x)
             if formats and layer.packed.times_channels_last and x.ndim == module.weight.ndim == 4:
@@ -174,7 +174,7 @@ def _packed_by(
     return layer
 
 
-def _dense_variants(module: Any, x: Tensor) -> dict[str, Callable[[], object]]:
+def dense_variants(module: Any, x: Tensor) -> dict[str, Callable[[], object]]:
     variants: dict[str, Callable[[], object]] = {"torch": _call(module, x)}
     weight: Tensor = module.weight.detach()
     if weight.ndim == 2 and weight.device.type == "cpu":

@@ -18,18 +18,19 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from openwork.inference.assemble import program_of
-from openwork.inference.choose import inputs_of, measure_layers, request_of
+from openwork.inference.choose import dense_variants, inputs_of, measure_layers, request_of
 from openwork.inference.fold import replace
 from openwork.inference.layers import Packed, pack_layer
-from openwork.inference.plan import Int8Network
-from openwork.inference.program import Call
+from openwork.inference.plan import MARGIN, Int8Network
+from openwork.inference.program import Call, Product
 from openwork.inference.ranges import Range, ranges_of
 from openwork.inference.traced import NotTraced, Traced, chains, traced
 from openwork.layouts import DotProduct
 from openwork.layouts.layout import refusal_of
 from openwork.nm.pattern import Pattern
-from openwork.ops.bytes import MOST_TERMS
+from openwork.ops.bytes import MOST_TERMS, Form
 from openwork.utils.example import arguments, run
+from openwork.utils.timing import clock
 from openwork.utils.torch_private import tree_leaves
 
 _DENSE = Pattern(4, 4)
@@ -84,8 +85,8 @@ def int8_network(
 def _packed(
     dense: nn.Module, example: Any, patterns: Mapping[str, Pattern | str]
 ) -> tuple[dict[str, Packed], dict[str, str]]:
-    """The layers that dot products of int8 take, and why they do not take others. Dense ones too: as groups of four
-    with none pruned."""
+    """The layers that dot products of int8 take, and why they do not take others. Dense ones too, as groups of four with
+    none pruned, where that is faster."""
     inputs, found, reasons = inputs_of(dense, example), {}, {}
     names = Counter(id(each) for module in dense.modules() for each in module._parameters.values())
     for path, module in dense.named_modules():
@@ -101,9 +102,21 @@ def _packed(
             reason = f"sums of more than {MOST_TERMS} products exceed 32 bits"
         if reason:
             reasons[path] = reason
+            continue
+        layer = pack_layer(module, pattern, DotProduct, torch.int8)
+        if pattern is _DENSE and not _is_faster(module, layer, inputs[path][0]):
+            reasons[path] = "dense, and as fast in float32"
         else:
-            found[path] = pack_layer(module, pattern, DotProduct, torch.int8)
+            found[path] = layer
     return found, reasons
+
+
+def _is_faster(module: Any, layer: Any, x: Tensor) -> bool:
+    """Whether a dense layer takes less time on bytes than by the fastest of torch's ways."""
+    images = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    product, whole = Product(layer, 1.0, Form()), torch.ops.openwork.to_bytes(images, 1.0, 0)
+    times = clock(x.device)({**dense_variants(module, x), "bytes": lambda: product(whole)})
+    return times.pop("bytes") < MARGIN * min(times.values())
 
 
 def _calibrated(

@@ -90,7 +90,7 @@ PATTERNS = ow.Selection("2:4", exclude=["stem"])
 
 @pytest.fixture
 def int8_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    say(monkeypatch, int8=0.1, sparse=0.5, dot_product=0.1)
+    say(monkeypatch, int8=0.1, sparse=0.5, dot_product=0.1, bytes=0.5)
 
 
 def deployed(model: nn.Module, example: Any = IMAGES, **options: Any) -> Any:
@@ -281,6 +281,17 @@ def test_what_is_faster_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "forward" not in fast.__dict__
     assert "int8 network" in fast.deployment.whole
     assert len(fast.deployment.chosen) == 6  # without the stem, which is not sparse
+
+
+@torch.no_grad()
+def test_a_dense_layer_that_is_not_faster_on_bytes_stays_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, int8=0.1, bytes=1.0)
+    model = network(ResNet)
+    fast = deployed(model)
+    assert type(fast.stem) is nn.Conv2d
+    assert "stem" not in fast.deployment.network.errors
+    assert [step.function for step in fast.forward.steps].count(fast.stem) == 1
+    assert apart(fast(IMAGES), model(IMAGES)) < 0.05
 
 
 @torch.no_grad()
