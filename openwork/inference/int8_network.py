@@ -85,8 +85,8 @@ def int8_network(
 def _packed(
     dense: nn.Module, example: Any, patterns: Mapping[str, Pattern | str]
 ) -> tuple[dict[str, Packed], dict[str, str]]:
-    """The layers that dot products of int8 take, and why they do not take others. Dense ones too, as groups of four with
-    none pruned, where that is faster."""
+    """The layers that dot products of int8 take, and why they do not take others. Dense ones too, as groups of four
+    with none pruned, where that is faster."""
     inputs, found, reasons = inputs_of(dense, example), {}, {}
     names = Counter(id(each) for module in dense.modules() for each in module._parameters.values())
     for path, module in dense.named_modules():

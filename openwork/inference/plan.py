@@ -94,6 +94,9 @@ class Int8Network:
     chosen: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
 
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
     def lines(self) -> list[str]:
         """What was found, in sentences."""
         if self.reason:

@@ -254,7 +254,8 @@ def test_a_layer_that_costs_much_stays_float32(int8_wins: None) -> None:
     assert list(found.float32) == ["0"]
     assert "it alone costs" in found.float32["0"]
     assert found.chosen == fast.deployment.chosen == {"2.weight": "dot_product"}
-    assert "0 stays float32" in str(fast.deployment)
+    assert "0 stays float32" in str(found)
+    assert str(found) in str(fast.deployment)
     assert apart(fast(x), model(x)) == pytest.approx(found.error)
 
 
