@@ -19,6 +19,8 @@ from openwork.inference.layers import PackedConv2d
 from openwork.ops.bytes import Form
 from openwork.utils.torch_private import tree_flatten, tree_unflatten
 
+_OPERATOR = type(torch.ops.aten.add.Tensor)
+
 
 class Ref(NamedTuple):
     """What a step gave, by its place."""
@@ -70,7 +72,7 @@ def _filled(tree: Any, by_ref: Mapping[Ref, Any]) -> Any:
 
 def _named(function: Any) -> Any:
     """Operators by name: torch pickles none."""
-    return str(function) if isinstance(function, torch._ops.OpOverload) else function
+    return str(function) if isinstance(function, _OPERATOR) else function
 
 
 def _function(named: Any) -> Any:
