@@ -108,7 +108,7 @@ class _Assembly:
             return
         needed = dict.fromkeys(node.all_input_nodes)
         refs = {each: self._any(each) if node.target in _SHAPES else self._floats(each) for each in needed}
-        args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), refs.__getitem__)  # type: ignore[misc]
+        args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), refs.__getitem__)
         flat = not kwargs and not any(isinstance(each, list | tuple) and type(each) is not Ref for each in args)
         if flat or not refs:
             function = node.target if flat else Filled(node.target, args, kwargs, ())

@@ -114,8 +114,8 @@ class Product:
         packed = self.layer._modules["packed"]
         given = (x, packed.tensors(), self._rows(packed), packed.integers, residual, self.whole, self.scales)
         if isinstance(self.layer, PackedConv2d):
-            return torch.ops.openwork.bytes_conv2d.default(*given, self.layer.form.conv.numbers)  # type: ignore[no-any-return]
-        return torch.ops.openwork.bytes_linear.default(*given)  # type: ignore[no-any-return]
+            return torch.ops.openwork.bytes_conv2d.default(*given, self.layer.form.conv.numbers)
+        return torch.ops.openwork.bytes_linear.default(*given)
 
     def _rows(self, packed: Any) -> list[Tensor]:
         """Scales, bias and sums of each output, made again where the layer's numbers are others than before."""

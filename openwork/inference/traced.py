@@ -58,7 +58,7 @@ class Traced:
                 values[node] = tensor_named(model, stored) if isinstance(stored, str) else stored
             else:
                 if node not in values:
-                    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)  # type: ignore[misc]
+                    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
                     values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
                 each(node, values[node])
             for before in node.all_input_nodes:
@@ -150,10 +150,9 @@ def _only_user(node: Node, returned: set[Node]) -> Node | None:
 def _alike(a: Node, b: Node) -> bool:
     """Whether two nodes give float32 tensors of one shape, so that nothing is broadcast."""
     x, y = a.meta.get("val"), b.meta.get("val")
-    plain = isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype == y.dtype == torch.float32
-    return (
-        plain and len(x.shape) == len(y.shape) and all(str(i) == str(j) for i, j in zip(x.shape, y.shape, strict=True))
-    )
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype == y.dtype == torch.float32):
+        return False
+    return list(map(str, x.shape)) == list(map(str, y.shape))  # some lengths are symbols
 
 
 def _exported(model: nn.Module, example: Any, any_batch: bool) -> Traced:
