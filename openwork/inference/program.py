@@ -67,7 +67,10 @@ def _filled(tree: Any, by_ref: Mapping[Ref, Any]) -> Any:
         return by_ref[tree]
     if isinstance(tree, dict):
         return {key: _filled(each, by_ref) for key, each in tree.items()}
-    return type(tree)(_filled(each, by_ref) for each in tree) if isinstance(tree, list | tuple) else tree
+    if isinstance(tree, list | tuple):
+        filled = [_filled(each, by_ref) for each in tree]
+        return filled if isinstance(tree, list) else tuple(filled)
+    return tree
 
 
 def _named(function: Any) -> Any:
@@ -155,7 +158,9 @@ class Program:
         self.layers = [step.function.layer for step in steps if isinstance(step.function, Product)]
         self.has_warned = False
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns. Compilers leave it as it is: its steps are operators already."""
         given = self.call.tensors(args, kwargs)
         reason = given if isinstance(given, str) else self._reason(given)
         if reason:

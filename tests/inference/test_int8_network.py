@@ -227,6 +227,13 @@ def test_it_is_copied_pickled_and_saved_like_a_model(int8_wins: None) -> None:
         ow.save(fast, io.BytesIO())
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_it_may_be_compiled_and_stays_what_it_is(int8_wins: None) -> None:
+    fast = deployed(network(ResNet))
+    torch.testing.assert_close(torch.compile(fast)(IMAGES), fast(IMAGES), rtol=0, atol=0)
+
+
 @torch.no_grad()
 def test_what_is_loaded_counts(int8_wins: None) -> None:
     model, other = network(ResNet), network(ResNet)
