@@ -77,6 +77,9 @@ inline Float add_pairs(Float sum, Int x, Int value) {
   return fma((Float)(x & upper), (Float)(value & upper), fma((Float)(x << 16), (Float)(value << 16), sum));
 #endif
 }
+typedef uint8_t Byte __attribute__((vector_size(16)));  // one for each lane
+inline Byte low_bytes(Int numbers) { return (Byte)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)numbers); }
+inline Int widened(Byte bytes) { return (Int)_mm512_cvtepu8_epi32((__m128i)bytes); }
 inline Int add_quads(Int sum, Int x, Int value) {  // x unsigned, value signed
   return (Int)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)value);
 }

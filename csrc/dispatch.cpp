@@ -62,7 +62,7 @@ static int32_t each_eight(const Compressed& c, int64_t from, int64_t to, const B
 using namespace openwork;
 
 // The version of this interface; the loader refuses another.
-OPENWORK_API int32_t openwork_abi() { return 6; }
+OPENWORK_API int32_t openwork_abi() { return 7; }
 
 OPENWORK_API void openwork_use_threads(ParallelFor parallel_for) { parallel_for_of_host = parallel_for; }
 
@@ -149,6 +149,7 @@ OPENWORK_API int64_t openwork_peak(const Kernels* kernels, int64_t rounds, float
 // The sizes of the structs, by number, for a test of the mirror in Python; 0 past the last.
 OPENWORK_API int64_t openwork_size_of(int32_t which) {
   const int64_t sizes[] = {sizeof(Groups), sizeof(GemmWeight), sizeof(GemmLinear), sizeof(GemmConv2d),
-                           sizeof(Gemv),   sizeof(DotProduct), sizeof(Pixels),     sizeof(Compressed), sizeof(Slots)};
-  return which < 9 ? sizes[which] : 0;
+                           sizeof(Gemv),   sizeof(DotProduct), sizeof(Pixels),     sizeof(Compressed), sizeof(Slots),
+                           sizeof(Requantize)};
+  return which < 10 ? sizes[which] : 0;
 }

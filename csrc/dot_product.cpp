@@ -59,3 +59,18 @@ OPENWORK_API int32_t openwork_quantize(const Kernels* kernels, const float* x, i
     return kDone;
   });
 }
+
+// Bytes that stand for floats, and floats of bytes.
+OPENWORK_API int32_t openwork_to_bytes(const Kernels* kernels, const float* x, int64_t count, float inverse, int32_t zero, uint8_t* to) {
+  return status_of([&] {
+    parallel_for(count, 1 << 15, [&](int64_t first, int64_t last) { kernels->to_bytes(x + first, last - first, inverse, zero, to + first); });
+    return kDone;
+  });
+}
+
+OPENWORK_API int32_t openwork_from_bytes(const Kernels* kernels, const uint8_t* x, int64_t count, float scale, int32_t zero, float* to) {
+  return status_of([&] {
+    parallel_for(count, 1 << 15, [&](int64_t first, int64_t last) { kernels->from_bytes(x + first, last - first, scale, zero, to + first); });
+    return kDone;
+  });
+}

@@ -15,13 +15,15 @@ namespace {
 constexpr auto pack = nullptr;
 constexpr auto dot_product = nullptr;
 constexpr auto quantize = nullptr;
+constexpr auto to_bytes = nullptr;
+constexpr auto from_bytes = nullptr;
 #endif
 
 }  // namespace
 
 extern const Kernels ISA_TABLE;
 const Kernels ISA_TABLE = {ISA_NAME, kLanes,   kGemmVectors, keep, prune,       decay, count_groups, retained, compress,
-                           slots,    expand,     gemm,     rows_within,  gemv, pack,        dot_product, quantize, transpose, largest,
-                           peak,     supported};
+                           slots,    expand,     gemm,     rows_within,  gemv, pack,        dot_product, quantize, to_bytes, from_bytes,
+                           transpose, largest,   peak,       supported};
 
 }  // namespace openwork

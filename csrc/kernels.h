@@ -30,7 +30,7 @@ static inline int64_t start_of(const Groups& g, int64_t group) {
 constexpr float kSmallest = 1.17549435e-38f;  // below it floats lose digits
 
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
-enum Activation : int32_t { kNone = 0, kRelu = 1 };
+enum Activation : int32_t { kNone = 0, kRelu = 1, kGelu = 2 };  // kGelu: dot products of bytes alone
 
 // One K-tile of a matmul whose lanes are columns of the input ("gemm"): `rows` outputs with `nnz` products each.
 // Product j of an output adds values[j] * x[offsets[j] ...] (bytes) to `vectors` vectors of columns.
@@ -69,6 +69,21 @@ struct Pixels {
   int32_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, kernel_w;
 };
 
+// How sums of products with bytes become outputs, without a look at the inputs ("requantization"). A byte q stands for
+// (q - zero) * scale. In this order, each line rounded once, to float32:
+//
+//   y  = sum * scales[o] + bias[o]          (the scale of the inputs is in `scales`)
+//   y += residual                           or, of bytes, y = (residual - residual_zero) * residual_scale + y
+//   y  = activation(y)
+//   q  = y * y_inverse + y_zero             to the nearest whole number, ties to even, of 0 to 255; NaN gives 0
+struct Requantize {
+  const int32_t* sums;   // (outputs): all weights of each
+  const void* residual;  // (batch, y_stride) bytes or floats, or null
+  int32_t zero, residual_zero, y_zero;
+  int32_t residual_is_float, y_is_float;
+  float residual_scale, y_inverse;
+};
+
 // A matmul whose lanes are outputs and whose inputs are as short as the weights ("dot_product"): in each 32 bits of a vector
 // two bfloat16, or four int8, of one output meet the inputs that a permutation picks from a window of one vector. Their
 // products are added up as one: a step. K padded to whole windows.
@@ -78,7 +93,7 @@ struct DotProduct {
                            // int8: (blocks, windows, steps, lanes, 4)
   int64_t windows, blocks;
   const void* x;           // (batch, K) bfloat16, float for int8, rows x_stride apart; of pixels (N, H, W, channels),
-  int64_t x_stride, K;     // bfloat16, or whole numbers plus 128 for int8
+  int64_t x_stride, K;     // bfloat16, or whole numbers plus 128 for int8; bytes where `requantize` is given
   const Pixels* pixels;    // or null
   char* packed;            // (batch, windows, vector): x in groups of rows, see `pack`; from row `packed_from` on
   int64_t packed_from;
@@ -89,6 +104,7 @@ struct DotProduct {
   int64_t y_stride, outputs, batch;
   int32_t steps;           // a window
   Activation activation;
+  const Requantize* requantize;  // or null: int8 with a scale for each row or image, which is in x_scales
 };
 
 // Gemv of inputs that share what is loaded of the weight: groups of nearly the same size. Group g begins at row
@@ -173,6 +189,8 @@ struct Kernels {
   void (*pack)(const DotProduct&, int32_t dtype, int64_t from, int64_t to);
   void (*dot_product)(const DotProduct&, int32_t dtype, int64_t first, int64_t last, int64_t from, int64_t to);
   void (*quantize)(const float* x, int64_t count, float scale, uint8_t* to);  // whole numbers plus 128
+  void (*to_bytes)(const float* x, int64_t count, float inverse, int32_t zero, uint8_t* to);  // as `Requantize` does
+  void (*from_bytes)(const uint8_t* x, int64_t count, float scale, int32_t zero, float* to);
   void (*transpose)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
   int32_t (*largest)(const float* x, int64_t count);  // the bits of the largest magnitude, NaN above all
   int64_t (*peak)(int64_t rounds, float* result);  // for benchmarks; result: one vector

@@ -26,10 +26,13 @@ const Test kTests[] = {{"masks", test_masks, 300},     {"transpose", test_transp
                        {"gemm", test_gemm, 300},       {"gemv", test_gemv, 300},
                        {"linear", test_linear, 150},   {"dot_product", test_dot_product, 400},
                        {"quantize", test_quantize, 100}, {"convolution", test_conv, 400},
+                       {"bytes", test_bytes, 400},     {"there_and_back", test_there_and_back, 100},
                        {"onnxruntime", test_onnxruntime, 400}};
 
 bool runs(const Test& test, const Kernels& kernels) {  // here: not every processor has dot products
-  return kernels.dot_product || (test.run != test_dot_product && test.run != test_quantize);
+  for (const auto run : {test_dot_product, test_quantize, test_bytes, test_there_and_back})
+    if (test.run == run) return kernels.dot_product;
+  return true;
 }
 
 double now() {

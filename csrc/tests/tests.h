@@ -19,6 +19,8 @@ OPENWORK_API int32_t openwork_dot_product(const Kernels*, const openwork::DotPro
 OPENWORK_API int64_t openwork_dot_product_scratch(const Kernels*, const openwork::DotProduct* d, int64_t threads);
 OPENWORK_API int32_t openwork_quantize(const Kernels*, const float* x, int64_t N, int64_t count, uint8_t* to, float* scales,
                                        int32_t* bits);
+OPENWORK_API int32_t openwork_to_bytes(const Kernels*, const float* x, int64_t count, float inverse, int32_t zero, uint8_t* to);
+OPENWORK_API int32_t openwork_from_bytes(const Kernels*, const uint8_t* x, int64_t count, float scale, int32_t zero, float* to);
 
 namespace openwork_tests {
 
@@ -35,6 +37,8 @@ void test_transpose(const Kernels& kernels, Random& random);
 void test_gemm(const Kernels& kernels, Random& random);
 void test_gemv(const Kernels& kernels, Random& random);
 void test_dot_product(const Kernels& kernels, Random& random);
+void test_bytes(const Kernels& kernels, Random& random);
+void test_there_and_back(const Kernels& kernels, Random& random);
 void test_quantize(const Kernels& kernels, Random& random);
 void test_linear(const Kernels& kernels, Random& random);
 void test_conv(const Kernels& kernels, Random& random);

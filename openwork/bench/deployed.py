@@ -19,9 +19,17 @@ def deployed(case: Case) -> Prepared:
     ("keep")."""
     model, example = case.model()
     weight_dtype = getattr(torch, case.precision)
+    batches = torch.load(case.folder / "calibrate.pt", weights_only=False) if case.precision == "int8" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that dense won is told below
-        fast = deploy(model, example, pattern=case.options["pattern"], weight_dtype=weight_dtype, engine_seconds=0)
+        fast = deploy(
+            model,
+            example,
+            pattern=case.options["pattern"],
+            weight_dtype=weight_dtype,
+            calibrate=batches,
+            engine_seconds=0,
+        )
     calls = {"": partial(run, fast, example)}
     if case.options.get("compiled"):
         calls["compiled"] = partial(run, compile_frozen(fast, example), example)

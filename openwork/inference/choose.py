@@ -41,7 +41,7 @@ def measure_layers(
 
     `patterns`: weight name -> its pattern, or the reason why it has none. `formats`: sparse convolutions, like dense
     ones, count in the better memory format, since the whole model will be tried in both."""
-    inputs = _inputs(model, example)
+    inputs = inputs_of(model, example)
     measured: dict[Any, LayerTiming] = {}
     for name, pattern in patterns.items():
         module_name, _, tensor_name = name.rpartition(".")
@@ -64,14 +64,20 @@ def measure_layers(
 
 
 def request_of(
-    module: Any, tensor_name: str, pattern: Pattern, weight_dtype: torch.dtype, inputs: Sequence[Tensor]
+    module: Any,
+    tensor_name: str,
+    pattern: Pattern,
+    weight_dtype: torch.dtype,
+    inputs: Sequence[Tensor],
+    *,
+    dense: bool = False,
 ) -> Request | str:
-    """What a layer asks of a kernel, or why no kernel is asked."""
+    """What a layer asks of a kernel, or why no kernel is asked. `dense`: one that prunes nothing is, too."""
     if tensor_name != "weight" or not is_known(module):
         return f"no kernel for {type(module).__name__}.{tensor_name}"
     if not as_it_was_made(module):
         return "it has hooks, or a forward of its own, which no kernel runs"
-    if pattern.n == pattern.m:
+    if pattern.n == pattern.m and not dense:
         return "the pattern is dense"
     try:
         form = form_of(module, pattern)
@@ -132,7 +138,7 @@ def _totals(
     better memory format."""
     times: dict[str, list[float]] = {}
     for x, count in zip(examples, calls, strict=True):
-        variants = _dense_variants(module, x)
+        variants = dense_variants(module, x)
         for name, layer in layers.items():
             variants[name] = _call(layer, x)
             if formats and layer.packed.times_channels_last and x.ndim == module.weight.ndim == 4:
@@ -168,7 +174,7 @@ def _packed_by(
     return layer
 
 
-def _dense_variants(module: Any, x: Tensor) -> dict[str, Callable[[], object]]:
+def dense_variants(module: Any, x: Tensor) -> dict[str, Callable[[], object]]:
     variants: dict[str, Callable[[], object]] = {"torch": _call(module, x)}
     weight: Tensor = module.weight.detach()
     if weight.ndim == 2 and weight.device.type == "cpu":
@@ -189,7 +195,7 @@ def _call(function: Callable[[Tensor], object], x: Tensor) -> Callable[[], objec
     return lambda: function(x)
 
 
-def _inputs(model: nn.Module, example: Any) -> dict[str, list[Tensor]]:
+def inputs_of(model: nn.Module, example: Any) -> dict[str, list[Tensor]]:
     """What each layer is called with, by its name."""
     seen: dict[str, list[Tensor]] = {}
 

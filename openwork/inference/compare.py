@@ -6,7 +6,7 @@ import copy
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,16 @@ OFF = "OPENWORK_NO_ENGINES"
 
 
 def other_engines(
-    dense: nn.Module, example: Any, returned: Callable[[], object], weight_dtype: torch.dtype, seconds: float
+    dense: nn.Module,
+    example: Any,
+    returned: Callable[[], object],
+    weight_dtype: torch.dtype,
+    seconds: float,
+    calibration: Sequence[Any] = (),
 ) -> OtherEngines | None:
     """Time a dense network on a CPU in OpenVINO and ONNX Runtime, as far as they are installed, in turns with
-    `returned`, in the precision of `weight_dtype` or else float32 (int8: static scales, of the example alone, so for
-    speed only). They run in a process of its own that is given the network as a program, within so many seconds.
+    `returned`, in the precision of `weight_dtype` or else float32 (int8: static scales of `calibration`, or of the
+    example alone). They run in a process of its own that is given the network as a program, within so many seconds.
 
     None where it is not to be done. What cannot be compared is told in `left_out`."""
     on_cpu = all(each.device.type == "cpu" for each in (*dense.parameters(), *dense.buffers()))
@@ -49,7 +54,7 @@ def other_engines(
     try:
         with tempfile.TemporaryDirectory() as folder:
             plain = dense if all(each.dtype == torch.float32 for each in dense.parameters()) else _in_float32(dense)
-            write_program(Path(folder), plain, in_dtype(example, torch.float32))
+            write_program(Path(folder), plain, in_dtype(example, torch.float32), calibration)
             case = Case(Path(folder), precision, torch.get_num_threads())
             with Worker("openwork.engines.onnx_engines:installed", case, end - time.monotonic()) as worker:
                 left = end - time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from openwork.inference.choose import Packed, measure_layers
 from openwork.inference.compare import other_engines
 from openwork.inference.fold import fold_batch_norm, following_relu, replace
+from openwork.inference.int8_network import int8_network
 from openwork.inference.layers import PackedConv2d, PackedLayer, pack_layer
-from openwork.inference.plan import MARGIN, Plan, environment
+from openwork.inference.plan import INT8_NETWORK, MARGIN, Plan, environment
 from openwork.kernels.cpu.native import warn_without_library
 from openwork.kernels.cuda.stream import on_device
 from openwork.layouts.layout import kind_named, kinds_on
@@ -70,6 +71,7 @@ def deploy(
     *,
     pattern: Selection | PatternChoice | None = None,
     weight_dtype: torch.dtype | None = None,
+    calibrate: Iterable[Any] | None = None,
     timed_as: TimedAs = "eager",
     engine_seconds: float = 60.0,
 ) -> nn.Module:
@@ -82,6 +84,10 @@ def deploy(
     are from the given model's; of more than rounding explains, a warning says so. The result is saved, loaded, copied
     and pickled like any model: its layers are of the classes they were, and its state dict is that of the model, with
     normalizations that do nothing where they were folded (docs/limits.md).
+    `calibrate`: with `weight_dtype=torch.int8` on a CPU, examples like `example`, of real data. From them come static
+    scales, with which activations stay int8 from layer to layer; requantization, bias, ReLU, GELU and the addition of
+    residuals are part of the products. Layers that cost too much accuracy stay float32. It is one more model that is
+    timed as a whole; a network that `torch.export` does not take has none, and a warning says so.
     `timed_as` says how the caller will run it, and whole models are timed so: "graph", as a CUDA graph, without what
     launching costs; "compiled", by `torch.compile` with frozen weights (`torch._inductor.config.freezing`, which helps
     dense products), which takes minutes for a large model, and on a CPU a C++ compiler.
@@ -100,6 +106,7 @@ def deploy(
     with torch.inference_mode(False), on_device(_device(unwrap(model))):
         dense, patterns, weight_dtype = _ready(model, pattern, weight_dtype)
         _check_timed_as(timed_as, _device(dense))
+        batches = _checked_batches(calibrate, weight_dtype, _device(dense))
         expected = _outputs(dense, example)
         fold_batch_norm(dense, example)
         with torch.inference_mode():
@@ -107,15 +114,21 @@ def deploy(
         measured = Plan(tuple(timing for timing, _ in timings), weight_dtype, environment(_device(dense)))
         sparse = _converted(copy.deepcopy(dense), measured, [packed for _, packed in timings], example)
         models = {"dense": dense, "sparse": sparse} if measured.chosen else {"dense": dense}
+        whole_int8, network = int8_network(dense, example, patterns, batches) if batches else (None, None)
+        if whole_int8 is not None:
+            models[INT8_NETWORK] = whole_int8
+        elif network is not None:
+            warnings.warn(f"calibrate: no int8 network, layer by layer instead: {network.reason}", stacklevel=2)
         whole, calls = _whole(models, example, timed_as)
         best = _winner(whole)
         fastest_call = calls.pop(best)
         calls.clear()  # and the copies that they hold
-        result = dense if best.startswith("dense") else sparse
+        result = models[best.partition(",")[0]]
         result = _channels_last(result) if best.endswith("channels_last") else result
         difference = largest_difference(expected, _outputs(result, example))
-        engines = other_engines(dense, example, fastest_call, weight_dtype, engine_seconds)
+        engines = other_engines(dense, example, fastest_call, weight_dtype, engine_seconds, batches)
     measured = dataclasses.replace(measured, whole=whole, difference=difference, returned=best, engines=engines)
+    measured = dataclasses.replace(measured, network=network)
     if engines and engines.faster:
         warnings.warn(f"{engines.faster} (see model.deployment)", stacklevel=2)
     if result is dense:
@@ -154,6 +167,18 @@ def _ready(
     names = {name for name, _ in ready.named_parameters(remove_duplicate=False)}  # lengths of directions are gone
     patterns = {renamed.get(row.name, row.name): row.pattern or row.reason for row in report.rows}
     return ready, {name: pattern for name, pattern in patterns.items() if name in names}, weight_dtype
+
+
+def _checked_batches(calibrate: Iterable[Any] | None, weight_dtype: torch.dtype, device: torch.device) -> list[Any]:
+    """The batches to calibrate by. Raises ValueError where there is no use for them, or none."""
+    if calibrate is None:
+        return []
+    if weight_dtype != torch.int8 or device.type != "cpu":
+        found = f"weight_dtype={weight_dtype} on {device}"
+        raise ValueError(f"calibrate with {found}; it is for weight_dtype=torch.int8 on a CPU")
+    if isinstance(calibrate, Tensor | Mapping) or not (batches := list(calibrate)):
+        raise ValueError("calibrate; needed a list of examples (or any iterable), each like `example`, at least one")
+    return batches
 
 
 def check_weight_dtype(weight_dtype: torch.dtype | None, device_type: str) -> None:
@@ -235,7 +260,8 @@ def _whole(
     if timed_as == "compiled":
         ready = {f"{name}, compiled": compile_frozen(each, example) for name, each in models.items()}
     elif any(isinstance(module, nn.Conv2d) for module in models["dense"].modules()):
-        ready |= {f"{name}, channels_last": _channels_last(copy.deepcopy(each)) for name, each in models.items()}
+        both = {name: each for name, each in models.items() if name != INT8_NETWORK}  # that one has its own formats
+        ready |= {f"{name}, channels_last": _channels_last(copy.deepcopy(each)) for name, each in both.items()}
     variants = {name: _forward(each, example) for name, each in ready.items()}
     with torch.inference_mode():
         if _device(models["dense"]).type == "cuda":

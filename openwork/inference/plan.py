@@ -17,6 +17,10 @@ MARGIN = 0.97
 """A sparse layer is chosen where it takes less than this share of the dense time: below, it may be noise."""
 
 
+INT8_NETWORK = "int8 network"
+"""The name of the model whose activations are int8 from layer to layer, among whole models that are timed."""
+
+
 @dataclass(frozen=True)
 class LayerTiming:
     """One weight of a plan. Times in seconds for one forward of the example, all calls of the layer; `dense` is the
@@ -77,11 +81,39 @@ class OtherEngines:
 
 
 @dataclass(frozen=True)
+class Int8Network:
+    """The network in int8 as a whole, from static scales: what was found. `errors`: by layer, how far the network's
+    outputs are off where this layer alone is int8, as a share of their size (root of sums of squares), on the first
+    calibration batch; `error`, with all layers that are int8 in the end, and `most_error`, what is allowed. `float32`:
+    the layers that stay so, and why. `reason`: why there is no such network; empty where there is one."""
+
+    errors: Mapping[str, float] = field(default_factory=dict)
+    error: float = 0.0
+    most_error: float = 0.0
+    float32: Mapping[str, str] = field(default_factory=dict)
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """What was found, in sentences."""
+        if self.reason:
+            return [f"no int8 network, {self.reason}"]
+        count = len(self.errors) - len(self.float32)
+        found = f"int8 network: {count} of {len(self.errors)} layers on bytes"
+        lines = [f"{found}, outputs off by {self.error:.2g} of their size on calibration data"]
+        return lines + [f"{name} stays float32: {why}" for name, why in self.float32.items()]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `plan` measured, layer by layer. `str()` is a table. Only `deploy` measures the rest: `whole` are the times
     of whole models in seconds, `returned` names the one that it returned, and `difference` is how far its outputs are
     from those of the model it got, on the example: the largest difference over the largest magnitude. `engines`: how
-    long other software takes, None where that was not asked or the model is on a GPU.
+    long other software takes, None where that was not asked or the model is on a GPU. `network`: what came of
+    calibration batches, None where there were none.
 
     >>> import torch, openwork as ow
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -98,10 +130,13 @@ class Plan:
     difference: float | None = None
     returned: str = ""
     engines: OtherEngines | None = None
+    network: Int8Network | None = None
 
     @property
     def chosen(self) -> dict[str, str]:
         """The kernel of each weight that runs sparse: of none where the dense model was returned."""
+        if self.network is not None and self.returned.startswith(INT8_NETWORK):
+            return dict(self.network.chosen)
         dense = self.returned.startswith("dense")
         return {layer.name: layer.kind for layer in self.layers if layer.kind and not dense}
 
@@ -113,6 +148,7 @@ class Plan:
         summary = f"{len(self.chosen)} of {len(self.layers)} weights run sparse, stored in {self.weight_dtype}"
         if self.difference is not None:
             whole.append(f"outputs differ from the given model's by {self.difference:.1g} of the largest")
+        whole += self.network.lines() if self.network else []
         whole += self.engines.lines() if self.engines else []
         return "\n".join([self.environment, *aligned(header, lines), summary, *whole])
 

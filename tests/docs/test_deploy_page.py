@@ -28,6 +28,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:chosen is empty"),
     pytest.mark.filterwarnings("ignore:no layer is faster sparse here"),  # of so small a network that may be
+    pytest.mark.filterwarnings("ignore:sparse is not faster than dense here"),
+    pytest.mark.filterwarnings("ignore:calibrate. no int8 network"),  # where the processor has no dot products
 ]
 
 

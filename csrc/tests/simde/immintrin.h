@@ -23,5 +23,19 @@ inline __m512 _mm512_permutevar_ps(__m512 a, __m512i index) {  // vpermilps: low
   for (int l = 0; l < 16; l++) to.f32[l] = from.f32[l / 4 * 4 + (at.i32[l] & 3)];
   return simde__m512_from_private(to);
 }
+#undef _mm512_maskz_cvtepi32_epi8
+#undef _mm512_cvtepu8_epi32
+inline __m128i _mm512_maskz_cvtepi32_epi8(uint16_t, __m512i numbers) {  // the mask has every lane
+  const simde__m512i_private from = simde__m512i_to_private(numbers);
+  simde__m128i_private to;
+  for (int l = 0; l < 16; l++) to.u8[l] = uint8_t(from.i32[l]);
+  return simde__m128i_from_private(to);
+}
+inline __m512i _mm512_cvtepu8_epi32(__m128i bytes) {
+  const simde__m128i_private from = simde__m128i_to_private(bytes);
+  simde__m512i_private to;
+  for (int l = 0; l < 16; l++) to.i32[l] = from.u8[l];
+  return simde__m512i_from_private(to);
+}
 
 #define __builtin_cpu_supports(feature) true

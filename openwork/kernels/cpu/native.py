@@ -27,10 +27,11 @@ from openwork.kernels.cpu.structs import GemmWeight as GemmWeight
 from openwork.kernels.cpu.structs import GemvCall as GemvCall
 from openwork.kernels.cpu.structs import Groups as Groups
 from openwork.kernels.cpu.structs import Pixels as Pixels
+from openwork.kernels.cpu.structs import Requantize as Requantize
 from openwork.kernels.cpu.structs import Slots as Slots
 from openwork.layouts.layout import Vectors
 
-_ABI = 6
+_ABI = 7
 _FILE = Path(__file__).with_name("libopenwork.so")
 _MARK = b"openwork"
 _in_use: Isa | None = None
@@ -70,6 +71,8 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "openwork_dot_product_scratch": (c_int64, c_void_p, POINTER(DotProductCall), c_int64),
     "openwork_dot_product": (*_CALL, POINTER(DotProductCall), c_int32, c_int64),
     "openwork_quantize": (*_CALL, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
+    "openwork_to_bytes": (*_CALL, c_void_p, c_int64, c_float, c_int32, c_void_p),
+    "openwork_from_bytes": (*_CALL, c_void_p, c_int64, c_float, c_int32, c_void_p),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import Structure, c_float, c_int32, c_int64, c_uint64, c_void_p
 
 
 class Groups(Structure):
@@ -79,6 +79,17 @@ class DotProductCall(Structure):
         *((name, c_void_p) for name in ("bias", "scales", "x_scales", "y")),
         *((name, c_int64) for name in ("y_stride", "outputs", "batch")),
         *((name, c_int32) for name in ("steps", "activation")),
+        ("requantize", c_void_p),
+    )
+
+
+class Requantize(Structure):
+    """How sums of products with bytes become outputs: see csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("sums", "residual")),
+        *((name, c_int32) for name in ("zero", "residual_zero", "y_zero", "residual_is_float", "y_is_float")),
+        *((name, c_float) for name in ("residual_scale", "y_inverse")),
     )
 
 
