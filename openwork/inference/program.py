@@ -10,7 +10,7 @@ import operator
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +144,15 @@ class Program:
     shapes but for the batch, in other dtypes, or while the model trains, runs layer by layer, and the first time a
     warning says so."""
 
+    _is_left_alone: ClassVar[bool] = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Program:
+        """Compilers leave programs as they are: their steps are operators already. Said when the first one is made or
+        unpickled, since it imports torch's compiler."""
+        if not cls._is_left_alone:
+            cls.__call__, cls._is_left_alone = torch.compiler.disable(cls.__call__), True  # type: ignore[method-assign]
+        return super().__new__(cls)
+
     def __init__(
         self,
         model: nn.Module,
@@ -158,9 +167,8 @@ class Program:
         self.layers = [step.function.layer for step in steps if isinstance(step.function, Product)]
         self.has_warned = False
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns. Compilers leave it as it is: its steps are operators already."""
+        """What the model returns."""
         given = self.call.tensors(args, kwargs)
         reason = given if isinstance(given, str) else self._reason(given)
         if reason:
