@@ -16,10 +16,12 @@ from openwork.utils.timing import compile_frozen
 
 def deployed(case: Case) -> Prepared:
     """`options`: "pattern", whether to compile it as well ("compiled"), and whether to write it to `deployed.pt`
-    ("keep")."""
+    ("keep"). int8 is calibrated by the examples in `calibrate.pt`, where there is none by the case's own."""
     model, example = case.model()
     weight_dtype = getattr(torch, case.precision)
-    batches = torch.load(case.folder / "calibrate.pt", weights_only=False) if case.precision == "int8" else None
+    batches, file = None, case.folder / "calibrate.pt"
+    if case.precision == "int8":
+        batches = torch.load(file, weights_only=False) if file.exists() else [example]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that dense won is told below
         fast = deploy(

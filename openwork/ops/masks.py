@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ def foreach_decay(
 
 def check_rate(name: str, rate: float) -> None:
     """Raises ValueError where a decay is not finite: an infinite one times a weight of 0 is NaN."""
-    if not math.isfinite(rate):
-        raise ValueError(f"{name}={rate}; needed a finite number")
+    if not isinstance(rate, Real) or not math.isfinite(rate):
+        raise ValueError(f"{name}={rate!r}; needed a finite number")
 
 
 def check_decay(gradients: Sequence[Tensor], weights: Sequence[Tensor], rate: float) -> None:

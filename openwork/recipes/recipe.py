@@ -289,7 +289,7 @@ def summary(config: Config, report: ow.Report, net: nn.Module, run: RunDir) -> d
         "seconds_per_step": statistics.median(steps) if steps else None,
         "seconds": sum(steps) if steps else None,
         "layers": [layer(row) for row in report.rows],
-        "summary": report.summary,
+        "summary": report.summary if ends_sparse(values) else f"dense; {config.pattern} would be: {report.summary}",
         "environment": run_environment(),
     }
 

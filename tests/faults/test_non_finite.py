@@ -112,6 +112,8 @@ def test_a_decay_is_finite(rate: float) -> None:
     for method in (ow.SRSTE, ow.TransposableSRSTE):
         with pytest.raises(ValueError, match=r"decay=-?(inf|nan); needed a finite number"):
             method(decay=rate)
+    with pytest.raises(ValueError, match=r"decay=Ellipsis; needed a finite number"):
+        ow.SRSTE(decay=...)
     gradient, weight = torch.zeros(4, 4), torch.randn(4, 4)
     with pytest.raises(ValueError, match=r"rate=.*; needed a finite number"):
         torch.ops.openwork.foreach_decay([gradient], [weight], rate, 2, 4, [1, 1, 0])

@@ -170,6 +170,15 @@ def test_asp_prunes_the_trained_dense_weights(compared):
     assert masks["dense-seed0"]["start"] != masks["dense-seed0"]["end"]
 
 
+def test_a_dense_run_does_not_say_that_its_weights_are_sparse(compared):
+    said = {
+        name: json.loads((compared[0] / name / "result.json").read_text())["summary"]
+        for name in ("dense-seed0", "asp-2of4-seed0")
+    }
+    assert said["dense-seed0"] == f"dense; 2:4 would be: {said['asp-2of4-seed0']}"
+    assert "weights sparse" in said["asp-2of4-seed0"]
+
+
 def test_a_second_call_reuses_finished_runs(compared):
     out, rows = compared
     said = []
