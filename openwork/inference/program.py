@@ -38,10 +38,10 @@ class Step:
     last: tuple[int, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "function": _named(self.function)}
+        return {**vars(self), "function": _named(self.function), "args": _named(self.args)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({**state, "function": _function(state["function"])})
+        vars(self).update({**state, "function": _from_name(state["function"]), "args": _from_name(state["args"])})
 
 
 class Filled:
@@ -56,30 +56,49 @@ class Filled:
         return self.function(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "function": _named(self.function)}
+        return {**vars(self), "function": _named(self.function), "arguments": _named(self.arguments)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({**state, "function": _function(state["function"])})
+        names = {name: _from_name(state[name]) for name in ("function", "arguments")}
+        vars(self).update({**state, **names})
 
 
 def _filled(tree: Any, by_ref: Mapping[Ref, Any]) -> Any:
     if type(tree) is Ref:
         return by_ref[tree]
+    return _mapped(lambda each: _filled(each, by_ref), tree)
+
+
+class _Name(NamedTuple):
+    """What torch does not pickle, or not in every protocol: an operator, a memory format."""
+
+    of: str
+    name: str
+
+
+def _named(tree: Any) -> Any:
+    """The same with names for operators and memory formats."""
+    if isinstance(tree, _OPERATOR):
+        return _Name("ops", str(tree))
+    if isinstance(tree, torch.memory_format):
+        return _Name("torch", str(tree).removeprefix("torch."))
+    return _mapped(_named, tree)
+
+
+def _from_name(tree: Any) -> Any:
+    if type(tree) is _Name:
+        return operator.attrgetter(tree.name)(torch.ops if tree.of == "ops" else torch)
+    return _mapped(_from_name, tree)
+
+
+def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
+    """Lists, tuples and dicts of any kind as plain ones, each value changed; anything else, a named tuple too, as it
+    is."""
     if isinstance(tree, dict):
-        return {key: _filled(each, by_ref) for key, each in tree.items()}
-    if isinstance(tree, list | tuple):
-        filled = [_filled(each, by_ref) for each in tree]
-        return filled if isinstance(tree, list) else tuple(filled)
-    return tree
-
-
-def _named(function: Any) -> Any:
-    """Operators by name: torch pickles none."""
-    return str(function) if isinstance(function, _OPERATOR) else function
-
-
-def _function(named: Any) -> Any:
-    return operator.attrgetter(named)(torch.ops) if isinstance(named, str) else named
+        return {key: change(each) for key, each in tree.items()}
+    if isinstance(tree, list):
+        return [change(each) for each in tree]
+    return tuple(map(change, tree)) if isinstance(tree, tuple) and not hasattr(tree, "_fields") else tree
 
 
 class Constant:

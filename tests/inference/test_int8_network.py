@@ -17,7 +17,7 @@ import openwork as ow
 import openwork.kernels as kernels
 from openwork.inference.int8_network import MOST_ERROR, int8_network
 from openwork.inference.layers import PackedConv2d, PackedLinear
-from openwork.inference.program import Product, Program
+from openwork.inference.program import Filled, Product, Program, Ref, Step
 from openwork.kernels.cpu import native
 from openwork.nm.pattern import Pattern
 
@@ -225,6 +225,24 @@ def test_it_is_copied_pickled_and_saved_like_a_model(int8_wins: None) -> None:
     torch.testing.assert_close(fast.blocks[0].conv1.weight.shape, model.blocks[0].conv1.weight.shape)
     with pytest.raises(ValueError, match="deploy"):
         ow.save(fast, io.BytesIO())
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))  # torch.save takes the second
+def test_steps_of_any_arguments_are_pickled(protocol: int) -> None:
+    clone, places = torch.ops.aten.clone.default, (Ref(0),)
+    steps = [
+        Step(Filled(clone, (Ref(0),), {"memory_format": torch.contiguous_format}, places), places, 1),
+        Step(torch.ops.aten.mul.Tensor, (Ref(0), 2.0), 2),
+        Step(Filled(torch.ops.aten.cat.default, ([Ref(0), Ref(0)], 1), {}, places), places, 3),
+    ]
+    again = pickle.loads(pickle.dumps(steps, protocol))
+    x = torch.randn(4, 3).t()
+    for step, other in zip(steps, again, strict=True):
+        found, expected = ([x if arg == Ref(0) else arg for arg in each.args] for each in (other, step))
+        result = other.function(*found)
+        torch.testing.assert_close(result, step.function(*expected))
+        assert result.stride() == step.function(*expected).stride()
+        assert (other.to, other.last) == (step.to, step.last)
 
 
 @pytest.mark.slow
