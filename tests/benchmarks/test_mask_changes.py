@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -10,20 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def changes():
-    sys.path.insert(0, str(FOLDER))
-    try:
-        spec = importlib.util.spec_from_file_location("mask_changes", FOLDER / "mask_changes.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["mask_changes"] = module  # where dataclasses look names up
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(FOLDER))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import mask_changes as changes
 
 
 def document(higher: bool = True) -> dict:
@@ -45,7 +32,7 @@ def document(higher: bool = True) -> dict:
 
 
 @pytest.mark.parametrize("higher", [True, False])
-def test_a_run_counts_where_its_mask_moves_and_its_seed_has_a_dense_run(changes, higher):
+def test_a_run_counts_where_its_mask_moves_and_its_seed_has_a_dense_run(higher):
     runs = changes.runs_of(document(higher))
     assert [run.choice for run in runs] == ["sr-ste decay=0.02"] * 2
     assert [run.gain for run in runs] == pytest.approx([-10, 5] if higher else [10, -5])
@@ -53,14 +40,14 @@ def test_a_run_counts_where_its_mask_moves_and_its_seed_has_a_dense_run(changes,
     assert runs[0].panel == "classification, 2:4"
 
 
-def test_the_correlation_is_spearmans(changes):
+def test_the_correlation_is_spearmans():
     draw = np.random.default_rng(3)
     x, y = draw.integers(5, size=(2, 40))  # with ties
     assert changes.spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
     assert np.isnan(changes.spearman(x, np.ones(40)))
 
 
-def test_the_interval_draws_choices_not_runs(changes):
+def test_the_interval_draws_choices_not_runs():
     """Twenty seeds of two choices are two points: the interval is as wide as two points leave it."""
     draw = np.random.default_rng(0)
     of = {"a": 1.0, "b": 3.0}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -14,20 +13,8 @@ from openwork.recipes.compare import half_runs, planned_runs
 from openwork.recipes.config import comparison
 from openwork.recipes.parser import parse
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def protocol():
-    sys.path.insert(0, str(FOLDER))
-    try:
-        spec = importlib.util.spec_from_file_location("protocol", FOLDER / "protocol.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["protocol"] = module  # where dataclasses look names up
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(FOLDER))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import protocol
 
 
 def rows_of(folder, planned):
@@ -41,7 +28,7 @@ def rows_of(folder, planned):
     (folder / "results.json").write_text(json.dumps({"metrics": [metric], "rows": rows}))
 
 
-def test_every_stage_plans_runs_of_one_length(protocol, tmp_path):
+def test_every_stage_plans_runs_of_one_length(tmp_path):
     for task, each in protocol.PROTOCOLS.items():
         finals = {}
         for stage in protocol.STAGES:
@@ -61,7 +48,7 @@ def test_every_stage_plans_runs_of_one_length(protocol, tmp_path):
         assert {"sr-ste", *each.methods.split()} - {"s-ste"} <= tuned
 
 
-def test_an_unknown_stage_is_named(protocol, capsys):
+def test_an_unknown_stage_is_named(capsys):
     with pytest.raises(SystemExit):
         protocol.main(["classification", "chose", "--data", "digits"])
     assert "no stage chose; there are twice, choose," in capsys.readouterr().err
