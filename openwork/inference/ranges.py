@@ -21,8 +21,8 @@ SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 class Range:
     """A byte q stands for (q - zero) * scale.
 
-    >>> Range.between(-1.0, 1.55)
-    Range(scale=0.01, zero=100)
+    >>> Range.between(-100.0, 155.0)
+    Range(scale=1.0, zero=100)
     """
 
     scale: float
