@@ -96,10 +96,10 @@ def combined(files: Sequence[Path]) -> list[Row]:
     return [row for case in found.values() for row in case]
 
 
-def between(text: str, start: str, new: str, page: Path) -> str:
-    """The page with other text after a line, up to the next `<!-- end -->`."""
+def between(text: str, start: str, new: str, page: Path, end: str = "<!-- end -->") -> str:
+    """The page with other text after a line, up to the next line `end`."""
     before, found, rest = text.partition(start)
-    _, end, after = rest.partition("<!-- end -->")
-    if not (found and end):
-        raise ValueError(f"{page} has no line {start.strip()}; needed one, and <!-- end --> after it")
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise ValueError(f"{page} has no line {start.strip()}; needed one, and {end} after it")
     return before + start + new + end + after

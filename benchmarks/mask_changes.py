@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_tables import between
 from results_page import PAGE, RESULTS, markdown
 from scipy.stats import rankdata
 
@@ -27,7 +28,6 @@ FIGURE = PAGE.with_name("mask-changes.svg")
 MEASURES = {"sad_start": "SAD since the start, %", "flip_rate": "flip rate, % a step"}
 _DRAWS = 2000
 _NO_OPTIONS = ("method", "pattern", "seed", "density", "seconds")
-_MARK, _END = "<!-- mask changes -->\n", "<!-- end mask changes -->"
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,10 @@ def main(words: Sequence[str] | None = None) -> None:
     documents = [json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in asked.names]
     panels = by_panel([run for document in documents for run in runs_of(document)])
     plot(panels, FIGURE)
-    lines = table(panels)
     page = PAGE.read_text(encoding="utf-8")
-    before, mark, rest = page.partition(_MARK)
-    _, end, after = rest.partition(_END)
-    if not mark or not end:
-        raise SystemExit(f"{PAGE} lacks the lines {_MARK.strip()} and {_END}")
-    text = "\n".join(["", *lines, "", f"![Score against changes of the mask]({FIGURE.name})", "", ""])
-    PAGE.write_text(before + mark + text + end + after, encoding="utf-8")
+    text = "\n".join(["", *table(panels), "", f"![Score against changes of the mask]({FIGURE.name})", "", ""])
+    page = between(page, "<!-- mask changes -->\n", text, PAGE, "<!-- end mask changes -->")
+    PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

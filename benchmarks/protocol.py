@@ -9,7 +9,7 @@ they were stopped. What is found is copied to benchmarks/results, and the tables
 
     twice     dense training of twice the length, one seed: does the network still learn?
     choose    the decay of SR-STE, by samples that are not the reported ones, on a seed that no other stage has
-    compare   dense, ASP in an equal budget, STE and SR-STE with its best decay; 3 seeds, 2:4
+    compare   dense, ASP in an equal budget, STE and SR-STE with its best decay, at 2:4
     patterns  both at more patterns
     knobs     the one option of each other method, as `choose` does
     methods   every other method with its best option, at two patterns
@@ -20,7 +20,7 @@ ASP in an equal budget trains for half of the epochs dense and for half sparse.
 from __future__ import annotations
 
 import argparse
-import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,6 @@ from openwork.cli.main import main as openwork
 
 STAGES = ("twice", "choose", "compare", "patterns", "knobs", "methods")
 _FINAL = "final"  # the folder that the stages with results share, with their dense runs
-_MOST = 0.75  # of a run: after so much of it a schedule has ended
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Protocol:
         tune, final = f"--seeds 9 {self.choose}", f"--seeds {self.seeds}"
         four = f"--methods dense asp ste sr-ste --equal_budget {final}"
         positive = " ".join(decay for decay in self.decays.split() if not decay.startswith("-"))
-        lengths = [str(round(self.steps * share)) for share in (0.25, 0.5, _MOST)]
+        lengths = [str(round(self.steps * share)) for share in (0.25, 0.5, 0.75)]
         ramps = " ".join(f"ramp={steps}" for steps in lengths)
         timed = " ".join(name for name in self.methods.split() if name in ("mdgf", "sdgf", "maxq", "step"))
         window = f"--window {self.window}" if "step" in timed.split() else ""
@@ -122,17 +121,9 @@ def main(words: Sequence[str] | None = None) -> None:
             if status := openwork(command):
                 raise SystemExit(status)
             if folder in (_FINAL, "twice"):
-                keep(
-                    out / folder / "results.json",
-                    f"{asked.task}-{stage}{'-ramp' if 'knobs-ramp' in arguments else ''}.json",
-                )
-    write_page()
-
-
-def keep(source: Path, name: str) -> None:
-    """A copy of what a comparison found, under another name."""
-    document = json.loads(source.read_text(encoding="utf-8"))
-    (RESULTS / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                part = "-ramp" if "knobs-ramp" in arguments else ""
+                shutil.copyfile(out / folder / "results.json", RESULTS / f"{asked.task}-{stage}{part}.json")
+                write_page()
 
 
 if __name__ == "__main__":

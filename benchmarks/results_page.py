@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gpu_tables import between
+
 from openwork.recipes import TASKS, find
 from openwork.recipes.config import comparison
 from openwork.recipes.method_flags import option_flags
@@ -104,9 +106,7 @@ def with_tables(page: str) -> str:
         page, count = re.subn(pattern, lambda m, t=text: f"{m[1]}\n{t}\n\n{m[2]}", page, flags=re.S)
         if not count:
             raise SystemExit(f"{PAGE} lacks the lines <!-- results {name} --> and <!-- end -->")
-    return re.sub(
-        r"(<!-- legend -->\n).*?(<!-- end legend -->)", lambda m: f"{m[1]}{legend()}\n{m[2]}", page, flags=re.S
-    )
+    return between(page, "<!-- legend -->\n", f"{legend()}\n", PAGE, "<!-- end legend -->")
 
 
 def without_folders(document: dict[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def forward_pass(job: Job, seconds: float, rounds: int = ROUNDS) -> Iterator[Ben
             own = folder / str(pattern).replace(":", "of")
             own.mkdir()
             write_module(own, sparse, job.example)
-            torch.save([*job.calibration] or [job.example], own / "calibrate.pt")
+            if job.calibration:
+                torch.save([*job.calibration], own / "calibrate.pt")
             for precision in job.precisions:
                 for two in _deployed(job, Case(own, precision, threads), pattern, stack):
                     if isinstance(two, str):

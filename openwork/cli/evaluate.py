@@ -71,7 +71,6 @@ def _scores(task: Any, config: Any, source: Path) -> tuple[dict[str, float], int
     if config.threads:
         torch.set_num_threads(config.threads)
     data = task.load_data(config)
-    torch.manual_seed(config.seed)
     net = task.build(config, data)
     load_weights(net, source, "evaluate")
     return scores(task, config, net.eval(), data), data.val_count

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("results_page", ROOT / "benchmarks" / "results_page.py")
-results_page = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(results_page)
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import results_page  # noqa: E402
+
 WEIGHT_DTYPES = sorted(results_page.RESULTS.glob("*.json"))
 
 
