@@ -15,7 +15,7 @@ from openwork.recipes.recipe import load_run, train
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
-    small = {"limit": 160, "batch_size": 32, "epochs": 1, "progress": False, "threads": 1}
+    small = {"limit": 160, "limit_val": 50, "batch_size": 32, "epochs": 1, "progress": False, "threads": 1}
     return out, train(ClassificationConfig(**small, out=str(out)))
 
 
@@ -45,11 +45,11 @@ def test_flags_stand_in_place_of_those_of_the_run(trained, capsys):
 
 def test_a_file_needs_its_task_and_its_model(trained, tmp_path, capsys):
     out, result = trained
-    found = evaluated(capsys, "classification", out / "model.safetensors")
+    found = evaluated(capsys, "classification", out / "model.safetensors", "--limit_val", "50")
     assert found == {key: result[key] for key in found}
     net, _, _ = load_run(out)
     save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, tmp_path / "plain.safetensors")
-    assert evaluated(capsys, "classification", tmp_path / "plain.safetensors") == found
+    assert evaluated(capsys, "classification", tmp_path / "plain.safetensors", "--limit_val", "50") == found
     assert main(["evaluate", "classification", str(out / "model.safetensors"), "--model", "resnet20"]) == 2
     assert "does not fit this model" in capsys.readouterr().err
 
