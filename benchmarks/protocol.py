@@ -90,6 +90,34 @@ PROTOCOLS = {
         seeds="0 1 2 3 4",
         methods_at="2:4 1:16",
     ),
+    "detection": Protocol(
+        "--width 32 --fpn_channels 64 --image_size 160 --vertical_flip --channels_last --validate_every 50",
+        epochs=22,
+        steps=1122,
+        choose="--hold_out 50",
+    ),
+    "segmentation": Protocol(
+        "--width 32 --fpn_channels 64 --image_size 128 --rpn_post_nms_top_n 200 --vertical_flip --channels_last "
+        "--validate_every 50",
+        epochs=6,
+        steps=642,
+        choose="--hold_out 80",
+    ),
+    "flow": Protocol(
+        "--scenes 400 --warmup 0.5 --validate_every 50",
+        epochs=5,
+        steps=500,
+        choose="--hold_out 4",
+        decays="2e-5 2e-4 2e-3",
+    ),
+    "translation": Protocol(
+        "--lr 0.003 --warmup 0.2 --vocabulary 1000 --validation test --limit_val 1000 --validate_every 50",
+        epochs=4,
+        steps=2860,
+        choose="--validation val",
+        decays="2e-5 2e-4 2e-3",
+        methods="transposable-sr-ste s-ste mdgf sdgf maxq step",
+    ),
 }
 
 

@@ -253,9 +253,10 @@ def check_common(config: Common) -> None:
         raise ValueError(f"preset {config.preset!r} is not known; {advice}")
     at_least_one = ("epochs", "batch_size", "accumulate", "devices", "nodes")
     every = ("checkpoint_every", "topology_every", "log_every", "validate_every")
-    for names, least in (((*at_least_one, *every), 1), (("limit", "limit_val", "clip", "warmup"), 0)):
+    not_negative = ("limit", "limit_val", "hold_out", "clip", "warmup")
+    for names, least in (((*at_least_one, *every), 1), (not_negative, 0)):
         for name in names:
-            if getattr(config, name) < least:
+            if getattr(config, name, 0) < least:
                 what = "be at least 1" if least else "not be negative"
                 raise ValueError(f"{name} is {getattr(config, name)}; it must {what}")
     for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("remainder", REMAINDERS)):

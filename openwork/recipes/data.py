@@ -71,6 +71,22 @@ def spaced(items: Sequence[T], count: int) -> Sequence[T]:
     return items[::step][: count or None]
 
 
+def held_out(samples: Sequence[T], count: int) -> tuple[list[T], list[T]]:
+    """What is left to train on, and what is held out of training: so many samples, evenly spaced.
+
+    >>> held_out("abcdefg", 2)
+    (['b', 'c', 'e', 'f', 'g'], ['a', 'd'])
+    """
+    check_held_out(count, len(samples))
+    held = {*spaced(range(len(samples)), count)}
+    return [s for i, s in enumerate(samples) if i not in held], [s for i, s in enumerate(samples) if i in held]
+
+
+def check_held_out(count: int, samples: int) -> None:
+    if count >= samples:
+        raise ValueError(f"hold_out is {count}, and there are {samples} training samples: hold out fewer")
+
+
 def readable(dataset: Any, workers: int = 0) -> list[int]:
     """The numbers of the samples that can be read."""
     good = DataLoader(_Checked(dataset), batch_size=8, num_workers=workers, collate_fn=list)

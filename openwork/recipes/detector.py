@@ -16,7 +16,7 @@ from openwork.recipes import coco, rcnn
 from openwork.recipes.charts import COLORS, image_uri
 from openwork.recipes.coco_metrics import Detections, detections_of
 from openwork.recipes.config import Config, check_choice, default, flag, rates, source_of
-from openwork.recipes.data import Data, spaced
+from openwork.recipes.data import Data, held_out, spaced
 from openwork.recipes.objects import CocoImages, Sample, object_data, shapes
 from openwork.recipes.task import Task, View, Visualization
 from openwork.utils.torchvision_compat import ensure_torchvision
@@ -88,6 +88,7 @@ class DetectorConfig(Config):
     anchors: list[int] = flag([8, 16, 32, 64, 128], "side of the anchors in pixels, one per level, finest first")
     rpn_post_nms_top_n: int = flag(100, "regions of an image that reach the second stage")
     rois_per_image: int = flag(64, "regions of an image that train the second stage")
+    hold_out: int = flag(0, "validate on so many training images, left out of training: to choose options by")
     vertical_flip: bool = flag(False, "mirror training images top to bottom too, for what has no up, such as cells")
     backbone: str = flag("", "weights of the ResNet to start from: a run of classification or a .safetensors file")
     trainable_layers: int = flag(5, "stages of the ResNet that train, counted from the last")
@@ -133,6 +134,8 @@ class DetectorTask(Task):
     def load_data(self, config: DetectorConfig) -> Data:
         _, folder = source_of(config)
         if folder is None:
+            if config.hold_out:
+                raise ValueError("hold_out is for images of --data; generated ones are new every time: leave it out")
             counts = min(config.limit or _TRAIN, _TRAIN), min(config.limit_val or _VAL, _VAL)
             return shapes(*counts, config.image_size, self.masks, config.workers)
         read = [
@@ -142,6 +145,8 @@ class DetectorTask(Task):
         (train, classes, bad), (val, val_classes, bad_val) = read
         if classes != val_classes:
             raise ValueError(f"{folder}: training and validation have different categories; they must be the same")
+        if config.hold_out:
+            train, val = held_out(train, config.hold_out)
         size, val_entries = (config.image_size, config.max_size), spaced(val, config.limit_val)
         train_images = CocoImages(spaced(train, config.limit), *size, self.masks, config.vertical_flip)
         val_images = CocoImages(val_entries, *size, masks=False)
@@ -177,9 +182,10 @@ class DetectorTask(Task):
 
     def notes(self, config: Any, data: Data) -> dict[str, str]:
         objects = len(data.info.truth["annotations"])
+        held = " of the training part, left out of training (--hold_out)" if config.hold_out else ""
         return {
             "scores": f"pycocotools {version('pycocotools')}, at most 100 detections an image",
-            "validation": f"{data.val_count} images, {objects} objects, {len(data.info.classes)} classes",
+            "validation": f"{data.val_count} images{held}, {objects} objects, {len(data.info.classes)} classes",
             "MACs": "of one image; how many regions reach the heads depends on the image",
         }
 

@@ -88,6 +88,7 @@ class FlowConfig(Config):
     gamma: float = flag(0.8, "weight of an update's loss, relative to the next update's")
     scenes: int = flag(240, "scenes in an epoch (scenes, photos); every epoch has new ones")
     val_scenes: int = flag(48, "scenes for validation (scenes, photos)")
+    hold_out: int = flag(0, "validate on so many training samples, or photos, left out of training")
     freeze_bn: bool = flag(False, "keep batch normalization as it is (raft_large, all stages but the first)")
     epochs: int = default("epochs", 5)
     optimizer: str = default("optimizer", "adamw")
@@ -176,14 +177,18 @@ class Flow(DistillableTask):
         size = config.size[0], config.size[1]
         root = DataFolder(folder or Path(), config.follow_links)
         if folder is not None and source in LAYOUTS:
-            limits = {"limit": config.limit, "limit_val": config.limit_val}
+            limits = {"limit": config.limit, "limit_val": config.limit_val, "hold_out": config.hold_out}
             how: dict[str, Any] = {"workers": config.workers, "skip_bad": config.skip_bad, **limits}
             return flow_data.flow_files(source, root, size, **how)
         photos, skipped = flow_data.photos_of(root, config.skip_bad) if folder else (flow_data.sample_photos(), 0)
         counts = config.limit or config.scenes, config.limit_val or config.val_scenes
         # Beside a CPU that trains, more processes would only get in its way.
         workers = config.workers if torch.cuda.is_available() else 0
-        return flow_data.scenes_of(photos, size, *counts, workers, skipped)
+        return flow_data.scenes_of(photos, size, *counts, workers, skipped, config.hold_out)
+
+    def notes(self, config: FlowConfig, data: Data) -> dict[str, str]:
+        held = f"of {config.hold_out} training samples, or photos, that were left out of training (--hold_out)"
+        return {"validation": held} if config.hold_out else {}
 
     def build(self, config: FlowConfig, data: Data) -> FlowNet:
         return build_raft(config.model, config.updates, config.val_updates, config.gamma, config.freeze_bn)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from openwork.recipes.data import Data, readable, spaced
+from openwork.recipes.data import Data, held_out, readable, spaced
 from openwork.recipes.data_files import DataFolder, check_declared_size
 from openwork.recipes.draws import sample_seed
 from openwork.recipes.images import ImageFiles
@@ -86,12 +86,23 @@ def photos_of(root: DataFolder, skip_bad: bool) -> tuple[list[Tensor], int]:
 
 
 def scenes_of(
-    photos: Sequence[Tensor], size: tuple[int, int], train: int, val: int, workers: int = 0, skipped: int = 0
+    photos: Sequence[Tensor],
+    size: tuple[int, int],
+    train: int,
+    val: int,
+    workers: int = 0,
+    skipped: int = 0,
+    hold_out: int = 0,
 ) -> Data:
-    """Scenes of photos: the last fifth of them is for validation, of fewer than five the right third of each."""
+    """Scenes of photos: the last fifth of them is for validation, of fewer than five the right third of each.
+    `hold_out`: so many photos of the others, evenly spaced, are those for validation."""
     if len(photos) >= 5:
         cut = -(len(photos) // 5)
-        parts = [photos[:cut], photos[cut:]]
+        parts = held_out(photos[:cut], hold_out) if hold_out else [photos[:cut], photos[cut:]]
+    elif hold_out:
+        raise ValueError(
+            f"hold_out is {hold_out}, and there are {len(photos)} photos; it needs five: --data photos=DIR"
+        )
     else:
         parts = [[p[:, :, : p.shape[2] * 2 // 3] for p in photos], [p[:, :, p.shape[2] * 2 // 3 :] for p in photos]]
     needed = [round(side * BACKGROUND) for side in size]
@@ -158,15 +169,27 @@ def read_pair(source: Any, index: int, folder: DataFolder) -> Pairs:
 
 
 def flow_files(
-    name: str, root: DataFolder, size: tuple[int, int], *, workers: int, skip_bad: bool, limit: int, limit_val: int
+    name: str,
+    root: DataFolder,
+    size: tuple[int, int],
+    *,
+    workers: int,
+    skip_bad: bool,
+    limit: int,
+    limit_val: int,
+    hold_out: int = 0,
 ) -> Data:
     """Training and validation samples, as the data set divides them or by every fifth. `skip_bad` reads every one once
-    and leaves out those that cannot be."""
+    and leaves out those that cannot be. `hold_out`: so many training samples, evenly spaced, are those for validation.
+    """
     folder = root.path
     try:
         parts = _OPENERS[name](folder)
     except (OSError, IndexError) as error:
         raise FileNotFoundError(f"{name}: {folder} must hold {LAYOUTS[name]} ({error})") from error
+    if hold_out:
+        source, indices = parts[0]
+        parts = [(source, part) for part in held_out(indices, hold_out)]
     sets = []
     for (source, indices), most, crop in zip(parts, (limit, limit_val), (size, None), strict=True):
         check_pairs(source)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from openwork.recipes.data import Data, readable, spaced
+from openwork.recipes.data import Data, check_held_out, held_out, readable, spaced
 from openwork.recipes.data_files import DataFolder, opened_image
 from openwork.recipes.draws import sample_seed, uniform
 from openwork.utils.torchvision_compat import ensure_torchvision
@@ -93,7 +93,8 @@ def in_memory(
     `hold_out`: the last training samples, so many, are those for validation."""
     train_x, train_y, val_x, val_y = (torch.from_numpy(np.ascontiguousarray(a)) for a in arrays)
     if hold_out:
-        kept = _all_but(hold_out, len(train_y))
+        check_held_out(hold_out, len(train_y))
+        kept = len(train_y) - hold_out
         train_x, train_y, val_x, val_y = train_x[:kept], train_y[:kept], train_x[kept:], train_y[kept:]
     channels = range(train_x.shape[1])
     mean = [float(train_x[:, c].double().mean()) for c in channels]
@@ -102,13 +103,6 @@ def in_memory(
     train = PixelSet(train_x[:first], train_y.long()[:first], mean, std, pad, flip)
     val = PixelSet(val_x[:second], val_y.long()[:second], mean, std)
     return Data(train, val, _as_it_is, info=ImageInfo(int(train_y.max()) + 1, len(channels)))
-
-
-def _all_but(hold_out: int, count: int) -> int:
-    """How many samples are left to train on."""
-    if hold_out >= count:
-        raise ValueError(f"hold_out is {hold_out}, and there are {count} training samples: hold out fewer")
-    return count - hold_out
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -177,14 +171,6 @@ def cifar10(folder: Path, limit: int = 0, limit_val: int = 0, hold_out: int = 0)
 # In folders
 
 
-def _without(samples: list[tuple[str, int]], hold_out: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """What is left to train on, and what is held out: so many, evenly spaced."""
-    _all_but(hold_out, len(samples))
-    held = [*spaced(samples, hold_out)]
-    names = {name for name, _ in held}
-    return [sample for sample in samples if sample[0] not in names], held
-
-
 def open_image(path: Path | str) -> Any:
     """The decoded image, a PIL image in RGB; ValueError names the file where it cannot be decoded."""
     try:
@@ -251,7 +237,7 @@ def imagefolder(
     last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(PIXEL_MEAN, PIXEL_STD)]
     augment = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *last])
     centre = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *last])
-    parts = _without(train.samples, hold_out) if hold_out else (train.samples, val.samples)
+    parts = held_out(train.samples, hold_out) if hold_out else (train.samples, val.samples)
     sets, skipped = [], 0
     for files, most, transform in zip(parts, (limit, limit_val), (augment, centre), strict=True):
         good = readable(ImageFiles(files, np.array, root), workers) if skip_bad else range(len(files))
