@@ -81,7 +81,7 @@ class Protocol:
 
 PROTOCOLS = {
     "classification": Protocol(
-        "--model resnet20-s2 --limit 6000 --batch_size 128 --channels_last --warmup 1",
+        "--model resnet20-s2 --limit 6000 --batch_size 128 --channels_last --warmup 1 --validate_every 10",
         epochs=20,
         steps=920,
         choose="--hold_out 10000",
