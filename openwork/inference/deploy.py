@@ -94,7 +94,7 @@ def deploy(
     dense products), which takes minutes for a large model, and on a CPU a C++ compiler.
     `engine_seconds`: on a CPU OpenVINO and ONNX Runtime, where they are installed, run the dense network as well, in a
     process of its own and for so many seconds at most; of one that is faster than what is returned, a warning says so.
-    0 leaves that out (docs/deploy.md has the rule).
+    0 leaves that out (docs/deploy/cpu.md has the rule).
 
     >>> import torch, openwork as ow
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
