@@ -109,7 +109,9 @@ def finalize(model: nn.Module) -> nn.Module:
 
     Parameters keep their identity. A model trained with `ow.Dense`, or with a schedule that ends dense, keeps all its
     weights. A model that FSDP2 has sharded is finalized on its gathered state dict instead. Where the method's schedule
-    still runs, the weights are pruned as at its end. Raises ValueError when nothing is sparsified.
+    still runs, the weights are pruned as at its end. The record of patterns and exclusions goes with the masks: give
+    the `Selection` again to what comes later, as in `ow.verify(model, pattern=selection)`, `ow.save` and `ow.deploy`.
+    Raises ValueError when nothing is sparsified.
 
     >>> import torch
     >>> model = nn.Linear(8, 4)
