@@ -49,7 +49,7 @@ def weight_patterns(
     for glob in (*include, *exclude):
         if not any(matches(glob, name) for name in weights):
             raise ValueError(
-                f"{glob!r} names none of {counted(len(weights), 'weight')}, such as {', '.join(weights[:3])}"
+                f"{glob!r} names none of the {counted(len(weights), 'weight')}, such as {', '.join(weights[:3])}"
             )
     included = [name for name in weights if not include or any(matches(glob, name) for glob in include)]
     names = [name for name in included if not any(matches(glob, name) for glob in exclude)]

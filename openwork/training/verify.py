@@ -212,7 +212,9 @@ def _report(model: nn.Module, rows: tuple[Row, ...], held: _Held, accounts: Acco
     others = sum(parameter.numel() for parameter in model.parameters()) - sum(row.weights for row in rows)
     title = f"{plain_class(model).__name__}: every weight keeps its pattern"
     notes = (
-        [f"{counted(len(held.output_axes), 'weight is', 'weights are')} so along the output axis as well"]
+        [
+            f"{counted(len(held.output_axes), 'weight keeps its pattern', 'weights keep their patterns')} along the output axis as well"
+        ]
         if held.output_axes
         else []
     )

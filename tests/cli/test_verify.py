@@ -96,7 +96,7 @@ def test_without_a_pattern_the_tightest_is_shown(file, capsys):
     printed = capsys.readouterr().out
     assert table(printed)["a.weight"][2:] == ["1:16", "dim 1"]
     assert table(printed)["b.weight"][2:] == ["-", "no N:M pattern with N < M holds"]
-    assert "1 of 2 weights have a pattern" in printed
+    assert "1 of 2 weights has a pattern" in printed
 
 
 def test_a_weight_that_m_does_not_divide_is_listed_and_not_held(file, capsys):

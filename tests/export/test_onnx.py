@@ -378,7 +378,7 @@ def test_a_deployed_model_is_refused_by_name(path):
     ow.project(layer, "2:4")
     model = nn.Sequential(PackedLinear(layer, ow.Pattern(2, 4), Gemm, torch.float32))
     with pytest.raises(
-        ValueError, match=r"exporting to ONNX: 1 layers are deployed \(0, \.\.\.\).*the model that was deployed"
+        ValueError, match=r"exporting to ONNX: 1 layer is deployed \(0, \.\.\.\).*the model that was deployed"
     ):
         to_onnx(model, torch.randn(2, 8), path)
     assert not path.exists()
