@@ -211,13 +211,8 @@ def _accounts(
 def _report(model: nn.Module, rows: tuple[Row, ...], held: _Held, accounts: Accounts | None) -> Report:
     others = sum(parameter.numel() for parameter in model.parameters()) - sum(row.weights for row in rows)
     title = f"{plain_class(model).__name__}: every weight keeps its pattern"
-    notes = (
-        [
-            f"{counted(len(held.output_axes), 'weight keeps its pattern', 'weights keep their patterns')} along the output axis as well"
-        ]
-        if held.output_axes
-        else []
-    )
+    keep = counted(len(held.output_axes), "weight keeps its pattern", "weights keep their patterns")
+    notes = [f"{keep} along the output axis as well"] if held.output_axes else []
     if accounts is None:
         notes += _unseen(model, held.patterns)
     else:
