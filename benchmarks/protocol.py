@@ -91,13 +91,13 @@ PROTOCOLS = {
         methods_at="2:4 1:16",
     ),
     "detection": Protocol(
-        "--width 32 --fpn_channels 64 --image_size 160 --vertical_flip --channels_last --validate_every 50",
-        epochs=22,
-        steps=1122,
+        "--width 32 --fpn_channels 64 --image_size 128 --vertical_flip --channels_last --validate_every 50",
+        epochs=18,
+        steps=918,
         choose="--hold_out 50",
     ),
     "segmentation": Protocol(
-        "--width 32 --fpn_channels 64 --image_size 128 --rpn_post_nms_top_n 200 --vertical_flip --channels_last "
+        "--width 24 --fpn_channels 48 --image_size 128 --rpn_post_nms_top_n 200 --vertical_flip --channels_last "
         "--validate_every 50",
         epochs=6,
         steps=642,
@@ -105,8 +105,8 @@ PROTOCOLS = {
     ),
     "flow": Protocol(
         "--scenes 400 --warmup 0.5 --validate_every 50",
-        epochs=5,
-        steps=500,
+        epochs=4,
+        steps=400,
         choose="--hold_out 4",
         decays="2e-5 2e-4 2e-3",
     ),
