@@ -20,7 +20,7 @@ ASP in an equal budget trains for half of the epochs dense and for half sparse.
 from __future__ import annotations
 
 import argparse
-import shutil
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,10 +148,18 @@ def main(words: Sequence[str] | None = None) -> None:
             print("openwork", *command, flush=True)
             if status := openwork(command):
                 raise SystemExit(status)
-            if folder in (_FINAL, "twice"):
-                part = "-ramp" if "knobs-ramp" in arguments else ""
-                shutil.copyfile(out / folder / "results.json", RESULTS / f"{asked.task}-{stage}{part}.json")
-                write_page()
+            keep(asked.task, stage, out / folder, arguments)
+            write_page()
+
+
+def keep(task: str, stage: str, folder: Path, arguments: str) -> None:
+    """Copies what a comparison found, with the scores of the dense runs of half the length where there are any."""
+    document = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    halves = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("half/*/result.json"))]
+    if halves:
+        document["half"] = [half[document["metrics"][0]["key"]] for half in halves]
+    name = folder.name if folder.name != _FINAL else f"{stage}-ramp" if "knobs-ramp" in arguments else stage
+    (RESULTS / f"{task}-{name}.json").write_text(json.dumps(document), encoding="utf-8")
 
 
 if __name__ == "__main__":

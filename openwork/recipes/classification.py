@@ -56,6 +56,7 @@ class ClassificationConfig(Config):
     data: str = data_flag(sources)
     model: str = flag("resnet8", "resnet8, resnet20, ... (small images), any torchvision name, timm/NAME")
     dropout: float = flag(0.0, "before the last layer (resnet8, resnet20, ...)")
+    width: int = flag(0, "channels of the first stage (resnet8, resnet20, ...; 0: 16)")
     image_size: int = flag(224, "side of the images (imagefolder)")
     hold_out: int = flag(0, "validate on so many training samples, left out of training: to choose options by")
     out: str = default("out", "runs/classification")
@@ -83,7 +84,8 @@ class Classification(DistillableTask):
         return {"validation samples": held} if config.hold_out else {}
 
     def build(self, config: ClassificationConfig, data: Data) -> nn.Module:
-        return build_model(config.model, classes=data.info.classes, channels=data.info.channels, dropout=config.dropout)
+        shape = {"classes": data.info.classes, "channels": data.info.channels}
+        return build_model(config.model, **shape, dropout=config.dropout, width=config.width)
 
     def example(self, data: Data) -> Tensor:
         ((pixels, _),) = data.val_batches([np.array([0])])

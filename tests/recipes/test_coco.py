@@ -226,6 +226,20 @@ def test_training_and_validation_need_the_same_classes(folder):
         TASK.load_data(DetectionConfig(data=f"coco={folder}"))
 
 
+def test_training_images_can_be_held_out_to_choose_options_by(folder):
+    data = TASK.load_data(DetectionConfig(data=f"coco={folder}", hold_out=1))
+    assert [entry.id for entry in data.train.entries] == [2, 3]
+    assert [entry.id for entry in data.val.entries] == [1]
+    assert [image["id"] for image in data.info.truth["images"]] == [1]
+    assert "of the training part" in TASK.notes(DetectionConfig(hold_out=1), data)["validation"]
+    with pytest.raises(ValueError, match="hold_out is 3, and there are 3 training samples"):
+        TASK.load_data(DetectionConfig(data=f"coco={folder}", hold_out=3))
+    with pytest.raises(ValueError, match="generated ones are new every time"):
+        TASK.load_data(DetectionConfig(hold_out=1))
+    with pytest.raises(ValueError, match="hold_out is -1; it must not be negative"):
+        DetectionConfig(hold_out=-1)
+
+
 needs_data = pytest.mark.skipif(
     "OPENWORK_DATA" not in os.environ, reason="OPENWORK_DATA, the folder of test data, is not set"
 )

@@ -215,6 +215,23 @@ def test_photos_that_are_bad_or_small_are_told(tmp_path):
         loaded("photos", tmp_path, skip_bad=True, size=[128, 136])
 
 
+@pytest.mark.usefixtures("decoded")
+def test_training_samples_can_be_held_out_to_choose_options_by(tmp_path):
+    kitti(tmp_path / "pairs")
+    usual, data = (loaded("kitti", tmp_path / "pairs", hold_out=count) for count in (0, 2))
+    assert sorted([*data.train.indices, *data.val.indices]) == [*usual.train.indices]
+    assert len(data.val.indices) == 2
+    for i in range(6):
+        Image.new("RGB", (200, 200), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    usual, data = (loaded("photos", tmp_path, hold_out=count) for count in (0, 2))
+    kept = {photo.sum().item() for photo in data.train.photos}
+    held = {photo.sum().item() for photo in data.val.photos}
+    assert (len(kept), len(held)) == (3, 2)
+    assert kept | held == {photo.sum().item() for photo in usual.train.photos}
+    with pytest.raises(ValueError, match="hold_out is 1, and there are 2 photos; it needs 5"):
+        TASK.load_data(Config(hold_out=1))
+
+
 # --- augmentation ------------------------------------------------------------------------------------------------
 
 
