@@ -29,6 +29,10 @@ from openwork.recipes.task import Metric
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS, README = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results", ROOT / "README.md"
 FOUR = {"dense": "dense", "ste": "STE", "sr-ste": "SR-STE", "asp": "ASP, equal budget"}
+EARLIER = {  # longer comparisons of classification, of before the protocol
+    "fashion-mnist": ("fashion-mnist.json", "fashion-mnist-transposable.json"),
+    "twice-the-steps": ("twice-the-steps.json",),
+}
 _SIGNIFICANT = 0.05  # of a paired t-test
 _TIMES = ("ms/step", "time s")
 CHOOSING = ("choose", "choose-more", "knobs-decay", "knobs-steps", "knobs-ramp")  # by held-out samples
@@ -122,8 +126,12 @@ def _overview_cell(row: SummaryRow, metric: Metric) -> str:
 
 def stored(task: str, stages: Sequence[str]) -> list[dict[str, Any]]:
     """What is kept of the comparisons of a task."""
-    paths = [RESULTS / f"{task}-{stage}.json" for stage in stages]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    return read([f"{task}-{stage}.json" for stage in stages])
+
+
+def read(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Those results that are there."""
+    return [json.loads((RESULTS / n).read_text(encoding="utf-8")) for n in names if (RESULTS / n).exists()]
 
 
 def with_overview(page: str, path: Path) -> str:
@@ -141,6 +149,8 @@ def with_tables(page: str) -> str:
         text = section(documents, stored(task, CHOOSING))
         picture = f"![Scores of {task}](results-{task}.svg)"
         page = between(page, f"<!-- results {task} -->\n", f"\n{text}\n\n{picture}\n\n", PAGE, "<!-- end -->")
+    for name, files in EARLIER.items():
+        page = between(page, f"<!-- results {name} -->\n", f"\n{section(read(files))}\n\n", PAGE, "<!-- end -->")
     page = with_overview(page, PAGE)
     return between(page, "<!-- legend -->\n", f"{legend()}\n", PAGE, "<!-- end legend -->")
 
@@ -163,7 +173,12 @@ def write_page() -> None:
     README.write_text(with_overview(README.read_text(encoding="utf-8"), README), encoding="utf-8")
     for task in TASKS:
         if same := stored(task, SAME_LENGTH):
-            plot(same, stored(task, ["twice"]), PAGE.with_name(f"results-{task}.svg"))
+            plot(
+                same,
+                stored(task, ["twice"]),
+                stored(task, ["choose", "choose-more"]),
+                PAGE.with_name(f"results-{task}.svg"),
+            )
 
 
 if __name__ == "__main__":
