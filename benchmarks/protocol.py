@@ -113,9 +113,9 @@ PROTOCOLS = {
         choose="--hold_out 80",
     ),
     "flow": Protocol(
-        "--scenes 400 --warmup 0.5 --validate_every 50",
+        "--scenes 300 --warmup 0.5 --channels_last --validate_every 50",
         epochs=4,
-        steps=400,
+        steps=300,
         choose="--hold_out 4",
         decays="2e-5 2e-4 2e-3",
     ),
