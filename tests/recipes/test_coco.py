@@ -262,3 +262,13 @@ def test_the_real_nuclei():
     drawn = boxes_around(inside[inside.flatten(1).any(1)])
     assert (drawn - target["boxes"][inside.flatten(1).any(1)]).abs().max() <= 1.5
     assert image.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("side", "longest", "shape"), [(20, 40, (20, 26)), (36, 40, (30, 40)), (20, 20, (15, 20))])
+def test_images_are_as_large_as_both_sides_allow(folder, side, longest, shape):
+    """Of 40 x 30 pixels. As long as high at most: the longer side decides alone."""
+    images = CocoImages(read(folder).entries, side, longest, masks=True)
+    image, target = images[0]
+    assert image.shape[1:] == shape
+    assert target["masks"].shape[1:] == shape
+    assert target["boxes"][0].tolist() == pytest.approx([x * shape[1] / 40 for x in (10, 5, 30, 25)], rel=0.05)

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from flowbytes import flo, pfm
+from miniatures import flying_chairs as chairs
+from miniatures import frame, put
 from PIL import Image
 from torch.func import functional_call
 
@@ -23,33 +25,14 @@ from openwork.recipes.flow import TASK, build_raft, coloured, errors_of, freeze_
 from openwork.recipes.flow import FlowConfig as Config
 from openwork.recipes.flow_data import Pairs, augmented, mirrored, padded, scaled
 from openwork.recipes.parser import parse
-from openwork.recipes.recipe import prepare, read_run, train
+from openwork.recipes.recipe import prepare, train
 from openwork.recipes.rundir import read_lines
+from openwork.recipes.trained import read_run
 from openwork.recipes.weights import read_weights
 
 # --- data sets in their own layouts ------------------------------------------------------------------------------
 
 WIDE = np.zeros((2, 130, 136), np.float32)
-
-
-def frame(path, height=130, width=136):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    y, x = np.mgrid[:height, :width]
-    Image.fromarray(np.stack([x, y, x + y], axis=-1).astype(np.uint8)).save(path)
-
-
-def put(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-
-
-def chairs(folder, pairs=3):
-    folder = folder / "FlyingChairs"
-    for i in range(1, pairs + 1):
-        frame(folder / f"data/{i:05d}_img1.ppm")
-        frame(folder / f"data/{i:05d}_img2.ppm")
-        put(folder / f"data/{i:05d}_flow.flo", flo(WIDE + i))
-    put(folder / "FlyingChairs_train_val.txt", b"1\n2\n" + b"1\n" * (pairs - 2))
 
 
 def things(folder):
