@@ -1,4 +1,4 @@
-"""Measure ONNX Runtime with our kernels beside what else runs a network on a CPU, for the table of docs/deploy.md.
+"""Measure ONNX Runtime with our kernels beside what else runs a network on a CPU: docs/deploy/onnxruntime.md.
 
     python benchmarks/onnx_runtime.py prepare          # files, once: minutes, on a machine as busy as you like
     python benchmarks/onnx_runtime.py run --name xeon  # about a minute a row, on a quiet machine

@@ -1,4 +1,4 @@
-"""The table that onnx_runtime.py measures, in docs/deploy.md.
+"""The table that onnx_runtime.py measures, in docs/deploy/onnxruntime.md.
 
 python benchmarks/onnx_runtime_table.py
 """
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "deploy.md"
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "deploy" / "onnxruntime.md"
 PATTERNS, PRECISIONS = ("2:4", "1:4", "1:8"), ("float32", "int8")
 OURS, DEPLOYED = "ONNX Runtime, ours", "ow.deploy, compiled"
 DENSE = ("ONNX Runtime, dense", "OpenVINO, dense")

@@ -17,8 +17,8 @@ from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from figures import save
 
-plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "openwork"}  # text as text, the same ids in every run
 PAGE = Path(__file__).parent.parent / "docs" / "performance-details.md"
 Row = dict[str, str]
 
@@ -96,7 +96,7 @@ def plot_bars(rows: list[Row], file: Path) -> None:
         axes.set_xticks([x + 0.3 for x in range(len(shapes))], [_lines(shape) for shape in shapes], fontsize=8)
         axes.set_ylabel(f"times faster, {_threads(threads)}")
     parts[0, 0].legend(ncols=len(patterns) + 1)
-    figure.savefig(file, metadata={"Date": None})
+    save(figure, file)
 
 
 def plot_growth(rows: list[Row], file: Path) -> None:
@@ -121,7 +121,7 @@ def plot_growth(rows: list[Row], file: Path) -> None:
         B, K, _ = numbers[0]
         axes.set_xlabel(f"rows (inputs and outputs {K})" if op.endswith("batch") else f"inputs and outputs ({B} rows)")
     parts[0, 0].legend(fontsize=8)
-    figure.savefig(file, metadata={"Date": None})
+    save(figure, file)
 
 
 def _values(rows: list[Row], name: str, **where: str) -> list[float]:

@@ -32,6 +32,7 @@ from openwork.bench.models import EncoderBlock
 from openwork.utils.hardware import cpu_model
 
 sys.path.insert(0, str(Path(__file__).parent))
+from figures import save
 from gpu_tables import between
 
 PAGE = Path(__file__).parent.parent / "docs" / "transposable.md"
@@ -225,7 +226,6 @@ def plot(document: dict[str, Any], path: Path) -> None:
     """Curves of the held-out loss, means over the seeds."""
     import matplotlib.pyplot as plt
 
-    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "openwork"}
     figure, axes = plt.subplots(figsize=(6, 3.2))
     for how, runs in by_method(document).items():
         steps = [step for step, _ in runs[0]["held_out"]]
@@ -234,7 +234,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     axes.set(xlabel="step", ylabel="held-out loss, nats a byte")
     axes.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
     plt.close(figure)
 
 

@@ -36,6 +36,7 @@ FLOORS = (
     {"recipes"},
     {"bench"},
     {"cli"},
+    {"__main__"},  # `python -m openwork`
 )
 FACADE = FLOORS.index({""})
 CORE_NEEDS = {"torch", "numpy", "safetensors"}

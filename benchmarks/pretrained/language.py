@@ -36,7 +36,9 @@ from openwork.pruning import SOLVERS
 from openwork.utils.atomic import write_text
 from openwork.utils.hardware import cpu_model
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
+from figures import save
 from language_data import WINDOW, load_dense, load_tokenizer, perplexity, read_texts, windows
 
 PATTERN = ow.Selection("2:4", exclude=["lm_head"])  # which is the embedding
@@ -143,7 +145,6 @@ def deploy(asked: argparse.Namespace) -> None:
 
 def figure(asked: argparse.Namespace) -> None:
     """Error by layer: for each solver the mean over a block's projections, of attention and of the MLP."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(7.2, 3), layout="constrained")
@@ -165,8 +166,7 @@ def figure(asked: argparse.Namespace) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("relative error of the outputs")
     panels[1].legend(frameon=False, ncols=2)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "openwork"}):
-        drawing.savefig(asked.file, metadata={"Date": None})
+    save(drawing, asked.file)
 
 
 def loaded(asked: argparse.Namespace, name: str) -> nn.Module:

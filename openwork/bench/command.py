@@ -17,6 +17,7 @@ from openwork.bench.measure import BenchRow, roofline, write_csv
 from openwork.engines.case import PRECISIONS, in_dtype
 from openwork.engines.engine import ENGINES, engines_named
 from openwork.nm.pattern import Pattern
+from openwork.utils.counted import counted
 from openwork.utils.table import aligned
 
 PATTERNS = ("2:4", "1:4", "1:8", "1:16")
@@ -84,7 +85,7 @@ def bench(words: Sequence[str], build: Build, add_arguments: Callable[[argparse.
         for what in asked.what:
             found += _run(what, asked, build)
             write_csv(asked.out, BenchRow, found)  # after each: what was measured is not lost
-    print(f"{len(found)} rows: {asked.out.resolve()}")
+    print(f"{counted(len(found), 'row')}: {asked.out.resolve()}")
     return 0
 
 
@@ -101,7 +102,8 @@ def _run(what: str, asked: argparse.Namespace, build: Build) -> list[BenchRow]:
         elif what == "threads":
             times = operators.layers_alternating(asked.seconds)
             over = times["in turn"] / (times["sparse"] + times["dense"]) - 1
-            print(f"{torch.get_num_threads()} threads: sparse and dense layers in turn cost {over:+.1%} over their sum")
+            threads = counted(torch.get_num_threads(), "thread")
+            print(f"{threads}: sparse and dense layers in turn cost {over:+.1%} over their sum")
     if what not in ("masks", "linear", "growth", "threads"):
         rows += _whole(what, patterns, asked, build)
     if rows:

@@ -22,6 +22,7 @@ from openwork.engines.worker import Worker, in_rounds
 from openwork.inference.fold import fold_batch_norm
 from openwork.nm.pattern import Pattern
 from openwork.training.sparsify import project
+from openwork.utils.counted import counted
 
 ROUNDS = 7
 """In each, all take their turn: a ratio for each round, whose spread is told."""
@@ -126,7 +127,7 @@ def _deployed(job: Job, case: Case, pattern: Pattern, stack: ExitStack) -> Itera
     except Refused as refusal:
         yield str(refusal)
         return
-    yield "{sparse} of {weights} weights sparse".format(**worker.about)
+    yield f"{worker.about['sparse']} of {counted(worker.about['weights'], 'weight')} sparse"
     held = models.memory(*_kept(case.folder)) if job.memory else None
     short = f"deployed {pattern} {case.precision}"
     for call in worker.names:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openwork.recipes import TASKS, find
+from openwork.utils.counted import counted
 
 _USAGE = f"""\
 usage: openwork evaluate RUN [--data DATA] [any other flag of its task] [--json]
@@ -35,7 +36,7 @@ def evaluate(words: Sequence[str]) -> int:
     data = config.data.partition("=")[0]
     for metric in task.metrics:
         print(metric.full_text(found[metric.key]))
-    print(f"{source}: {count} validation samples of {data}")
+    print(f"{source}: {counted(count, 'validation sample')} of {data}")
     return 0
 
 

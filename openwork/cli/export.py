@@ -22,6 +22,7 @@ from openwork.files.container import write_tensors
 from openwork.files.hub import is_address
 from openwork.files.model_state import tensors_by_name
 from openwork.training.selection import Selection
+from openwork.utils.counted import counted
 from openwork.utils.deployed import DEPLOYED
 from openwork.utils.table import aligned
 from openwork.utils.torch_private import tree_map, tree_map_only
@@ -163,4 +164,4 @@ def _dense_tensors(model: nn.Module) -> Mapping[str, Tensor]:
 def _write_dense(state: Mapping[str, Tensor], out: str) -> None:
     """Write an ordinary safetensors file, tied tensors under each of their names."""
     write_tensors(out, state, {"format": "pt"})
-    print(f"{out}: {len(state)} dense tensors, zeros and all, for any safetensors reader")
+    print(f"{out}: {counted(len(state), 'dense tensor')}, zeros and all, for any safetensors reader")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from openwork.cli.source import check_finished
 from openwork.files.checkpoint import Entry, describe
+from openwork.utils.counted import counted
 from openwork.utils.table import aligned
 
 
@@ -22,12 +23,17 @@ def inspect(words: Sequence[str]) -> int:
 
 
 def file_table(entries: Sequence[Entry]) -> str:
-    """The tensors of a compressed file, and how many of them are compressed."""
+    """The tensors of a compressed file, the sparse ones first, and how many of them are sparse."""
     header = ("tensor", "shape", "dtype", "pattern", "density", "bytes")
-    sparse = sum(entry.pattern is not None for entry in entries)
+    entries = sorted(entries, key=lambda entry: not _is_sparse(entry))
+    sparse = sum(map(_is_sparse, entries))
     size = sum(entry.bytes for entry in entries)
-    summary = f"{sparse} of {len(entries)} tensors compressed, {size:,} bytes of tensors"
+    summary = f"{sparse} of {counted(len(entries), 'tensor')} sparse, {size:,} bytes of tensors"
     return "\n".join([*aligned(header, [_cells(entry) for entry in entries]), summary])
+
+
+def _is_sparse(entry: Entry) -> bool:
+    return entry.pattern is not None and not entry.pattern.is_dense
 
 
 def _cells(entry: Entry) -> tuple[str, ...]:

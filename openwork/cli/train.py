@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from openwork.recipes import TASKS, find
+from openwork.utils.counted import counted
 
 
 def train(words: list[str]) -> int:
@@ -29,7 +30,8 @@ def _show_result(result: dict[str, Any], out: Path) -> None:
 
     print(result["summary"])
     if result["skipped"]:
-        print(f"{result['skipped']} samples could not be read and were left out")
+        left_out = counted(result["skipped"], "sample could not be read and was", "samples could not be read and were")
+        print(f"{left_out} left out")
     if diverged := result.get("diverged"):
         print(f"DIVERGED: not finite since step {diverged['step']} ({diverged['what']}); its scores mean nothing")
     print(f"{headline(result)} of the finalized network, density of its sparse layers {result['density'] or 0:.3f}")

@@ -18,6 +18,7 @@ from openwork.files.reader import FILE, opened
 from openwork.files.weight_patterns import WeightPattern, weight_patterns
 from openwork.nm.pattern import Pattern
 from openwork.training.selection import Selection
+from openwork.utils.counted import counted
 from openwork.utils.table import aligned
 
 _ABOUT = f"""\
@@ -90,11 +91,14 @@ def _report(
     weights: Sequence[WeightPattern], pattern: Pattern | None, recorded: Mapping[str, Pattern | None] | None = None
 ) -> int:
     """Print how each weight is, and what a compressed file `recorded` of those that are not; the exit status."""
+    weights = sorted(weights, key=lambda weight: not weight.axes)  # the sparse ones first
     print("\n".join(aligned(("weight", "shape", "dtype", "pattern", "along"), [_cells(weight) for weight in weights])))
     keeping = [weight for weight in weights if weight.axes]
     counts = Counter(f"{weight.pattern} along {' and '.join(weight.axes)}" for weight in keeping)
     listed = "".join(f"; {text}: {count}" for text, count in counts.most_common())
-    print(f"{len(keeping)} of {len(weights)} weights {f'are {pattern}' if pattern else 'have a pattern'}{listed}")
+    is_one = len(keeping) == 1
+    holds = f"{'is' if is_one else 'are'} {pattern}" if pattern else f"{'has' if is_one else 'have'} a pattern"
+    print(f"{len(keeping)} of {counted(len(weights), 'weight')} {holds}{listed}")
     if not pattern:
         return 0
     dense = [weight.name for weight in weights if not weight.axes and weight.divisible]
@@ -143,7 +147,9 @@ def _verify_onnx(file: str, pattern: Pattern | None, exclude: Sequence[str], all
         print("nothing verified: the file has no matmul or convolution by a constant")
         return 1
     held = sum(matmul.recorded for matmul in matmuls)
-    print(f"verified: {held} of {len(matmuls)} matmuls held to what was {'asked' if pattern else 'recorded'}")
+    print(
+        f"verified: {held} of {counted(len(matmuls), 'matmul')} held to what was {'asked' if pattern else 'recorded'}"
+    )
     dense = [f"{each.name} ({each.reason})" for each in matmuls if not each.recorded and each.reason]
     if dense:
         print(f"not held, and dense or denser: {', '.join(dense)}")

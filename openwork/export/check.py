@@ -26,6 +26,7 @@ from openwork.nm.pattern import Pattern
 from openwork.training.selection import PatternChoice, Selection, matches
 from openwork.training.verify import NotSparse, tightest
 from openwork.utils.atomic import open_plain
+from openwork.utils.counted import counted
 
 KEY = "openwork"  # in the metadata of the file: {"fc.weight": "2:4"}, what was recorded of each constant
 DENSE_KEY = "openwork_dense"  # {"head.weight": "MatMul"}: the constants that were dense when it was written
@@ -154,13 +155,13 @@ class _Holding:
         """A matmul that is not held: with the tightest pattern it has, or the reason why it may be dense."""
         tight, reason = tightest(mask, matmul.axis), self._reason(name)
         known = [*self.recorded.values(), *self.selection.patterns.values()]
-        matmul = replace(matmul, pattern=tight if tight.n < tight.m else None)
+        matmul = replace(matmul, pattern=None if tight.is_dense else tight)
         is_sparse = matmul.pattern and (not known or tight.density <= max(each.density for each in known))
         if problem:
             self.broken.setdefault(name, problem)
         elif not is_sparse and not reason:
             if not any(_divides(each, matmul) for each in known or [Pattern(2, 4)]):
-                reason = f"reduction axis has {reduction_size(matmul.shape, matmul.axis)} weights"
+                reason = f"reduction axis has {counted(reduction_size(matmul.shape, matmul.axis), 'weight')}"
             elif known:
                 self.unaccounted[name] = f"{matmul.op} by a dense constant {matmul.shape}, of which nothing is recorded"
         return replace(matmul, reason=reason)

@@ -19,6 +19,7 @@ from openwork.training.parametrize import unwrap
 from openwork.training.record import sparsity_records
 from openwork.training.selection import PatternChoice, Selection
 from openwork.utils.atomic import usual_modes, write_text
+from openwork.utils.counted import counted
 
 DENSE, CARD = "model.safetensors", "README.md"
 _BEGIN, _END = "<!-- openwork: begin -->", "<!-- openwork: end -->"
@@ -52,11 +53,11 @@ def to_huggingface(
 
 def card(entries: Sequence[Entry], method: str = "") -> str:
     """The part of a model card that says how sparse a compressed file is, in Markdown."""
-    sparse = [entry for entry in entries if entry.pattern is not None and not entry.alias_of]
+    sparse = [each for each in entries if each.pattern and not each.pattern.is_dense and not each.alias_of]
     dense = sum(_dense_bytes(entry) for entry in entries if not entry.alias_of)
     stored = sum(entry.bytes for entry in entries)
     counts = Counter(str(entry.pattern) for entry in sparse)
-    listed = ", ".join(f"{text} in {n} weights" for text, n in counts.items()) or "none"
+    listed = ", ".join(f"{text} in {counted(n, 'weight')}" for text, n in counts.items()) or "none"
     weights = sum(_size(entry) for entry in sparse)
     kept = sum(entry.density * _size(entry) for entry in sparse)
     rows = {

@@ -36,6 +36,8 @@ from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
 from openwork.training.selection import PatternChoice, Selection
 from openwork.utils.atomic import atomic_file, sync
+from openwork.utils.caller import outside
+from openwork.utils.counted import counted
 from openwork.utils.deployed import check_not_deployed
 from openwork.utils.example import arguments, quiet
 from openwork.utils.torch_private import decompositions, tree_leaves
@@ -79,7 +81,7 @@ def to_onnx(
     of more than 2 GB, which one file cannot hold, go to a second one in the folder, `path`.<8 hexadecimal digits>.data.
     `opset` is the version of ONNX's operators (default: torch's choice), `input_names` and `output_names` what the
     file calls each tensor that goes in and comes out, in order. `linear`: the operator of linear layers on more than
-    two dims, "MatMul", or "Gemm" between two Reshapes (see docs/deploy.md on TensorRT).
+    two dims, "MatMul", or "Gemm" between two Reshapes (see docs/deploy/onnx.md on TensorRT).
     Raises NotSparse, ValueError for names and versions that do not fit, where no layer is one for our operators, and
     from the checker, RuntimeError for other outputs, and what torch.onnx.export raises.
     """
@@ -135,7 +137,7 @@ def _unrolled(model: nn.Module, projected: Sequence[str], args: Any, kwargs: Any
     warnings.warn(
         f"ONNX's LSTM knows no proj_size: {', '.join(projected)} is written step by step, for sequences as long as the "
         "example's",
-        stacklevel=5,
+        stacklevel=outside(),
     )
     program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     return program.run_decompositions(decompositions([torch.ops.aten.lstm.input]))
@@ -185,7 +187,7 @@ def _kept(model: Any, recorded: Mapping[str, Placed], transposed: Collection[str
         warnings.warn(
             f"the exporter rewrote {', '.join(lost[:3])} ({len(lost)} in all), so the file records nothing of them; "
             "openwork verify shows what they became, marked (inferred)",
-            stacklevel=3,
+            stacklevel=outside(),
         )
     return kept
 
@@ -226,14 +228,16 @@ def _compare(path: Path, model: nn.Module, example: Any, operators: Operators, a
             options.register_custom_ops_library(onnxruntime_library())
     except (ImportError, RuntimeError) as error:  # the latter of a library that was not built
         reason = "onnxruntime is not installed" if isinstance(error, ImportError) else str(error)
-        warnings.warn(f"{reason}: the outputs of the file were not compared", stacklevel=3)
+        warnings.warn(f"{reason}: the outputs of the file were not compared", stacklevel=outside())
         return None
     session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     args, kwargs = arguments(model, example)
     given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     needed = [value.name for value in session.get_inputs()]
     if len(given) != len(needed):
-        raise RuntimeError(f"the example has {len(given)} tensors, the file takes {len(needed)}: {', '.join(needed)}")
+        raise RuntimeError(
+            f"the example has {counted(len(given), 'tensor')}, the file takes {len(needed)}: {', '.join(needed)}"
+        )
     feed = {name: _for_onnx(tensor) for name, tensor in zip(needed, given, strict=True)}
     results = [torch.from_numpy(np.asarray(array)) for array in session.run(None, feed)]
     return check_equal("ONNX Runtime", results, outputs(model, example), allowed)

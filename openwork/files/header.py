@@ -21,6 +21,7 @@ import torch
 from openwork.files.recognize import not_safetensors
 from openwork.files.strict_json import Cursor, check_unicode, is_shape
 from openwork.utils.checksum import DIGITS, as_text, crc32
+from openwork.utils.counted import counted
 
 DTYPES = {
     "F64": torch.float64,
@@ -117,7 +118,7 @@ def laid_out(layout: Mapping[str, Layout], metadata: Mapping[str, str]) -> tuple
     text += b" " * (-len(text) % 8)
     if len(text) > _LONGEST_HEADER or len(layout) > _MOST_TENSORS:
         raise ValueError(
-            f"the names and shapes of {len(layout)} tensors take {len(text)} bytes; a file holds at most "
+            f"the names and shapes of {counted(len(layout), 'tensor')} take {len(text)} bytes; a file holds at most "
             f"{_MOST_TENSORS} and {_LONGEST_HEADER}: save the model in parts"
         )
     base = 8 + len(text)
@@ -151,7 +152,7 @@ def _with_checksums(stored: dict[str, Stored], text: bytes) -> dict[str, Stored]
     """The tensors with the checksums of the header, which stand in the order of the data."""
     digits = text[len(_SEAL) : text.index(b'"', len(_SEAL))]
     if len(digits) != DIGITS * (1 + len(stored)) or not re.fullmatch(b"[0-9a-f]*", digits):
-        raise ValueError(f"needed {DIGITS} hexadecimal digits for itself and each of {len(stored)} tensors")
+        raise ValueError(f"needed {DIGITS} hexadecimal digits for itself and each of {counted(len(stored), 'tensor')}")
     sealed_tensors = {}
     for i, name in enumerate(sorted(stored, key=lambda name: _place(stored[name])), 1):
         each, checksum = stored[name], int(digits[DIGITS * i : DIGITS * (i + 1)], 16)

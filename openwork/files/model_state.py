@@ -23,6 +23,8 @@ from openwork.training.parametrize import plain_name, sparse_weights, weight_nam
 from openwork.training.record import recorded_weights, sparsity_records
 from openwork.training.selection import PatternChoice, Selection
 from openwork.training.verify import decide_held, tightest
+from openwork.utils.caller import outside
+from openwork.utils.counted import counted
 from openwork.utils.deployed import check_not_deployed
 
 Placed = tuple[Pattern, Axis]
@@ -106,9 +108,9 @@ def _inferred(model: nn.Module, selection: Selection, example: Any) -> dict[str,
     counts = Counter(str(pattern) for pattern, _ in places.values())
     listed = ", ".join(f"{text} for {n}" for text, n in counts.items()) or "none is sparse"
     warnings.warn(
-        f"no pattern was given: inferred from the weights ({listed}, of {len(decided)} weights of two dims or more); "
-        "the others are stored dense",
-        stacklevel=4,
+        f"no pattern was given: inferred from the weights ({listed}, of {counted(len(decided), 'weight')} of two dims "
+        "or more); the others are stored dense",
+        stacklevel=outside(),
     )
     return places
 
@@ -119,7 +121,9 @@ def check_same(contents: Contents, targets: Mapping[str, Tensor], tied: Mapping[
     names = tensors.keys() | aliases.keys()
     for what, missing in (("the model lacks", names - targets.keys()), ("the file lacks", targets.keys() - names)):
         if missing:
-            raise ValueError(f"{what} {len(missing)} tensors, such as {', '.join(map(repr, sorted(missing)[:3]))}")
+            raise ValueError(
+                f"{what} {counted(len(missing), 'tensor')}, such as {', '.join(map(repr, sorted(missing)[:3]))}"
+            )
     for name, target in targets.items():
         stored = tensors[aliases.get(name, name)]
         if stored.shape != (shape := tuple(target.shape)):

@@ -25,6 +25,7 @@ from openwork.kernels.cpu.native import isa
 from openwork.nm.groups import Axis, from_rows, reduction_size, to_rows
 from openwork.nm.pattern import Pattern
 from openwork.ops import foreach_prune
+from openwork.utils.counted import counted
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 PACKABLE = frozenset((*_FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
@@ -93,8 +94,9 @@ def pack_reference(weight: Tensor, pattern: Pattern, axis: Axis) -> tuple[Tensor
 def _too_full(crowded: int, rows: Sequence[int], pattern: Pattern) -> ValueError:
     groups = math.prod(rows[:-1]) * -(-rows[-1] // pattern.m)
     return ValueError(
-        f"{crowded} of {groups} groups hold more than {pattern.n} of {pattern.m} weights whose bits are not "
-        "all zero (-0.0 is such a weight); ow.project makes them fit, and makes pruned -0.0 into +0.0"
+        f"{crowded} of {counted(groups, 'group')} {'holds' if crowded == 1 else 'hold'} more than {pattern.n} of "
+        f"{pattern.m} weights whose bits are not all zero (-0.0 is such a weight); ow.project makes them fit, "
+        "and makes pruned -0.0 into +0.0"
     )
 
 

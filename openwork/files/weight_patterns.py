@@ -15,6 +15,7 @@ from openwork.nm.pattern import Pattern
 from openwork.training.select import HELD
 from openwork.training.selection import matches
 from openwork.training.verify import tightest
+from openwork.utils.counted import counted
 
 WEIGHTS = (*HELD, torch.float8_e4m3fn, torch.float8_e5m2)
 """Dtypes of tensors that are weights, where they have two dims or more."""
@@ -47,7 +48,9 @@ def weight_patterns(
     weights = [name for name in tensors if len(tensors[name].shape) > 1 and tensors[name].dtype in WEIGHTS]
     for glob in (*include, *exclude):
         if not any(matches(glob, name) for name in weights):
-            raise ValueError(f"{glob!r} names none of the {len(weights)} weights, such as {', '.join(weights[:3])}")
+            raise ValueError(
+                f"{glob!r} names none of the {counted(len(weights), 'weight')}, such as {', '.join(weights[:3])}"
+            )
     included = [name for name in weights if not include or any(matches(glob, name) for glob in include)]
     names = [name for name in included if not any(matches(glob, name) for glob in exclude)]
     if not names:
@@ -77,7 +80,7 @@ def _held(name: str, weight: Tensor, pattern: Pattern) -> WeightPattern:
     if holds:
         return WeightPattern(name, shape, weight.dtype, pattern, holds)
     if "dim 1" not in problems:
-        problem = f"dim 1 has {shape[1]} weights, not a multiple of {pattern.m}"
+        problem = f"dim 1 has {counted(shape[1], 'weight')}, not a multiple of {pattern.m}"
         return WeightPattern(name, shape, weight.dtype, pattern, problem=problem, divisible=False)
     return WeightPattern(name, shape, weight.dtype, pattern, problem=f"along dim 1 {problems['dim 1']}")
 
@@ -86,7 +89,7 @@ def _tightest(name: str, weight: Tensor) -> WeightPattern:
     shape = tuple(weight.shape)
     by_axis: Mapping[str, Pattern] = {text: tightest(weight, axis) for text, axis in _axes(shape).items()}
     best = min(by_axis.values(), key=lambda pattern: (pattern.density, pattern.m))
-    if best.n == best.m:
+    if best.is_dense:
         return WeightPattern(name, shape, weight.dtype, None, problem="no N:M pattern with N < M holds")
     axes = tuple(text for text, pattern in by_axis.items() if pattern == best)
     return WeightPattern(name, shape, weight.dtype, best, axes)

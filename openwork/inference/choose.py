@@ -77,7 +77,7 @@ def request_of(
         return f"no kernel for {type(module).__name__}.{tensor_name}"
     if not as_it_was_made(module):
         return "it has hooks, or a forward of its own, which no kernel runs"
-    if pattern.n == pattern.m and not dense:
+    if pattern.is_dense and not dense:
         return "the pattern is dense"
     try:
         form = form_of(module, pattern)

@@ -27,6 +27,7 @@ from openwork.training.selection import PatternChoice, Selection
 from openwork.training.sparsify import finalize
 from openwork.training.verify import verify
 from openwork.training.weight_norm import fold_weight_norm
+from openwork.utils.caller import outside
 from openwork.utils.copied import copied
 from openwork.utils.difference import largest_difference
 from openwork.utils.example import run
@@ -93,7 +94,7 @@ def deploy(
     dense products), which takes minutes for a large model, and on a CPU a C++ compiler.
     `engine_seconds`: on a CPU OpenVINO and ONNX Runtime, where they are installed, run the dense network as well, in a
     process of its own and for so many seconds at most; of one that is faster than what is returned, a warning says so.
-    0 leaves that out (docs/deploy.md has the rule).
+    0 leaves that out (docs/deploy/cpu.md has the rule).
 
     >>> import torch, openwork as ow
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -118,7 +119,7 @@ def deploy(
         if whole_int8 is not None:
             models[INT8_NETWORK] = whole_int8
         elif network is not None:
-            warnings.warn(f"calibrate: no int8 network, layer by layer instead: {network.reason}", stacklevel=2)
+            warnings.warn(f"calibrate: no int8 network, layer by layer instead: {network.reason}", stacklevel=outside())
         whole, calls = _whole(models, example, timed_as)
         best = _winner(whole)
         fastest_call = calls.pop(best)
@@ -130,16 +131,16 @@ def deploy(
     measured = dataclasses.replace(measured, whole=whole, difference=difference, returned=best, engines=engines)
     measured = dataclasses.replace(measured, network=network)
     if engines and engines.faster:
-        warnings.warn(f"{engines.faster} (see model.deployment)", stacklevel=2)
+        warnings.warn(f"{engines.faster} (see model.deployment)", stacklevel=outside())
     if result is dense:
         why = "sparse is not faster than dense here: the dense model is returned (see model.deployment)"
-        warnings.warn(why, stacklevel=2)
+        warnings.warn(why, stacklevel=outside())
     exact = weight_dtype == torch.float32 and all(each.dtype == torch.float32 and each.is_cpu for each in expected)
     if difference > (most := 1e-3 if exact else 0.1):  # rounding of float32 makes 1e-6 or so
         warnings.warn(
             f"outputs differ from the given model's by {difference:.1g} of the largest, more than {most:g}: check them "
             "before use. Is the model itself reproducible on this example?",
-            stacklevel=2,
+            stacklevel=outside(),
         )
     result.deployment = measured  # type: ignore[assignment]
     return result

@@ -23,6 +23,7 @@ from openwork.layouts import Gemm
 from openwork.layouts.layout import Kind, Layout, Request, refusal_of
 from openwork.nm.pattern import Pattern
 from openwork.nm.quantize import quantize_weight
+from openwork.utils.counted import counted
 
 _CASTS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -276,7 +277,7 @@ class _PackedConv(PackedLayer):
         images = images.unsqueeze(2) if self.form.flat else images
         channels = self.form.channels * self.form.conv.groups
         if images.shape[1] != channels:  # kernels know it rounded up to M
-            raise ValueError(f"input {tuple(x.shape)} has {images.shape[1]} channels; needed {channels}")
+            raise ValueError(f"input {tuple(x.shape)} has {counted(images.shape[1], 'channel')}; needed {channels}")
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
 

@@ -11,6 +11,7 @@ import openwork.kernels as kernels
 from openwork.kernels.cuda import cusparselt
 from openwork.layouts.layout import Algorithm
 from openwork.nm.pattern import Pattern
+from openwork.utils.counted import counted
 from openwork.utils.table import aligned
 
 MARGIN = 0.97
@@ -102,7 +103,7 @@ class Int8Network:
         if self.reason:
             return [f"no int8 network, {self.reason}"]
         count = len(self.errors) - len(self.float32)
-        found = f"int8 network: {count} of {len(self.errors)} layers on bytes"
+        found = f"int8 network: {count} of {counted(len(self.errors), 'layer')} on bytes"
         lines = [f"{found}, outputs off by {self.error:.2g} of their size on calibration data"]
         return lines + [f"{name} stays float32: {why}" for name, why in self.float32.items()]
 
@@ -145,7 +146,9 @@ class Plan:
         lines = [_cells(layer) for layer in self.layers]
         whole = [f"whole model, {name}: {seconds * 1e3:.2f} ms" for name, seconds in self.whole.items()]
         whole += [f"returned: {self.returned}"] if self.returned else []
-        summary = f"{len(self.chosen)} of {len(self.layers)} weights run sparse, stored in {self.weight_dtype}"
+        runs = "runs" if len(self.chosen) == 1 else "run"
+        share = f"{len(self.chosen)} of {counted(len(self.layers), 'weight')}"
+        summary = f"{share} {runs} sparse, stored in {self.weight_dtype}"
         if self.difference is not None:
             whole.append(f"outputs differ from the given model's by {self.difference:.1g} of the largest")
         whole += self.network.lines() if self.network else []
@@ -158,7 +161,7 @@ def environment(device: torch.device) -> str:
     if device.type == "cuda":
         warned = cusparselt.version_warning(device)
         return cusparselt.gpu_environment(device) + (f" ({warned})" if warned else "")
-    return f"{torch.get_num_threads()} threads, torch {torch.__version__}, {kernels.status()}"
+    return f"{counted(torch.get_num_threads(), 'thread')}, torch {torch.__version__}, {kernels.status()}"
 
 
 def _cells(layer: LayerTiming) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from openwork.inference.layers import PackedConv2d
 from openwork.ops.bytes import Form
+from openwork.utils.caller import outside
 from openwork.utils.torch_private import tree_flatten, tree_unflatten
 
 _OPERATOR = type(torch.ops.aten.add.Tensor)
@@ -227,7 +228,7 @@ class Program:
         if not self.has_warned:
             self.has_warned = True
             text = f"the network runs layer by layer, slower than as the int8 network that was deployed: {reason}"
-            warnings.warn(text, stacklevel=4)
+            warnings.warn(text, stacklevel=outside())
         return type(self.model).forward(self.model, *args, **kwargs)
 
 

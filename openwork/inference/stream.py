@@ -30,6 +30,7 @@ from openwork.inference.streamed_model import StreamedModel, parameter, streamed
 from openwork.layouts.layout import Request, kind_named, kinds_on, refusal_of
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
+from openwork.utils.caller import outside
 from openwork.utils.example import run
 from openwork.utils.torch_private import tree_leaves
 
@@ -87,7 +88,7 @@ def load_deployed(
                 _put(streamed.model, relu, nn.Identity())
     if not plan.chosen:
         why = "no layer is faster sparse here: the model" if chosen is None else "chosen is empty: every layer"
-        warnings.warn(f"{why} is dense (see model.deployment)", stacklevel=2)
+        warnings.warn(f"{why} is dense (see model.deployment)", stacklevel=outside())
     streamed.model.deployment = plan  # type: ignore[assignment]
     return streamed.model
 

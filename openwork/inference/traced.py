@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from openwork.inference.fold import as_it_was_made
 from openwork.ops.bytes import GELU, NONE, RELU
+from openwork.utils.counted import counted
 from openwork.utils.example import arguments, mapped, tensors_of
 from openwork.utils.torch_private import tree_flatten, tree_map
 
@@ -211,7 +212,7 @@ def _read(program: Any, call: Any, any_batch: bool) -> Traced:
 
 def _inputs(signature: Any, leaves: list[Any]) -> tuple[Any, ...]:
     if len(signature.user_inputs) != len(leaves):
-        raise NotTraced(f"{len(leaves)} arguments, of which torch.export sees {len(signature.user_inputs)}")
+        raise NotTraced(f"{counted(len(leaves), 'argument')}, of which torch.export sees {len(signature.user_inputs)}")
     return tuple(signature.user_inputs)
 
 

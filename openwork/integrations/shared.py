@@ -14,6 +14,7 @@ from torch import nn
 import openwork as ow
 from openwork.files.reader import FILE as FILE
 from openwork.training.record import sparsity_records, unfinished_weights
+from openwork.utils.caller import outside
 
 
 def save_compressed(model: nn.Module, folder: str | Path, file: str = FILE) -> None:
@@ -29,7 +30,9 @@ def save_beside_checkpoint(model: nn.Module, folder: str | Path, file: str = FIL
     written, with a warning."""
     if running := unfinished_weights(model):
         state = next(iter(running.values()))
-        warnings.warn(f"no {file} beside the checkpoint in {folder}, which is for resuming: {state}", stacklevel=2)
+        warnings.warn(
+            f"no {file} beside the checkpoint in {folder}, which is for resuming: {state}", stacklevel=outside()
+        )
     else:
         save_compressed(model, folder, file)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openwork.nm.pattern import Pattern
+from openwork.utils.counted import counted
 
 _LEAST = {"kernel": 1, "stride": 1, "padding": 0, "dilation": 1}
 
@@ -31,7 +32,7 @@ class ConvGeometry:
         """The inverse of `numbers`. Raises ValueError where they describe no convolution."""
         if len(numbers) != 9:
             names = ", ".join(field.name for field in fields(cls))
-            raise ValueError(f"geometry of {len(numbers)} numbers, {list(numbers)}; needed nine: {names}")
+            raise ValueError(f"geometry of {counted(len(numbers), 'number')}, {list(numbers)}; needed nine: {names}")
         kernel, stride, padding, dilation = ((numbers[i], numbers[i + 1]) for i in (0, 2, 4, 6))
         geometry = cls(kernel, stride, padding, dilation, numbers[8])
         for name, least in _LEAST.items():

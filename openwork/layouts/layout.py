@@ -22,6 +22,7 @@ from openwork.layouts.conv import ConvGeometry
 from openwork.nm.groups import Axis
 from openwork.nm.masks import magnitude_mask, too_dense
 from openwork.nm.pattern import Pattern
+from openwork.utils.counted import counted
 
 Algorithm = tuple[int, int, int]
 """One of several by which a library multiplies: three numbers that it understands."""
@@ -214,7 +215,9 @@ def numbers_of(kind: Any, numbers: Sequence[int]) -> Any:
     """The integers of a layout by name. Raises ValueError where there are too many or too few."""
     fields = kind.Numbers._fields
     if len(numbers) != len(fields):
-        raise ValueError(f"{len(numbers)} numbers of a layout, {list(numbers)}; {kind.name} needs {', '.join(fields)}")
+        raise ValueError(
+            f"{counted(len(numbers), 'number')} of a layout, {list(numbers)}; {kind.name} needs {', '.join(fields)}"
+        )
     return kind.Numbers(*numbers)
 
 

@@ -55,7 +55,7 @@ class SSTE(Method):
         return {"scale": scale.to(weight.dtype)}
 
     def forward(self, weight: Tensor, mask: Tensor, phase: Phase, state: State) -> Tensor:
-        if phase.pattern.n == phase.pattern.m:  # dense for now; the scale is that of the end
+        if phase.pattern.is_dense:  # dense for now; the scale is that of the end
             return weight.clone()
         return soft_threshold(weight, mask, phase) * state["scale"].to(weight.dtype)
 

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from openwork.nm.groups import Axis, from_rows, to_rows
 from openwork.nm.pattern import Pattern, check_pattern
+from openwork.utils.counted import counted
 from openwork.utils.torch_private import is_traced, is_transformed
 
 # The integers of the same width, and the bits of infinity.
@@ -162,7 +163,8 @@ class GroupCounts:
         """Why such a weight is not N:M; empty where it is."""
         if not self.crowded:
             return ""
-        what = f"{self.crowded} of {self.groups} groups hold more than {pattern.n} of {pattern.m}"
+        holds = "holds" if self.crowded == 1 else "hold"
+        what = f"{self.crowded} of {counted(self.groups, 'group')} {holds} more than {pattern.n} of {pattern.m}"
         return f"{what} (the worst {self.most})"
 
 

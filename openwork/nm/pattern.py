@@ -51,6 +51,11 @@ class Pattern:
         return self.n / self.m
 
     @property
+    def is_dense(self) -> bool:
+        """Whether it keeps every weight: N = M."""
+        return self.n == self.m
+
+    @property
     def index_bits(self) -> int:
         """Bits that say which weights of one group are kept: N indices, or a bitmask where smaller."""
         return min(self.n * (self.m - 1).bit_length(), self.m)

@@ -89,7 +89,7 @@ def _blocks_first(weight: Tensor, axis: Axis) -> Tensor:
 
 def best_tiles(score_TMM: Tensor, pattern: Pattern) -> Tensor:
     """The best mask of each tile: (T, M, M) -> bool (T, M, M)."""
-    if pattern.n == pattern.m:
+    if pattern.is_dense:
         return torch.ones_like(score_TMM, dtype=torch.bool)
     part = _PART.get(score_TMM.device.type, _PART_ELSEWHERE)
     solve = best_2_4 if (pattern.n, pattern.m) == (2, 4) else _best_listed if pattern.m <= _EXACT else best_approximate

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
+from openwork.utils.counted import counted
 
 RANKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes whose magnitudes the operators rank."""
@@ -67,7 +68,9 @@ def parsed_axes(weights: Sequence[Tensor], axes: Sequence[int]) -> tuple[Axis, .
     """The axis of each weight from its three numbers. Raises ValueError where they do not fit the weights."""
     places = _axes(tuple(axes))
     if len(places) != len(weights):
-        raise ValueError(f"numbers for {len(places)} axes, and {len(weights)} weights; needed as many")
+        raise ValueError(
+            f"numbers for {counted(len(places), 'axis', 'axes')}, and {counted(len(weights), 'weight')}; needed as many"
+        )
     for weight, axis in zip(weights, places, strict=True):
         fits = axis.flat or (0 <= axis.dim < weight.ndim and axis.blocks >= 1)
         if not fits or (axis.blocks > 1 and weight.shape[axis.dim] % axis.blocks):
@@ -86,7 +89,7 @@ def _pattern(n: int, m: int) -> Pattern:
 @functools.lru_cache(maxsize=1024)
 def _axes(numbers: tuple[int, ...]) -> tuple[Axis, ...]:
     if len(numbers) % 3:
-        raise ValueError(f"{len(numbers)} numbers for axes; needed three for each")
+        raise ValueError(f"{counted(len(numbers), 'number')} for axes; needed three for each")
     return tuple(Axis(dim, blocks, bool(flat)) for dim, blocks, flat in zip(*[iter(numbers)] * 3, strict=True))
 
 

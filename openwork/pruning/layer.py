@@ -21,6 +21,7 @@ from openwork.pruning.solver import Groups, Solver, diagonal, energy
 from openwork.pruning.wanda import Wanda
 from openwork.training.select import Candidate
 from openwork.training.sparsify import magnitude_mask
+from openwork.utils.counted import counted
 
 _FEW = 4  # a matrix of K columns with fewer than K / 4 samples is not compensated: they say too little
 _MOST_DAMPING = 1.0
@@ -100,7 +101,9 @@ def _solve(
         what = "its inputs were all zero" if samples else "no calibration sample reached it"
         return blind[0].solve(W, gram, groups), f"{blind[1]}: {what}"
     if solver.needs_gram and samples * _FEW < K:
-        return simple[0].solve(W, gram, groups), f"{simple[1]}: fewer samples than a {_FEW}th of its {K} inputs"
+        return simple[0].solve(
+            W, gram, groups
+        ), f"{simple[1]}: fewer samples than a {_FEW}th of its {counted(K, 'input')}"
     note, damp = "", getattr(solver, "damp", _MOST_DAMPING)
     while True:
         found = _attempt(W, gram, solver, groups)

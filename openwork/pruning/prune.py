@@ -28,6 +28,7 @@ from openwork.training.select import Candidate, check_has_values, check_some_spa
 from openwork.training.selection import AxisChoice, PatternChoice, Remainder, Selection
 from openwork.training.sparsify import check_plain, magnitude_mask, report_on, selection_of
 from openwork.training.try_masks import Tried, try_masks
+from openwork.utils.counted import counted
 from openwork.utils.example import cloned, mapped
 from openwork.utils.progress import Progress
 
@@ -158,7 +159,8 @@ def _said_how_far(found: Mapping[str, Any], count: int) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        told = f"{len(found)} of {count} weights are pruned already: start again from the dense network"
+        pruned = f"{len(found)} of {counted(count, 'weight')} {'is' if len(found) == 1 else 'are'} pruned already"
+        told = f"{pruned}: start again from the dense network"
         if found and isinstance(error, ValueError) and error.args:
             error.args = (f"{error.args[0]}; {told}", *error.args[1:])
         elif found and hasattr(error, "add_note"):  # since Python 3.11

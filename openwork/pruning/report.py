@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from openwork.nm.pattern import Pattern
 from openwork.training.report import Report
+from openwork.utils.counted import counted
 from openwork.utils.table import aligned
 
 
@@ -79,5 +80,6 @@ class PruneReport:
             for layer in self.layers
         ]
         dense = [f"  dense: {name} ({reason})" for name, reason in self.skipped.items()]
-        end = f"{len(self.layers)} weights pruned by {self.solver} in {self.seconds:.0f} s; mean error {self.error:.4f}"
+        pruned = counted(sum(not layer.pattern.is_dense for layer in self.layers), "weight")
+        end = f"{pruned} pruned by {self.solver} in {self.seconds:.0f} s; mean error {self.error:.4f}"
         return "\n".join([*aligned(header, lines), end, *dense, *self.report.notes])

@@ -18,6 +18,7 @@ from openwork.recipes.data import Data
 from openwork.recipes.models import build_model
 from openwork.recipes.stored_result import check_facts
 from openwork.recipes.task import DistillableTask, percent
+from openwork.utils.counted import counted
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class Classification(DistillableTask):
         return images.fashion_mnist(folder, **limits, follow_links=config.follow_links)
 
     def notes(self, config: ClassificationConfig, data: Data) -> dict[str, str]:
-        held = f"{data.val_count} training samples that were left out of training (--hold_out)"
+        held = counted(data.val_count, "training sample that was", "training samples that were")
+        held += " left out of training (--hold_out)"
         return {"validation samples": held} if config.hold_out else {}
 
     def build(self, config: ClassificationConfig, data: Data) -> nn.Module:

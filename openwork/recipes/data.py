@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from openwork.utils.counted import counted
+
 T = TypeVar("T")
 
 
@@ -84,7 +86,8 @@ def held_out(samples: Sequence[T], count: int) -> tuple[list[T], list[T]]:
 
 def check_held_out(count: int, samples: int) -> None:
     if count >= samples:
-        raise ValueError(f"hold_out is {count}, and there are {samples} training samples: hold out fewer")
+        be = "is" if samples == 1 else "are"
+        raise ValueError(f"hold_out is {count}, and there {be} {counted(samples, 'training sample')}: hold out fewer")
 
 
 def readable(dataset: Any, workers: int = 0) -> list[int]:

@@ -20,6 +20,7 @@ from openwork.recipes.data import Data, held_out, spaced
 from openwork.recipes.objects import CocoImages, ObjectInfo, Sample, object_data, shapes
 from openwork.recipes.stored_result import check_facts
 from openwork.recipes.task import Task, View, Visualization
+from openwork.utils.counted import counted
 from openwork.utils.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
@@ -197,11 +198,12 @@ class DetectorTask(Task):
         return [detections_of(*pair) for pair in zip(batch, net(images_of(batch)), strict=True)]
 
     def notes(self, config: Any, data: Data) -> dict[str, str]:
-        objects = len(data.info.truth["annotations"])
+        objects = counted(len(data.info.truth["annotations"]), "object")
+        objects += ", " + counted(len(data.info.classes), "class", "classes")
         held = " of the training part, left out of training (--hold_out)" if config.hold_out else ""
         return {
             "scores": f"pycocotools {version('pycocotools')}, at most 100 detections an image",
-            "validation": f"{data.val_count} images{held}, {objects} objects, {len(data.info.classes)} classes",
+            "validation": f"{counted(data.val_count, 'image')}{held}, {objects}",
             "MACs": "of one image; how many regions reach the heads depends on the image",
         }
 
@@ -259,4 +261,4 @@ def drawn(image: Tensor, objects: Detections, size: Tensor, classes: Sequence[st
         boxes = box_convert(torch.from_numpy(objects.boxes_N4), "xywh", "xyxy") * scale
         shown: Any = texts if any(texts) and len(texts) <= _NAMED else None
         image = draw_bounding_boxes(image, boxes, shown, colors)
-    return View(f"{len(labels)} objects", image_uri(image.permute(1, 2, 0).numpy()))
+    return View(counted(len(labels), "object"), image_uri(image.permute(1, 2, 0).numpy()))

@@ -19,6 +19,7 @@ from openwork.recipes.data_files import DataFolder, check_declared_size
 from openwork.recipes.draws import sample_seed
 from openwork.recipes.images import ImageFiles
 from openwork.recipes.scenes import BACKGROUND, render, scene
+from openwork.utils.counted import counted
 from openwork.utils.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
@@ -101,7 +102,7 @@ def scenes_of(
         parts = held_out(photos[:cut], hold_out) if hold_out else [photos[:cut], photos[cut:]]
     elif hold_out:
         raise ValueError(
-            f"hold_out is {hold_out}, and there are {len(photos)} photos; it needs five: --data photos=DIR"
+            f"hold_out is {hold_out}, and it needs five photos, of which there are {len(photos)}: --data photos=DIR"
         )
     else:
         parts = [[p[:, :, : p.shape[2] * 2 // 3] for p in photos], [p[:, :, p.shape[2] * 2 // 3 :] for p in photos]]
@@ -206,7 +207,8 @@ def flow_files(
 def check_pairs(source: Any) -> None:
     """torchvision puts frames and flows together by their order: a missing file would shift all that follow it."""
     if len(source._image_list) != len(source._flow_list):
-        raise ValueError(f"{source.root}: {len(source._image_list)} pairs of frames for {len(source._flow_list)} flows")
+        pairs = counted(len(source._image_list), "pair of frames", "pairs of frames")
+        raise ValueError(f"{source.root}: {pairs} for {counted(len(source._flow_list), 'flow')}")
     for index in range(len(source)):
         first, second, flow = (int(re.findall(r"\d+", Path(file).stem)[0]) for file in files_of(source, index))
         if first != flow or abs(second - first) > 1:
@@ -224,7 +226,10 @@ def _chairs(folder: Path) -> list[Part]:
     parts = _divided(FlyingChairs, ("train", "val"))(folder)
     flows, marks = (sorted(folder.glob(f"FlyingChairs/{name}")) for name in ("data/*_flow.flo", "*_train_val.txt"))
     if (count := len(marks[0].read_text().split())) != len(flows):
-        raise ValueError(f"{marks[0]} must hold a 1 or 2 for each pair: it has {count} entries for {len(flows)} flows")
+        entries = counted(count, "entry", "entries")
+        raise ValueError(
+            f"{marks[0]} must hold a 1 or 2 for each pair: it has {entries} for {counted(len(flows), 'flow')}"
+        )
     return parts
 
 

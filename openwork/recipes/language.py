@@ -24,6 +24,7 @@ from openwork.recipes.rundir import write_text
 from openwork.recipes.task import DistillableTask, Metric, View, Visualization
 from openwork.recipes.text import check_same_words, learn, stored_tokenizer
 from openwork.recipes.weights import is_huggingface
+from openwork.utils.counted import counted
 
 # width, layers, heads, heads of keys and values, width of the feed-forward layers
 SIZES = {
@@ -120,7 +121,9 @@ class Language(DistillableTask):
             shape = shape_of(config)
         most = getattr(shape.get_text_config(), "max_position_embeddings", None)
         if most is not None and most < length:
-            raise ValueError(f"length is {length}, but the model {config.model} has {most} positions; give fewer")
+            raise ValueError(
+                f"length is {length}, but the model {config.model} has {counted(most, 'position')}; give fewer"
+            )
         return AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
 
     def config_of(self, weights: Path, config: LanguageConfig) -> LanguageConfig:

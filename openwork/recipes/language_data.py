@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from openwork.recipes.data import Data, spaced
 from openwork.recipes.data_files import DataFolder
 from openwork.recipes.draws import uniform
+from openwork.utils.counted import counted
 
 Batch = dict[str, Tensor]
 
@@ -154,8 +155,8 @@ def load_windows(
     rows = [tokens_of(tokenizer, texts, separator) for texts in (train, val)]
     if len(rows[0]) <= length or len(rows[1]) < 2:
         raise ValueError(
-            f"the training text has {len(rows[0])} tokens, the validation text {len(rows[1])}; needed are at least "
-            f"{length + 1}, a window and one more, and 2: give more text, or a smaller --length"
+            f"the training text has {counted(len(rows[0]), 'token')}, the validation text {len(rows[1])}; needed are "
+            f"at least {length + 1}, a window and one more, and 2: give more text, or a smaller --length"
         )
     count = (len(rows[0]) - 1) // length
     starts = range(0, count * length, length), range(0, len(rows[1]) - 1, length)
@@ -163,8 +164,8 @@ def load_windows(
     size = sum(len(text.encode()) for text in val)
     notes = {
         "vocabulary": f"{tokenizer.get_vocab_size()} tokens",
-        "training text": f"{len(rows[0])} tokens, {len(training)} windows of {length} an epoch",
-        "validation text": f"{len(rows[1])} tokens of {size} bytes, in {len(validation)} windows",
+        "training text": f"{counted(len(rows[0]), 'token')}, {counted(len(training), 'window')} of {length} an epoch",
+        "validation text": f"{len(rows[1])} tokens of {size} bytes, in {counted(len(validation), 'window')}",
         "perplexity without context": f"{unigram_perplexity(*rows):.1f}: of tokens as often as in the training text",
     }
     info = LanguageInfo(tokenizer, length, size / len(rows[1]), notes)

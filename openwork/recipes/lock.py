@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from openwork.utils.caller import outside
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -54,7 +56,7 @@ def _lock(descriptor: int, folder: Path) -> bool:
     except OSError as error:
         warnings.warn(
             f"{folder} is on a file system without locks ({error}): make sure that no other process writes to it",
-            stacklevel=4,
+            stacklevel=outside(),
         )
     return True
 

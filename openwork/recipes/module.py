@@ -27,6 +27,7 @@ from openwork.recipes.models import allow_torchvision
 from openwork.recipes.parallel import build_strategy, shard, share_statistics
 from openwork.recipes.rundir import RunDir
 from openwork.recipes.task import DistillableTask, Task
+from openwork.utils.counted import counted
 from openwork.utils.signals import Interruption
 
 allow_torchvision()  # lightning imports it through torchmetrics
@@ -71,7 +72,8 @@ class TaskModule(pl.LightningModule):
         self.steps_per_epoch = data.train_count // config.batch_size
         if not self.steps_per_epoch:
             raise ValueError(
-                f"batch_size {config.batch_size} exceeds the {data.train_count} training samples; make it smaller"
+                f"batch_size {config.batch_size} exceeds {counted(data.train_count, 'training sample')}; make "
+                "it smaller"
             )
         self._last_tick: float | None = None
         self._seconds: list[float] = []  # of steps, with the loading of data, without validation and checkpoints

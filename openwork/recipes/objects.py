@@ -20,6 +20,7 @@ from openwork.recipes import coco
 from openwork.recipes.data import Data
 from openwork.recipes.draws import sample_seed
 from openwork.recipes.shapes import CLASSES, Scene, draw_scene, photographs
+from openwork.utils.counted import counted
 from openwork.utils.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
@@ -44,7 +45,7 @@ def object_data(
     """The samples, and what metrics of the validation images are computed from: their entries."""
     truth = coco.truth_of(classes, entries)
     if not truth["annotations"]:
-        raise ValueError(f"there is no object in the {len(val)} validation images; take more with --limit_val")
+        raise ValueError(f"there is no object in {counted(len(val), 'validation image')}; take more with --limit_val")
     return Data(train, val, list, workers, skipped, info=ObjectInfo(classes, truth))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from openwork.pruning.report import PrunedWeight, PruneReport
 from openwork.recipes.charts import COLORS, svg
 from openwork.recipes.pages import render
+from openwork.utils.counted import counted
 
 _LAYERS = ("weight", "pattern", "samples", "error of the mask", "error", "retained", "seconds", "")
 
@@ -27,7 +28,7 @@ def page(
     return render(
         "prune.html.j2",
         title=f"{name} at {', '.join(patterns)}",
-        subtitle=f"{len(kept.layers)} weights pruned by {kept.solver} in {kept.seconds:.0f} s",
+        subtitle=f"{counted(len(kept.layers), 'weight')} pruned by {kept.solver} in {kept.seconds:.0f} s",
         scores=(("score", "dense", "pruned"), lines) if lines else None,
         solvers=(
             ("solver", "mean error of the layers", "seconds"),

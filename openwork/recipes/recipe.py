@@ -231,7 +231,7 @@ def summary(config: Config, report: ow.Report, net: nn.Module, run: RunDir) -> d
     topology = read_lines(run.path / "topology.jsonl")
     steps = [s for record in read_lines(run.path / "times.jsonl") for s in record["seconds"]]
     weights = dict(net.named_parameters())
-    sparse = [weights[name] for name in report.sparse]
+    sparse = [weights[row.name] for row in report.rows if row.pattern]
     return {
         "config": values,
         "density": sum(int(w.count_nonzero()) for w in sparse) / sum(w.numel() for w in sparse),

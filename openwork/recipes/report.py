@@ -30,6 +30,7 @@ from openwork.recipes.rundir import RunDir, read_lines, write_text
 from openwork.recipes.stored_result import read_finished, read_samples
 from openwork.recipes.summary import flip_rates, meanings, metrics_of, notes, summary_rows, table_of
 from openwork.recipes.task import Metric
+from openwork.utils.counted import counted
 
 Result = dict[str, Any]
 Runs = Sequence[tuple[Path, Result]]
@@ -78,7 +79,7 @@ def build_page(runs: Runs) -> str:
     return render(
         "report.html.j2",
         title=f"{config['model']} on {config['data'].partition('=')[0]}",
-        subtitle=f"{len(runs)} run{'s' * (len(runs) > 1)} of {config['epochs']} epochs on {environment['device']}",
+        subtitle=f"{counted(len(runs), 'run')} of {counted(config['epochs'], 'epoch')} on {environment['device']}",
         results=(header, [list(map(_unbroken, line)) for line in lines]),
         meanings=meanings(metrics),
         notes=" ".join(notes(metrics)),

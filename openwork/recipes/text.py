@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from openwork.recipes.data import Data
 from openwork.recipes.data_files import DataFolder
+from openwork.utils.counted import counted
 
 Pair = tuple[str, str]
 Batch = dict[str, Tensor]
@@ -203,8 +204,8 @@ def load_text(
     val_pairs = [pair for pair in read if pair]
     if not (len(short) and val_pairs):
         raise ValueError(
-            f"there are {len(short)} training pairs of up to {max_length} subwords and {len(val_pairs)} validation "
-            "pairs; needed is one of each at least"
+            f"of training pairs of up to {counted(max_length, 'subword')} there are {len(short)}, of validation "
+            f"pairs {len(val_pairs)}; needed is one of each at least"
         )
     val = [encode(tokenizer, (pair[i] for pair in val_pairs)) for i in (0, 1)]
     order = np.argsort([len(source) for source in val[0]], kind="stable")

@@ -15,6 +15,7 @@ from openwork.nm.pattern import within_2_4
 from openwork.training.forward_cache import change_of
 from openwork.training.parametrize import masked_weights
 from openwork.training.shared_class import shared_class
+from openwork.utils.caller import outside
 
 
 class Engine(Protocol):
@@ -78,7 +79,7 @@ class SparseMatmul:
             warnings.warn(
                 f"a layer of ow.accelerate multiplies in {dtype}, which sparse tensor cores do not take, so it runs "
                 "dense: train under torch.autocast or in bfloat16",
-                stacklevel=4,
+                stacklevel=outside(),
             )
 
 

@@ -15,8 +15,9 @@ from openwork.nm.groups import Axis, reduction_size, to_rows
 from openwork.nm.pattern import Pattern
 from openwork.training.dtensor import full_tensor
 from openwork.training.matmul_trace import Multiplied, Operand, storage_key
-from openwork.training.report import Products
+from openwork.training.report import Products, keeps_all
 from openwork.training.selection import matches
+from openwork.utils.counted import counted
 
 Recorded = Mapping[str, tuple[Pattern, Axis]]
 _LAST = Axis(-1)
@@ -75,12 +76,16 @@ class Accounts:
             self.sparse_names |= set() if problem else operand.names & self.recorded.keys()
         if not product.with_data:
             return
-        if all(found):
-            self.dense += 1
-            for operand, problem in zip(operands, found, strict=True):
-                self._note(operand, problem, product)
-        else:
+        kept = [self._kept_whole(operand, product) for operand in operands]
+        if not all(problem or reason for problem, reason in zip(found, kept, strict=True)):
             self.sparse += 1
+            return
+        self.dense += 1
+        for operand, problem, reason in zip(operands, found, kept, strict=True):
+            if reason:
+                self.left_dense[_label(operand, product)] = reason
+            elif not any(kept):
+                self._note(operand, problem, product)
 
     @property
     def products(self) -> Products:
@@ -102,14 +107,20 @@ class Accounts:
         K = reduction_size(tuple(tensor.shape), axes[0])
         placed = {self.recorded[name]: self.shapes[name] for name in names}
         if not names:
-            patterns = {pattern for pattern, _ in self.recorded.values() if K % pattern.m == 0}
+            patterns = {each for each, _ in self.recorded.values() if K % each.m == 0 and not each.is_dense}
             placed = {(pattern, axes[0]): () for pattern in patterns}
-        problem, mask = f"its reduction axis has {K} weights", mask_of(tensor)
+        problem, mask = f"its reduction axis has {counted(K, 'weight')}", mask_of(tensor)
         for (pattern, axis), shape in sorted(placed.items(), key=lambda each: -each[0][0].density):
             problem = why_dense(mask, pattern, axes, axis, shape)
             if not problem:
                 return ""
         return problem
+
+    def _kept_whole(self, operand: Operand, product: Multiplied) -> str:
+        """Why an operand is dense though it is as recorded: its patterns prune nothing. Empty where one does."""
+        names = operand.names & self.recorded.keys() or self._alike(operand, product.inside)
+        patterns = sorted({self.recorded[name][0] for name in names})
+        return keeps_all(patterns[0]) if all(pattern.is_dense for pattern in patterns) and patterns else ""
 
     def _alike(self, operand: Operand, inside: str) -> frozenset[str]:
         """The recorded weights that a tensor which is none of the model's may be a copy of: those of its shape in the
@@ -124,9 +135,8 @@ class Accounts:
     def _note(self, operand: Operand, problem: str, product: Multiplied) -> None:
         """Enter a dense operand where it belongs."""
         recorded, names = operand.names & self.recorded.keys(), operand.names
-        named = sorted(names) or [f"{product.inside}.constant" if product.inside else "constant"]
+        named, label = _named(operand, product), _label(operand, product)
         alike = self._alike(operand, product.inside)
-        label = " and ".join(named)
         if self.declared.allows(named):
             self.allowed[label] = problem
         elif recorded or alike:
@@ -146,10 +156,20 @@ class Accounts:
         if operand.tensor is None:
             return ""
         length = reduction_size(tuple(operand.tensor.shape), operand.axes[0])
-        ms = sorted({pattern.m for pattern, _ in self.recorded.values()})
+        ms = sorted({pattern.m for pattern, _ in self.recorded.values() if not pattern.is_dense})
         if any(length % m == 0 for m in ms):
             return ""
-        return f"reduction axis has {length} weights, not a multiple of {' or '.join(map(str, ms))}"
+        if not ms:
+            return "no weight is sparse"
+        return f"reduction axis has {counted(length, 'weight')}, not a multiple of {' or '.join(map(str, ms))}"
+
+
+def _named(operand: Operand, product: Multiplied) -> list[str]:
+    return sorted(operand.names) or [f"{product.inside}.constant" if product.inside else "constant"]
+
+
+def _label(operand: Operand, product: Multiplied) -> str:
+    return " and ".join(_named(operand, product))
 
 
 def mask_of(weight: Any) -> Tensor:

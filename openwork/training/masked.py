@@ -24,6 +24,7 @@ from openwork.nm.pattern import Pattern
 from openwork.ops import foreach_prune
 from openwork.training.dtensor import by_groups, check_whole_groups, differ, elementwise, full_tensor, placed_like
 from openwork.training.forward_cache import ForwardCache
+from openwork.utils.caller import outside
 from openwork.utils.torch_private import is_traced, untraced
 
 RESERVED = ("mask", "mask_age", "step", "pattern")
@@ -218,7 +219,7 @@ class Masked(nn.Module):
             warnings.warn(
                 "a trace of a sparsified model keeps the masks of now, and gradients reach only what they keep: train "
                 "the model itself, and trace it in eval mode or after ow.finalize",
-                stacklevel=2,
+                stacklevel=outside(),
             )
         with untraced():
             mask = self.mask_of(weight).clone()

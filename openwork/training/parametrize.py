@@ -27,6 +27,8 @@ from openwork.nm.pattern import Pattern
 from openwork.training.dtensor import full_tensor, is_sharded, placed_like
 from openwork.training.masked import Masked
 from openwork.training.shared_class import plain_class, shared_class
+from openwork.utils import caller
+from openwork.utils.counted import counted
 from openwork.utils.names import join
 
 _WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
@@ -65,8 +67,9 @@ class MaskedSteps(parametrize.ParametrizationList):
         ]
         if len(wanted) != 1:
             raise RuntimeError(
-                f"{type(module).__name__} makes a weight of {len(wanted)} tensors, and a sparsified layer has one: "
-                "register it before ow.sparsify, which masks the direction of weight_norm and leaves others alone"
+                f"{type(module).__name__} makes a weight of {counted(len(wanted), 'tensor')}, and a sparsified layer "
+                "has one: register it before ow.sparsify, which "
+                "masks the direction of weight_norm and leaves others alone"
             )
         super().append(module)
         return self
@@ -267,7 +270,7 @@ def _take_counters(masked: Masked, state: dict[str, Any], name: str) -> None:
     if name in state and keys and not any(f"{name}_{key}" in state for key in keys):
         kind = "fixed" if masked.method.schedule.refresh_every is None else "stored"
         what = f"{kind} masks were chosen anew" if masked.mask is not None else "what the method keeps was made anew"
-        warnings.warn(f"the checkpoint is dense: {what}, from its weights", stacklevel=3)
+        warnings.warn(f"the checkpoint is dense: {what}, from its weights", stacklevel=caller.outside())
         state |= {f"{name}_{key}": tensor for key, tensor in masked.restart(state[name]).items()}
     masked.lost = masked.lost and any(f"{name}_{key}" not in state for key in keys)
     if (pattern := state.pop(f"{name}_pattern", None)) is not None:

@@ -16,6 +16,7 @@ from openwork.training.report import Report
 from openwork.training.select import Candidate
 from openwork.training.selection import PatternChoice, Selection, matches
 from openwork.training.sparsify import mask_at_end, notes_on, report_on
+from openwork.utils.counted import counted
 
 
 def change_pattern(model: nn.Module, pattern: PatternChoice, *, remainder: Literal["error", "pad"] = "error") -> Report:
@@ -74,8 +75,9 @@ def _check(sparse: SparseWeight, pattern: Pattern, remainder: str) -> None:
         padded = remainder == "pad" and length > 1
         if length % pattern.m and not padded:
             raise ValueError(
-                f"{sparse.name} {shape}: an axis has {length} weights, not a multiple of {pattern.m}; give it another "
-                f"pattern, such as {{{sparse.name!r}: '{end.pattern}', '*': '{pattern}'}}, or use remainder='pad'"
+                f"{sparse.name} {shape}: an axis has {counted(length, 'weight')}, not a multiple of {pattern.m}; give "
+                f"it another pattern, such as {{{sparse.name!r}: '{end.pattern}', '*': '{pattern}'}}, or use "
+                "remainder='pad'"
             )
     if "_openwork_matmul" in sparse.module.__dict__ and not within_2_4(pattern):
         raise ValueError(

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from openwork.nm.pattern import Pattern
+from openwork.utils.counted import counted
 from openwork.utils.table import aligned
 
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate weight. `pattern` is None where it was left alone, and `reason` says why.
+    """One candidate weight. `pattern` is None where it was left alone; where it is dense, so or by N = M, `reason` says
+    why.
 
     Units: `weights`, `kept` and `groups` in weights and groups; `weight_bits` bits a weight; `macs` multiply-adds of
     the example (None without one); `retained` is the kept share of the sum of squared weights (None of what is pruned
@@ -28,6 +30,11 @@ class Row:
     groups: int = 0
     weight_bits: int = 32
     macs_dense: int | None = None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether its pattern prunes: N < M."""
+        return self.pattern is not None and not self.pattern.is_dense
 
     @property
     def weights(self) -> int:
@@ -70,7 +77,10 @@ class Products:
 
     def lines(self, known: Collection[str] = ()) -> list[str]:
         """The counts, and what is dense other than the `known`."""
-        parts = [f"{self.sparse + self.dense} products of weights and other constants", f"{self.sparse} sparse"]
+        parts = [
+            f"{counted(self.sparse + self.dense, 'product')} of weights and other constants",
+            f"{self.sparse} sparse",
+        ]
         parts += [f"{self.dense} dense"] if self.dense else []
         others = {name: reason for name, reason in self.declared.items() if name not in known}
         lines = ["; ".join(parts), *(f"  dense: {name} ({reason})" for name, reason in others.items())]
@@ -107,12 +117,12 @@ class Report:
     @property
     def sparse(self) -> dict[str, Pattern]:
         """Sparse weights and their patterns."""
-        return {row.name: row.pattern for row in self.rows if row.pattern}
+        return {row.name: row.pattern for row in self.rows if row.pattern and row.is_sparse}
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Weights left alone and the reasons."""
-        return {row.name: row.reason for row in self.rows if not row.pattern}
+        """Dense weights and the reasons."""
+        return {row.name: row.reason for row in self.rows if not row.is_sparse}
 
     @property
     def parameters_dense(self) -> int:
@@ -141,7 +151,7 @@ class Report:
         """One line: how many weights are sparse, what is left of parameters, bytes and MACs."""
         before, after = self.parameters_dense, self.parameters_sparse
         parts = [
-            f"{len(self.sparse)} weights sparse, {len(self.skipped)} left alone",
+            f"{counted(len(self.sparse), 'weight')} sparse, {len(self.skipped)} dense",
             f"parameters {count(before)} -> {count(after)} ({after / before:.1%})",
             f"candidate bytes with index bits {self._share_of_bytes():.1%} of dense",
         ]
@@ -175,6 +185,11 @@ class Report:
         for cells in lines:
             table.add_row(*cells)
         return Group(table, *self._after_table())
+
+
+def keeps_all(pattern: Pattern) -> str:
+    """The reason why a weight of this pattern is dense; empty where it is sparse."""
+    return f"{pattern} keeps every weight" if pattern.is_dense else ""
 
 
 def count(number: int) -> str:

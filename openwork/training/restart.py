@@ -19,6 +19,7 @@ from openwork.nm.groups import Axis, from_rows, to_rows
 from openwork.training.masked import Masked
 from openwork.training.parametrize import unwrap
 from openwork.training.select import Candidate, check_has_values
+from openwork.utils.counted import counted
 
 _BELOW = 0.99
 
@@ -61,7 +62,8 @@ def _dense_values(
         if lost:
             raise ValueError(
                 f"{name} is not pruned to {candidate.pattern} as {masked[name].method} chooses its masks, which would "
-                f"drop {lost} weights that are not 0; needed the pruned network as the model, the one before as dense="
+                f"drop {counted(lost, 'weight that is', 'weights that are')} not 0; needed the pruned network as the "
+                "model, the one before as dense="
             )
     return values
 

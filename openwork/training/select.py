@@ -26,6 +26,7 @@ from openwork.training.parametrize import plain_name
 from openwork.training.seen_axes import seen_axes
 from openwork.training.selection import Selection, matches
 from openwork.training.weight_norm import LENGTHS, Factor, factors
+from openwork.utils.counted import counted
 from openwork.utils.deployed import check_not_deployed
 from openwork.utils.names import join
 from openwork.utils.torch_private import is_traceable_wrapper_subclass
@@ -164,7 +165,7 @@ class _Rules:
         if whole or (self.selection.remainder == "pad" and min(lengths.values()) > 1):
             return dataclasses.replace(candidate, pattern=pattern, axis=axis, output_axis=output_axis)
         name, length = next(axis for axis in lengths.items() if axis[1] % pattern.m or axis[1] == 1)
-        what = f"{name} axis has {length} weights, not a multiple of {pattern.m}"
+        what = f"{name} axis has {counted(length, 'weight')}, not a multiple of {pattern.m}"
         if self.selection.remainder == "error":
             raise ValueError(f"{candidate.name} {shape}: {what}; exclude it, or use remainder='skip' or 'pad'")
         return dataclasses.replace(candidate, reason=what)
@@ -244,7 +245,9 @@ def _check_initialized(candidate: Candidate) -> None:
 def _named_axis(candidate: Candidate, dim: int) -> Axis:
     ndim = candidate.weight.ndim
     if not -ndim <= dim < ndim:
-        raise ValueError(f"axis: {candidate.name} has {ndim} dims {tuple(candidate.weight.shape)}, found dim {dim}")
+        raise ValueError(
+            f"axis: {candidate.name} has {counted(ndim, 'dim')} {tuple(candidate.weight.shape)}, found dim {dim}"
+        )
     return Axis(dim % ndim)
 
 

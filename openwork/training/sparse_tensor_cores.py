@@ -28,6 +28,8 @@ from openwork.training.accelerated_linear import Engine, SparseMatmul, accelerat
 from openwork.training.masked import Masked
 from openwork.training.parametrize import sparse_weights, unwrap
 from openwork.training.shared_class import plain_class
+from openwork.utils.caller import outside
+from openwork.utils.counted import counted
 from openwork.utils.example import quiet, run
 from openwork.utils.table import aligned
 from openwork.utils.timing import clock
@@ -51,7 +53,8 @@ class Acceleration:
     def __str__(self) -> str:
         lines = [[name, "sparse", _ratio(times)] for name, times in self.sparse.items()]
         lines += [[name, "dense", reason] for name, reason in self.dense.items()]
-        summary = f"{len(self.sparse)} layers train on sparse tensor cores, {len(self.dense)} stay dense"
+        trains = counted(len(self.sparse), "layer trains", "layers train")
+        summary = f"{trains} on sparse tensor cores, {len(self.dense)} dense"
         return "\n".join([*aligned(["layer", "products", "why"], lines), summary])
 
 
@@ -165,7 +168,7 @@ def _check_tensor_cores(device: torch.device) -> None:
             "dense matmuls"
         )
     if warning := cusparselt.version_warning(device):
-        warnings.warn(warning, stacklevel=3)
+        warnings.warn(warning, stacklevel=outside())
 
 
 def accelerate_with(engine: Engine, model: nn.Module, layers: dict[str, LayerChoice], example: Any) -> Acceleration:

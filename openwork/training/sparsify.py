@@ -30,7 +30,7 @@ from openwork.training.parametrize import (
     weight_name,
 )
 from openwork.training.record import SparsityRecord, sparsity_records, unfinished_weights
-from openwork.training.report import Report, Row
+from openwork.training.report import Report, Row, keeps_all
 from openwork.training.restart import restart
 from openwork.training.select import Candidate, check_has_values, decide
 from openwork.training.selection import AxisChoice, PatternChoice, Remainder, Selection
@@ -109,7 +109,9 @@ def finalize(model: nn.Module) -> nn.Module:
 
     Parameters keep their identity. A model trained with `ow.Dense`, or with a schedule that ends dense, keeps all its
     weights. A model that FSDP2 has sharded is finalized on its gathered state dict instead. Where the method's schedule
-    still runs, the weights are pruned as at its end. Raises ValueError when nothing is sparsified.
+    still runs, the weights are pruned as at its end. The record of patterns and exclusions goes with the masks: give
+    the `Selection` again to what comes later, as in `ow.verify(model, pattern=selection)`, `ow.save` and `ow.deploy`.
+    Raises ValueError when nothing is sparsified.
 
     >>> import torch
     >>> model = nn.Linear(8, 4)
@@ -274,4 +276,5 @@ def _row(candidate: Candidate, macs: int | None, mask_of: MaskOf) -> Row:
     else:
         kept = kept if mask.is_meta else int(mask.sum())  # transposable tiles that stick out keep fewer
         share = retained_share(weight, mask)
-    return Row(candidate.name, shape, pattern, "", kept, share, lines * math.ceil(K / pattern.m), bits, macs)
+    groups = lines * math.ceil(K / pattern.m)
+    return Row(candidate.name, shape, pattern, keeps_all(pattern), kept, share, groups, bits, macs)

@@ -27,11 +27,13 @@ from openwork.training.record import (
     sparsity_records,
     unfinished_weights,
 )
-from openwork.training.report import Report, Row
+from openwork.training.report import Report, Row, keeps_all
 from openwork.training.select import HELD, Candidate, check_some_sparse, decide
 from openwork.training.selection import PatternChoice, Selection
 from openwork.training.shared_class import plain_class
 from openwork.training.weight_norm import LENGTHS
+from openwork.utils.caller import outside
+from openwork.utils.counted import counted
 
 _GUESSES = tuple(2**i for i in range(1, 7))  # group sizes tried when no pattern is given
 _DENSE = "no N:M pattern with N < M holds"
@@ -56,8 +58,10 @@ class NotSparse(ValueError):
         self.layers, self.unaccounted = layers, frozenset(unaccounted)
         denser = [f"  {name}: {problem}" for name, problem in layers.items() if name not in self.unaccounted]
         others = [f"  {name}: {problem}" for name, problem in layers.items() if name in self.unaccounted]
-        lines = [f"{len(denser)} weights are denser than their pattern:", *denser] if denser else []
-        lines += [f"{len(others)} products are not accounted for:", *others] if others else []
+        too_dense = "weight is denser than its pattern:", "weights are denser than their pattern:"
+        unknown = "product is not accounted for:", "products are not accounted for:"
+        lines = [counted(len(denser), *too_dense), *denser] if denser else []
+        lines += [counted(len(others), *unknown), *others] if others else []
         super().__init__("\n".join([*lines, *([advice] if advice else [])]))
 
 
@@ -135,7 +139,7 @@ class _Found:
 
     def row(self, name: str, pattern: Pattern) -> Row:
         kept, groups = self.counts.nonzero, self.counts.groups
-        return Row(name, self.shape, pattern, "", kept, None, groups, self.bits)
+        return Row(name, self.shape, pattern, keeps_all(pattern), kept, None, groups, self.bits)
 
 
 def _found(model: nn.Module, held: _Held) -> dict[str, _Found]:
@@ -207,7 +211,8 @@ def _accounts(
 def _report(model: nn.Module, rows: tuple[Row, ...], held: _Held, accounts: Accounts | None) -> Report:
     others = sum(parameter.numel() for parameter in model.parameters()) - sum(row.weights for row in rows)
     title = f"{plain_class(model).__name__}: every weight keeps its pattern"
-    notes = [f"{len(held.output_axes)} weights are so along the output axis as well"] if held.output_axes else []
+    keep = counted(len(held.output_axes), "weight keeps its pattern", "weights keep their patterns")
+    notes = [f"{keep} along the output axis as well"] if held.output_axes else []
     if accounts is None:
         notes += _unseen(model, held.patterns)
     else:
@@ -272,7 +277,7 @@ def _asked(model: nn.Module, selection: Selection, example: Any) -> _Held:
 def _inferred(candidate: Candidate) -> Candidate:
     """The candidate with its tightest pattern, or none where that is dense."""
     pattern = tightest(candidate.weight, candidate.axis)
-    if pattern.n < pattern.m:
+    if not pattern.is_dense:
         return dataclasses.replace(candidate, pattern=pattern)
     if candidate.seen:
         return _left_dense(candidate)
@@ -284,7 +289,8 @@ def _warn_of_inferred(decided: list[Candidate]) -> None:
     if not patterns:
         raise NotSparse({candidate.name: candidate.reason for candidate in decided})
     listed = ", ".join(f"{pattern} for {n}" for pattern, n in Counter(patterns).items())
-    warnings.warn(f"no pattern was given: inferred from the weights ({listed} weights)", stacklevel=5)
+    listed += " weight" if len(patterns) == 1 else " weights"
+    warnings.warn(f"no pattern was given: inferred from the weights ({listed})", stacklevel=outside())
 
 
 def tightest(weight: Tensor, axis: Axis) -> Pattern:

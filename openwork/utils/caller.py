@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
 import torch
 
-_INSIDE = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+_INSIDE = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), contextlib.__file__)
 
 
 def outside() -> int:

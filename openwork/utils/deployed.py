@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from openwork.utils.counted import counted
+
 DEPLOYED = "_openwork_deployed"
 """The attribute that marks the class of a deployed layer."""
 
@@ -13,9 +15,10 @@ def check_not_folded(model: nn.Module) -> None:
     what it brings."""
     folded = [name for name, module in model.named_modules() if hasattr(module, "_openwork_folded")]
     if folded:
+        what = counted(len(folded), "batch normalization of the model is", "batch normalizations of the model are")
         raise ValueError(
-            f"reading a file: {len(folded)} batch normalizations of the model are folded ({folded[0]}, ...): load the "
-            "file into the plain model and deploy that, or model.load_state_dict(ow.load_state_dict(file))"
+            f"reading a file: {what} folded ({folded[0]}, ...): load the file into the plain model and deploy "
+            "that, or model.load_state_dict(ow.load_state_dict(file))"
         )
 
 
@@ -24,6 +27,7 @@ def check_not_deployed(model: nn.Module, verb: str) -> None:
     layers = [name for name, module in model.named_modules() if hasattr(module, DEPLOYED)]
     if layers:
         raise ValueError(
-            f"{verb}: {len(layers)} layers are deployed ({layers[0]}, ...), their weights packed for this hardware; "
-            "do it with the model that was deployed, or load this one's state dict into a plain model"
+            f"{verb}: {counted(len(layers), 'layer is', 'layers are')} deployed ({layers[0]}, ...), their weights "
+            "packed for this hardware; do it with the model that was deployed, or load this "
+            "one's state dict into a plain model"
         )

@@ -89,7 +89,7 @@ def test_names_are_never_paths(tmp_path, name):
     before = sorted(tmp_path.rglob("*"))
     assert list(ow.load_state_dict(path)) == [name]
     model = nn.Linear(8, 2)
-    with pytest.raises(ValueError, match="the model lacks 1 tensors") as caught:
+    with pytest.raises(ValueError, match="the model lacks 1 tensor") as caught:
         ow.load(path, into=model)
     assert "\x1b" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before

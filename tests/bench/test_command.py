@@ -136,7 +136,7 @@ def test_whole_models(monkeypatch, capsys):
     assert {row["baseline"] for row in found} <= {"dense eager", "dense channels_last"}
     assert [row["held_bytes"] for row in found[:4]] == ["1000000", "nan", "1000000", "1000000"]
     printed = capsys.readouterr().out
-    assert printed.count("of 1 weights sparse\n") == 4
+    assert printed.count("of 1 weight sparse\n") == 4
     assert printed.count("1.0, +2.0") == 6
 
 

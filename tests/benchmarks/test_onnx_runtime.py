@@ -1,4 +1,4 @@
-"""docs/deploy.md holds the table that is made of the stored rows; a row that fails stops no other."""
+"""docs/deploy/onnxruntime.md holds the table that is made of the stored rows; a row that fails stops no other."""
 
 from __future__ import annotations
 

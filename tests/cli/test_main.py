@@ -79,8 +79,24 @@ def test_a_compressed_file_is_listed_by_tensor(verb, saved, capsys):
     assert main([verb, str(saved)]) == 0
     printed = capsys.readouterr().out
     assert ["weight", "4x8", "float32", "2:4", "0.500", "68"] in [line.split() for line in printed.splitlines()]
-    assert "1 of 2 tensors compressed" in printed
+    assert "1 of 2 tensors sparse" in printed
     assert ("the file is intact" in printed) == (verb == "verify")
+
+
+@pytest.mark.parametrize("verb", ["inspect", "verify"])
+def test_sparse_tensors_are_listed_first(verb, tmp_path, capsys):
+    model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
+    ow.project(model, {"1": "4:4", "2": "2:4"})
+    ow.save(model, tmp_path / "net.safetensors", pattern={"1": "4:4", "2": "2:4"})
+    assert main([verb, str(tmp_path / "net.safetensors")]) == 0
+    header, first, *_, summary = capsys.readouterr().out.splitlines()[verb == "verify" :]
+    assert (header.split()[0], first.split()[0]) == ("tensor", "2.weight")
+    assert summary.startswith("1 of 6 tensors sparse, ")  # N = M is dense
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "openwork", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"openwork {ow.__version__}\n"
 
 
 def test_verify_fails_on_a_file_whose_indices_are_bent(saved, capsys):

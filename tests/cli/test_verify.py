@@ -83,7 +83,7 @@ def test_a_denser_weight_is_status_one_with_its_name(file, capsys):
     save_file({**WEIGHTS, "linear.weight": weight}, file)
     assert main(["verify", file, "--pattern", "2:4"]) == 1
     printed = capsys.readouterr().out
-    assert along(printed)["linear.weight"] == "along dim 1 1 of 128 groups hold more than 2 of 4 (the worst 4)"
+    assert along(printed)["linear.weight"] == "along dim 1 1 of 128 groups holds more than 2 of 4 (the worst 4)"
     assert "not 2:4: linear.weight\n" in printed
     assert main(["verify", file, "--pattern", "2:4", "--exclude", "linear"]) == 0
     assert main(["verify", file, "--pattern", "2:4", "--include", "conv*", "flat.weight"]) == 0
@@ -96,7 +96,7 @@ def test_without_a_pattern_the_tightest_is_shown(file, capsys):
     printed = capsys.readouterr().out
     assert table(printed)["a.weight"][2:] == ["1:16", "dim 1"]
     assert table(printed)["b.weight"][2:] == ["-", "no N:M pattern with N < M holds"]
-    assert "1 of 2 weights have a pattern" in printed
+    assert "1 of 2 weights has a pattern" in printed
 
 
 def test_a_weight_that_m_does_not_divide_is_listed_and_not_held(file, capsys):
@@ -165,7 +165,7 @@ def test_a_compressed_file_is_held_to_another_pattern(tmp_path, capsys):
     assert main(["verify", str(tmp_path / "net.safetensors"), "--pattern", "1:4"]) == 1
     printed = capsys.readouterr().out
     assert "not 1:4: weight (recorded as 2:4)" in printed
-    assert "tensors compressed" not in printed  # one table
+    assert "tensors sparse" not in printed  # one table
 
 
 def test_a_weight_that_a_file_records_as_dense_can_be_excluded(tmp_path, monkeypatch, capsys):
@@ -211,7 +211,7 @@ def test_a_product_of_a_model_that_is_not_accounted_for_is_an_error_unless_it_is
     monkeypatch.setitem(sys.modules, "made", types.SimpleNamespace(beside_a_buffer=beside_a_buffer))
     given = ["verify", "made:beside_a_buffer", "--input", "4x16"]
     assert main(given) == 2
-    assert "1 products are not accounted for:\n  table: (16, 16) multiplied in the model" in capsys.readouterr().err
+    assert "1 product is not accounted for:\n  table: (16, 16) multiplied in the model" in capsys.readouterr().err
     assert main([*given, "--allow-dense", "table"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("Beside: every weight keeps its pattern; not every product does\n")

@@ -22,7 +22,7 @@ def test_a_plain_module(tmp_path):
     assert all(torch.equal(each, model.state_dict()[name]) for name, each in dense.items())
     loaded = ow.load_state_dict(tmp_path / "out")
     assert all(torch.equal(each, loaded[name]) for name, each in model.state_dict().items())
-    for part in ("2:4 in 1 weights, 1:8 in 1 weights", "| method | sr-ste |", "| 0.3125 |"):
+    for part in ("2:4 in 1 weight, 1:8 in 1 weight", "| method | sr-ste |", "| 0.3125 |"):
         assert part in card
     file = (32 * 4 + 8) + (8 * 4 + 3) + (64 + 8) * 4  # 0.weight with its 16 groups, 1.weight with 8; 2.weight, 0.bias
     assert f"{file} bytes of {(3 * 64 + 8) * 4}" in card

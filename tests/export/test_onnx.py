@@ -378,7 +378,7 @@ def test_a_deployed_model_is_refused_by_name(path):
     ow.project(layer, "2:4")
     model = nn.Sequential(PackedLinear(layer, ow.Pattern(2, 4), Gemm, torch.float32))
     with pytest.raises(
-        ValueError, match=r"exporting to ONNX: 1 layers are deployed \(0, \.\.\.\).*the model that was deployed"
+        ValueError, match=r"exporting to ONNX: 1 layer is deployed \(0, \.\.\.\).*the model that was deployed"
     ):
         to_onnx(model, torch.randn(2, 8), path)
     assert not path.exists()
@@ -455,7 +455,7 @@ def test_without_a_promise_the_tightest_is_found_and_a_pattern_can_be_asked_for(
         check_onnx(path, "2:4")
     assert list(caught.value.layers) == ["d"]
     assert [each.recorded for each in check_onnx(path, ow.Selection("2:4", exclude=["d"]))] == [True, False]
-    with pytest.raises(ow.NotSparse, match=r"1 weights.*\n  w: "):
+    with pytest.raises(ow.NotSparse, match=r"1 weight is denser.*\n  w: "):
         check_onnx(path, "1:8")  # 8 does not divide d's 4
 
 

@@ -168,7 +168,7 @@ def test_what_a_forward_left_with_its_graph_is_no_hindrance(tmp_path) -> None:
 def test_its_lengths_declare_no_dense_direction(norm) -> None:
     model, x = nn.Sequential(nn.Linear(32, 32), norm(nn.Linear(32, 32))), torch.randn(2, 32)
     ow.project(model[0], "2:4")
-    with pytest.warns(UserWarning, match="inferred"), pytest.raises(ow.NotSparse, match="1 products are not accounted"):
+    with pytest.warns(UserWarning, match="inferred"), pytest.raises(ow.NotSparse, match="1 product is not accounted"):
         ow.verify(model, x)
     model = nn.Sequential(nn.Linear(32, 30), norm(nn.Linear(30, 32)))
     ow.sparsify(model, "2:4")

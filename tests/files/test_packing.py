@@ -144,7 +144,7 @@ def test_a_kept_minus_zero_and_nan_payloads_stay():
 
 def test_a_minus_zero_without_a_slot_is_refused_and_project_repairs_it():
     weight = torch.tensor([[1.0, -0.0, 2.0, 0.0]])
-    with pytest.raises(ValueError, match=r"1 of 1 groups .*-0\.0.*ow\.project"):
+    with pytest.raises(ValueError, match=r"1 of 1 group holds .*-0\.0.*ow\.project"):
         pack_weight(weight, Pattern(2, 4), Axis(1))
     pack_weight(apply_mask(weight, magnitude_mask(weight.abs(), Pattern(2, 4), Axis(1))), Pattern(2, 4), Axis(1))
 

@@ -380,7 +380,7 @@ def test_a_weight_that_is_not_of_the_pattern():
 
 def test_verbs_that_need_the_weights_refuse_deployed_models(tmp_path):
     net = nn.Sequential(deployed(projected(nn.Linear(8, 4)), P24, "gemm", torch.float32))
-    expected = r"1 layers are deployed \(0, \.\.\.\), their weights packed for this hardware; do it with the model"
+    expected = r"1 layer is deployed \(0, \.\.\.\), their weights packed for this hardware; do it with the model"
     for verb in (
         lambda: ow.sparsify(net, "2:4"),
         lambda: ow.verify(net, pattern="2:4"),

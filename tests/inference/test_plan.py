@@ -221,7 +221,7 @@ def test_the_table(monkeypatch):
     say(monkeypatch, torch=1e-3, oneDNN=2e-3, channels_last=1.5e-3, gemm=0.5e-3, gemv=0.7e-3)
     text = str(ow.plan(net(), X, pattern=ow.Selection("2:4", exclude=["b"])))
     first, header, *lines, summary = text.splitlines()
-    assert re.fullmatch(rf"1 threads, torch {re.escape(torch.__version__)}, .*native kernels.*", first)
+    assert re.fullmatch(rf"1 thread, torch {re.escape(torch.__version__)}, .*native kernels.*", first)
     assert header.split() == [
         "weight",
         "shape",

@@ -57,7 +57,7 @@ def test_views_are_taken_as_they_are(isa: str) -> None:
 def test_a_denser_weight_is_refused(isa: str) -> None:
     weight = torch.zeros(3, 8)
     weight[2, 4:7] = 1.0
-    with pytest.raises(ValueError, match=r"1 of 6 groups hold more than 2 of 4 \(the worst 3\)"):
+    with pytest.raises(ValueError, match=r"1 of 6 groups holds more than 2 of 4 \(the worst 3\)"):
         ops.slots.default(weight, 2, 4, 8, 4, False)
     with pytest.raises(ValueError, match="1 of 6 groups"):
         Gemm.pack(weight, None, Pattern(2, 4), Vectors())

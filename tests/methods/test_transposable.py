@@ -135,7 +135,7 @@ def test_masks_are_exact_along_both_axes_and_verify_holds_them_so():
         for axis in (Axis(1), Axis(0)):
             assert (kept_per_group(mask, PATTERN, axis) == 2).all()
     report = ow.verify(model, batches(1)[0])
-    assert "2 weights are so along the output axis as well" in report.notes
+    assert "2 weights keep their patterns along the output axis as well" in report.notes
     model.fc.parametrizations.weight[0].mask[:, :4] = torch.tensor([True, True, False, False])
     with pytest.raises(ow.NotSparse, match=r"fc.weight: 2 of 8 groups hold more than 2 of 4 .* along the output axis"):
         ow.verify(model)

@@ -142,7 +142,7 @@ def test_images_that_cannot_be_decoded_are_left_out_and_counted(folder, capsys, 
     flags = "--image_size 16 --epochs 1 --warmup 0 --batch_size 5 --workers 0 --model resnet8 --progress false"
     words = ["train", "classification", "--data", f"imagefolder={folder}", "--skip_bad", *flags.split()]
     assert main([*words, "--out", str(tmp_path / "run")]) == 0
-    assert "1 samples could not be read and were left out" in capsys.readouterr().out
+    assert "1 sample could not be read and was left out" in capsys.readouterr().out
 
 
 def test_the_configuration_of_a_run_is_a_configuration_file(tmp_path, capsys):

@@ -71,9 +71,7 @@ def test_the_table_shows_shape_pattern_reason_density_energy_parameters_and_macs
     assert lines[2] == ["0.weight", "8x3x3x3", "dense", "1.000", "1.000", "216", "864", "3.456k", *reason.split()]
     assert lines[3][:4] == ["1.weight", "8x8x1x1", "2:4", "0.500"]
     assert " ".join(lines[3][5:]) == "64 -> 32 256 -> 136 1.024k -> 512"
-    summary = (
-        "1 weights sparse, 1 left alone; parameters 296 -> 264 (89.2%); candidate bytes with index bits 89.3% of dense"
-    )
+    summary = "1 weight sparse, 1 dense; parameters 296 -> 264 (89.2%); candidate bytes with index bits 89.3% of dense"
     assert text.splitlines()[-1] == f"{summary}; MACs 4.48k -> 3.968k (88.6%)"
 
 

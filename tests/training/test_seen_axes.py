@@ -191,9 +191,9 @@ def test_a_weight_that_is_dense_along_it_is_held_where_its_axis_is_named():
     model = finished(exclude=["weights.1"])
     dense = "no known reduction axis in ParameterList, and dense along that of its products"
     assert ow.verify(model, X, pattern="2:4").skipped["weights.1"].startswith(dense)
-    with pytest.warns(UserWarning, match="2:4 for 1 weights"):
+    with pytest.warns(UserWarning, match="2:4 for 1 weight"):
         assert ow.verify(model, X).skipped["weights.1"].startswith(dense)
-    with pytest.raises(ow.NotSparse, match=r"1 weights are denser than their pattern:\n  weights\.1: 16 of 16"):
+    with pytest.raises(ow.NotSparse, match=r"1 weight is denser than its pattern:\n  weights\.1: 16 of 16"):
         ow.verify(model, X, pattern=ow.Selection("2:4", axis={"*": 0}))
 
 

@@ -165,13 +165,28 @@ def test_the_first_matching_glob_gives_the_pattern():
     assert reasons(model, {"0": "1:4"})["1.weight"] == "no pattern given for it"
 
 
-def test_a_dense_pattern_keeps_everything_and_counts_as_sparse():
-    model = nn.Linear(8, 8)
-    weight = model.weight.detach().clone()
-    report = ow.sparsify(model, "4:4")
-    assert report.sparse == {"weight": ow.Pattern(4, 4)}
-    assert torch.equal(model.weight, weight)
-    ow.verify(model)
+def test_a_pattern_with_n_equal_to_m_keeps_everything_and_counts_as_dense():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    weight = model[1].weight.detach().clone()
+    report = ow.sparsify(model, {"1": "4:4", "*": "2:4"})
+    assert torch.equal(model[1].weight, weight)
+    for each in (report, found := ow.verify(model, torch.randn(2, 8))):
+        assert (each.sparse, each.skipped) == ({"0.weight": ow.Pattern(2, 4)}, {"1.weight": "4:4 keeps every weight"})
+        assert each.summary.startswith("1 weight sparse, 1 dense;")
+    assert found.products
+    assert (found.products.sparse, found.products.dense) == (1, 1)
+
+
+def test_a_constant_is_not_accounted_for_by_a_pattern_that_prunes_nothing():
+    class Beside(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + x @ self.table
+
+    model = nn.Sequential(Beside(8, 8), nn.Linear(8, 8))
+    model[0].register_buffer("table", torch.randn(8, 8))
+    ow.sparsify(model, {"1": "4:4", "*": "2:4"})
+    with pytest.raises(ow.NotSparse, match=r"1 product is not accounted for:\n  0\.table: "):
+        ow.verify(model, torch.randn(2, 8))
 
 
 def test_remainders_are_skipped_padded_or_refused():

@@ -176,7 +176,7 @@ def test_with_an_example_each_layer_is_timed(monkeypatch):
     report = accelerated(fast, batches()[0])
     assert report.sparse == {"0.weight": (3.0, 2.0)}
     assert report.dense == {"2.weight": "sparse is slower: 0.67 x dense"}
-    assert "1 layers train on sparse tensor cores, 1 stay dense" in str(report)
+    assert "1 layer trains on sparse tensor cores, 1 dense" in str(report)
     assert "1.50 x dense" in str(report)
     assert type(fast[0]).__name__ == "AcceleratedLinear"
     assert type(fast[2]).__name__ == "ParametrizedLinear"

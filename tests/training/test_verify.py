@@ -190,7 +190,7 @@ def test_the_error_lists_layers_with_what_was_found(x):
     model = net()
     model.fc = nn.Linear(16, 8)
     with pytest.raises(
-        ow.NotSparse, match=r"1 weights are denser than their pattern:\n  fc\.weight: 32 of 32 groups"
+        ow.NotSparse, match=r"1 weight is denser than its pattern:\n  fc\.weight: 32 of 32 groups"
     ) as error:
         ow.verify(model)
     assert error.value.layers == {"fc.weight": "32 of 32 groups hold more than 2 of 4 (the worst 4)"}
@@ -416,7 +416,7 @@ def test_one_weight_too_many_is_found():
     ow.project(model, "2:4")
     with torch.no_grad():
         model[1].weight[3, 4:8] = torch.tensor([0.0, 1.0, 1.0, 1.0])
-    assert problems(model, pattern="2:4") == {"1.weight": "1 of 16 groups hold more than 2 of 4 (the worst 3)"}
+    assert problems(model, pattern="2:4") == {"1.weight": "1 of 16 groups holds more than 2 of 4 (the worst 3)"}
 
 
 def test_a_dense_model_has_no_pattern():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from openwork.nm.masks import apply_mask
 from openwork.training.parametrize import plain_name
+from openwork.utils.caller import outside
 
 # A key's own part (after its module's name) -> what stands at the weight's name, as a template for the tensor's name.
 _WEIGHTS = (r"(\w+)_orig", r"parametrizations\.(\w+)\.original")
@@ -121,7 +122,7 @@ def _check_masks(
             "ow.verify(model, pattern=...) says whether it is sparse"
         )
     if masks and all(bool(mask.all()) for mask in masks.values()):
-        warnings.warn("every mask keeps every weight: the checkpoint was written before pruning", stacklevel=3)
+        warnings.warn("every mask keeps every weight: the checkpoint was written before pruning", stacklevel=outside())
 
 
 def _masked(name: str, weight: Tensor | None, mask: Tensor) -> Tensor:

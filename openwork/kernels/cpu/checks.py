@@ -23,6 +23,7 @@ from openwork.layouts.gemm import Gemm, GemmNumbers
 from openwork.layouts.gemv import Gemv, GemvNumbers
 from openwork.layouts.layout import numbers_of
 from openwork.nm.pattern import Pattern
+from openwork.utils.counted import counted
 
 _GEMM_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.int16: torch.int8}
 
@@ -30,7 +31,9 @@ _GEMM_DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, to
 def split(packed: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Values, offsets or indices, scales."""
     if not 2 <= len(packed) <= 3:
-        raise ValueError(f"{len(packed)} tensors of a layout; needed values, offsets or indices, and scales of int8")
+        raise ValueError(
+            f"{counted(len(packed), 'tensor')} of a layout; needed values, offsets or indices, and scales of int8"
+        )
     return packed[0], packed[1], packed[2] if len(packed) == 3 else None
 
 
@@ -176,7 +179,8 @@ def check_channels(x: Tensor, geometry: ConvGeometry, numbers: Any) -> int:
     fits = channels and padded * kernel_h * kernel_w == K and channels * groups == x.shape[1]
     if not fits or numbers.outputs % groups:
         raise ValueError(
-            f"input {tuple(x.shape)} for a kernel {[kernel_h, kernel_w]}, {groups} groups and {K} inputs of each output"
+            f"input {tuple(x.shape)} for a kernel {[kernel_h, kernel_w]}, {counted(groups, 'group')} "
+            f"and {counted(K, 'input')} of each output"
         )
     return channels
 

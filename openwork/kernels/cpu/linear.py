@@ -16,6 +16,7 @@ from openwork.kernels.cpu.native import DTYPES, Isa, address, done
 from openwork.layouts import DotProduct, Gemm, Gemv
 from openwork.nm.quantize import quantize_to_whole
 from openwork.ops import sparse_matmul as reference
+from openwork.utils.caller import outside
 
 
 def gemm_linear(x: Tensor, packed: Sequence[Tensor], bias: Tensor | None, numbers: Sequence[int], relu: bool) -> Tensor:
@@ -113,5 +114,5 @@ def warn_of_reference() -> None:
     warnings.warn(
         "a layer packed for dot products runs where there are none, slowly: deploy again here, or unpickle the model "
         "here, which packs it anew",
-        stacklevel=2,
+        stacklevel=outside(),
     )

@@ -30,6 +30,7 @@ from openwork.kernels.cpu.structs import Pixels as Pixels
 from openwork.kernels.cpu.structs import Requantize as Requantize
 from openwork.kernels.cpu.structs import Slots as Slots
 from openwork.layouts.layout import Vectors
+from openwork.utils.caller import outside
 
 _ABI = 7
 _FILE = Path(__file__).with_name("libopenwork.so")
@@ -129,7 +130,7 @@ def native_status() -> Status:
 def warn_without_library() -> None:
     """Warn, once in a process, where there is no native library."""
     if (here := native_status()).isa is None:
-        warnings.warn(f"everything works without the native kernels, slower ({here})", stacklevel=4)
+        warnings.warn(f"everything works without the native kernels, slower ({here})", stacklevel=outside())
 
 
 def library() -> Any:

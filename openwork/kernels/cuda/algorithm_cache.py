@@ -9,6 +9,7 @@ from pathlib import Path
 
 from openwork.layouts.layout import Algorithm
 from openwork.utils.atomic import write_text
+from openwork.utils.caller import outside
 
 
 def file_of_user() -> Path | None:
@@ -31,7 +32,7 @@ def read(file: Path | None) -> dict[str, dict[str, Algorithm]]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, AttributeError) as error:
-        warnings.warn(f"{file} cannot be read ({error}): algorithms are searched again", stacklevel=2)
+        warnings.warn(f"{file} cannot be read ({error}): algorithms are searched again", stacklevel=outside())
         return {}
 
 
@@ -49,4 +50,6 @@ def add(file: Path | None, where: str, key: str, algorithm: Algorithm) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(found, indent=1, sort_keys=True))
     except OSError as error:
-        warnings.warn(f"{file} cannot be written ({error}): algorithms are searched in each process", stacklevel=2)
+        warnings.warn(
+            f"{file} cannot be written ({error}): algorithms are searched in each process", stacklevel=outside()
+        )

@@ -28,6 +28,8 @@ from openwork.nm.masks import too_dense
 from openwork.nm.pattern import Pattern
 from openwork.nm.quantize import QUANTIZED
 from openwork.ops.library import library
+from openwork.utils.caller import outside
+from openwork.utils.counted import counted
 
 PATTERN = Pattern(2, 4)
 DEFAULT: Algorithm = (0, 1, -1)
@@ -258,9 +260,10 @@ def _semi_structured_linear(
         if tuple(algorithm) == DEFAULT:
             raise KernelRefused(str(error)) from error
         warnings.warn(
-            f"{known.version()} refuses algorithm {algorithm} for {tuple(whole.shape)} by {outputs} outputs, which was "
-            f"searched for other rows or by another library, and its own choice is taken: {error}",
-            stacklevel=2,
+            f"{known.version()} refuses algorithm {algorithm} for {tuple(whole.shape)} by "
+            f"{counted(outputs, 'output')}, which was searched for other rows or by another library, and its own "
+            f"choice is taken: {error}",
+            stacklevel=outside(),
         )
         with library_calls():
             y = known.product(whole, packed, meta, bias, outputs, DEFAULT, out)
