@@ -29,9 +29,10 @@ from openwork.recipes.task import Metric
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS, README = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results", ROOT / "README.md"
 FOUR = {"dense": "dense", "ste": "STE", "sr-ste": "SR-STE", "asp": "ASP, equal budget"}
-EARLIER = {  # longer comparisons of classification, of before the protocol
+EARLIER = {  # comparisons of before the protocol: two longer ones of classification, and short ones
     "fashion-mnist": ("fashion-mnist.json", "fashion-mnist-transposable.json"),
     "twice-the-steps": ("twice-the-steps.json",),
+    **{task: (f"{task}.json", f"{task}-1of4.json") for task in ("detection", "segmentation", "flow", "translation")},
 }
 _SIGNIFICANT = 0.05  # of a paired t-test
 _TIMES = ("ms/step", "time s")
@@ -150,7 +151,9 @@ def with_tables(page: str) -> str:
         picture = f"![Scores of {task}](results-{task}.svg)"
         page = between(page, f"<!-- results {task} -->\n", f"\n{text}\n\n{picture}\n\n", PAGE, "<!-- end -->")
     for name, files in EARLIER.items():
-        page = between(page, f"<!-- results {name} -->\n", f"\n{section(read(files))}\n\n", PAGE, "<!-- end -->")
+        if not (documents := read(files)):
+            continue  # replaced by results of the protocol
+        page = between(page, f"<!-- results {name} -->\n", f"\n{section(documents)}\n\n", PAGE, "<!-- end -->")
     page = with_overview(page, PAGE)
     return between(page, "<!-- legend -->\n", f"{legend()}\n", PAGE, "<!-- end legend -->")
 

@@ -32,12 +32,13 @@ class Trained(NamedTuple):
     info: Any
 
 
-def load_run(folder: Path) -> Trained:
+def load_run(folder: Path | str) -> Trained:
     """The finalized network of a finished run, whole or reduced, with one input for it.
 
     The input is a validation sample, and where the data is not there, one made here of the same form. FileNotFoundError
     names what is missing.
     """
+    folder = Path(folder)
     task, config = read_run(folder)
     data = data_of(task, config, folder)
     return Trained(build_trained(task, config, data, folder), task.example(data), config, data.info)
