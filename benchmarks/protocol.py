@@ -7,12 +7,14 @@
 Each stage is one or several `openwork compare`, printed. They take hours of one core; started again, they go on where
 they were stopped. What is found is copied to benchmarks/results, and the tables of the page are made from it.
 
-    twice     dense training of twice the length, one seed: does the network still learn?
-    choose    the decay of SR-STE, by samples that are not the reported ones, on a seed that no other stage has
-    compare   dense, ASP in an equal budget, STE and SR-STE with its best decay, at 2:4
-    patterns  both at more patterns
-    knobs     the one option of each other method, as `choose` does
-    methods   every other method with its best option, at two patterns
+    choose         the decay of SR-STE, by samples that are not the reported ones, on a seed that no other stage has
+    compare        dense, ASP in an equal budget, STE and SR-STE with its best decay, at 2:4
+    twice          dense training of twice the length, one seed: does the network still learn?
+    trained-twice  ASP from the whole dense run: two trainings
+    patterns       `choose` and `compare` at more patterns
+    knobs          the one option of each other method, as `choose` does
+    methods        every other method with its best option, at one or two patterns
+    capacity       dense and SR-STE by the width of the network
 
 ASP in an equal budget trains for half of the epochs dense and for half sparse.
 """
@@ -20,7 +22,7 @@ ASP in an equal budget trains for half of the epochs dense and for half sparse.
 from __future__ import annotations
 
 import argparse
-import shutil
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ from results_page import RESULTS, write_page
 
 from openwork.cli.main import main as openwork
 
-STAGES = ("twice", "choose", "compare", "patterns", "knobs", "methods")
+STAGES = ("choose", "compare", "twice", "trained-twice", "patterns", "knobs", "methods", "capacity")
 _FINAL = "final"  # the folder that the stages with results share, with their dense runs
 
 
@@ -46,6 +48,7 @@ class Protocol:
     seeds: str = "0 1 2"
     methods: str = "transposable-sr-ste s-ste mdgf sdgf maxq"
     methods_at: str = "2:4"
+    widths: str = ""  # of `capacity`
     window: int = 20  # of STEP: 1 / (1 - beta2)
 
     def commands(self, stage: str) -> list[tuple[str, str]]:
@@ -71,6 +74,11 @@ class Protocol:
                 ("knobs-steps", f"--methods {timed} --steps {' '.join(lengths)} {window} {at} {tune}"),
                 ("knobs-ramp", f"--methods ste --mask_schedule {ramps} {at} {tune}"),
             ],
+            "trained-twice": [(_FINAL, f"--methods dense asp {final} --patterns 2:4")],
+            "capacity": [
+                (f"capacity-{width}", f"--width {width} --methods dense sr-ste --options_from choose --seeds 0 1 2")
+                for width in self.widths.split()
+            ],
             "methods": [
                 (_FINAL, f"--methods dense {self.methods} {best} {at} {final}"),
                 (_FINAL, f"--methods dense ste --options_from knobs-ramp {at} {final}"),
@@ -89,24 +97,25 @@ PROTOCOLS = {
         patterns="4:8 1:4 2:8 1:8 1:16",
         seeds="0 1 2 3 4",
         methods_at="2:4 1:16",
+        widths="4 8 24",
     ),
     "detection": Protocol(
-        "--width 32 --fpn_channels 64 --image_size 160 --vertical_flip --channels_last --validate_every 50",
-        epochs=22,
-        steps=1122,
+        "--width 32 --fpn_channels 64 --image_size 128 --vertical_flip --channels_last --validate_every 50",
+        epochs=18,
+        steps=918,
         choose="--hold_out 50",
     ),
     "segmentation": Protocol(
-        "--width 32 --fpn_channels 64 --image_size 128 --rpn_post_nms_top_n 200 --vertical_flip --channels_last "
+        "--width 24 --fpn_channels 48 --image_size 128 --rpn_post_nms_top_n 200 --vertical_flip --channels_last "
         "--validate_every 50",
         epochs=6,
         steps=642,
         choose="--hold_out 80",
     ),
     "flow": Protocol(
-        "--scenes 400 --warmup 0.5 --validate_every 50",
-        epochs=5,
-        steps=500,
+        "--scenes 300 --warmup 0.5 --channels_last --validate_every 50",
+        epochs=4,
+        steps=300,
         choose="--hold_out 4",
         decays="2e-5 2e-4 2e-3",
     ),
@@ -148,10 +157,31 @@ def main(words: Sequence[str] | None = None) -> None:
             print("openwork", *command, flush=True)
             if status := openwork(command):
                 raise SystemExit(status)
-            if folder in (_FINAL, "twice"):
-                part = "-ramp" if "knobs-ramp" in arguments else ""
-                shutil.copyfile(out / folder / "results.json", RESULTS / f"{asked.task}-{stage}{part}.json")
-                write_page()
+            keep(asked.task, stage, out / folder, arguments)
+            write_page()
+
+
+def keep(task: str, stage: str, folder: Path, arguments: str) -> None:
+    """Copies what a comparison found, with two things more: the scores of the dense runs of half the length, where
+    there are any, and SAD since the start over the steps, of each method's run of the first seed."""
+    document = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    halves = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("half/*/result.json"))]
+    if halves:
+        document["half"] = [half[document["metrics"][0]["key"]] for half in halves]
+    first, document["sad"] = document["config"]["seeds"][0], {}
+    for path in sorted(folder.glob("*/result.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))["config"]
+        asked = config["method"] in document["config"]["methods"] and config["seed"] == first
+        if asked and (config["method"] == "dense" or config["pattern"] == document["config"]["patterns"][0]):
+            document["sad"][config["method"]] = movement(path.with_name("topology.jsonl"))
+    name = folder.name if folder.name != _FINAL else f"{stage}-ramp" if "knobs-ramp" in arguments else stage
+    (RESULTS / f"{task}-{name}.json").write_text(json.dumps(document), encoding="utf-8")
+
+
+def movement(topology: Path) -> list[tuple[int, float]]:
+    """Steps, and the share of the weights that has changed sides since the start."""
+    records = [json.loads(line) for line in topology.read_text(encoding="utf-8").splitlines()]
+    return [(record["step"], record["sad_start"] / record["weights"]) for record in records]
 
 
 if __name__ == "__main__":

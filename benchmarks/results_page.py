@@ -1,37 +1,43 @@
-"""Write the tables of docs/results.md from the results.json files of `openwork compare`, one per task.
+"""Write the tables and figures of docs/results.md, and README's table, from stored results of `openwork compare`.
 
-    openwork compare detection --data bccd=DIR ... --out runs/detection
-    cp runs/detection/results.json benchmarks/results/detection.json
+    python benchmarks/protocol.py detection --data bccd=DIR        # keeps its results in benchmarks/results
     python benchmarks/results_page.py
 
-Where a second comparison in the same --out adds rows (it finds the dense runs there), its results.json becomes
-detection-1of4.json or the like, and one table holds both. Each table goes between the lines `<!-- results NAME -->` and
-`<!-- end -->` of the page, NAME being a task, or one of `LONGER`, and what the columns mean between `<!-- legend -->`
-and `<!-- end legend -->`; the text around is typed.
-Folders of this machine are taken out of the files.
+The results of a task are TASK-STAGE.json; one table holds all of them, with the figure docs/results-TASK.svg, between
+the lines `<!-- results TASK -->` and `<!-- end -->` of the page. TASK-compare.json also gives the task's line of the
+first table, between `<!-- five tasks -->` and `<!-- end five tasks -->` of page and README. What the columns mean goes
+between `<!-- legend -->` and `<!-- end legend -->`; the text around is typed. Folders of this machine are left out.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gpu_tables import between
+from results_figure import plot
 
 from openwork.recipes import TASKS, find
 from openwork.recipes.config import comparison
-from openwork.recipes.method_flags import option_flags
+from openwork.recipes.method_flags import option_flags, option_texts
 from openwork.recipes.summary import SummaryRow, notes, table_of
 from openwork.recipes.task import Metric
 
 ROOT = Path(__file__).parent.parent
-PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results"
-LONGER = ("fashion-mnist", "twice-the-steps")  # classification, with more steps than under its own name
+PAGE, RESULTS, README = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results", ROOT / "README.md"
+FOUR = {"dense": "dense", "ste": "STE", "sr-ste": "SR-STE", "asp": "ASP, equal budget"}
+EARLIER = {  # comparisons of before the protocol: two longer ones of classification, and short ones
+    "fashion-mnist": ("fashion-mnist.json", "fashion-mnist-transposable.json"),
+    "twice-the-steps": ("twice-the-steps.json",),
+    **{task: (f"{task}.json", f"{task}-1of4.json") for task in ("detection", "segmentation", "flow", "translation")},
+}
+_SIGNIFICANT = 0.05  # of a paired t-test
 _TIMES = ("ms/step", "time s")
+CHOOSING = ("choose", "choose-more", "knobs-decay", "knobs-steps", "knobs-ramp")  # by held-out samples
+SAME_LENGTH = ("compare", "trained-twice", "patterns", "methods", "methods-ramp")
 _NOT_SHOWN = ("out", "method_options", "threads", "jobs", "progress", "workers", "log_every", "checkpoint_every")
 
 
@@ -59,8 +65,8 @@ def _text(value: Any) -> str:
     )
 
 
-def section(documents: Sequence[dict[str, Any]]) -> str:
-    """Commands, environment, table. The comparisons share task, machine and dense runs."""
+def section(documents: Sequence[dict[str, Any]], choosing: Sequence[dict[str, Any]] = ()) -> str:
+    """Commands, environment, what was chosen, table. The comparisons share task, machine and dense runs."""
     first = documents[0]
     metrics = [Metric(**each) for each in first["metrics"]]
     header, rows = table_of([SummaryRow(**row) for document in documents for row in document["rows"]], metrics)
@@ -68,9 +74,20 @@ def section(documents: Sequence[dict[str, Any]]) -> str:
     e = first["environment"]
     environment = f"{e['device']}, {e['cores']} cores, {e['threads']} thread(s) a run, torch {e['torch']}."
     environment += "".join(f" {key}: {value}." for key, value in first.get("notes", {}).items())
-    commands = "\n".join(command(document["config"]) for document in documents)
-    lines = [f"```\n{commands}\n```\n", f"{environment}\n", *markdown(header, rows)]
-    return "\n".join(lines)
+    commands = "\n".join(command(document["config"]) for document in (*choosing, *documents))
+    chosen = [f"- {line}" for document in choosing for line in tried(document)]
+    chosen = ["Tried on samples that are not those of the table:", "", *chosen, ""] if chosen else []
+    return "\n".join([f"```\n{commands}\n```\n", f"{environment}\n", *chosen, *markdown(header, rows)])
+
+
+def tried(document: dict[str, Any]) -> list[str]:
+    """The scores by which options were chosen, a line for each method and pattern."""
+    metric = Metric(**document["metrics"][0])
+    found: dict[str, list[str]] = {}
+    for row in (SummaryRow(**each) for each in document["rows"]):
+        options = " ".join(option_texts(row.options)) or "no option"
+        found.setdefault(f"{row.method} {row.pattern}", []).append(f"{options}: {metric.text(row.scores[metric.key])}")
+    return [f"{metric.heading} of {name}: {', '.join(scores)}" for name, scores in found.items()]
 
 
 def legend() -> str:
@@ -86,26 +103,58 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def stored(name: str) -> list[dict[str, Any]]:
-    """What is kept of the comparisons of one table, NAME.json first."""
-    documents = []
-    for path in (RESULTS / f"{name}.json", *sorted(RESULTS.glob(f"{name}-*.json"))):
-        if not path.exists():
-            continue
-        documents.append(json.loads(path.read_text(encoding="utf-8")))
-    return documents
+def overview(comparisons: Sequence[dict[str, Any]]) -> str:
+    """One line a task: the compared score of each of `FOUR` at 2:4, mean ± deviation over the seeds and, in brackets,
+    the difference to dense; bold where its paired t-test has p < 0.05."""
+    rows = []
+    for document in comparisons:
+        metric = Metric(**document["metrics"][0])
+        by_method = {row.method: row for row in (SummaryRow(**each) for each in document["rows"])}
+        better = "higher" if metric.higher_is_better else "lower"
+        label = f"{metric.heading} ({better} is better)" if better == "lower" else metric.heading
+        cells = [_overview_cell(by_method[method], metric) for method in FOUR]
+        rows.append([f"[{document['config']['task']}](results.md#{document['config']['task']})", label, *cells])
+    return "\n".join(markdown(["task", "score", *FOUR.values()], rows))
+
+
+def _overview_cell(row: SummaryRow, metric: Metric) -> str:
+    score = f"{metric.text(row.scores[metric.key])} ± {metric.text(row.std)}"
+    if row.delta is None:
+        return score
+    difference = f"({metric.text(row.delta, '+')})"
+    return f"{score} **{difference}**" if row.p is not None and row.p < _SIGNIFICANT else f"{score} {difference}"
+
+
+def stored(task: str, stages: Sequence[str]) -> list[dict[str, Any]]:
+    """What is kept of the comparisons of a task."""
+    return read([f"{task}-{stage}.json" for stage in stages])
+
+
+def read(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Those results that are there."""
+    return [json.loads((RESULTS / n).read_text(encoding="utf-8")) for n in names if (RESULTS / n).exists()]
+
+
+def with_overview(page: str, path: Path) -> str:
+    """The page with the table of all tasks; `path` is its file."""
+    text = overview([document for task in TASKS for document in stored(task, ["compare"])])
+    text = text.replace("(results.md#", "(docs/results.md#") if path == README else text.replace("(results.md#", "(#")
+    return between(page, "<!-- five tasks -->\n", f"\n{text}\n\n", path, "<!-- end five tasks -->")
 
 
 def with_tables(page: str) -> str:
     """The page with every table as the stored results have it."""
-    for name in (*TASKS, *LONGER):
-        if not (documents := stored(name)):
+    for task in TASKS:
+        if not (documents := stored(task, (*SAME_LENGTH, "twice"))):
             continue
-        pattern = rf"(<!-- results {name} -->\n).*?(<!-- end -->)"
-        text = section(documents)
-        page, count = re.subn(pattern, lambda m, t=text: f"{m[1]}\n{t}\n\n{m[2]}", page, flags=re.S)
-        if not count:
-            raise SystemExit(f"{PAGE} lacks the lines <!-- results {name} --> and <!-- end -->")
+        text = section(documents, stored(task, CHOOSING))
+        picture = f"![Scores of {task}](results-{task}.svg)"
+        page = between(page, f"<!-- results {task} -->\n", f"\n{text}\n\n{picture}\n\n", PAGE, "<!-- end -->")
+    for name, files in EARLIER.items():
+        if not (documents := read(files)):
+            continue  # replaced by results of the protocol
+        page = between(page, f"<!-- results {name} -->\n", f"\n{section(documents)}\n\n", PAGE, "<!-- end -->")
+    page = with_overview(page, PAGE)
     return between(page, "<!-- legend -->\n", f"{legend()}\n", PAGE, "<!-- end legend -->")
 
 
@@ -124,6 +173,15 @@ def write_page() -> None:
         document = without_folders(json.loads(path.read_text(encoding="utf-8")))
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(with_overview(README.read_text(encoding="utf-8"), README), encoding="utf-8")
+    for task in TASKS:
+        if same := stored(task, SAME_LENGTH):
+            plot(
+                same,
+                stored(task, ["twice"]),
+                stored(task, ["choose", "choose-more"]),
+                PAGE.with_name(f"results-{task}.svg"),
+            )
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def _resized(channels: int, height: int, width: int) -> Callable[[Sequence[Any]]
 
 def _of_run(folder: Path, model: nn.Module, samples: int, batch: int, seed: int) -> list[Any]:
     """What the network of a run is called with on training samples, as its loss calls it."""
-    from openwork.recipes.recipe import read_run
+    from openwork.recipes.trained import read_run
 
     task, config = read_run(folder)
     data = task.load_data(config)

@@ -43,8 +43,8 @@ def evaluate(words: Sequence[str]) -> int:
 def _asked(words: Sequence[str]) -> tuple[Any, Any, Path]:
     """The task, its configuration, and where the weights are."""
     from openwork.recipes.parser import parse
-    from openwork.recipes.recipe import read_run
     from openwork.recipes.rundir import RunDir
+    from openwork.recipes.trained import read_run
 
     first, *rest = words
     source = Path(first)
@@ -59,19 +59,19 @@ def _asked(words: Sequence[str]) -> tuple[Any, Any, Path]:
             f"openwork evaluate RUN, or openwork evaluate {{{','.join(TASKS)}}} FILE"
         )
     config = parse(task.config, flags, f"openwork evaluate {first}", "Score a trained network.")
-    return task, task.config_of(source, replace(config, out=str(source), init="", teacher="")), source
+    return task, task.config_of(source, replace(config, out=str(source), teacher="")), source
 
 
 def _scores(task: Any, config: Any, source: Path) -> tuple[dict[str, float], int]:
     """The metrics, and on how many samples."""
     import torch
 
-    from openwork.recipes.recipe import scores
-    from openwork.recipes.weights import load_weights
+    from openwork.recipes.rundir import RunDir
+    from openwork.recipes.trained import build_trained, check_same_classes, scores
 
     if config.threads:
         torch.set_num_threads(config.threads)
     data = task.load_data(config)
-    net = task.build(config, data)
-    load_weights(net, source, "evaluate")
-    return scores(task, config, net.eval(), data), data.val_count
+    check_same_classes(source, RunDir(source).read_network(), task.network_facts(data))
+    net = build_trained(task, config, data, source, "evaluate")
+    return scores(task, config, net, data), data.val_count

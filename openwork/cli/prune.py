@@ -110,7 +110,7 @@ def score(source: Source, validate: Sequence[str], tokens: int) -> dict[str, flo
     """What the network is worth: the metrics of its run's task, and the perplexity on --validate."""
     found: dict[str, float] = {}
     if source.run:
-        from openwork.recipes.recipe import evaluate
+        from openwork.recipes.trained import evaluate
 
         found |= evaluate(Path(source.run), source.model)
     if validate:

@@ -253,10 +253,10 @@ def check_finished(folder: Path) -> None:
 
 
 def _of_run(folder: Path, shapes: Sequence[str]) -> Source:
-    from openwork.recipes.recipe import load_run
+    from openwork.recipes.trained import load_run
 
     check_finished(folder)
-    net, example, config = load_run(folder)
+    net, example, config, _ = load_run(folder)
     selection = None
     if config.method != "dense":
         selection = Selection(config.pattern, exclude=config.exclude, remainder=cast(Remainder, config.remainder))

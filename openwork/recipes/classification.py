@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from openwork.recipes import images
 from openwork.recipes.config import Config, DataSource, data_flag, default, flag, rates, source_of
 from openwork.recipes.data import Data
 from openwork.recipes.models import build_model
+from openwork.recipes.stored_result import check_facts
 from openwork.recipes.task import DistillableTask, percent
 from openwork.utils.counted import counted
 
@@ -57,6 +58,7 @@ class ClassificationConfig(Config):
     data: str = data_flag(sources)
     model: str = flag("resnet8", "resnet8, resnet20, ... (small images), any torchvision name, timm/NAME")
     dropout: float = flag(0.0, "before the last layer (resnet8, resnet20, ...)")
+    width: int = flag(0, "channels of the first stage (resnet8, resnet20, ...; 0: 16)")
     image_size: int = flag(224, "side of the images (imagefolder)")
     hold_out: int = flag(0, "validate on so many training samples, left out of training: to choose options by")
     out: str = default("out", "runs/classification")
@@ -85,7 +87,20 @@ class Classification(DistillableTask):
         return {"validation samples": held} if config.hold_out else {}
 
     def build(self, config: ClassificationConfig, data: Data) -> nn.Module:
-        return build_model(config.model, classes=data.info.classes, channels=data.info.channels, dropout=config.dropout)
+        shape = {"classes": data.info.classes, "channels": data.info.channels}
+        return build_model(config.model, **shape, dropout=config.dropout, width=config.width)
+
+    def network_facts(self, data: Data) -> dict[str, Any]:
+        size = list(self.example(data).shape[2:])
+        names = {"names": list(data.info.names)} if data.info.names else {}
+        return {"classes": data.info.classes, "channels": data.info.channels, "size": size, **names}
+
+    def stand_in(self, config: ClassificationConfig, facts: Mapping[str, Any]) -> Data | None:
+        """Noise."""
+        if not facts:
+            return None
+        check_facts(config.out, facts, {"classes": (int,), "channels": (int,), "size": [(int,)]})
+        return images.noise(facts["classes"], facts["channels"], facts["size"], facts.get("names", ()))
 
     def example(self, data: Data) -> Tensor:
         ((pixels, _),) = data.val_batches([np.array([0])])

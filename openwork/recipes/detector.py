@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,8 @@ from openwork.recipes.charts import COLORS, image_uri
 from openwork.recipes.coco_metrics import Detections, detections_of
 from openwork.recipes.config import Config, check_choice, default, flag, rates, source_of
 from openwork.recipes.data import Data, held_out, spaced
-from openwork.recipes.objects import CocoImages, Sample, object_data, shapes
+from openwork.recipes.objects import CocoImages, ObjectInfo, Sample, object_data, shapes
+from openwork.recipes.stored_result import check_facts
 from openwork.recipes.task import Task, View, Visualization
 from openwork.utils.counted import counted
 from openwork.utils.torchvision_compat import ensure_torchvision
@@ -154,10 +155,14 @@ class DetectorTask(Task):
         return object_data(train_images, val_images, val_entries, classes, config.workers, bad + bad_val)
 
     def build(self, config: Any, data: Data) -> nn.Module:
+        net: Any = self.architecture(config, data)
+        if config.backbone:
+            rcnn.load_backbone(net.backbone.body, Path(config.backbone))
+        return net
+
+    def architecture(self, config: Any, data: Data) -> nn.Module:
         norm = FrozenBatchNorm2d if config.frozen_norm else nn.BatchNorm2d
         body = rcnn.resnet_body(config.model, config.width, norm)
-        if config.backbone:
-            rcnn.load_backbone(body, Path(config.backbone))
         rcnn.freeze(body, config.trainable_layers)
         return rcnn.build_rcnn(
             body,
@@ -173,6 +178,17 @@ class DetectorTask(Task):
     def example(self, data: Data) -> tuple[list[Tensor]]:
         ((sample,),) = data.val_batches([np.array([0])])
         return (images_of([sample]),)
+
+    def network_facts(self, data: Data) -> dict[str, Any]:
+        return {"classes": list(data.info.classes)}
+
+    def stand_in(self, config: DetectorConfig, facts: Mapping[str, Any]) -> Data | None:
+        """Generated images."""
+        if not facts:
+            return None
+        check_facts(config.out, facts, {"classes": [(str,)]})
+        made = shapes(1, 1, config.image_size, self.masks, 0)
+        return replace(made, info=ObjectInfo(facts["classes"], made.info.truth))
 
     def loss(self, net: nn.Module, batch: Sequence[Sample]) -> Tensor:
         """The sum of the detector's losses, all with weight one, as in the papers."""

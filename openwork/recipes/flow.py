@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -197,6 +197,11 @@ class Flow(DistillableTask):
         # Noise: frames of one colour leave instance normalization nothing but rounding errors to divide by.
         first, second = torch.rand(2, 1, 3, *data.train.size, generator=torch.Generator().manual_seed(0)) * 2 - 1
         return first, second
+
+    def stand_in(self, config: FlowConfig, facts: Mapping[str, Any]) -> Data:
+        """No sample: the example is noise."""
+        none = flow_data.Scenes((), (config.size[0], config.size[1]), 0)
+        return Data(none, none)
 
     def outputs(self, net: nn.Module, batch: Pairs) -> list[Tensor]:
         return net(batch.first, batch.second)

@@ -25,15 +25,17 @@ FASHION = "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-i
 PIXEL_MEAN, PIXEL_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's, for pixels in [0, 1]
 
 
+_LONGEST_SIDE, _MOST_CLASSES = 4096, 1_000_000  # of an image that stands in for others
 _IDX_MOST = 1 << 28  # bytes; Fashion-MNIST's largest file has 47 million
 
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What a classifier is built for."""
+    """What a classifier is built for, and the names of the classes where the data tells them."""
 
     classes: int
     channels: int
+    names: Sequence[str] = ()
 
 
 # In memory
@@ -107,6 +109,19 @@ def in_memory(
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def noise(classes: int, channels: int, size: Sequence[int], names: Sequence[str] = ()) -> Data:
+    """One image of noise for each part, (channels, *size), as a stand-in for images that are not there."""
+    sides = [channels, *size]
+    if len(size) != 2 or min(classes, *sides) < 1 or max(sides) > _LONGEST_SIDE or classes > _MOST_CLASSES:
+        raise ValueError(
+            f"images of {channels} channels and {list(size)} pixels in {classes} classes; needed is at least 1 of "
+            f"each, at most {_LONGEST_SIDE} pixels a side and {_MOST_CLASSES} classes"
+        )
+    pixels = torch.randint(256, (1, *sides), generator=torch.Generator().manual_seed(0)).byte()
+    one = PixelSet(pixels, torch.zeros(1, dtype=torch.long), [127.5] * channels, [73.9] * channels)
+    return Data(one, one, _as_it_is, info=ImageInfo(classes, channels, names))
 
 
 def digits(limit: int = 0, limit_val: int = 0, hold_out: int = 0) -> Data:
@@ -243,4 +258,6 @@ def imagefolder(
         good = readable(ImageFiles(files, np.array, root), workers) if skip_bad else range(len(files))
         skipped += len(files) - len(good)
         sets.append(ImageFiles(spaced([files[i] for i in good], most), transform, root))
-    return Data(sets[0], sets[1], workers=workers, skipped=skipped, info=ImageInfo(len(train.classes), 3))
+    return Data(
+        sets[0], sets[1], workers=workers, skipped=skipped, info=ImageInfo(len(train.classes), 3, train.classes)
+    )

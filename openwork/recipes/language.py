@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -132,6 +132,13 @@ class Language(DistillableTask):
     def example(self, data: Data) -> dict[str, Any]:
         (batch,) = data.val_batches([np.array([0])])
         return {"input_ids": batch["input_ids"], "use_cache": False}  # exporters know no cache among the outputs
+
+    def stand_in(self, config: LanguageConfig, facts: Mapping[str, Any]) -> Data | None:
+        """Generated numbers in the tokens of the run."""
+        if (tokenizer := tokenizer_at(config.out)) is None:
+            return None
+        train, val = ([numbers(config.length, part)] for part in (False, True))  # a line is more than a token
+        return load_windows(tokenizer, train, val, length=config.length)
 
     def save_artifacts(self, data: Data, folder: Path) -> None:
         write_text(folder / _VOCABULARY, data.info.tokenizer.to_str())

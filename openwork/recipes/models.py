@@ -7,13 +7,13 @@ import importlib.util
 
 from torch import Tensor, nn
 
-from openwork.recipes.resnet_cifar import DEPTHS, ResNet, depth_and_stem
+from openwork.recipes.resnet_cifar import DEPTHS, WIDTH, ResNet, depth_and_stem
 from openwork.utils.torchvision_compat import ensure_torchvision
 
 _OWN = [f"resnet{depth}" for depth in DEPTHS]
 
 
-def build_model(name: str, *, classes: int, channels: int, dropout: float = 0.0) -> nn.Module:
+def build_model(name: str, *, classes: int, channels: int, dropout: float = 0.0, width: int = 0) -> nn.Module:
     """The named model for images of `channels` channels, with its initial weights from torch's current seed.
 
     Plain names are looked up here (resnet8, resnet20, ...), in torchvision (resnet18, ...), then in timm; `timm/NAME`
@@ -21,9 +21,9 @@ def build_model(name: str, *, classes: int, channels: int, dropout: float = 0.0)
     """
     if (family := depth_and_stem(name)) is not None:
         depth, stem_stride = family
-        return ResNet(depth, classes, channels, dropout=dropout, stem_stride=stem_stride)
-    if dropout:
-        raise ValueError(f"model {name!r} takes no dropout; it is an option of {', '.join(_OWN)}")
+        return ResNet(depth, classes, channels, width or WIDTH, dropout=dropout, stem_stride=stem_stride)
+    if given := [option for option, value in (("dropout", dropout), ("width", width)) if value]:
+        raise ValueError(f"model {name!r} takes no {given[0]}; it is an option of {', '.join(_OWN)}")
     if name in _torchvision_names():
         from torchvision.models import get_model
 

@@ -142,7 +142,8 @@ class CocoImages(Dataset[Sample]):
             target["masks"] = tv_tensors.Mask(
                 np.stack(decoded) if decoded else torch.zeros(0, *size, dtype=torch.uint8)
             )
-        resize = [v2.Resize(self.side, max_size=self.max_size), v2.ConvertBoundingBoxFormat("XYXY")]
+        side = self.side if self.side < self.max_size else None  # equal: the longer side alone decides, as v2 has it
+        resize = [v2.Resize(side, max_size=self.max_size), v2.ConvertBoundingBoxFormat("XYXY")]
         transform = v2.Compose([*resize, v2.ClampBoundingBoxes(), *flips, v2.ToPureTensor()])
         image, target = transform(v2.functional.pil_to_tensor(picture), target)
         return image, {**target, "size": torch.tensor(size)}

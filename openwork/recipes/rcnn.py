@@ -92,7 +92,7 @@ def _stage(
     return nn.Sequential(first, *[block(outputs, planes, norm_layer=norm) for _ in range(count - 1)])
 
 
-def load_backbone(body: nn.Sequential, source: Path) -> None:
+def load_backbone(body: nn.Module, source: Path) -> None:
     """Weights of a classifier with torchvision's names, from a run directory or a .safetensors file, without its fc."""
     path = weights_file(source, "--backbone")
     weights = {name: weight for name, weight in read_weights(path).items() if not name.startswith("fc.")}

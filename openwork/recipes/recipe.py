@@ -31,10 +31,10 @@ from openwork.recipes.parallel import full_copy, gather
 from openwork.recipes.report import write_report
 from openwork.recipes.rundir import RunDir, first_process, read_lines
 from openwork.recipes.summary import flip_rates
-from openwork.recipes.task import DistillableTask, Task, description_of
+from openwork.recipes.task import Task, description_of
+from openwork.recipes.trained import load_teacher
 from openwork.recipes.weights import load_weights, save_weights
 from openwork.training.selection import Remainder
-from openwork.utils.example import quiet
 from openwork.utils.hardware import cpu_name
 from openwork.utils.signals import Interrupted, Interruption, interruptions
 
@@ -61,54 +61,6 @@ def prepare(task: Task, config: Config) -> tuple[Data, nn.Module, ow.Report]:
         example=task.example(data),
     )
     return data, net, report
-
-
-def load_run(folder: Path) -> tuple[nn.Module, Any, Config]:
-    """The network of a finished run with its weights, one validation input for it, and the run's configuration."""
-    task, config = read_run(folder)
-    data = task.load_data(config)
-    net = task.build(config, data)
-    load_weights(net, folder)
-    return net.eval(), task.example(data), config
-
-
-def evaluate(folder: Path, net: nn.Module) -> dict[str, float]:
-    """The metrics of a network on the validation samples of a run."""
-    task, config = read_run(folder)
-    return scores(task, config, net, task.load_data(config))
-
-
-def scores(task: Task, config: Config, net: nn.Module, data: Data) -> dict[str, float]:
-    """The metrics of a network on the validation samples of `data`."""
-    task.before_last_validation(config, net)
-    with quiet(net):
-        batches = data.all_val_batches(task.eval_batch)
-        predictions = [each for batch in batches for each in task.predictions(net, batch)]
-    return task.compute_metrics(predictions, data)
-
-
-def read_run(folder: Path) -> tuple[Task, Config]:
-    """The task and the configuration that a run directory was started with, wherever it is now: what words a network
-    knows lies there too."""
-    values = RunDir(folder).read_config() | {"out": str(folder)}
-    task = find(values["task"])
-    return task, task.config.from_values(values)
-
-
-def load_teacher(task: Task, config: Config, data: Data) -> nn.Module | None:
-    """The network of --teacher, in eval mode and without gradients. torch's generator is left as it was."""
-    if not config.teacher:
-        return None
-    if not isinstance(task, DistillableTask):
-        raise ValueError(f"--teacher: the task {task.name} has no outputs that could be compared; leave it out")
-    path = Path(config.teacher)
-    other, built = read_run(path) if RunDir(path).config.exists() else (task, task.config_of(path, config))
-    if other.name != task.name:
-        raise ValueError(f"--teacher {path} is a run of the task {other.name}; needed one of {task.name}")
-    with torch.random.fork_rng(devices=[]):
-        net = task.build(built, data)
-    load_weights(net, path, "--teacher")
-    return net.eval().requires_grad_(False)
 
 
 def open_run(config: Config) -> RunDir:
@@ -171,6 +123,7 @@ def train_in(
     data, net, report = prepared
     if first_process():
         task.save_artifacts(data, run.path)
+        run.write_network(task.network_facts(data))
     layer = shown_layer(report)
     start = mask_rows(net, layer)
     full = full_copy(config, net)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DEPTHS = (8, 14, 20, 26, 32, 44, 56, 110)
+WIDTH = 16  # channels of the first stage
 
 
 def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
@@ -41,7 +42,7 @@ class ResNet(nn.Module):
     """(B, channels, H, W) -> (B, classes) logits. Initial weights as in the SR-STE authors' code."""
 
     def __init__(
-        self, depth: int, classes: int, channels: int, width: int = 16, dropout: float = 0.0, stem_stride: int = 1
+        self, depth: int, classes: int, channels: int, width: int = WIDTH, dropout: float = 0.0, stem_stride: int = 1
     ) -> None:
         super().__init__()
         self.conv1, self.bn1 = _conv(channels, width, 3, stem_stride), nn.BatchNorm2d(width)

@@ -36,6 +36,7 @@ class RunDir:
     config = property(lambda self: self.path / "config.yaml")
     checkpoints = property(lambda self: Checkpoints(self.path / "checkpoints"))
     model = property(lambda self: self.path / "model.safetensors")
+    network = property(lambda self: self.path / "network.json")
     result = property(lambda self: self.path / "result.json")
     visualizations = property(lambda self: self.path / "visualizations.json")
     diverged = property(lambda self: self.path / "diverged.json")
@@ -83,6 +84,16 @@ class RunDir:
                 "another --out"
             )
         return values
+
+    def write_network(self, facts: dict[str, Any]) -> None:
+        if facts:
+            write_text(self.network, to_json(facts))
+
+    def read_network(self) -> dict[str, Any]:
+        """What the network takes from its data, such as the classes; {} where nothing was written."""
+        if not self.network.exists():
+            return {}
+        return read_json(self.network, dict, "remove it: the data of the run tells the same")
 
     def read_visualizations(self) -> list[dict[str, Any]]:
         if not self.visualizations.exists():

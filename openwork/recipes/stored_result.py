@@ -1,7 +1,8 @@
-"""The result of a run as a reader may rely on it: result.json may come from anywhere."""
+"""The result of a run as a reader may rely on it: result.json and network.json may come from anywhere."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,12 @@ def _check(result: dict[str, Any]) -> None:
     rows = {len(row) for when in ("start", "end") for row in result["mask"][when]}
     if len(rows) != 1 or len(result["mask"]["start"]) != len(result["mask"]["end"]):
         raise ValueError("the rows of its mask differ in length, or there are none")
+
+
+def check_facts(folder: Path | str, facts: Mapping[str, Any], form: Any) -> None:
+    """ValueError where the network.json of a run directory has not the form."""
+    if fault := fault_of(facts, form, ""):
+        raise ValueError(f"{RunDir(Path(folder)).network}: {fault}; {_ADVICE}")
 
 
 def fault_of(value: Any, form: Any, where: str) -> str:

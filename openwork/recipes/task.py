@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -76,6 +76,10 @@ class Task(ABC):
     def build(self, config: Any, data: Data) -> nn.Module:
         """The network with its initial weights, from torch's current seed."""
 
+    def architecture(self, config: Any, data: Data) -> nn.Module:
+        """The network for weights that are read afterwards: `build`, unless that reads files for its initial ones."""
+        return self.build(config, data)
+
     @abstractmethod
     def example(self, data: Data) -> Any:
         """One input of the network, as `ow.sparsify` takes it to count multiply-adds."""
@@ -97,6 +101,16 @@ class Task(ABC):
 
     def save_artifacts(self, data: Data, folder: Path) -> None:  # noqa: B027 - few tasks need it
         """Writes into the run directory what the weights are useless without, such as a vocabulary."""
+
+    def network_facts(self, data: Data) -> dict[str, Any]:
+        """What the network takes from the data and no file of its own holds, in JSON's types: it goes into the run
+        directory, so that the network can be built where the data is not there. `classes` and `names` are compared."""
+        return {}
+
+    def stand_in(self, config: Any, facts: Mapping[str, Any]) -> Data | None:
+        """A sample for each part, made here in the form of a run's, with its `info`, from its directory (`config.out`)
+        and `facts` (its `network_facts`). None where they are too few; ValueError where they are wrong."""
+        return None
 
     def notes(self, config: Any, data: Data) -> dict[str, str]:
         """What a reader of the metrics must know besides, for the report: how they were computed, what was left out."""

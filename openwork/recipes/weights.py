@@ -46,7 +46,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def load_weights(net: nn.Module, source: Path, what: str = "--init") -> None:
     """Fill a plain network from a run directory or a .safetensors file, one of transformers also from a Hugging Face
-    folder."""
+    folder. A file in another precision, such as bfloat16, is read into that of the network."""
     if is_huggingface(source) and hasattr(net, "from_pretrained"):
         _load_pretrained(net, source, what)
         return
@@ -54,7 +54,7 @@ def load_weights(net: nn.Module, source: Path, what: str = "--init") -> None:
     if compressed := is_compressed(path):
         check(path)  # damage has a message of its own
     try:
-        ow.load(path, into=net) if compressed else load_model(net, path)
+        net.load_state_dict(ow.load_state_dict(path)) if compressed else load_model(net, path)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{what} {path} does not fit this model; train it with the same --model and --data ({error})"

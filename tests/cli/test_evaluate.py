@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from openwork.cli.main import main
 from openwork.recipes.classification import ClassificationConfig
-from openwork.recipes.recipe import load_run, train
+from openwork.recipes.recipe import train
+from openwork.recipes.trained import load_run
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_a_file_needs_its_task_and_its_model(trained, tmp_path, capsys):
     out, result = trained
     found = evaluated(capsys, "classification", out / "model.safetensors", "--limit_val", "50")
     assert found == {key: result[key] for key in found}
-    net, _, _ = load_run(out)
+    net, *_ = load_run(out)
     save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, tmp_path / "plain.safetensors")
     assert evaluated(capsys, "classification", tmp_path / "plain.safetensors", "--limit_val", "50") == found
     assert main(["evaluate", "classification", str(out / "model.safetensors"), "--model", "resnet20"]) == 2

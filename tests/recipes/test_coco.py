@@ -226,6 +226,20 @@ def test_training_and_validation_need_the_same_classes(folder):
         TASK.load_data(DetectionConfig(data=f"coco={folder}"))
 
 
+def test_training_images_can_be_held_out_to_choose_options_by(folder):
+    data = TASK.load_data(DetectionConfig(data=f"coco={folder}", hold_out=1))
+    assert [entry.id for entry in data.train.entries] == [2, 3]
+    assert [entry.id for entry in data.val.entries] == [1]
+    assert [image["id"] for image in data.info.truth["images"]] == [1]
+    assert "of the training part" in TASK.notes(DetectionConfig(hold_out=1), data)["validation"]
+    with pytest.raises(ValueError, match="hold_out is 3, and there are 3 training samples"):
+        TASK.load_data(DetectionConfig(data=f"coco={folder}", hold_out=3))
+    with pytest.raises(ValueError, match="generated ones are new every time"):
+        TASK.load_data(DetectionConfig(hold_out=1))
+    with pytest.raises(ValueError, match="hold_out is -1; it must not be negative"):
+        DetectionConfig(hold_out=-1)
+
+
 needs_data = pytest.mark.skipif(
     "OPENWORK_DATA" not in os.environ, reason="OPENWORK_DATA, the folder of test data, is not set"
 )
@@ -248,3 +262,13 @@ def test_the_real_nuclei():
     drawn = boxes_around(inside[inside.flatten(1).any(1)])
     assert (drawn - target["boxes"][inside.flatten(1).any(1)]).abs().max() <= 1.5
     assert image.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("side", "longest", "shape"), [(20, 40, (20, 26)), (36, 40, (30, 40)), (20, 20, (15, 20))])
+def test_images_are_as_large_as_both_sides_allow(folder, side, longest, shape):
+    """Of 40 x 30 pixels. As long as high at most: the longer side decides alone."""
+    images = CocoImages(read(folder).entries, side, longest, masks=True)
+    image, target = images[0]
+    assert image.shape[1:] == shape
+    assert target["masks"].shape[1:] == shape
+    assert target["boxes"][0].tolist() == pytest.approx([x * shape[1] / 40 for x in (10, 5, 30, 25)], rel=0.05)

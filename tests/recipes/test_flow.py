@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from flowbytes import flo, pfm
+from miniatures import flying_chairs as chairs
+from miniatures import frame, put
 from PIL import Image
 from torch.func import functional_call
 
@@ -23,33 +25,14 @@ from openwork.recipes.flow import TASK, build_raft, coloured, errors_of, freeze_
 from openwork.recipes.flow import FlowConfig as Config
 from openwork.recipes.flow_data import Pairs, augmented, mirrored, padded, scaled
 from openwork.recipes.parser import parse
-from openwork.recipes.recipe import prepare, read_run, train
+from openwork.recipes.recipe import prepare, train
 from openwork.recipes.rundir import read_lines
+from openwork.recipes.trained import read_run
 from openwork.recipes.weights import read_weights
 
 # --- data sets in their own layouts ------------------------------------------------------------------------------
 
 WIDE = np.zeros((2, 130, 136), np.float32)
-
-
-def frame(path, height=130, width=136):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    y, x = np.mgrid[:height, :width]
-    Image.fromarray(np.stack([x, y, x + y], axis=-1).astype(np.uint8)).save(path)
-
-
-def put(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-
-
-def chairs(folder, pairs=3):
-    folder = folder / "FlyingChairs"
-    for i in range(1, pairs + 1):
-        frame(folder / f"data/{i:05d}_img1.ppm")
-        frame(folder / f"data/{i:05d}_img2.ppm")
-        put(folder / f"data/{i:05d}_flow.flo", flo(WIDE + i))
-    put(folder / "FlyingChairs_train_val.txt", b"1\n2\n" + b"1\n" * (pairs - 2))
 
 
 def things(folder):
@@ -213,6 +196,23 @@ def test_photos_that_are_bad_or_small_are_told(tmp_path):
     assert (len(data.train.photos), len(data.val.photos), data.skipped) == (4, 1, 1)
     with pytest.raises(ValueError, match="need photos, or parts of photos, of 204 x 192"):
         loaded("photos", tmp_path, skip_bad=True, size=[128, 136])
+
+
+@pytest.mark.usefixtures("decoded")
+def test_training_samples_can_be_held_out_to_choose_options_by(tmp_path):
+    kitti(tmp_path / "pairs")
+    usual, data = (loaded("kitti", tmp_path / "pairs", hold_out=count) for count in (0, 2))
+    assert sorted([*data.train.indices, *data.val.indices]) == [*usual.train.indices]
+    assert len(data.val.indices) == 2
+    for i in range(6):
+        Image.new("RGB", (200, 200), (40 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    usual, data = (loaded("photos", tmp_path, hold_out=count) for count in (0, 2))
+    kept = {photo.sum().item() for photo in data.train.photos}
+    held = {photo.sum().item() for photo in data.val.photos}
+    assert (len(kept), len(held)) == (3, 2)
+    assert kept | held == {photo.sum().item() for photo in usual.train.photos}
+    with pytest.raises(ValueError, match="hold_out is 1, and there are 2 photos; it needs five"):
+        TASK.load_data(Config(hold_out=1))
 
 
 # --- augmentation ------------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ import openwork as ow
 from openwork.cli.main import main
 from openwork.recipes.language import TASK, marked_words, numbers, pieces_of, tokenizer_at
 from openwork.recipes.language import LanguageConfig as Config
-from openwork.recipes.recipe import load_run, load_teacher, prepare, read_run, train
+from openwork.recipes.recipe import prepare, train
 from openwork.recipes.rundir import read_lines
 from openwork.recipes.text import learn
+from openwork.recipes.trained import load_run, load_teacher, read_run
 from openwork.recipes.weights import load_weights, read_weights
 
 SMALL = {
@@ -103,7 +104,7 @@ def test_the_report_marks_what_surprised_and_loads_nothing(trained):
 
 
 def test_commands_take_the_run(trained, tmp_path, capsys):
-    net, example, _ = load_run(trained[0])
+    net, example, *_ = load_run(trained[0])
     assert net(**example).logits.shape == (1, 32, net.config.vocab_size)
     assert main(["verify", str(trained[0])]) == 0
     assert main(["export", str(trained[0]), "--out", str(tmp_path / "hf")]) == 0
@@ -261,7 +262,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(trained, folder):
 
 def test_the_loss_is_the_share_of_each(trained):
     data, net, _ = prepare(TASK, Config(**SMALL, teacher=str(trained[0]), out="nowhere"))
-    teacher, _, _ = load_run(trained[0])
+    teacher, *_ = load_run(trained[0])
     (batch,) = data.train_batches([np.arange(3)], 0, 0)
     with torch.no_grad():
         logits, taught = (model(batch["input_ids"]).logits.flatten(0, 1) for model in (net, teacher))

@@ -33,6 +33,13 @@ def test_an_unknown_name_gets_close_ones():
         build_model("resnet19", classes=10, channels=3)
 
 
-def test_dropout_is_refused_where_it_would_do_nothing():
-    with pytest.raises(ValueError, match="takes no dropout"):
-        build_model("resnet18", classes=10, channels=3, dropout=0.1)
+@pytest.mark.parametrize("option", ["dropout", "width"])
+def test_an_option_is_refused_where_it_would_do_nothing(option):
+    with pytest.raises(ValueError, match=f"takes no {option}"):
+        build_model("resnet18", classes=10, channels=3, **{option: 1})
+
+
+def test_width_is_that_of_the_first_stage():
+    narrow, usual = (build_model("resnet8", classes=10, channels=1, width=width) for width in (4, 0))
+    assert [net.fc.in_features for net in (narrow, usual)] == [16, 64]
+    assert narrow.conv1.out_channels == 4

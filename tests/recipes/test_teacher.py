@@ -11,9 +11,10 @@ from openwork.recipes.compare import planned_runs
 from openwork.recipes.config import comparison
 from openwork.recipes.detection import DetectionConfig
 from openwork.recipes.draws import batch_indices
-from openwork.recipes.recipe import load_run, load_teacher, prepare, train
+from openwork.recipes.recipe import prepare, train
 from openwork.recipes.rundir import RunDir, read_lines
 from openwork.recipes.text import PAD, learn
+from openwork.recipes.trained import load_run, load_teacher
 from openwork.recipes.weights import read_weights
 
 SMALL = {
@@ -46,7 +47,7 @@ def test_with_weight_one_and_no_rate_the_loss_is_the_divergence(teacher, tmp_pat
     train(config)
     (first, *_) = (r["train_loss"] for r in read_lines(tmp_path / "run" / "metrics.jsonl") if "train_loss" in r)
     data, net, _ = prepare(TASK, config)
-    tutor, _, _ = load_run(teacher)
+    tutor, *_ = load_run(teacher)
     ((pixels, _),) = data.train_batches(batch_indices(0, 0, 64, 32)[:1], 0, 0)
     with torch.no_grad():  # the student in training mode, its teacher in that of evaluation
         ours, theirs = (network(pixels).log_softmax(-1) for network in (net.train(), tutor))

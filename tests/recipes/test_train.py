@@ -12,8 +12,9 @@ import openwork as ow
 from openwork.recipes.classification import TASK
 from openwork.recipes.classification import ClassificationConfig as Config
 from openwork.recipes.module import lr_factor
-from openwork.recipes.recipe import evaluate, load_run, prepare, read_run, train
+from openwork.recipes.recipe import prepare, train
 from openwork.recipes.rundir import read_lines
+from openwork.recipes.trained import evaluate, load_run, read_run
 from openwork.recipes.weights import read_weights
 
 SMALL = {
@@ -99,7 +100,7 @@ def test_channels_last_changes_how_weights_lie_and_nothing_else(trained, tmp_pat
     result = train(config)
     assert result["mask"]["start"] == trained[1]["mask"]["start"]
     assert result["val_loss"] == pytest.approx(trained[1]["val_loss"], rel=0.05)
-    net, _, _ = load_run(tmp_path / "run")
+    net, *_ = load_run(tmp_path / "run")
     assert evaluate(tmp_path / "run", net)["val_accuracy"] == result["val_accuracy"]
 
 

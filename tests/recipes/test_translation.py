@@ -16,9 +16,10 @@ import openwork as ow
 from openwork.cli.main import main
 from openwork.recipes import text, translation
 from openwork.recipes.draws import batch_indices
-from openwork.recipes.recipe import prepare, read_run, train
+from openwork.recipes.recipe import prepare, train
 from openwork.recipes.rundir import read_lines
 from openwork.recipes.text import collate
+from openwork.recipes.trained import read_run
 from openwork.recipes.translation import TASK, bleu, marked, translate
 from openwork.recipes.translation import TranslationConfig as Config
 from openwork.recipes.weights import load_weights, read_weights
