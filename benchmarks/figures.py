@@ -1,8 +1,12 @@
-"""Figures of the documentation: one SVG each, light or dark as its reader is."""
+"""Figures of the documentation: one SVG each, light or dark as its reader is.
+
+python benchmarks/figures.py docs/FIGURE.svg ...    # of figures that were drawn without: adds the dark colours
+"""
 
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +49,8 @@ def with_dark(svg: str) -> str:
         rules += [f'[style*="{what}: {light}"] {{{what}: {dark} !important}}' for what in ("fill", "stroke")]
     dark = "@media (prefers-color-scheme: dark) {\n" + "\n".join(rules) + "\n}"
     return svg.replace("</style>", f"\n{dark}\n</style>", 1)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        Path(name).write_text(with_dark(Path(name).read_text(encoding="utf-8")), encoding="utf-8")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from figures import save
 from gpu_tables import between
 from results_page import PAGE, RESULTS, markdown
 from scipy.stats import rankdata
@@ -97,7 +98,6 @@ def table(panels: dict[str, list[Run]]) -> list[str]:
 
 
 def plot(panels: dict[str, list[Run]], path: Path) -> None:
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     methods = sorted({run.choice.split()[0] for runs in panels.values() for run in runs})
@@ -115,8 +115,7 @@ def plot(panels: dict[str, list[Run]], path: Path) -> None:
     handles = {h: label for ax in axes.flat for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     once = {label: handle for handle, label in handles.items()}
     figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=4, frameon=False)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "openwork"}):
-        figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
 
 
 def main(words: Sequence[str] | None = None) -> None:

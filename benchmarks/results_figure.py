@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from figures import save
+
 from openwork.recipes.task import Metric
 
 Document = dict[str, Any]
@@ -22,7 +24,7 @@ def plot(same: Sequence[Document], longer: Sequence[Document], choosing: Sequenc
     from matplotlib.figure import Figure
 
     metric = Metric(**same[0]["metrics"][0])
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "openwork", "font.size": 9}):
+    with rc_context({"font.size": 9}):
         figure = Figure(figsize=(8, 5.6), layout="constrained")
         (length, decay), (movement, runs) = figure.subplots(2, 2, width_ratios=(2, 3))
         _by_length(length, [same[0], *longer], metric)
@@ -31,7 +33,7 @@ def plot(same: Sequence[Document], longer: Sequence[Document], choosing: Sequenc
         _runs(runs, same, metric)
         for ax in (length, decay, runs):
             ax.set_ylabel(metric.heading)
-        figure.savefig(path, metadata={"Date": None})
+        save(figure, path)
 
 
 def _by_length(ax: Any, documents: Sequence[Document], metric: Metric) -> None:

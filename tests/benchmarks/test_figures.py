@@ -18,7 +18,7 @@ DRAWN = [path for path in sorted((ROOT / "docs").glob("*.svg")) if "Matplotlib" 
 @pytest.mark.parametrize("path", DRAWN, ids=lambda path: path.stem)
 def test_every_colour_has_one_for_dark_pages(path):
     text = path.read_text(encoding="utf-8")
-    assert "prefers-color-scheme: dark" in text
+    assert "prefers-color-scheme: dark" in text, f"python benchmarks/figures.py docs/{path.name}"
     used = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})[;\"]", text))
     assert used <= figures._IN_DARK.keys()
 
