@@ -215,9 +215,9 @@ def _transformed(tensor: Tensor) -> bool:
 def _grouped(score: Tensor, pattern: Pattern) -> Tensor:
     check_pattern(pattern)
     if score.ndim == 0 or score.shape[-1] % pattern.m:
-        size = score.shape[-1] if score.ndim else "no"
+        size = counted(score.shape[-1], "weight") if score.ndim else "no weights"
         raise ValueError(
-            f"last axis has {size} weights, not a multiple of M={pattern.m} (shape {tuple(score.shape)}); "
+            f"last axis has {size}, not a multiple of M={pattern.m} (shape {tuple(score.shape)}); "
             "exclude this layer, or use remainder='pad'"
         )
     return score.unflatten(-1, (score.shape[-1] // pattern.m, pattern.m))

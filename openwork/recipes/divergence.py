@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from openwork.utils.counted import counted
+
 
 class Diverged(RuntimeError):
     """A loss, a weight or a score is not finite. `step` counts optimizer steps done before."""
@@ -73,7 +75,8 @@ def first_cause(net: nn.Module, batch: Any, forward: Callable[[], Any] | None) -
         gradients = _bad((name, p.grad) for name, p in net.named_parameters() if p.grad is not None)
         last = gradients[-1:]  # backward goes from the last layer to the first
         cause = f"the gradient of {last[0]} was not finite in the step before, and so" if last else "after that step"
-        return f"{cause} the weight {parameters[0]} is not ({len(parameters)} parameters are not)"
+        count = counted(len(parameters), "parameter is", "parameters are")
+        return f"{cause} the weight {parameters[0]} is not ({count} not)"
     if forward is not None and (name := _first_output(net, forward)) is not None:
         return f"the first output that is not finite is that of the layer {name}; all weights are finite"
     if buffers := _bad(net.named_buffers()):

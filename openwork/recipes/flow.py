@@ -18,6 +18,7 @@ from openwork.recipes.data import Data
 from openwork.recipes.data_files import DataFolder
 from openwork.recipes.flow_data import LAYOUTS, Pairs
 from openwork.recipes.task import DistillableTask, Metric, View, Visualization
+from openwork.utils.counted import counted
 from openwork.utils.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
@@ -187,7 +188,8 @@ class Flow(DistillableTask):
         return flow_data.scenes_of(photos, size, *counts, workers, skipped, config.hold_out)
 
     def notes(self, config: FlowConfig, data: Data) -> dict[str, str]:
-        held = f"of {config.hold_out} training samples, or photos, that were left out of training (--hold_out)"
+        held = counted(config.hold_out, "training sample, or photo, that was", "training samples, or photos, that were")
+        held = f"of {held} left out of training (--hold_out)"
         return {"validation": held} if config.hold_out else {}
 
     def build(self, config: FlowConfig, data: Data) -> FlowNet:
