@@ -131,7 +131,7 @@ class Common:
         batch = min(batch, self.limit) if self.limit > 0 else batch
         if isinstance(rate := usual["lr"], Mapping):
             rate = rate.get(self.optimizer)
-        elif self.optimizer != preset.get("optimizer", "sgd"):  # the rate of a preset is that of its optimizer
+        elif self.optimizer != preset.get("optimizer", type(self).optimizer):  # a preset's rate is its optimizer's
             rate = self.usual["lr"].get(self.optimizer)
         milestones = preset.get("milestones", [self.epochs / 2, self.epochs * 3 / 4])  # He et al. 2015, section 4.2
         share = self.epochs / preset["epochs"] if "milestones" in preset else 1

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from openwork.utils.counted import counted
 
@@ -53,14 +53,26 @@ class Data:
         return self._loader(self.val, [np.asarray(batch).tolist() for batch in batches])
 
     def all_val_batches(self, most: int, rank: int = 0, world: int = 1) -> DataLoader[Any]:
-        """Every validation sample once, or the share of one process of several, at most so many in a batch."""
+        """Every validation sample once, or the share of one process of several, at most so many in a batch. A process
+        without a sample has one batch, of none: Lightning would leave out its validation, and the others wait."""
         mine = np.arange(rank, self.val_count, world)
         return self.val_batches(np.array_split(mine, max(1, math.ceil(len(mine) / most))))
 
     def _loader(self, dataset: Any, keys: list[list[Any]]) -> DataLoader[Any]:
         # Its own generator: a DataLoader otherwise takes a number from torch's global one.
         own = torch.Generator()
-        return DataLoader(dataset, batch_sampler=keys, num_workers=self.workers, collate_fn=self.collate, generator=own)
+        collate = _Batched(self.collate or default_collate)
+        return DataLoader(dataset, batch_sampler=keys, num_workers=self.workers, collate_fn=collate, generator=own)
+
+
+@dataclass(frozen=True)
+class _Batched:
+    """How samples become a batch, and no samples an empty tuple."""
+
+    collate: Callable[[Any], Any]
+
+    def __call__(self, samples: Any) -> Any:
+        return () if isinstance(samples, list) and not samples else self.collate(samples)
 
 
 def spaced(items: Sequence[T], count: int) -> Sequence[T]:

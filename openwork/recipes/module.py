@@ -210,7 +210,8 @@ class TaskModule(pl.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         if self.trainer.world_size == 1:
             self.interruption.check()
-        self._predictions += self.task.predictions(self.net, batch)
+        if batch != ():  # of a process without a sample
+            self._predictions += self.task.predictions(self.net, batch)
 
     def on_validation_epoch_end(self) -> None:
         self.scores = self.task.compute_metrics(self._gathered(), self.data)

@@ -90,6 +90,23 @@ def test_defaults_are_as_they_were_where_nothing_is_in_their_way():
     assert parsed("classification", "--epochs", "2").warmup == 1.0
 
 
+PRESETS = [(name, preset) for name in TASKS for preset in find(name).config.presets]
+
+
+@pytest.mark.parametrize(("name", "preset"), PRESETS)
+def test_a_preset_is_what_it_says(name, preset):
+    """In `train` and in `compare`, where nothing else is given."""
+    run = find(name).config
+    for cls in (run, comparison(run)):
+        names = {field.name for field in fields(cls)}
+        config = parse(cls, ["--preset", preset, *(["--backbone", "x"] if "backbone" in names else [])], "", "")
+        for field, value in cls.presets[preset].items():
+            if field in names:
+                assert getattr(config, field) == value
+            elif field == "decay":
+                assert config.method_options[field] == (value if cls is run else [value])
+
+
 def test_they_give_way():
     assert parsed("classification", "--epochs", "1").warmup == 0.5
     assert parsed("classification", "--preset", "paper", "--epochs", "4").warmup == 2
