@@ -81,10 +81,11 @@ def deploy(
 
     The whole model is timed as well, against the same model all dense: in turns, until it is known which is faster or
     some 5 s for each are over; sparse has to take less than 0.97 of the dense time (docs/performance-details.md has the
-    rule). If dense wins, the dense one is returned, and a warning says so. What was measured is in the result's `deployment`, a `Plan`, with how far outputs on the example
-    are from the given model's; of more than rounding explains, a warning says so. The result is saved, loaded, copied
-    and pickled like any model: its layers are of the classes they were, and its state dict is that of the model, with
-    normalizations that do nothing where they were folded (docs/limits.md).
+    rule). If dense wins, the dense one is returned, and a warning says so. What was measured is in the result's
+    `deployment`, a `Plan`, with how far outputs on the example are from the given model's; of more than rounding
+    explains, a warning says so. The result is saved, loaded, copied and pickled like any model: its layers are of the
+    classes they were, and its state dict is that of the model, with normalizations that do nothing where they were
+    folded (docs/limits.md).
     `calibrate`: with `weight_dtype=torch.int8` on a CPU, examples like `example`, of real data. From them come static
     scales, with which activations stay int8 from layer to layer; requantization, bias, ReLU, GELU and the addition of
     residuals are part of the products. Layers that cost too much accuracy stay float32. It is one more model that is

@@ -1,4 +1,4 @@
-"""Who is faster is told right on a busy machine, on one that slows down, and of two that are alike; the clock is fake."""
+"""Who is faster is told right on a busy machine, on one that slows down, and of two alike ones; the clock is fake."""
 
 from __future__ import annotations
 
