@@ -227,10 +227,12 @@ def test_one_pass_compiles_in_one_graph() -> None:
 def test_a_forward_looks_at_no_signature(monkeypatch) -> None:
     """It costs more than all else that is done for a small weight beside its kernel."""
     weight = weights().requires_grad_()
-    monkeypatch.setattr(inspect, "signature", lambda *_, **__: pytest.fail("torch looked at the signature"))
-    (pruned,) = fused([weight], PHASE.pattern, [PHASE.axis])
-    pruned.sum().backward()
-    torch.testing.assert_close(weight.grad, torch.ones_like(weight))
+    fused([weight], PHASE.pattern, [PHASE.axis])[0].sum().backward()  # what torch imports at first looks at some
+    with monkeypatch.context() as patch:
+        patch.setattr(inspect, "signature", lambda *_, **__: pytest.fail("torch looked at the signature"))
+        (pruned,) = fused([weight], PHASE.pattern, [PHASE.axis])
+        pruned.sum().backward()
+    torch.testing.assert_close(weight.grad, torch.full_like(weight, 2.0))
 
 
 def test_transforms_of_inputs_alone_take_plain_weights() -> None:
