@@ -48,7 +48,7 @@ def race(turns: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, 
     times: dict[str, list[float]] = {name: [] for name in turns}
     running = list(turns)
     for number in range(1, MOST_ROUNDS + 1):
-        for name in running if number % 2 else reversed(running):
+        for name in running if number % 2 else running[::-1]:
             times[name].append(turns[name]())
         first = _fastest_of({name: times[name] for name in running})
         spans = {name: _span(_ratios(times[name], times[first])) for name in running if name != first}
@@ -135,8 +135,9 @@ def fastest_on_gpu(
     for each in [*variants.values()] * 3:
         each()
     marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in variants}
+    names = list(variants)
     for number in range(rounds):
-        for name in reversed(variants) if number % 2 else variants:
+        for name in names[::-1] if number % 2 else names:
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             waste.zero_()
             torch.cuda._sleep(ABOUT_A_MILLISECOND)
