@@ -39,13 +39,15 @@ check: .venv/dev.stamp sanitize ## lint, formatting, types, layers, the C++ code
 sanitize: ## run the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(call kernels,$(CXX))
 
+neon: hint = (Debian: apt-get install g++-aarch64-linux-gnu qemu-user)
 neon: ## run the kernels as ARM code in an emulator
 	@$(call kernels,aarch64-linux-gnu-g++ qemu-aarch64)
 
+avx512: hint = (Debian: apt-get install libsimde-dev)
 avx512: ## run the AVX-512 kernels in plain C, on a machine without AVX-512
 	@$(call kernels,$(CXX) /usr/include/simde/x86/avx512.h)
 
-kernels = for each in $(1); do command -v $$each > /dev/null || test -e $$each || { echo "skipped: no $$each"; exit 0; }; done; \
+kernels = for each in $(1); do command -v $$each > /dev/null || test -e $$each || { echo "skipped: no $$each $(hint)"; exit 0; }; done; \
   $(MAKE) --no-print-directory -C csrc/tests $@ SECONDS=$(SECONDS)
 
 works-with: .venv/dev.stamp ## run what makes docs/works-with.md, on all nets, and write it

@@ -16,14 +16,14 @@ from openwork.inference.fold import as_it_was_made
 from openwork.inference.geometry import form_of, is_known
 from openwork.inference.layers import Packed as Packed
 from openwork.inference.layers import pack_layer
-from openwork.inference.plan import MARGIN, LayerTiming
+from openwork.inference.plan import LayerTiming
 from openwork.kernels.cpu.counts import too_dense
 from openwork.kernels.cpu.onednn import prepacked_linear
 from openwork.layouts.layout import KernelRefused, Kind, Request, kinds_on, refusal_of
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
 from openwork.utils.example import run
-from openwork.utils.timing import clock
+from openwork.utils.timing import MARGIN, clock
 
 _LAST = ", channels_last"
 

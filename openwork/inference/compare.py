@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -16,12 +17,16 @@ from torch import nn
 
 from openwork.engines.case import Case, Refused, first_line, in_dtype, write_program
 from openwork.engines.engine import ENGINES
-from openwork.engines.worker import Worker, in_rounds, medians, timed
+from openwork.engines.worker import Worker, timed
 from openwork.inference.packed_weight import bytes_held
 from openwork.inference.plan import OtherEngines
+from openwork.utils.timing import race
 
 MOST_BYTES = 2**30
 """Of a larger network the files and copies that engines need are too much to make unasked."""
+
+TURN = 0.15
+"""Seconds of a turn, and one run more that is not counted."""
 
 OFF = "OPENWORK_NO_ENGINES"
 """Set to 1 in the environment it turns all of this off."""
@@ -58,14 +63,19 @@ def other_engines(
             case = Case(Path(folder), precision, torch.get_num_threads())
             with Worker("openwork.engines.onnx_engines:installed", case, end - time.monotonic()) as worker:
                 left = end - time.monotonic()
-                turns = {name: partial(worker.turn, name, most=left) for name in worker.names}
+                turns = {name: partial(worker.turn, name, TURN, most=left) for name in worker.names}
+                turns[""] = partial(timed, returned, TURN)
                 with torch.inference_mode():
-                    found = medians(in_rounds({**turns, "": partial(timed, returned)}, seconds=1.0, rounds=3))
+                    found = race({name: partial(_median, turn) for name, turn in turns.items()}, min(10.0, left))
                 ours = found.pop("")
                 return OtherEngines(found, ours, {**missing, **worker.about["left out"]})
     except (Refused, OSError, RuntimeError) as error:  # a full disk is one or the other
         reason = str(error) if isinstance(error, Refused) else first_line(error)
         return OtherEngines(left_out={**missing, names: reason})
+
+
+def _median(turn: Callable[[], Sequence[float]]) -> float:
+    return statistics.median(turn())
 
 
 def _in_float32(model: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from openwork.inference.assemble import program_of
 from openwork.inference.choose import dense_variants, inputs_of, measure_layers, request_of
 from openwork.inference.fold import replace
 from openwork.inference.layers import Packed, pack_layer
-from openwork.inference.plan import MARGIN, Int8Network
+from openwork.inference.plan import Int8Network
 from openwork.inference.program import Call, Product
 from openwork.inference.ranges import Range, ranges_of
 from openwork.inference.traced import NotTraced, Traced, chains, traced
@@ -30,7 +30,7 @@ from openwork.layouts.layout import refusal_of
 from openwork.nm.pattern import Pattern
 from openwork.ops.bytes import MOST_TERMS, Form
 from openwork.utils.example import arguments, run
-from openwork.utils.timing import clock
+from openwork.utils.timing import MARGIN, clock
 from openwork.utils.torch_private import tree_leaves
 
 _DENSE = Pattern(4, 4)

@@ -13,10 +13,7 @@ from openwork.layouts.layout import Algorithm
 from openwork.nm.pattern import Pattern
 from openwork.utils.counted import counted
 from openwork.utils.table import aligned
-
-MARGIN = 0.97
-"""A sparse layer is chosen where it takes less than this share of the dense time: below, it may be noise."""
-
+from openwork.utils.timing import MARGIN
 
 INT8_NETWORK = "int8 network"
 """The name of the model whose activations are int8 from layer to layer, among whole models that are timed."""

@@ -16,7 +16,7 @@ from openwork.methods.schedule import Phase
 from openwork.nm.groups import Axis
 from openwork.nm.pattern import Pattern
 from openwork.ops import foreach_prune
-from openwork.utils.torch_private import is_transformed
+from openwork.utils.torch_private import is_transformed, transforms
 
 
 def straight_through(weights: Sequence[Tensor], pattern: Pattern, axes: Sequence[Axis]) -> list[Tensor]:
@@ -25,8 +25,14 @@ def straight_through(weights: Sequence[Tensor], pattern: Pattern, axes: Sequence
     pruned = foreach_prune([weight.detach() for weight in weights], pattern, axes)
     if any(_transformed(weight) for weight in weights):
         return [_with_derivative(*pair) for pair in zip(pruned, weights, strict=True)]
-    function = _StraightThrough if torch.compiler.is_compiling() else _StraightThroughWithTangents
+    function = _straight_through_here()
     return [function.apply(*pair) for pair in zip(weights, pruned, strict=True)]
+
+
+def _straight_through_here() -> Any:
+    if torch.compiler.is_compiling():
+        return _StraightThrough
+    return _StraightThroughWithTangents if transforms() else _StraightThroughAlone
 
 
 def masked(method: Method, weight: Tensor, mask: Tensor, phase: Phase, state: State) -> Tensor:
@@ -73,6 +79,18 @@ class _StraightThroughWithTangents(_StraightThrough):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         return tangent.clone()  # torch wants a tangent of the output's own
+
+
+class _StraightThroughAlone(torch.autograd.Function):
+    """The same where no transform of `torch.func` runs. With `setup_context` torch looks at the signature in every
+    call, a sixth of all that is done for a weight beside its kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, pruned: Tensor) -> Tensor:
+        return pruned.detach()
+
+    backward = _StraightThrough.backward
+    jvp = _StraightThroughWithTangents.jvp
 
 
 class _Masked(torch.autograd.Function):

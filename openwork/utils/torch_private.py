@@ -26,11 +26,18 @@ _is_wrapped: Callable[[Tensor], bool] | None = getattr(
     getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None
 )
 
+_are_active: Callable[[], bool] | None = getattr(torch._C, "_are_functorch_transforms_active", None)
+
 
 def is_transformed(tensor: Tensor) -> bool:
     """Whether `torch.func` (vmap, grad, jvp) put this tensor in the place of another. True where torch cannot say: the
     callers then do what is right for every tensor, slower. Since torch 2.0."""
     return True if _is_wrapped is None else _is_wrapped(tensor)
+
+
+def transforms() -> bool:
+    """Whether a transform of `torch.func` runs. True where torch cannot say, as above. Since torch 2.0."""
+    return True if _are_active is None else _are_active()
 
 
 def without_memory(subclass: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:

@@ -207,6 +207,14 @@ def test_how_groups_lie_in_memory(weight: Tensor, axis: Axis, expected: Any) -> 
     assert (found and (found.outer, found.length, found.inner, found.n, found.m)) == (expected and (*expected, 2, 4))
 
 
+def test_weights_that_lie_alike_are_looked_at_once() -> None:
+    a, b, c = torch.zeros(8, 16), torch.ones(8, 16), torch.zeros(16, 8).t()
+    assert native.groups_in_memory(a, 2, 4, Axis(1)) is native.groups_in_memory(b, 2, 4, Axis(1))
+    other = native.groups_in_memory(c, 2, 4, Axis(1))
+    assert other is not None
+    assert (other.outer, other.length, other.inner) == (1, 16, 8)
+
+
 @pytest.mark.parametrize("function", ["magnitude_mask", "apply_mask", "add_decay"])
 def test_weights_in_one_stretch_are_not_left_to_the_reference(isa: str, monkeypatch: Any, function: str) -> None:
     def refuse(*_: object) -> None:

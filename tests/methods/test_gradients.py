@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -221,3 +222,22 @@ def test_one_pass_compiles_in_one_graph() -> None:
     weight = weights().requires_grad_()
     torch.compile(fused_loss, fullgraph=True, backend="aot_eager")(weight).backward()
     assert torch.equal(weight.grad, torch.arange(1.0, 5.0).expand(3, 4))
+
+
+def test_a_forward_looks_at_no_signature(monkeypatch) -> None:
+    """It costs more than all else that is done for a small weight beside its kernel."""
+    weight = weights().requires_grad_()
+    fused([weight], PHASE.pattern, [PHASE.axis])[0].sum().backward()  # what torch imports at first looks at some
+    with monkeypatch.context() as patch:
+        patch.setattr(inspect, "signature", lambda *_, **__: pytest.fail("torch looked at the signature"))
+        (pruned,) = fused([weight], PHASE.pattern, [PHASE.axis])
+        pruned.sum().backward()
+    torch.testing.assert_close(weight.grad, torch.full_like(weight, 2.0))
+
+
+def test_transforms_of_inputs_alone_take_plain_weights() -> None:
+    """The weight itself is not wrapped then."""
+    weight, x = weights(), torch.randn(5, weights().shape[1])
+    (pruned,) = fused([weight], PHASE.pattern, [PHASE.axis])
+    found = torch.func.vmap(lambda row: fused([weight], PHASE.pattern, [PHASE.axis])[0] @ row)(x)
+    torch.testing.assert_close(found, x @ pruned.t())

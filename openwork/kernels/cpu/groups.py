@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from torch import Tensor
@@ -15,9 +16,14 @@ def groups_in_memory(weight: Tensor, n: int, m: int, axis: Axis) -> Groups | Non
     three nested loops: views with gaps or overlaps, flat groups of a weight that is not contiguous."""
     if axis.flat:
         return Groups(1, weight.numel(), 1, n, m) if weight.is_contiguous() else None
-    order = sorted(range(weight.ndim), key=lambda dim: (weight.stride(dim), weight.shape[dim] != 1), reverse=True)
-    sizes = [weight.shape[dim] for dim in order]
-    if any(weight.stride(d) != math.prod(sizes[i + 1 :]) for i, d in enumerate(order) if weight.shape[d] != 1):
+    return _nested(tuple(weight.shape), weight.stride(), n, m, axis)
+
+
+@functools.lru_cache(maxsize=1024)  # a weight is asked for in every step, and nobody writes to what is returned
+def _nested(shape: tuple[int, ...], strides: tuple[int, ...], n: int, m: int, axis: Axis) -> Groups | None:
+    order = sorted(range(len(shape)), key=lambda dim: (strides[dim], shape[dim] != 1), reverse=True)
+    sizes = [shape[dim] for dim in order]
+    if any(strides[d] != math.prod(sizes[i + 1 :]) for i, d in enumerate(order) if shape[d] != 1):
         return None
     at = order.index(axis.dim)
     length = sizes[at] // axis.blocks
