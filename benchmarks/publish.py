@@ -53,7 +53,8 @@ def publish(run: Path, out: Path) -> str:
         score = scores(task, config, build_trained(task, config, data, out), data)[metric.key]
         if abs(score - exact) < (row.std or 0) / 2:
             break
-    size = RunDir(out).model.stat().st_size, 4 * sum(value.numel() for value in net.state_dict().values())
+    once = {value.data_ptr(): value.numel() for value in net.state_dict().values()}  # tied weights
+    size = RunDir(out).model.stat().st_size, 4 * sum(once.values())
     card = card_of(out, values, metric, {"stored": score, "trained": exact}, dtype, size, (row, dense))
     write_text(out / "README.md", card)
     return card

@@ -24,7 +24,7 @@ def run(name: str, monkeypatch, capsys, *words: object) -> str:
 
 def test_translate(monkeypatch, capsys):
     said = run("translate", monkeypatch, capsys, "Tom is my friend.", "Where are you?")
-    assert said.splitlines() == ["Tom is my friend.  ->  Tom ist mein Freund.", "Where are you?  ->  Wo bist du?"]
+    assert said.splitlines() == ["Tom is my friend.  ->  Tom ist mein Freund.", "Where are you?  ->  Wo sind Sie?"]
 
 
 @needs_data
