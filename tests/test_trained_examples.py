@@ -33,7 +33,8 @@ def test_classify(monkeypatch, capsys, tmp_path):
 
     out = tmp_path / "sheet.png"
     said = run("classify", monkeypatch, capsys, f"fashion-mnist={DATA}/fashion-mnist", "--out", out)
-    assert said.startswith(f"{out}: 2") and said.endswith("of 32 answers are right, the others are red")
+    assert said.startswith(f"{out}: 2")
+    assert said.endswith("of 32 answers are right, the others are red")
     assert Image.open(out).size == (8 * 84, 4 * 98)
 
 

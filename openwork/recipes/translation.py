@@ -141,8 +141,8 @@ class Translation(DistillableTask):
     def stand_in(self, config: TranslationConfig, facts: Mapping[str, Any]) -> Data | None:
         """Generated numbers in the subwords of the run."""
         known = [path for path in vocabularies(config)[:1] if path.exists()]
-        few = (partial(number_words.pairs, _STAND_IN, part) for part in (False, True))
-        return load_text(*few, config.vocabulary, config.max_length, known) if known else None
+        train, val = (partial(number_words.pairs, _STAND_IN, part) for part in (False, True))
+        return load_text(train, val, config.vocabulary, config.max_length, known) if known else None
 
     def save_artifacts(self, data: Data, folder: Path) -> None:
         write_text(folder / _VOCABULARY, data.info.tokenizer.to_str())
