@@ -24,7 +24,7 @@ from openwork.recipes.divergence import Diverged, bad_weights, first_cause, is_f
 from openwork.recipes.draws import batch_indices, seed_step
 from openwork.recipes.mask_schedules import in_force
 from openwork.recipes.models import allow_torchvision
-from openwork.recipes.parallel import build_strategy, shard, share_statistics
+from openwork.recipes.parallel import build_strategy, full_copy, gather, shard
 from openwork.recipes.rundir import RunDir
 from openwork.recipes.task import DistillableTask, Task
 from openwork.utils.counted import counted
@@ -64,7 +64,8 @@ class TaskModule(pl.LightningModule):
         teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self._teacher = (teacher,)  # in a tuple it is no part of the module: not sharded, synchronized or saved
+        # In tuples they are no parts of the module: not sharded, synchronized or saved.
+        self._teacher, self._full = (teacher,), (full_copy(config, net),)
         self.task, self.net, self.config, self.data, self.run = task, net, config, data, run
         self.interruption = interruption
         self.step = 0
@@ -204,14 +205,19 @@ class TaskModule(pl.LightningModule):
             self.interruption.check()
         self._last_tick = None
         self._predictions: list[Any] = []
-        if self._sharded:
-            share_statistics(self.net)
+        self._validated = self.whole().eval()
+
+    def whole(self) -> nn.Module:
+        """The network as one process uses it alone: validation samples do not divide evenly, nor do translations take
+        the same number of steps, and processes that share a network would wait for each other. Each of them must ask.
+        """
+        return gather(self.net, self._full[0])
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         if self.trainer.world_size == 1:
             self.interruption.check()
         if batch != ():  # of a process without a sample
-            self._predictions += self.task.predictions(self.net, batch)
+            self._predictions += self.task.predictions(self._validated, batch)
 
     def on_validation_epoch_end(self) -> None:
         self.scores = self.task.compute_metrics(self._gathered(), self.data)

@@ -27,7 +27,6 @@ from openwork.recipes.lock import locked
 from openwork.recipes.mask_schedules import check_length
 from openwork.recipes.method_flags import build_method, ends_sparse, mask_steps
 from openwork.recipes.module import TaskModule, build_trainer
-from openwork.recipes.parallel import full_copy, gather
 from openwork.recipes.report import write_report
 from openwork.recipes.rundir import RunDir, first_process, read_lines
 from openwork.recipes.summary import flip_rates
@@ -126,10 +125,9 @@ def train_in(
         run.write_network(task.network_facts(data))
     layer = shown_layer(report)
     start = mask_rows(net, layer)
-    full = full_copy(config, net)
     try:
         module, trainer = fit(task, config, data, net, run, callbacks, interruption, teacher)
-        net = module.net = gather(net, full)
+        net = module.net = module.whole()
         mask = {"layer": layer, "start": start, "end": mask_rows(net, layer)}
         if ends_sparse(values_of(config)):
             ow.verify(net)
