@@ -33,16 +33,16 @@ _SCALES = "openwork_scales"  # in the names of the scales of activations
 
 def int8_module(
     model: nn.Module, example: Any, pattern: Selection | PatternChoice | None, calibrate: Iterable[Any]
-) -> tuple[nn.Module, Int8Network]:
-    """What torch.onnx.export writes as the network in int8, called like the model, and which layers are. Raises
-    ValueError where none is."""
+) -> tuple[nn.Module | None, Int8Network]:
+    """What torch.onnx.export writes as the network in int8, called like the model, and which layers are; None where
+    none is, with the reason."""
     batches = checked_batches(calibrate, torch.int8, torch.device("cpu"))
     with torch.inference_mode(False):
         dense, patterns, _ = inference_copy(model, pattern, torch.int8)
         fold_batch_norm(dense, example)
         network, report = calibrated(dense, example, patterns, batches)
         if network is None:
-            raise ValueError(f"calibrate: no int8 network, {report.reason}; leave calibrate out")
+            return None, report
         names = [name.removesuffix(".weight") for name in report.chosen]
         program = network.program(names)
         stored = {name: _stored(network.layers[name]) for name in names}

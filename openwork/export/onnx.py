@@ -96,20 +96,25 @@ def to_onnx(
     if weight_dtype not in (torch.float32, torch.int8) or (weight_dtype == torch.int8 and operators == "standard"):
         raise ValueError(f"weight_dtype={weight_dtype}: float32, or int8 with operators='openwork'")
     if calibrate is not None and weight_dtype != torch.int8:
-        raise ValueError("calibrate is for weight_dtype=torch.int8 with operators='openwork'")
+        raise ValueError(
+            "calibrate is for weight_dtype=torch.int8 with operators='openwork' (--weight-dtype int8 --to onnxruntime)"
+        )
     inner = unwrap(model)
     check_not_deployed(inner, "exporting to ONNX")
     recorded = patterns(inner, masked_by_name(inner), pattern)
     plain, renamed = folded(model)
     recorded = {renamed.get(name, name): placed for name, placed in recorded.items()}
-    written, network = (plain, None) if calibrate is None else int8_module(inner, example, pattern, calibrate)
+    int8, network = (None, None) if calibrate is None else int8_module(inner, example, pattern, calibrate)
+    if network is not None and network.reason:
+        warnings.warn(f"calibrate: no int8 network, layer by layer instead: {network.reason}", stacklevel=2)
+    written = plain if int8 is None else int8
     with quiet(written):
         exported = _exported(written, example, dynamic_shapes, opset)
     _rename(exported.model.graph, input_names, output_names)
     transposed = _finish(exported, linear)
     kept = _kept(exported.model, recorded, transposed)
     if operators == "openwork":
-        write_operators(exported.model, kept, weight_dtype if calibrate is None else torch.float32)
+        write_operators(exported.model, kept, weight_dtype if int8 is None else torch.float32)
     dense = dense_names(constant_products(exported.model), kept)
     exported.model.metadata_props.update({KEY: as_metadata(kept), DENSE_KEY: as_metadata(dense)})
     target = Path(os.path.realpath(path))

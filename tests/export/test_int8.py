@@ -80,7 +80,7 @@ def test_a_network_gives_the_outputs_of_deploy_bit_for_bit(exported) -> None:
     model, path, done = exported
     fast = deployed(model, IMAGES, PATTERNS)  # and the model is as it was
     assert fast.deployment.returned == "int8 network"
-    assert done.network == fast.deployment.network
+    assert done.network.errors == fast.deployment.network.errors
     for x in (IMAGES, torch.randn(5, 3, 12, 12), IMAGES[:1]):
         for threads in (1, 3):
             assert torch.equal(ran(path, x, threads), fast(x))
@@ -154,11 +154,6 @@ def test_the_file_is_verified_and_small(exported, tmp_path: Path, capsys: pytest
         session(path.read_bytes())
 
 
-class Branches(ResNet):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x if x.sum() > 0 else x + 1)
-
-
 def test_what_cannot_be_is_an_error(tmp_path: Path) -> None:
     model, path = network(ResNet), tmp_path / "net.onnx"
     for changed, message in (
@@ -169,17 +164,23 @@ def test_what_cannot_be_is_an_error(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             written(model, path, **changed)
-    with pytest.raises(ValueError, match=r"no int8 network, torch\.export does not take it.*leave calibrate out"):
-        written(network(Branches), path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_no_layer_is_for_bytes_each_quantizes_what_comes(tmp_path: Path) -> None:
+    model, path, x = nn.Sequential(nn.Linear(64, 8)).eval(), tmp_path / "net.onnx", torch.randn(2, 64)
+    ow.project(model, "2:4")
     before = native.isa()
     assert before is not None
     kernels.use_isa("avx2")
     try:
-        with pytest.raises(ValueError, match="this CPU has no dot products"):
-            written(model, path)
+        with pytest.warns(UserWarning, match="no int8 network, layer by layer instead: .*this CPU has no dot products"):
+            done = written(model, path, x, "2:4")
     finally:
         kernels.use_isa(before.name)
-    assert not list(tmp_path.iterdir())
+    assert "this CPU has no dot products" in done.network.reason
+    assert operators(path) == ["SparseLinear"]
+    assert [each.dtype for each in done.matmuls] == ["int8"]
 
 
 def test_a_model_in_training_is_written_as_finalized(tmp_path: Path) -> None:
@@ -192,6 +193,25 @@ def test_a_model_in_training_is_written_as_finalized(tmp_path: Path) -> None:
         done = written(model, tmp_path / "net.onnx", x, None)
     assert [each.op for each in done.matmuls] == ["QSparseLinear", "QSparseLinearToFloat"]
     assert model.training
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "int8_command.py").write_text(
+        "import torch, openwork as ow\ndef network():\n    torch.manual_seed(0)\n"
+        "    model = torch.nn.Sequential(torch.nn.Linear(64, 8)).eval()\n    ow.project(model, '2:4')\n"
+        "    return model\n"
+    )
+    np.save(tmp_path / "samples.npy", np.random.default_rng(0).normal(size=(20, 64)).astype(np.float32))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["export", "int8_command:network", "--input", "1x64", "--out", "net.onnx", "--pattern", "2:4"]
+    words += ["--to", "onnxruntime", "--calibrate", "samples.npy"]
+    assert main([*words, "--weight-dtype", "int8"]) == 0
+    out = capsys.readouterr().out
+    assert "int8 network: 1 of 1 layers on bytes" in out
+    assert operators(tmp_path / "net.onnx") == ["QuantizeLinear", "QSparseLinearToFloat"]
+    assert main(words) != 0
+    assert "--weight-dtype int8" in capsys.readouterr().err
 
 
 _ALONE = """
