@@ -76,6 +76,8 @@ def write_operators(model: ir.Model, kept: Mapping[str, Pattern], dtype: torch.d
             "weights or fewer, so nothing would be sparse: give pattern='2:4' or leave operators out"
         )
     write_normalizations(graph, DOMAIN)
+    for node in graph:
+        node.doc_string = HINT.partition(" and then ")[0].rstrip(",") if node.domain == DOMAIN else node.doc_string
     graph.opset_imports[DOMAIN] = VERSION
     model.doc_string = HINT
     model.metadata_props[HINT_KEY] = HINT
@@ -172,7 +174,6 @@ def _replace(graph: ir.Graph, layer: _Layer, pattern: Pattern, packed: tuple[ir.
     while inputs[-1] is None:
         inputs.pop()
     new = ir.node("SparseConv2d" if is_conv else "SparseLinear", inputs, attributes, domain=DOMAIN, name=node.name)
-    new.doc_string = HINT.partition(" and then ")[0].rstrip(",")
     ir.convenience.replace_nodes_and_values(graph, last, layer.old, [new], last.outputs, new.outputs)
 
 

@@ -140,6 +140,7 @@ def test_the_file_is_verified_and_small(exported, tmp_path: Path, capsys: pytest
     assert set(found.values()) == {("2:4", True)}
     names = {each.name for each in onnx.load(path).graph.initializer}
     assert {"blocks.0.conv1.weight.values", "head.weight.indices", "head.bias"} <= names
+    assert "pip install openwork" in onnx.load(path).graph.node[2].doc_string
     assert done.nbytes < 0.5 * sum(each.numel() for each in model.parameters()) * 4
     assert main(["verify", str(path)]) == 0
     assert "6 of 7 matmuls held" in capsys.readouterr().out
