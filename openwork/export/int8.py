@@ -128,7 +128,7 @@ def _product(product: Product, holder: Any, x: Tensor, residual: Tensor | None =
     shape = (x.shape[0], *conv.output_size(x.shape[2], x.shape[3]), layer.dense_shape[0])
     inputs += [] if residual is None else [_channels_last(residual)]
     y = _symbolic(f"QSparseConv2d{to}", (_channels_last(x), *inputs), attributes, dtype, shape)
-    images: Any = y.permute(0, 3, 1, 2)
+    images: Any = y.permute(0, 3, 1, 2).contiguous()  # pooling takes a way of its own for channels that lie last
     images.channels_last = y
     return images
 

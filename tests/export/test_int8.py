@@ -196,6 +196,28 @@ def test_a_model_in_training_is_written_as_finalized(tmp_path: Path) -> None:
     assert model.training
 
 
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool, self.last = nn.Conv2d(8, 64, 3), nn.MaxPool2d(3, 2, 1), nn.Conv2d(64, 64, 1)
+        self.average, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.average(self.last(self.pool(self.conv(x).relu()))).flatten(1))
+
+
+@torch.no_grad()
+def test_pooled_images(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, path, x = Pooled().eval(), tmp_path / "net.onnx", torch.randn(2, 8, 9, 9)
+    ow.project(model, "2:4")
+    written(model, path, x, "2:4", **BATCH)
+    fast = deployed(model, x, "2:4")
+    for each in (x, torch.randn(3, 8, 9, 9)):
+        torch.testing.assert_close(ran(path, each), fast(each), rtol=1e-3, atol=1e-3)
+    assert not {"Gather", "ScatterND", "Range"} & {*operators(path)}
+
+
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "int8_command.py").write_text(
         "import torch, openwork as ow\ndef network():\n    torch.manual_seed(0)\n"
