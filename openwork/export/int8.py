@@ -23,7 +23,7 @@ from openwork.inference.fold import fold_batch_norm, replace
 from openwork.inference.int8_network import calibrated
 from openwork.inference.layers import Packed, PackedConv2d
 from openwork.inference.plan import Int8Network
-from openwork.inference.program import Product, Program, Step
+from openwork.inference.program import Filled, Product, Program, Step
 from openwork.nm.groups import Axis
 from openwork.ops.bytes import form_of
 from openwork.training.selection import PatternChoice, Selection
@@ -90,6 +90,8 @@ def _for_onnx(step: Step, stored: dict[int, Any], scales: nn.ModuleList) -> Step
     if isinstance(step.function, Product):
         function: Callable[..., Any] = partial(_product, step.function, stored[id(step.function.layer)])
         return dataclasses.replace(step, function=function)
+    if isinstance(step.function, Filled) and step.function.function is torch.ops.aten.max_pool2d.default:
+        return dataclasses.replace(step, function=Filled(_pooled, *step.function.arguments, step.function.refs))
     operators = {torch.ops.openwork.to_bytes.default: _quantized, torch.ops.openwork.from_bytes.default: _dequantized}
     if (operator := operators.get(step.function)) is None:  # type: ignore[call-overload]
         return step
@@ -101,7 +103,23 @@ def _for_onnx(step: Step, stored: dict[int, Any], scales: nn.ModuleList) -> Step
     return dataclasses.replace(step, function=partial(operator, of), args=(x,))
 
 
+def _pooled(images: Tensor, *args: Any) -> Tensor:
+    y: Any = torch.ops.aten.max_pool2d.default(images, *args)
+    y.pooled = images, args
+    return y
+
+
 def _quantized(of: Any, x: Tensor) -> Tensor:
+    """What is pooled is quantized before: the same bytes. ONNX Runtime would move QuantizeLinear there itself, and pool
+    bytes whose channels come first, which takes it as long as many a product."""
+    images, (kernel, *rest) = getattr(x, "pooled", (x, ((),)))
+    if len(rest) in (1, 2) and len(kernel) == len(rest[0]) == 2 and hasattr(images, "channels_last"):
+        high, wide = rest[1] if len(rest) == 2 else (0, 0)
+        attributes = {"kernel_shape": list(kernel), "strides": list(rest[0]), "pads": [high, wide, high, wide]}
+        last = images.channels_last
+        whole = _symbolic("QuantizeLinear", (last, of.scale, of.zero_point), {}, torch.uint8, last.shape)
+        shape = (x.shape[0], *x.shape[2:], x.shape[1])
+        return _images(_symbolic("com.microsoft::NhwcMaxPool", (whole,), attributes, torch.uint8, shape))
     return _symbolic("QuantizeLinear", (x, of.scale, of.zero_point), {}, torch.uint8, x.shape)
 
 
@@ -127,7 +145,11 @@ def _product(product: Product, holder: Any, x: Tensor, residual: Tensor | None =
     attributes |= {"strides": list(conv.stride), "pads": [*conv.padding] * 2, "dilations": list(conv.dilation)}
     shape = (x.shape[0], *conv.output_size(x.shape[2], x.shape[3]), layer.dense_shape[0])
     inputs += [] if residual is None else [_channels_last(residual)]
-    y = _symbolic(f"QSparseConv2d{to}", (_channels_last(x), *inputs), attributes, dtype, shape)
+    return _images(_symbolic(f"QSparseConv2d{to}", (_channels_last(x), *inputs), attributes, dtype, shape))
+
+
+def _images(y: Tensor) -> Tensor:
+    """(N, H, W, C) as (N, C, H, W)."""
     images: Any = y.permute(0, 3, 1, 2).contiguous()  # pooling takes a way of its own for channels that lie last
     images.channels_last = y
     return images
@@ -141,6 +163,6 @@ def _channels_last(images: Tensor) -> Tensor:
 
 def _symbolic(operator: str, inputs: Any, attributes: dict[str, Any], dtype: torch.dtype, shape: Any) -> Tensor:
     ours = operator in BYTES_OPERATORS
-    name, version = (f"{DOMAIN}::{operator}", VERSION) if ours else (operator, None)
+    name, version = (f"{DOMAIN}::{operator}", VERSION) if ours else (operator, 1 if "::" in operator else None)
     y: Tensor = torch.onnx.ops.symbolic(name, inputs, attributes, dtype=dtype, shape=shape, version=version)
     return y

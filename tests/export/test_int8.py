@@ -215,7 +215,8 @@ def test_pooled_images(tmp_path: Path) -> None:
     fast = deployed(model, x, "2:4")
     for each in (x, torch.randn(3, 8, 9, 9)):
         torch.testing.assert_close(ran(path, each), fast(each), rtol=1e-3, atol=1e-3)
-    assert not {"Gather", "ScatterND", "Range"} & {*operators(path)}
+    assert not {"Gather", "ScatterND", "Range", "MaxPool"} & {*operators(path)}
+    assert operators(path).count("NhwcMaxPool") == 1
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
