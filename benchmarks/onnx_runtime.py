@@ -107,6 +107,11 @@ def folder_of(row: Row, asked: argparse.Namespace) -> Path:
     return asked.folder / row.network / row.pattern.replace(":", "of")
 
 
+def file_of(folder: Path, precision: str) -> Path:
+    """The sparse network for ONNX Runtime; in int8 from layer to layer."""
+    return folder / ("int8-network.onnx" if precision == "int8" else f"{precision}.onnx")
+
+
 def prepare(row: Row, asked: argparse.Namespace) -> None:
     """Write the files of a row, as far as they are not there: the dense network for the engines of others, the sparse
     one as a module, and for ONNX Runtime with our operators."""
@@ -119,13 +124,14 @@ def prepare(row: Row, asked: argparse.Namespace) -> None:
         write_program(dense, model, example)
         Worker("openwork.engines.onnx_files:write_onnx", Case(dense, "int8", asked.threads)).close()
         (dense / "done").touch()
-    file = sparse / f"{row.precision}.onnx"
+    file = file_of(sparse, row.precision)
     if not file.exists():
         model, example = sparse_of(row.network, row.pattern, asked), dense_of(row.network, asked)[1]
         write_module(sparse, model, example)
         given = list(example.values()) if isinstance(example, Mapping) else [example]
         torch.save(given, sparse / "inputs.pt")
         options: dict[str, Any] = {"operators": "openwork", "pattern": selection(row.network, row.pattern)}
+        options |= {"calibrate": [example]} if row.precision == "int8" else {}  # as `deployed` does
         done = to_onnx(model, example, file, weight_dtype=getattr(torch, row.precision), **options)
         print(f"{row}: {file.name} {done.nbytes / 1e6:.1f} MB, difference {done.difference}", flush=True)
 
@@ -137,7 +143,7 @@ def ours(case: Case) -> Prepared:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = case.threads
     options.register_custom_ops_library(ow.onnxruntime_library())
-    file = str(case.folder / f"{case.precision}.onnx")
+    file = str(file_of(case.folder, case.precision))
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     feed = dict(zip((each.name for each in session.get_inputs()), case.inputs(), strict=True))
     return Prepared({"": lambda: session.run(None, feed)}, f"ONNX Runtime {onnxruntime.__version__}")
@@ -152,7 +158,7 @@ def first_outputs(row: Row, asked: argparse.Namespace) -> dict[str, float]:
     threads, inputs = str(asked.threads), str(sparse / "inputs.npz")
     file = dense / ("int8.onnx" if row.precision == "int8" else "model.onnx")
     commands = {
-        OURS: [IN_ONNX_RUNTIME, str(sparse / f"{row.precision}.onnx"), inputs, threads, ow.onnxruntime_library()],
+        OURS: [IN_ONNX_RUNTIME, str(file_of(sparse, row.precision)), inputs, threads, ow.onnxruntime_library()],
         DENSE[0]: [IN_ONNX_RUNTIME, str(file), inputs, threads],
         DEPLOYED: [IN_TORCH, str(sparse / "deployed.pt"), threads],
     }
@@ -227,7 +233,7 @@ def _worker(what: str, target: str, case: Case, stack: ExitStack) -> Worker | No
 
 def _bytes(way: str, row: Row, asked: argparse.Namespace) -> int:
     files = {
-        OURS: folder_of(row, asked) / f"{row.precision}.onnx",
+        OURS: file_of(folder_of(row, asked), row.precision),
         DENSE[0]: asked.folder / row.network / ("int8.onnx" if row.precision == "int8" else "model.onnx"),
     }
     return files[way].stat().st_size if way in files else 0

@@ -78,17 +78,29 @@ Tensor tensor_of(const Table* table, const Value* value) {
   return tensor;
 }
 
-float* output_of(const Table* table, KernelContext* context, const std::vector<int64_t>& shape, size_t index) {
+Tensor input_of(const Table* table, const KernelContext* context, size_t index) {
+  const Value* value = nullptr;
+  check(KernelContext_GetInput::call(table, context, index, &value));
+  return tensor_of(table, value);
+}
+
+void* output_of(const Table* table, KernelContext* context, const std::vector<int64_t>& shape, size_t index) {
   Value* value = nullptr;
   void* data = nullptr;
   check(KernelContext_GetOutput::call(table, context, index, shape.data(), shape.size(), &value));
   check(GetTensorMutableData::call(table, value, &data));
-  return (float*)data;
+  return data;
 }
 
 int64_t Node::number(const char* name) const {
   int64_t value = 0;
   check(KernelInfoGetAttribute_int64::call(table, info, name, &value));
+  return value;
+}
+
+float Node::real(const char* name) const {
+  float value = 0;
+  check(KernelInfoGetAttribute_float::call(table, info, name, &value));
   return value;
 }
 

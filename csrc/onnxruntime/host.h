@@ -48,13 +48,15 @@ struct Tensor {
   }
 };
 Tensor tensor_of(const Table* table, const Value* value);
-float* output_of(const Table* table, KernelContext* context, const std::vector<int64_t>& shape, size_t index = 0);
+Tensor input_of(const Table* table, const KernelContext* context, size_t index);
+void* output_of(const Table* table, KernelContext* context, const std::vector<int64_t>& shape, size_t index = 0);
 
 // A node while its kernel is made.
 struct Node {
   const Table* table;
   const KernelInfo* info;
   int64_t number(const char* name) const;
+  float real(const char* name) const;
   std::vector<int64_t> numbers(const char* name, size_t count) const;
   bool has_input(size_t index) const;
   Tensor constant(size_t index, const char* name) const;  // raises Refused where it is none

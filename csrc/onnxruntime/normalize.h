@@ -13,17 +13,17 @@ namespace openwork {
 namespace ort {
 
 struct AddLayerNormalization {
+  static constexpr int kOutput = kFloat;
   static constexpr size_t kInputs = 4, kOutputs = 2;  // x, added, scale, bias; the second output, the sum, may be left out
   static int input_type(const CustomOp*, size_t) { return kFloat; }
 
   const Table* table;
-  float epsilon = 0;
+  float epsilon;
   Numbers<float> scale, bias;
   bool has_sum;
   std::atomic<bool> seen_threads{false};
 
-  explicit AddLayerNormalization(const Node& node) : table(node.table) {
-    check(KernelInfoGetAttribute_float::call(table, node.info, "epsilon", &epsilon));
+  explicit AddLayerNormalization(const Node& node) : table(node.table), epsilon(node.real("epsilon")) {
     if (!(epsilon >= 0)) throw Refused("epsilon = " + std::to_string(epsilon) + "; needed 0 or more");
     scale = vector_of(node, 2, "scale");
     if (node.has_input(3)) bias = vector_of(node, 3, "bias");
@@ -42,15 +42,12 @@ struct AddLayerNormalization {
   }
 
   void compute(KernelContext* context) {
-    const Value *first = nullptr, *second = nullptr;
-    check(KernelContext_GetInput::call(table, context, 0, &first));
-    check(KernelContext_GetInput::call(table, context, 1, &second));
-    const Tensor x = tensor_of(table, first), added = tensor_of(table, second);
+    const Tensor x = input_of(table, context, 0), added = input_of(table, context, 1);
     const int64_t size = scale.size();
     if (x.type != kFloat || added.type != kFloat || x.shape.empty() || x.shape.back() != size || added.shape != x.shape)
       throw Refused("inputs " + text_of(x.shape) + " and " + text_of(added.shape) + "; needed equal ones, (..., " + std::to_string(size) + ")");
-    float* y = output_of(table, context, x.shape);
-    float* sum = has_sum ? output_of(table, context, x.shape, 1) : y;
+    float* y = (float*)output_of(table, context, x.shape);
+    float* sum = has_sum ? (float*)output_of(table, context, x.shape, 1) : y;
     const float *a = (const float*)x.data, *b = (const float*)added.data;
     const Threads threads(table, context, &seen_threads);
     parallel_for(x.size() / size, 1 + 8192 / size, [&](int64_t from, int64_t to) {

@@ -1,12 +1,13 @@
-// The operators of domain `openwork`: SparseLinear and SparseConv2d, and AddLayerNormalization (normalize.h). Inputs: data (float32), `values` and `indices` of the
-// compressed weight (docs/format.md), optionally `bias`, and `scales` where the values are int8, one an output, all constant; and of
-// a convolution `added`, of the output's shape, as a residual connection adds it. Weights are checked and packed when a session is
-// made. Of int8 the data is quantized as it comes: one scale a row, or an image.
+// The operators of domain `openwork`: SparseLinear and SparseConv2d, those on bytes (bytes.h), and AddLayerNormalization (normalize.h).
+// Inputs: data (float32), `values` and `indices` of the compressed weight (docs/format.md), optionally `bias`, and `scales` where the
+// values are int8, one an output, all constant; and of a convolution `added`, of the output's shape, as a residual connection adds it.
+// Weights are checked and packed when a session is made. Of int8 the data is quantized as it comes: one scale a row, or an image.
 //
 //   B = rows of input, O = outputs, K = inputs
 #include <cstring>
 #include <mutex>
 
+#include "bytes.h"
 #include "normalize.h"
 #include "quantize.h"
 #include "sparse.h"
@@ -21,11 +22,10 @@ constexpr int64_t kGemvRows = 16;  // at so many GEMV still takes half of GEMM's
 struct Linear : Sparse {
   static constexpr size_t kInputs = 5, kOutputs = 1;
   PackedGemv gemv;
-  PackedDotProduct dots;  // of int8, for any number of rows, where the processor has them
 
   explicit Linear(const Node& node) : Sparse(node) {
     read(node, node.numbers("shape", 2));
-    if (has_dot_product(*kernels, weight)) {
+    if (has_dot_product(*kernels, weight)) {  // for any number of rows
       dots = pack_dot_product(*kernels, weight);
       forget();
       return;
@@ -48,20 +48,22 @@ struct Linear : Sparse {
   }
 
   void compute(KernelContext* context) {
-    const Value* given = nullptr;
-    check(KernelContext_GetInput::call(table, context, 0, &given));
-    const Tensor x = tensor_of(table, given);
+    const Tensor x = input_of(table, context, 0);
     const int64_t K = weight.length, O = weight.outputs;
     if (x.type != kFloat || x.shape.empty() || x.shape.back() != K)
       throw Refused("input " + text_of(x.shape) + "; needed (..., " + std::to_string(K) + ") of float32");
     std::vector<int64_t> shape = x.shape;
     shape.back() = O;
-    float* y = output_of(table, context, shape);
+    float* y = (float*)output_of(table, context, shape);
     const int64_t B = x.size() / K;
     if (!B) return;
     const Threads threads(table, context, &seen_threads);
     const float* data = (const float*)x.data;
-    if (dots.blocks) return multiply_dots(data, B, y);
+    if (dots.blocks) {
+      DotProduct call{};
+      call.x = data, call.x_stride = call.K = K, call.batch = B, call.y = y;
+      return multiply_dots(call);
+    }
     if (gemm.tile && (B > kGemvRows || !gemv.blocks)) return multiply(data, B, y);
     for (int64_t b = 0; b < B; b += kGemvRows) multiply_few(data + b * K, lesser(kGemvRows, B - b), y + b * O);
   }
@@ -70,17 +72,6 @@ struct Linear : Sparse {
     GemmLinear call{gemm_weight(weight.length), x, y, nullptr, B, weight.length, weight.outputs, activation};
     call.scratch = scratch_of(openwork_gemm_linear_scratch(kernels, &call));
     done(openwork_gemm_linear(kernels, &call));
-  }
-
-  void multiply_dots(const float* x, int64_t B, float* y) {
-    const int64_t K = weight.length, O = weight.outputs, workers = seen_threads ? processors() : 1;
-    DotProduct call{};
-    call.values = dots.values.data(), call.indices = dots.indices.data(), call.windows = dots.windows, call.blocks = dots.blocks;
-    call.x = x, call.x_stride = call.K = K, call.bias = bias.data(), call.scales = scales.data();
-    call.y = y, call.y_stride = call.outputs = O, call.batch = B, call.steps = dots.steps, call.activation = activation;
-    call.packed = scratch_of(openwork_dot_product_scratch(kernels, &call, workers));
-    call.x_scales = memory<4>(size_t(B));
-    done(openwork_dot_product(kernels, &call, kInt8, workers));
   }
 
   Gemv call_of(const void* x, const float* bias, float* y, int64_t B) const {
@@ -128,65 +119,33 @@ struct Linear : Sparse {
 
 struct Conv2d : Sparse {
   static constexpr size_t kInputs = 6, kOutputs = 1;
-  std::vector<int64_t> kernel, stride, pads, dilation;  // pads: above, left, below, right
-  int64_t groups, channels;                             // of one group
-  bool has_added;
+  const Geometry geometry;
+  int64_t groups, channels;  // of one group
 
-  explicit Conv2d(const Node& node) : Sparse(node) {
-    const std::vector<int64_t> shape = node.numbers("shape", 4);
-    kernel = {shape[2], shape[3]}, channels = shape[1];
-    stride = positive(node, "strides", 1), dilation = positive(node, "dilations", 1);
-    pads = node.numbers("pads", 4), groups = node.number("group");
-    for (int64_t pad : pads)
-      if (pad < 0 || pad > kMost) throw Refused("pads " + text_of(pads));
-    if (groups < 1 || groups > kMost || shape[0] % groups)
-      throw Refused("group = " + std::to_string(groups) + " of " + std::to_string(shape[0]) + " outputs");
-    read(node, shape);
+  explicit Conv2d(const Node& node) : Sparse(node), geometry(node), groups(node.number("group")), channels(geometry.shape[1]) {
+    if (groups < 1 || groups > kMost || geometry.shape[0] % groups)
+      throw Refused("group = " + std::to_string(groups) + " of " + std::to_string(geometry.shape[0]) + " outputs");
+    read(node, geometry.shape);
     gemm = pack_gemm(*kernels, weight);
-    has_added = node.has_input(5);
     forget();
   }
 
-  static std::vector<int64_t> positive(const Node& node, const char* name, int64_t least) {
-    const std::vector<int64_t> values = node.numbers(name, 2);
-    for (int64_t value : values)
-      if (value < least || value > kMost) throw Refused(std::string(name) + " " + text_of(values));
-    return values;
-  }
-
-  int64_t output_along(int dim, int64_t size) const {
-    const int64_t room = size + pads[dim] + pads[dim + 2] - dilation[dim] * (kernel[dim] - 1) - 1;
-    return room < 0 ? 0 : room / stride[dim] + 1;
-  }
-
   void compute(KernelContext* context) {
-    const Value* given = nullptr;
-    check(KernelContext_GetInput::call(table, context, 0, &given));
-    const Tensor x = tensor_of(table, given);
+    const Tensor x = input_of(table, context, 0);
     if (x.type != kFloat || x.shape.size() != 4 || x.shape[1] % groups || x.shape[1] / groups != channels)
       throw Refused("input " + text_of(x.shape) + "; needed (N, " + std::to_string(channels * groups) + ", H, W) of float32");
-    const int64_t H = x.shape[2], W = x.shape[3], outH = output_along(0, H), outW = output_along(1, W);
-    if (outH < 1 || outW < 1 || outH > kMost || outW > kMost || H > kMost || W > kMost)
-      throw Refused("input " + text_of(x.shape) + " gives no output of kernel " + text_of(kernel) + " with pads " + text_of(pads));
-    const std::vector<int64_t> shape{x.shape[0], weight.outputs, outH, outW};
-    const float* added = has_added ? added_of(context, shape) : nullptr;
-    float* y = output_of(table, context, shape);
+    const std::vector<int64_t> size = geometry.output_size(x.shape[2], x.shape[3], x.shape);
+    const std::vector<int64_t> shape{x.shape[0], weight.outputs, size[0], size[1]};
+    const float* added = has_added ? (const float*)added_of(context, shape).data : nullptr;
+    float* y = (float*)output_of(table, context, shape);
     if (!x.shape[0]) return;
     const Threads threads(table, context, &seen_threads);
-    GemmConv2d call = call_of(x, outH, outW);
+    GemmConv2d call = call_of(x, size);
     if (weight.dtype == kInt8) quantize(x, call);
     call.y = y;
     call.scratch = scratch_of(openwork_gemm_conv2d_scratch(kernels, &call));
     done(openwork_gemm_conv2d(kernels, &call));
-    if (added) add(added, x.shape[0] * weight.outputs * outH * outW, y);
-  }
-
-  const float* added_of(KernelContext* context, const std::vector<int64_t>& shape) const {
-    const Value* given = nullptr;
-    check(KernelContext_GetInput::call(table, context, 5, &given));
-    const Tensor added = tensor_of(table, given);
-    if (added.type != kFloat || added.shape != shape) throw Refused("added " + text_of(added.shape) + "; the output has " + text_of(shape));
-    return (const float*)added.data;
+    if (added) add(added, x.shape[0] * weight.outputs * size[0] * size[1], y);
   }
 
   // One pass instead of one each for the sum and the activation, which then is not the kernel's.
@@ -213,19 +172,19 @@ struct Conv2d : Sparse {
     call.x = to, call.x_scales = x_scales;
   }
 
-  GemmConv2d call_of(const Tensor& x, int64_t outH, int64_t outW) const {
+  GemmConv2d call_of(const Tensor& x, const std::vector<int64_t>& out) const {
+    const Geometry& g = geometry;
     GemmConv2d c{};
     c.weight = gemm_weight(weight.rows * weight.groups() * weight.m);
     c.x = x.data, c.threads = seen_threads ? processors() : 1, c.N = x.shape[0], c.channels = channels;
     c.groups = int32_t(groups), c.activation = has_added ? kNone : activation;
-    const bool narrow = x.shape[3] == 1 && kernel[1] == 1 && !pads[1] && !pads[3];  // a column of pixels is a row of them
+    const bool narrow = x.shape[3] == 1 && g.kernel[1] == 1 && !g.pads[1] && !g.pads[3];  // a column of pixels is a row of them
     const int h = narrow ? 1 : 0, w = 1 - h;
-    const int64_t size[] = {x.shape[2], x.shape[3]}, out[] = {outH, outW};
+    const int64_t size[] = {x.shape[2], x.shape[3]};
     c.H = size[h], c.W = size[w], c.outH = out[h], c.outW = out[w];
-    if (kernel[0] * kernel[1] * stride[0] * stride[1] == 1 && pads == std::vector<int64_t>(4, 0))
-      c.H = c.outH = 1, c.W = c.outW = outH * outW;  // the whole image is one row
-    c.stride_h = int32_t(stride[h]), c.stride_w = int32_t(stride[w]), c.pad_h = int32_t(pads[h]), c.pad_w = int32_t(pads[w]);
-    c.dilation_h = int32_t(dilation[h]), c.dilation_w = int32_t(dilation[w]), c.kernel_w = int32_t(kernel[w]);
+    if (g.is_pointwise()) c.H = c.outH = 1, c.W = c.outW = out[0] * out[1];  // the whole image is one row
+    c.stride_h = int32_t(g.stride[h]), c.stride_w = int32_t(g.stride[w]), c.pad_h = int32_t(g.pads[h]), c.pad_w = int32_t(g.pads[w]);
+    c.dilation_h = int32_t(g.dilation[h]), c.dilation_w = int32_t(g.dilation[w]), c.kernel_w = int32_t(g.kernel[w]);
     return c;
   }
 };
@@ -252,7 +211,7 @@ CustomOp operator_of(const char* (*name)(const CustomOp*)) {
   op.GetExecutionProviderType = [](const CustomOp*) { return (const char*)nullptr; };
   op.GetInputType = Kernel::input_type;
   op.GetInputTypeCount = [](const CustomOp*) { return Kernel::kInputs; };
-  op.GetOutputType = [](const CustomOp*, size_t) { return int(kFloat); };
+  op.GetOutputType = [](const CustomOp*, size_t) { return int(Kernel::kOutput); };
   op.GetOutputTypeCount = [](const CustomOp*) { return Kernel::kOutputs; };
   op.KernelDestroy = destroy<Kernel>;
   op.GetInputCharacteristic = [](const CustomOp*, size_t index) { return int(index >= 3 ? kOptional : kRequired); };
@@ -271,6 +230,10 @@ CustomOp operator_of(const char* (*name)(const CustomOp*)) {
 Domain* domain_of(const Table* table) {
   static const CustomOp operators[] = {operator_of<Linear>([](const CustomOp*) { return "SparseLinear"; }),
                                        operator_of<Conv2d>([](const CustomOp*) { return "SparseConv2d"; }),
+                                       operator_of<BytesLinear<uint8_t>>([](const CustomOp*) { return "QSparseLinear"; }),
+                                       operator_of<BytesLinear<float>>([](const CustomOp*) { return "QSparseLinearToFloat"; }),
+                                       operator_of<BytesConv2d<uint8_t>>([](const CustomOp*) { return "QSparseConv2d"; }),
+                                       operator_of<BytesConv2d<float>>([](const CustomOp*) { return "QSparseConv2dToFloat"; }),
                                        operator_of<AddLayerNormalization>([](const CustomOp*) { return "AddLayerNormalization"; })};
   static std::mutex mutex;
   static std::vector<std::pair<const Table*, Domain*>> known;

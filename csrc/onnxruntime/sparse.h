@@ -42,8 +42,9 @@ inline std::string text_of(const std::vector<int64_t>& shape) {
   return text + ")";
 }
 
-// What both operators have.
+// What all operators with a weight have.
 struct Sparse {
+  static constexpr int kOutput = kFloat;
   // Data, values, indices, bias, scales, and what is added.
   static int input_type(const CustomOp*, size_t index) { return index == 1 ? kAnyType : index == 2 ? kUint8 : kFloat; }
 
@@ -52,13 +53,16 @@ struct Sparse {
   Weight weight{};
   Numbers<float> bias, scales;
   Activation activation;
+  bool has_added = false;
   PackedGemm gemm;
+  PackedDotProduct dots;
   std::atomic<bool> seen_threads{false};
 
-  explicit Sparse(const Node& node) : table(node.table), kernels(kernels_here()) {
-    const int64_t relu = node.number("relu");
-    if (relu != 0 && relu != 1) throw Refused("relu = " + std::to_string(relu) + "; needed 0 or 1");
-    activation = relu ? kRelu : kNone;
+  // The attribute `name` is the activation, of 0 to `most`.
+  explicit Sparse(const Node& node, const char* name = "relu", Activation most = kRelu) : table(node.table), kernels(kernels_here()) {
+    const int64_t number = node.number(name);
+    if (number < 0 || number > most) throw Refused(name + (" = " + std::to_string(number)) + "; needed 0 to " + std::to_string(most));
+    activation = Activation(number);
   }
 
   // The weight of `shape`, whose groups run along dim 1.
@@ -84,6 +88,7 @@ struct Sparse {
     expand(*kernels, weight, values.data, (const uint8_t*)indices.data);
     if (node.has_input(3)) bias = one_an_output(node, 3, "bias");
     if (weight.dtype == kInt8) scales = one_an_output(node, 4, "scales");
+    has_added = node.has_input(5);
   }
 
   Numbers<float> one_an_output(const Node& node, size_t index, const char* name) const {
@@ -101,6 +106,62 @@ struct Sparse {
   GemmWeight gemm_weight(int64_t K) const {
     return {gemm.values.data(), gemm.offsets.data(), scales.data(), bias.data(), weight.dtype, weight.n, weight.m, gemm.tile, K,
             weight.outputs};
+  }
+
+  // What is added to an output of `shape`.
+  Tensor added_of(KernelContext* context, const std::vector<int64_t>& shape) const {
+    const Tensor added = input_of(table, context, 5);
+    if (added.shape != shape || (added.type != kFloat && added.type != kUint8))
+      throw Refused("added " + text_of(added.shape) + "; the output has " + text_of(shape));
+    return added;
+  }
+
+  // `call` says what is multiplied, and where the result goes.
+  void multiply_dots(DotProduct call) {
+    const int64_t workers = seen_threads ? processors() : 1;
+    call.values = dots.values.data(), call.indices = dots.indices.data(), call.windows = dots.windows, call.blocks = dots.blocks;
+    call.bias = bias.data(), call.scales = scales.data(), call.steps = dots.steps, call.activation = activation;
+    call.y_stride = call.outputs = weight.outputs;
+    call.packed = scratch_of(openwork_dot_product_scratch(kernels, &call, workers));
+    if (!call.requantize) call.x_scales = memory<4>(size_t(call.batch));
+    done(openwork_dot_product(kernels, &call, kInt8, workers));
+  }
+};
+
+// What a convolution does with its images.
+struct Geometry {
+  std::vector<int64_t> shape, kernel, stride, pads, dilation;  // shape: of the weight; pads: above, left, below, right
+
+  explicit Geometry(const Node& node) : shape(node.numbers("shape", 4)), kernel{shape[2], shape[3]}, pads(node.numbers("pads", 4)) {
+    stride = positive(node, "strides"), dilation = positive(node, "dilations");
+    for (int64_t pad : pads)
+      if (pad < 0 || pad > kMost) throw Refused("pads " + text_of(pads));
+  }
+
+  static std::vector<int64_t> positive(const Node& node, const char* name) {
+    const std::vector<int64_t> values = node.numbers(name, 2);
+    for (int64_t value : values)
+      if (value < 1 || value > kMost) throw Refused(std::string(name) + " " + text_of(values));
+    return values;
+  }
+
+  int64_t output_along(int dim, int64_t size) const {
+    const int64_t room = size + pads[dim] + pads[dim + 2] - dilation[dim] * (kernel[dim] - 1) - 1;
+    return room < 0 ? 0 : room / stride[dim] + 1;
+  }
+
+  // Of images of so many rows and columns; `given` is the shape they have.
+  std::vector<int64_t> output_size(int64_t H, int64_t W, const std::vector<int64_t>& given) const {
+    const std::vector<int64_t> size{output_along(0, H), output_along(1, W)};
+    if (size[0] < 1 || size[1] < 1 || size[0] > kMost || size[1] > kMost || H > kMost || W > kMost)
+      throw Refused("input " + text_of(given) + " gives no output of kernel " + text_of(kernel) + " with pads " + text_of(pads));
+    return size;
+  }
+
+  // Whether each output pixel is of the input pixel in its place alone.
+  bool is_pointwise() const {
+    const std::vector<int64_t> ones(2, 1);
+    return kernel == ones && stride == ones && pads == std::vector<int64_t>(4, 0);
   }
 };
 

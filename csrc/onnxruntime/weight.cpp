@@ -118,13 +118,13 @@ PackedGemv pack_gemv(const Kernels& kernels, const Weight& w) {
 
 bool has_dot_product(const Kernels& kernels, const Weight& w) {
   const int64_t window = kernels.lanes * 4;
-  return kernels.dot_product && w.dtype == kInt8 && w.rows == 1 && has_gemv(w.m) && window % w.m == 0 && window / w.m * w.n % 4 == 0;
+  return kernels.dot_product && w.dtype == kInt8 && has_gemv(w.m) && window % w.m == 0 && window / w.m * w.n % 4 == 0;
 }
 
 PackedDotProduct pack_dot_product(const Kernels& kernels, const Weight& w) {
   PackedDotProduct packed;
   const int64_t lanes = kernels.lanes, window = lanes * 4, slots = window / w.m * w.n;
-  packed.windows = parts(w.length, window), packed.blocks = parts(w.outputs, lanes), packed.steps = int32_t(slots / 4);
+  packed.windows = parts(w.rows * w.groups() * w.m, window), packed.blocks = parts(w.outputs, lanes), packed.steps = int32_t(slots / 4);
   const int64_t outputs = packed.blocks * lanes, all = outputs * packed.windows * slots;
   packed.values = Numbers<int8_t>(all);
   packed.indices = Numbers<uint8_t>(all);

@@ -77,8 +77,8 @@ struct PackedGemv {
 bool has_gemv(int32_t m);
 PackedGemv pack_gemv(const Kernels& kernels, const Weight& weight);
 
-// As the dot products of int8 read it: bit for bit what openwork.layouts.dot_product makes. Of one row an output;
-// `has_dot_product` says for which weights.
+// As the dot products of int8 read it: bit for bit what openwork.layouts.dot_product makes, the rows of an output one
+// after the other. `has_dot_product` says for which weights.
 struct PackedDotProduct {
   Numbers<int8_t> values;
   Numbers<uint8_t> indices;

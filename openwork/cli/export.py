@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from openwork import export as to
+from openwork.cli.calibrate import FORMS as FORMS_OF_CALIBRATION
+from openwork.cli.calibrate import batches
 from openwork.cli.source import FORMS as FORMS_OF_SOURCE
 from openwork.cli.source import Source, add_arguments, open_model
 from openwork.export.check import TENSORRT_SPARSE, MatMul
@@ -24,11 +26,13 @@ from openwork.files.model_state import tensors_by_name
 from openwork.training.selection import Selection
 from openwork.utils.counted import counted
 from openwork.utils.deployed import DEPLOYED
+from openwork.utils.example import tensors_of
 from openwork.utils.table import aligned
 from openwork.utils.torch_private import tree_map, tree_map_only
 
 FORMS = ("onnx", "onnxruntime", "torch", "aot", "huggingface", "dense")
-_ONNX = ("opset", "input_names", "output_names", "linear", "weight_dtype")
+_ONNX = ("opset", "input_names", "output_names", "linear", "weight_dtype", "calibrate")
+_SAMPLES = 128  # to calibrate with
 _BY_SUFFIX = {".onnx": "onnx", ".pt2": "torch", ".safetensors": "dense", "": "huggingface"}
 
 _ABOUT = """\
@@ -79,7 +83,9 @@ def _selection(source: Source, pattern: str | None, exclude: Sequence[str]) -> S
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "openwork export", description=_ABOUT + FORMS_OF_SOURCE, formatter_class=argparse.RawDescriptionHelpFormatter
+        "openwork export",
+        description=f"{_ABOUT}{FORMS_OF_SOURCE}\n{FORMS_OF_CALIBRATION}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("source", metavar="SOURCE")
@@ -94,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     onnx("--input-names", nargs="+", metavar="NAME", help="what the file calls its inputs, in order")
     onnx("--output-names", nargs="+", metavar="NAME", help="what the file calls its outputs, in order")
     onnx("--weight-dtype", choices=["float32", "int8"], help="of compressed weights, with --to onnxruntime (float32)")
+    onnx("--calibrate", nargs="*", metavar="FILE", help="with int8: real data, so that layers hand int8 on to layers")
     onnx("--linear", choices=get_args(LinearAs), help="operator of linear layers on more than two dims (MatMul)")
     return parser
 
@@ -108,12 +115,22 @@ def _written(form: str, source: Source, selection: Selection | None, asked: argp
         options = {name: getattr(asked, name) for name in _ONNX if getattr(asked, name) is not None}
         options["weight_dtype"] = torch.int8 if asked.weight_dtype == "int8" else torch.float32
         options["operators"] = "openwork" if form == "onnxruntime" else "standard"
+        if asked.calibrate is not None:
+            options["calibrate"] = _calibration(source, asked.calibrate)
         done = to.to_onnx(source.model, example, out, pattern=selection, dynamic_shapes=shapes, **options)
         lines = matmul_table(done.matmuls)
+        lines += done.network.lines() if done.network else []
         lines.append(f"{out}: valid ONNX; {_compared('ONNX Runtime', done.difference)}")
         return "\n".join([*lines, *(_how_to_load(out, done.nbytes) if form == "onnxruntime" else [])])
     write = to.to_torch_export if form == "torch" else to.to_aot_inductor
     return f"{out}: {_compared('it', write(source.model, example, out, dynamic_shapes=shapes))}"
+
+
+def _calibration(source: Source, named: Sequence[str]) -> list[Any]:
+    """Batches in the shape of the example, which is what a graph is for."""
+    first = tensors_of(source.example)[0]
+    tokens = first.shape[1] if first.ndim > 1 else 1
+    return batches(source, named, samples=_SAMPLES, tokens=tokens, batch=len(first), seed=0)
 
 
 def _how_to_load(out: str, nbytes: int) -> list[str]:

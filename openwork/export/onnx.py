@@ -7,7 +7,7 @@ import re
 import secrets
 import stat
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,10 +27,12 @@ from openwork.export.check import (
     constant_products,
     dense_names,
 )
+from openwork.export.int8 import int8_module
 from openwork.export.linear import LinearAs
 from openwork.export.operators import Operators, write_operators
 from openwork.export.outputs import check_equal, folded, outputs
 from openwork.files.model_state import Placed, masked_by_name, patterns
+from openwork.inference.plan import Int8Network
 from openwork.kernels.cpu.onnxruntime_operators import onnxruntime_library
 from openwork.nm.pattern import Pattern
 from openwork.training.parametrize import unwrap
@@ -51,11 +53,12 @@ class Exported:
     """What was written. `matmuls`: each matmul and convolution by a constant weight. `difference`: the largest
     difference of ONNX Runtime's outputs to the model's, as a share of the largest output; None where onnxruntime, or
     the library of our operators, is not installed. `nbytes`: of the file, and of the one beside it that holds large
-    weights."""
+    weights. `network`: which layers multiply bytes, where `calibrate` was given."""
 
     matmuls: tuple[MatMul, ...]
     difference: float | None
     nbytes: int = 0
+    network: Int8Network | None = None
 
 
 def to_onnx(
@@ -71,6 +74,7 @@ def to_onnx(
     linear: LinearAs = "MatMul",
     operators: Operators = "standard",
     weight_dtype: torch.dtype = torch.float32,
+    calibrate: Iterable[Any] | None = None,
 ) -> Exported:
     """Write a model as ONNX, and check the file before it gets its name: the ONNX checker, N:M along the axis that
     each matmul sums over, and ONNX Runtime's outputs for `example`.
@@ -81,7 +85,10 @@ def to_onnx(
     of more than 2 GB, which one file cannot hold, go to a second one in the folder, `path`.<8 hexadecimal digits>.data.
     `opset` is the version of ONNX's operators (default: torch's choice), `input_names` and `output_names` what the
     file calls each tensor that goes in and comes out, in order. `linear`: the operator of linear layers on more than
-    two dims, "MatMul", or "Gemm" between two Reshapes (see docs/deploy/onnx.md on TensorRT).
+    two dims, "MatMul", or "Gemm" between two Reshapes (see docs/deploy/onnx.md on TensorRT). `operators`: "openwork" writes
+    sparse layers as operators of ours, which the library at `ow.onnxruntime_library()` runs, with weights in
+    `weight_dtype`; with int8 and `calibrate`, examples of real data, activations stay int8 from layer to layer, as in
+    `ow.deploy`.
     Raises NotSparse, ValueError for names and versions that do not fit, where no layer is one for our operators, and
     from the checker, RuntimeError for other outputs, and what torch.onnx.export raises.
     """
@@ -90,18 +97,26 @@ def to_onnx(
             raise ValueError(f"{argument} has to be {' or '.join(map(repr, get_args(known)))}, not {given!r}")
     if weight_dtype not in (torch.float32, torch.int8) or (weight_dtype == torch.int8 and operators == "standard"):
         raise ValueError(f"weight_dtype={weight_dtype}: float32, or int8 with operators='openwork'")
+    if calibrate is not None and weight_dtype != torch.int8:
+        raise ValueError(
+            "calibrate is for weight_dtype=torch.int8 with operators='openwork' (--weight-dtype int8 --to onnxruntime)"
+        )
     inner = unwrap(model)
     check_not_deployed(inner, "exporting to ONNX")
     recorded = patterns(inner, masked_by_name(inner), pattern)
     plain, renamed = folded(model)
     recorded = {renamed.get(name, name): placed for name, placed in recorded.items()}
-    with quiet(plain):
-        exported = _exported(plain, example, dynamic_shapes, opset)
+    int8, network = (None, None) if calibrate is None else int8_module(inner, example, pattern, calibrate)
+    if network is not None and network.reason:
+        warnings.warn(f"calibrate: no int8 network, layer by layer instead: {network.reason}", stacklevel=2)
+    written = plain if int8 is None else int8
+    with quiet(written):
+        exported = _exported(written, example, dynamic_shapes, opset)
     _rename(exported.model.graph, input_names, output_names)
     transposed = _finish(exported, linear)
     kept = _kept(exported.model, recorded, transposed)
     if operators == "openwork":
-        write_operators(exported.model, kept, weight_dtype)
+        write_operators(exported.model, kept, weight_dtype if int8 is None else torch.float32)
     dense = dense_names(constant_products(exported.model), kept)
     exported.model.metadata_props.update({KEY: as_metadata(kept), DENSE_KEY: as_metadata(dense)})
     target = Path(os.path.realpath(path))
@@ -113,7 +128,8 @@ def to_onnx(
         matmuls = check_onnx(part)
         difference = _compare(part, plain, example, operators, _INT8_ERROR if weight_dtype == torch.int8 else 0.0)
     _delete_former_weights(target, data)
-    return Exported(matmuls, difference, sum(file.stat().st_size for file in (target, data) if file.exists()))
+    nbytes = sum(file.stat().st_size for file in (target, data) if file.exists())
+    return Exported(matmuls, difference, nbytes, network)
 
 
 def _exported(model: nn.Module, example: Any, dynamic_shapes: Any, opset: int | None) -> Any:

@@ -1,6 +1,6 @@
 """Matmuls and convolutions of an ONNX graph as our operators, `SparseLinear` and `SparseConv2d` of the domain
 `openwork`, with the weight compressed: its values and indices (docs/format.md) under its name; and what is around them
-(`normalization`). csrc/onnxruntime has what runs them.
+(`normalization`). Those on bytes are there already (`int8`). csrc/onnxruntime has what runs them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 Operators = Literal["standard", "openwork"]
 DOMAIN, VERSION = "openwork", 1
-OPERATORS = ("SparseLinear", "SparseConv2d")
+BYTES_OPERATORS = ("QSparseLinear", "QSparseLinearToFloat", "QSparseConv2d", "QSparseConv2dToFloat")
+OPERATORS = ("SparseLinear", "SparseConv2d", *BYTES_OPERATORS)
 HINT_KEY = "openwork_operators"  # in the metadata of the file: what whoever lacks the library is to do
 HINT = (
     "This file has operators of the domain 'openwork': pip install openwork, and then "
@@ -53,7 +54,7 @@ def write_operators(model: ir.Model, kept: Mapping[str, Pattern], dtype: torch.d
     """Rewrite what multiplies by the weights of `kept`, by name, and return how many nodes were. `dtype`: float32, or
     int8 with one scale an output. Raises ValueError where there is none."""
     graph, packed = model.graph, dict[str, tuple[Any, ...]]()
-    written = 0
+    written = sum(node.domain == DOMAIN for node in graph)
     for node in list(graph):
         layer = _layer(node)
         pattern = kept.get(layer.weight.name or "") if layer else None
@@ -75,6 +76,8 @@ def write_operators(model: ir.Model, kept: Mapping[str, Pattern], dtype: torch.d
             "weights or fewer, so nothing would be sparse: give pattern='2:4' or leave operators out"
         )
     write_normalizations(graph, DOMAIN)
+    for node in graph:
+        node.doc_string = HINT.partition(" and then ")[0].rstrip(",") if node.domain == DOMAIN else node.doc_string
     graph.opset_imports[DOMAIN] = VERSION
     model.doc_string = HINT
     model.metadata_props[HINT_KEY] = HINT
@@ -171,7 +174,6 @@ def _replace(graph: ir.Graph, layer: _Layer, pattern: Pattern, packed: tuple[ir.
     while inputs[-1] is None:
         inputs.pop()
     new = ir.node("SparseConv2d" if is_conv else "SparseLinear", inputs, attributes, domain=DOMAIN, name=node.name)
-    new.doc_string = HINT.partition(" and then ")[0].rstrip(",")
     ir.convenience.replace_nodes_and_values(graph, last, layer.old, [new], last.outputs, new.outputs)
 
 

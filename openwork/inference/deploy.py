@@ -59,7 +59,7 @@ def plan(
     ['0.weight']
     """
     with torch.inference_mode(False), on_device(_device(unwrap(model))):
-        ready, patterns, weight_dtype = _ready(model, pattern, weight_dtype)
+        ready, patterns, weight_dtype = inference_copy(model, pattern, weight_dtype)
         fold_batch_norm(ready, example)
         with torch.inference_mode():
             layers = tuple(timing for timing, _ in measure_layers(ready, example, patterns, weight_dtype))
@@ -107,9 +107,9 @@ def deploy(
     """
     # Not in inference mode, also where the caller is in it: what is made here can be loaded into later.
     with torch.inference_mode(False), on_device(_device(unwrap(model))):
-        dense, patterns, weight_dtype = _ready(model, pattern, weight_dtype)
+        dense, patterns, weight_dtype = inference_copy(model, pattern, weight_dtype)
         _check_timed_as(timed_as, _device(dense))
-        batches = _checked_batches(calibrate, weight_dtype, _device(dense))
+        batches = checked_batches(calibrate, weight_dtype, _device(dense))
         expected = _outputs(dense, example)
         fold_batch_norm(dense, example)
         with torch.inference_mode():
@@ -148,7 +148,7 @@ def deploy(
     return result
 
 
-def _ready(
+def inference_copy(
     model: nn.Module,
     pattern: Selection | PatternChoice | None,
     weight_dtype: torch.dtype | None,
@@ -172,7 +172,7 @@ def _ready(
     return ready, {name: pattern for name, pattern in patterns.items() if name in names}, weight_dtype
 
 
-def _checked_batches(calibrate: Iterable[Any] | None, weight_dtype: torch.dtype, device: torch.device) -> list[Any]:
+def checked_batches(calibrate: Iterable[Any] | None, weight_dtype: torch.dtype, device: torch.device) -> list[Any]:
     """The batches to calibrate by. Raises ValueError where there is no use for them, or none."""
     if calibrate is None:
         return []

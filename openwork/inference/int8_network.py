@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from openwork.inference.choose import dense_variants, inputs_of, measure_layers,
 from openwork.inference.fold import replace
 from openwork.inference.layers import Packed, pack_layer
 from openwork.inference.plan import Int8Network
-from openwork.inference.program import Call, Product
+from openwork.inference.program import Call, Product, Program
 from openwork.inference.ranges import Range, ranges_of
 from openwork.inference.traced import NotTraced, Traced, chains, traced
 from openwork.layouts import DotProduct
@@ -39,7 +39,7 @@ MOST_ERROR = 0.1
 
 
 @dataclass(frozen=True)
-class _Network:
+class Calibrated:
     """A dense network as a graph, the layers that may be int8, packed, and the ranges of what lies between them."""
 
     dense: nn.Module
@@ -47,17 +47,29 @@ class _Network:
     layers: Mapping[str, Packed]
     ranges: Mapping[Node, Range]
 
+    def program(self, names: Iterable[str]) -> Program:
+        """With these layers in int8."""
+        return program_of(self.graph, self.dense, {name: self.layers[name] for name in names}, self.ranges)
+
     def outputs(self, names: Sequence[str], example: Any) -> Tensor:
         """All floating outputs in one row, with these layers in int8."""
-        program = program_of(self.graph, self.dense, {name: self.layers[name] for name in names}, self.ranges)
         with torch.no_grad():
-            return _flat(run(program, example))  # type: ignore[arg-type]
+            return _flat(run(self.program(names), example))  # type: ignore[arg-type]
 
 
 def int8_network(
     dense: nn.Module, example: Any, patterns: Mapping[str, Pattern | str], batches: Sequence[Any]
 ) -> tuple[nn.Module | None, Int8Network]:
     """The network whose layers multiply bytes, and what was measured; None where there is none, with the reason.
+    Arguments as of `calibrated`."""
+    network, report = calibrated(dense, example, patterns, batches)
+    return (None, report) if network is None else _assembled(network, report, example, patterns)
+
+
+def calibrated(
+    dense: nn.Module, example: Any, patterns: Mapping[str, Pattern | str], batches: Sequence[Any]
+) -> tuple[Calibrated | None, Int8Network]:
+    """What a network in int8 is made of, and which layers are, the `chosen` of the report; None where there is none.
     `dense`: plain, in eval mode, batch normalization folded. `batches`: examples to calibrate by."""
     layers, reasons = _packed(dense, example, patterns)
     if not layers:
@@ -71,7 +83,7 @@ def int8_network(
     for batch in batches:
         if isinstance(reason := call.tensors(*arguments(dense, batch)), str):
             raise ValueError(f"calibrate: a batch does not fit the example: {reason}")
-    network, unknown = _calibrated(dense, graph, layers, batches)
+    network, unknown = _with_ranges(dense, graph, layers, batches)
     if not network.layers:
         return None, Int8Network(reason="no product of its sparse layers is in the graph")
     report = _chosen(network, batches[0], unknown)
@@ -79,7 +91,7 @@ def int8_network(
         return None, Int8Network(
             report.errors, report.error, MOST_ERROR, report.float32, reason="every layer costs too much"
         )
-    return _assembled(network, report, example, patterns)
+    return network, report
 
 
 def _packed(
@@ -119,9 +131,9 @@ def _is_faster(module: Any, layer: Any, x: Tensor) -> bool:
     return times.pop("bytes") < MARGIN * min(times.values())
 
 
-def _calibrated(
+def _with_ranges(
     dense: nn.Module, graph: Traced, layers: dict[str, Packed], batches: Sequence[Any]
-) -> tuple[_Network, dict[str, str]]:
+) -> tuple[Calibrated, dict[str, str]]:
     """The network with a range for every activation that may be bytes, and the layers that have none."""
     each = [chains(graph, {name: layer}) for name, layer in layers.items()]
     ends = [chain for found in (chains(graph, layers), *each) for chain in found.values()]
@@ -131,10 +143,10 @@ def _calibrated(
     lost = {chain.layer for chain in ends if chain.x not in ranges}
     unknown = {name: "what goes into it is not finite, or not float32" for name in layers if name in lost}
     known = {name: layer for name, layer in layers.items() if name in there - lost}
-    return _Network(dense, graph, known, ranges), unknown
+    return Calibrated(dense, graph, known, ranges), unknown
 
 
-def _chosen(network: _Network, example: Any, unknown: Mapping[str, str]) -> Int8Network:
+def _chosen(network: Calibrated, example: Any, unknown: Mapping[str, str]) -> Int8Network:
     """Which layers are int8, by what each costs alone and by what all of them cost."""
     exact = network.outputs([], example)
     size = float(exact.norm()) or 1.0
@@ -157,7 +169,7 @@ def _chosen(network: _Network, example: Any, unknown: Mapping[str, str]) -> Int8
 
 
 def _assembled(
-    network: _Network, report: Int8Network, example: Any, patterns: Mapping[str, Pattern | str]
+    network: Calibrated, report: Int8Network, example: Any, patterns: Mapping[str, Pattern | str]
 ) -> tuple[nn.Module, Int8Network]:
     """The model itself, its layers packed, the program its forward; layers that stay float32 are sparse where that is
     faster."""

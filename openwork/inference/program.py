@@ -194,7 +194,7 @@ class Program:
         if reason:
             return self._layer_by_layer(reason, args, kwargs)
         with torch.no_grad():
-            return self._run(given)  # type: ignore[arg-type]
+            return self.run(given)  # type: ignore[arg-type]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "result_tree": _numbered(self.result_tree)}
@@ -202,7 +202,8 @@ class Program:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({**state, "result_tree": tree_flatten(state["result_tree"])[1]})
 
-    def _run(self, given: list[Tensor]) -> Any:
+    def run(self, given: list[Tensor]) -> Any:
+        """What the model returns for the tensors of a call, without a look at whether the steps are for it."""
         values: list[Any] = [*given, *[None] * (self.places - len(given))]
         for step in self.steps:
             args = [values[each.place] if type(each) is Ref else each for each in step.args]
@@ -281,7 +282,7 @@ def _numbered(tree: Any) -> Any:
 
 def _batch_of(leaves: list[Any]) -> int:
     """The length of dim 0 of the first tensor."""
-    return next(int(each.shape[0]) for each in leaves if isinstance(each, Tensor))
+    return next(each.shape[0] for each in leaves if isinstance(each, Tensor))
 
 
 def is_program(model: nn.Module) -> bool:

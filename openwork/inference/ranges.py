@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
@@ -19,7 +20,7 @@ SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 
 @dataclass(frozen=True)
 class Range:
-    """A byte q stands for (q - zero) * scale.
+    """A byte q stands for (q - zero) * scale, a number of float32, as kernels and files hold it.
 
     >>> Range.between(-100.0, 155.0)
     Range(scale=1.0, zero=100)
@@ -32,7 +33,7 @@ class Range:
     def between(cls, least: float, most: float) -> Range:
         """All numbers between two, and 0 exactly."""
         least, most = min(least, 0.0), max(most, 0.0)
-        scale = (most - least) / 255
+        scale = float(np.float32((most - least) / 255))
         if not scale > torch.finfo(torch.float32).tiny:  # nothing but zeros
             return cls(1.0, 0)
         return cls(scale, min(255, round(-least / scale)))
