@@ -85,8 +85,8 @@ def to_onnx(
     of more than 2 GB, which one file cannot hold, go to a second one in the folder, `path`.<8 hexadecimal digits>.data.
     `opset` is the version of ONNX's operators (default: torch's choice), `input_names` and `output_names` what the
     file calls each tensor that goes in and comes out, in order. `linear`: the operator of linear layers on more than
-    two dims, "MatMul", or "Gemm" between two Reshapes (see docs/deploy/onnx.md on TensorRT). `operators`: "openwork" writes
-    sparse layers as operators of ours, which the library at `ow.onnxruntime_library()` runs, with weights in
+    two dims, "MatMul", or "Gemm" between two Reshapes (see docs/deploy/onnx.md on TensorRT). `operators`: "openwork"
+    writes sparse layers as operators of ours, which the library at `ow.onnxruntime_library()` runs, with weights in
     `weight_dtype`; with int8 and `calibrate`, examples of real data, activations stay int8 from layer to layer, as in
     `ow.deploy`.
     Raises NotSparse, ValueError for names and versions that do not fit, where no layer is one for our operators, and
