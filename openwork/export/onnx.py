@@ -108,7 +108,7 @@ def to_onnx(
     recorded = {renamed.get(name, name): placed for name, placed in recorded.items()}
     int8, network = (None, None) if calibrate is None else int8_module(inner, example, pattern, calibrate)
     if network is not None and network.reason:
-        warnings.warn(f"calibrate: no int8 network, layer by layer instead: {network.reason}", stacklevel=2)
+        warnings.warn(f"calibrate: no int8 network, layer by layer instead: {network.reason}", stacklevel=outside())
     written = plain if int8 is None else int8
     with quiet(written):
         exported = _exported(written, example, dynamic_shapes, opset)

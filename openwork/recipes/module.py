@@ -205,7 +205,7 @@ class TaskModule(pl.LightningModule):
             self.interruption.check()
         self._last_tick = None
         self._predictions: list[Any] = []
-        self._validated = self.whole().eval()
+        self._validated = (self.whole().eval(),)  # no part of the module, as above
 
     def whole(self) -> nn.Module:
         """The network as one process uses it alone: validation samples do not divide evenly, nor do translations take
@@ -217,7 +217,7 @@ class TaskModule(pl.LightningModule):
         if self.trainer.world_size == 1:
             self.interruption.check()
         if batch != ():  # of a process without a sample
-            self._predictions += self.task.predictions(self._validated, batch)
+            self._predictions += self.task.predictions(self._validated[0], batch)
 
     def on_validation_epoch_end(self) -> None:
         self.scores = self.task.compute_metrics(self._gathered(), self.data)

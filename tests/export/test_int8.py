@@ -232,7 +232,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     words += ["--to", "onnxruntime", "--calibrate", "samples.npy"]
     assert main([*words, "--weight-dtype", "int8"]) == 0
     out = capsys.readouterr().out
-    assert "int8 network: 1 of 1 layers on bytes" in out
+    assert "int8 network: 1 of 1 layer on bytes" in out
     assert operators(tmp_path / "net.onnx") == ["QuantizeLinear", "QSparseLinearToFloat"]
     assert main(words) != 0
     assert "--weight-dtype int8" in capsys.readouterr().err

@@ -133,7 +133,7 @@ def test_an_image_without_a_size_is_named(folder):
 
 def test_validation_needs_an_object(folder):
     write(folder, [annotation(1, 3)], "val")
-    with pytest.raises(ValueError, match="no object in the 1 validation images; take more with --limit_val"):
+    with pytest.raises(ValueError, match="no object in 1 validation image; take more with --limit_val"):
         TASK.load_data(DetectionConfig(data=f"coco={folder}", limit_val=1))
 
 

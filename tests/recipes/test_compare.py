@@ -206,7 +206,5 @@ def test_another_configuration_is_refused(compared):
 
 def test_a_failing_run_is_reported_with_its_log(tmp_path):
     config = CompareConfig(**{**SMALL, "batch_size": 200}, out=str(tmp_path), methods=["dense"])
-    with pytest.raises(
-        RuntimeError, match=r"(?s)run dense-seed0 ended with exit code 2.*exceeds the 160 training samples"
-    ):
+    with pytest.raises(RuntimeError, match=r"(?s)run dense-seed0 ended with exit code 2.*exceeds 160 training samples"):
         compare(config, lambda line: None)

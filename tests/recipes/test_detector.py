@@ -204,7 +204,7 @@ def test_boxes_masks_and_names_are_drawn():
     def pixels(count, classes, masks=()):
         boxes = np.array([[10.0, 10, 40, 30]] * count)
         view = drawn(image, Detections(boxes, np.full(count, 0.75), np.ones(count, int), masks), size, classes)
-        assert view.caption == f"{count} objects"
+        assert view.caption == ("1 object" if count == 1 else f"{count} objects")
         data = base64.b64decode(view.image.removeprefix("data:image/jpeg;base64,"))
         return np.asarray(Image.open(io.BytesIO(data))).astype(int).sum(-1)
 

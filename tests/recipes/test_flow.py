@@ -211,7 +211,7 @@ def test_training_samples_can_be_held_out_to_choose_options_by(tmp_path):
     held = {photo.sum().item() for photo in data.val.photos}
     assert (len(kept), len(held)) == (3, 2)
     assert kept | held == {photo.sum().item() for photo in usual.train.photos}
-    with pytest.raises(ValueError, match="hold_out is 1, and there are 2 photos; it needs five"):
+    with pytest.raises(ValueError, match="hold_out is 1, and it needs five photos, of which there are 2"):
         TASK.load_data(Config(hold_out=1))
 
 

@@ -49,7 +49,7 @@ def too_dense(weight: Tensor, pattern: Pattern, axis: Axis) -> str:
     """`openwork.nm.masks.too_dense`: why a weight is not N:M along an axis; empty where it is.
 
     >>> too_dense(torch.tensor([[1.0, 2.0, 3.0, 0.0]]), Pattern(2, 4), Axis(1))
-    '1 of 1 groups hold more than 2 of 4 (the worst 3)'
+    '1 of 1 group holds more than 2 of 4 (the worst 3)'
     """
     return group_counts(weight, pattern, axis).too_dense(pattern)
 
