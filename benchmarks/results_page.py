@@ -32,7 +32,7 @@ FOUR = {"dense": "dense", "ste": "STE", "sr-ste": "SR-STE", "asp": "ASP, equal b
 EARLIER = {  # comparisons of before the protocol: two longer ones of classification, and short ones
     "fashion-mnist": ("fashion-mnist.json", "fashion-mnist-transposable.json"),
     "twice-the-steps": ("twice-the-steps.json",),
-    **{task: (f"{task}.json", f"{task}-1of4.json") for task in ("detection", "segmentation", "flow")},
+    **{task: (f"{task}.json", f"{task}-1of4.json") for task in ("segmentation", "flow")},
 }
 _SIGNIFICANT = 0.05  # of a paired t-test
 _TIMES = ("ms/step", "time s")

@@ -11,11 +11,11 @@ import torch
 
 from openwork.recipes.trained import load_run  # before torchvision
 
-from torchvision.transforms.v2.functional import resize  # isort: skip
-from torchvision.io import ImageReadMode, decode_image, write_png  # isort: skip
-from torchvision.utils import draw_bounding_boxes  # isort: skip
+from PIL import Image, ImageDraw  # isort: skip
+from torchvision.transforms.v2.functional import pil_to_tensor, resize  # isort: skip
 
 MODEL = Path(__file__).parents[1] / "models" / "detection-2of4"
+COLOURS = ["red", "blue", "green"]
 
 
 def main() -> None:
@@ -27,15 +27,19 @@ def main() -> None:
     asked = parser.parse_args()
 
     net, _, config, info = load_run(asked.model)
-    photo = decode_image(str(asked.photo), ImageReadMode.RGB)
-    small = resize(photo, [config.image_size], max_size=config.max_size)
+    photo = Image.open(asked.photo).convert("RGB")
+    small = resize(pil_to_tensor(photo), [config.image_size], max_size=config.max_size)
     with torch.no_grad():
         (found,) = net([small / 255])
-    sure = found["scores"] >= asked.least
-    boxes = found["boxes"][sure] * (photo.shape[-1] / small.shape[-1])
-    names = [info.classes[number - 1] for number in found["labels"][sure]]
-    labels = [f"{name} {score:.0%}" for name, score in zip(names, found["scores"][sure], strict=True)]
-    write_png(draw_bounding_boxes(photo, boxes, labels, colors="red", width=2), str(asked.out))
+    draw, names = ImageDraw.Draw(photo), []
+    for box, label, score in zip(found["boxes"], found["labels"].tolist(), found["scores"].tolist(), strict=True):
+        if score >= asked.least:
+            place = (box * photo.width / small.shape[-1]).tolist()
+            colour = COLOURS[label % len(COLOURS)]
+            draw.rectangle(place, outline=colour, width=3)
+            names.append(info.classes[label - 1])
+            draw.text((place[0] + 5, place[1] + 4), f"{names[-1]} {score:.0%}", fill=colour)
+    photo.save(asked.out)
     print(f"{asked.out}: {', '.join(f'{names.count(name)} {name}' for name in sorted(set(names))) or 'nothing'}")
 
 
