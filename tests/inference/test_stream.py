@@ -366,8 +366,8 @@ def test_memory_holds_the_packed_layers_and_one_dense_one(path):
     chosen = {f"{i}.weight": "gemm" if i % 2 else "gemv" for i in range(8)}
     arguments = [sys.executable, "-c", PEAK, str(path), json.dumps(chosen)]
     layer, file = 16.0, path.stat().st_size / 2**20  # MiB
-    # Alone it is below packed + file + one layer. Where the system takes pages back meanwhile, "before" is too small: the
-    # best of three counts.
+    # Alone it is below packed + file + one layer. Where the system takes pages back meanwhile, "before" is too small:
+    # the best of three counts.
     for _ in range(3):
         done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
