@@ -34,6 +34,7 @@ EARLIER = {  # comparisons of before the protocol: two longer ones of classifica
     "twice-the-steps": ("twice-the-steps.json",),
     **{task: (f"{task}.json", f"{task}-1of4.json") for task in ("segmentation", "flow")},
 }
+ANCHORS = {"segmentation": "instance-segmentation", "flow": "optical-flow"}  # of sections not named as their task
 _SIGNIFICANT = 0.05  # of a paired t-test
 _TIMES = ("ms/step", "time s")
 CHOOSING = ("choose", "choose-more", "knobs-decay", "knobs-steps", "knobs-ramp")  # by held-out samples
@@ -110,10 +111,10 @@ def overview(comparisons: Sequence[dict[str, Any]]) -> str:
     for document in comparisons:
         metric = Metric(**document["metrics"][0])
         by_method = {row.method: row for row in (SummaryRow(**each) for each in document["rows"])}
-        better = "higher" if metric.higher_is_better else "lower"
-        label = f"{metric.heading} ({better} is better)" if better == "lower" else metric.heading
+        label = metric.heading if metric.higher_is_better else f"{metric.heading} (lower is better)"
         cells = [_overview_cell(by_method[method], metric) for method in FOUR]
-        rows.append([f"[{document['config']['task']}](results.md#{document['config']['task']})", label, *cells])
+        task = document["config"]["task"]
+        rows.append([f"[{task}](results.md#{ANCHORS.get(task, task)})", label, *cells])
     return "\n".join(markdown(["task", "score", *FOUR.values()], rows))
 
 

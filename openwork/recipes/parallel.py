@@ -92,7 +92,7 @@ def load_full(net: nn.Module, state: Mapping[str, Tensor]) -> None:
     net.load_state_dict({name: placed_like(tensor, sharded[name]) for name, tensor in state.items()})
 
 
-def share_statistics(net: nn.Module) -> None:
+def _share_statistics(net: nn.Module) -> None:
     """Give all processes the running statistics of the first: each saw other samples, and its own are saved."""
     for buffer in net.buffers():
         if buffer.is_floating_point():
@@ -103,5 +103,5 @@ def gather(net: nn.Module, full: nn.Module) -> nn.Module:
     """The full copy with the weights of `net`, the same on all processes. Each of them must ask."""
     if full is not net:
         full.load_state_dict(get_model_state_dict(net, options=StateDictOptions(full_state_dict=True)))
-        share_statistics(full)
+        _share_statistics(full)
     return full
